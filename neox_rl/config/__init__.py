@@ -1,0 +1,1 @@
+"""NeoX YAML files and one ``metarl:`` block, read into frozen typed dataclasses."""

@@ -1,0 +1,212 @@
+"""Every key of the ``metarl:`` block, typed and frozen. The generated reference in configs/README.md is made from here.
+
+The NeoX keys of the same YAML files stay at the top level and are in ``neox_rl.config.neox``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def key(default: Any, doc: str, *, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None) -> Any:
+    """A config key: its default, one line of documentation, and the values it takes (inclusive bounds)."""
+    return field(default=default, metadata={"doc": doc, "choices": choices, "low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class ProblemsConfig:
+    """Where problems come from."""
+
+    source: str = key("countdown", "problem source", choices=("countdown", "game24", "jsonl"))
+    path: str = key("", "file of training problems (source jsonl: rows of {problem, answer}, GSM8K or MATH rows)")
+    heldout_path: str = key("", "file of held-out problems; empty: a share of the training file, split by cluster")
+    task: str = key("math", "checker for source jsonl", choices=("math",))
+    num_numbers: int = key(3, "numbers in a countdown problem", low=2, high=6)
+    max_number: int = key(9, "largest number in a countdown problem", low=2, high=100)
+    max_target: int = key(40, "largest countdown target", low=1)
+    max_value: int = key(60, "largest intermediate value; steps beyond it are not legal", low=1)
+    heldout_frac: float = key(0.25, "share of the clusters (number multisets) that is held out", low=0.0, high=0.9)
+    limit: int = key(0, "keep at most this many training problems; 0: all", low=0)
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Text to token ids."""
+
+    path: str = key("", "directory of an HF tokenizer; empty: the project's symbolic tokenizer, built for the problems")
+
+
+@dataclass(frozen=True)
+class WarmstartConfig:
+    """Supervised training on linearized search traces, before RL. Skipped when ``load`` or ``hf_checkpoint`` is given."""
+
+    steps: int = key(0, "optimizer steps; 0: no warm start", low=0)
+    tokens_per_step: int = key(2048, "tokens a step, over all ranks", low=1)
+    lr: float = key(3e-3, "peak learning rate", low=0.0)
+    min_lr_frac: float = key(0.05, "final learning rate as a share of the peak (cosine)", low=0.0, high=1.0)
+    warmup_frac: float = key(0.03, "share of the steps with linear warm-up", low=0.0, high=1.0)
+    style: str = key("dfs", "how a search becomes a trace", choices=("dfs", "solution"))
+    choice_weight: float = key(1.0, "loss weight of tokens that choose the next step at random", low=0.0, high=1.0)
+    hf_checkpoint: str = key("", "HF directory to start from instead of a random model; a relative path is from the working directory")
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How the policy's attempts are made."""
+
+    generator: str = key("vllm", "who generates: vllm servers, or the scripted fake", choices=("vllm", "scripted"))
+    groups_per_step: int = key(16, "B, groups in one optimizer step", low=1)
+    group_size: int = key(8, "rollouts of one problem", low=1)
+    temperature: float = key(1.0, "sampling temperature", low=0.0)
+    top_p: float = key(1.0, "nucleus sampling mass; the policy's log-probs are exact only at 1", low=0.0, high=1.0)
+    max_new_tokens: int = key(128, "token budget of a completion", low=1)
+    max_inflight_groups: int = key(0, "groups generated at once; 0: as many as the admission rule allows", low=0)
+    record_every: int = key(50, "write every n-th group to rollouts.jsonl; 0: none", low=0)
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Verdict to reward."""
+
+    correct: float = key(1.0, "reward of a correct answer")
+    wrong: float = key(0.0, "reward of any other verdict")
+    token_cost: float = key(0.0, "subtracted from a correct answer's reward per token, as a share of max_new_tokens", low=0.0)
+
+
+@dataclass(frozen=True)
+class StalenessConfig:
+    """The bound S = admission_slack + delivery_slack on how old a trained token may be, in optimizer steps."""
+
+    mode: str = key("token", "token: mask older tokens; strict: wait, so that none is older", choices=("token", "strict"))
+    admission_slack: int = key(1, "eta: ticket k is admitted once the live version is >= floor(k/B) - eta", low=0)
+    delivery_slack: int = key(1, "rho: how many steps late a group may be trained", low=0)
+    stale_tokens: str = key("mask", "tokens beyond the bound in token mode: no gradient, or a truncated ratio", choices=("mask", "truncate"))
+    dynamic_sampling: bool = key(False, "refuse groups whose rewards are all equal and hand their ticket on")
+    max_refusals: int = key(8, "refusals in a row of one ticket before its group is accepted as it is", low=0)
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Objective = credit x baseline x loss, each chosen by name."""
+
+    loss: str = key("tis", "policy loss", choices=("reinforce", "ppo", "decoupled_ppo", "tis", "cispo", "gspo"))
+    baseline: str = key("grpo", "reward baseline in a group", choices=("none", "mean", "rloo", "grpo"))
+    aggregation: str = key("token_mean", "denominator of the loss", choices=("token_mean", "sequence_mean", "constant"))
+    clip_low: float = key(0.2, "lower clip: ratio >= 1 - clip_low", low=0.0)
+    clip_high: float = key(0.28, "upper clip (clip-higher, DAPO): ratio <= 1 + clip_high", low=0.0)
+    ratio_cap: float = key(2.0, "truncation of the importance ratio (tis, cispo, decoupled_ppo)", low=0.0)
+    kl_coef: float = key(0.0, "weight of the KL term against the reference policy; 0: no reference is kept", low=0.0)
+    kl_estimator: str = key("k3", "KL estimator (Schulman 2020)", choices=("k1", "k2", "k3"))
+    entropy_coef: float = key(0.0, "weight of the entropy bonus", low=0.0)
+
+
+@dataclass(frozen=True)
+class ServersConfig:
+    """vLLM server processes."""
+
+    num_servers: int = key(1, "servers that the run starts", low=0)
+    tensor_parallel_size: int = key(1, "TP of each server", low=1)
+    addresses: tuple[str, ...] = key((), "http://host:port of servers that run elsewhere, instead of starting any")
+    cores: str = key("auto", "CPU cores: auto, or one set a server as in '0;1' or '0|1;2|3' (| between TP ranks)")
+    gpus: str = key("auto", "GPU ids: auto (those after the training ranks'), or one set a server as in '4,5;6,7'")
+    max_num_seqs: int = key(256, "sequences that one server decodes at once", low=1)
+    kv_cache_gib: float = key(1.0, "KV cache on CPU servers, GiB", low=0.1)
+    gpu_memory_frac: float = key(0.85, "share of GPU memory on GPU servers", low=0.05, high=1.0)
+    dtype: str = key("auto", "weights in the server; auto: the trainer's", choices=("auto", "float32", "bfloat16", "float16"))
+    enforce_eager: bool = key(True, "no compilation in the server")
+    start_timeout_s: float = key(300.0, "deadline for a server to answer its health route", low=1.0)
+    request_timeout_s: float = key(120.0, "deadline of one generation request", low=1.0)
+
+
+@dataclass(frozen=True)
+class WeightsConfig:
+    """How new weights reach the servers."""
+
+    publish_every: int = key(1, "optimizer steps between publishes", low=1)
+    stage_timeout_s: float = key(120.0, "deadline for a server to stage a published version", low=1.0)
+    switch_timeout_s: float = key(60.0, "deadline for pause, load and resume", low=1.0)
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """Answer checking in worker processes."""
+
+    workers: int = key(1, "worker processes", low=1)
+    deadline_s: float = key(1.0, "hard deadline of one check; the worker is killed when it passes", low=0.05)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out accuracy."""
+
+    num_problems: int = key(400, "held-out problems in the evaluations before and after RL; 0: all", low=0)
+    samples: int = key(1, "sampled attempts a problem, beside the greedy one", low=0)
+    every_steps: int = key(0, "RL steps between small evaluations during the run; 0: none", low=0)
+    small_problems: int = key(128, "held-out problems in the small evaluations", low=1)
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Addresses. Loopback unless said otherwise."""
+
+    bind_host: str = key("127.0.0.1", "interface that every socket binds to")
+    weights_port: int = key(0, "port of the weight publisher; 0: a free one")
+    experience_port: int = key(0, "port of the experience queue; 0: a free one")
+    server_port: int = key(0, "port of the first vLLM server, counting up; 0: free ones")
+    master_port: int = key(0, "rendezvous port of the training ranks; 0: a free one")
+
+
+@dataclass(frozen=True)
+class DeadlinesConfig:
+    """How long each wait may last. Every wait names what it waited for when this passes."""
+
+    batch_s: float = key(600.0, "the trainer waits for a batch", low=1.0)
+    ranks_start_s: float = key(300.0, "the launcher waits for the training ranks to come up", low=1.0)
+    publish_s: float = key(180.0, "the orchestrator waits for a version that the trainer promised", low=1.0)
+    shutdown_s: float = key(20.0, "processes get this long to end before they are killed", low=0.1)
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What a run writes beside its JSONL files."""
+
+    tensorboard: bool = key(False, "write TensorBoard event files to runs/<name>/tensorboard")
+    wandb: bool = key(False, "log to Weights & Biases; WANDB_MODE=offline needs no account")
+    wandb_project: str = key("neox-rl", "Weights & Biases project")
+
+
+@dataclass(frozen=True)
+class DebugConfig:
+    """Running one half of the system."""
+
+    mode: str = key("run", "run everything; generate without training; train on recorded batches", choices=("run", "rollout_only", "train_only"))
+    record_batches: str = key("", "write every delivered batch to this directory")
+    batches: str = key("", "train_only: directory of recorded batches")
+
+
+@dataclass(frozen=True)
+class MetaRLConfig:
+    """The ``metarl:`` block."""
+
+    name: str = key("metarl", "run name: everything goes to <runs_dir>/<name>")
+    runs_dir: str = key("runs", "parent directory of runs")
+    engine: str = key("megatron-core", "trainer engine", choices=("megatron-core",))
+    seed: int = key(1234, "seed of problems, demonstrations and sampling", low=0)
+    pack_tokens: int = key(2048, "most tokens in one packed micro-batch of one rank", low=16)
+    trainer_cores: str = key("auto", "CPU cores of the training ranks: auto, or one a rank as in '1' or '0;1'")
+    problems: ProblemsConfig = field(default_factory=ProblemsConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    warmstart: WarmstartConfig = field(default_factory=WarmstartConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    staleness: StalenessConfig = field(default_factory=StalenessConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    servers: ServersConfig = field(default_factory=ServersConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    deadlines: DeadlinesConfig = field(default_factory=DeadlinesConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)

@@ -1,0 +1,36 @@
+"""Errors that a person reads: each names the value, the rule and the fix."""
+
+from __future__ import annotations
+
+
+class NeoxRLError(Exception):
+    """Base of every error this project raises on purpose."""
+
+
+class ConfigError(NeoxRLError):
+    """A configuration that cannot run. Raised before any process starts."""
+
+
+class DeadlineError(NeoxRLError):
+    """A wait passed its deadline. Says what was waited for, for how long, and where to look."""
+
+    def __init__(self, what: str, waited_s: float, hint: str = "") -> None:
+        self.what = what
+        self.waited_s = waited_s
+        super().__init__(f"waited {waited_s:.1f} s for {what}, which did not come" + (f"; {hint}" if hint else ""))
+
+
+class StalenessError(NeoxRLError):
+    """A batch holds a token beyond the staleness bound, or a ticket trained twice: the run must stop."""
+
+
+class WireError(NeoxRLError):
+    """A message whose schema, size or version is not what the protocol says. It was not used."""
+
+
+class WeightError(NeoxRLError):
+    """A snapshot that is incomplete or whose digest differs: it must never become live."""
+
+
+class ProcessDiedError(NeoxRLError):
+    """A process of the run ended when it should not have. Names the process, its exit status and its log."""

@@ -1,0 +1,120 @@
+"""The language of linearized searches over arithmetic problems: what prompts, search steps and solutions look like as text.
+
+A trace is words separated by single spaces, one token a word::
+
+    numbers 3 5 7 target 26 search          prompt
+    3 *5 =15                                a step: two numbers of the state become one; one number more than one is left: deeper
+    15 +7 =22 low                           a leaf: one number is left, compared with the target: low, high or goal
+    15 -7 =8 low
+    back                                    every step worth trying from here was tried: return to the parent state
+    ...
+    7 *3 =21
+    21 +5 =26 goal
+    solution ( 7 * 3 ) + 5                  an expression over the given numbers, each used once
+
+After ``low`` or ``high`` the search is in the leaf's parent again. The last token of a completion is the tokenizer's EOS.
+This is the stream-of-search style of Meta-CoT (arXiv 2501.04682, section 4.1): Z is everything up to ``goal``, S the solution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+OPERATORS = "+-*/"
+NUMBERS, TARGET, SEARCH = "numbers", "target", "search"
+LOW, HIGH, GOAL, BACK, SOLUTION = "low", "high", "goal", "back", "solution"
+PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
+MARKERS = (NUMBERS, TARGET, SEARCH, LOW, HIGH, GOAL, BACK, SOLUTION)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """``left operator right = result``; two numbers of the state are replaced by ``result``."""
+
+    left: int
+    operator: str
+    right: int
+    result: int
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """One of low, high, goal, back."""
+
+    word: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The expression after ``solution``, as text."""
+
+    expression: str
+
+
+@dataclass(frozen=True, slots=True)
+class Junk:
+    """Words that are no event of the language."""
+
+    words: tuple[str, ...]
+
+
+Event = Step | Mark | Answer | Junk
+
+
+def prompt_text(numbers: Sequence[int], target: int) -> str:
+    return " ".join([NUMBERS, *map(str, numbers), TARGET, str(target), SEARCH])
+
+
+def step_text(step: Step) -> str:
+    return f"{step.left} {step.operator}{step.right} ={step.result}"
+
+
+def compare_word(result: int, target: int) -> str:
+    return GOAL if result == target else LOW if result < target else HIGH
+
+
+def vocabulary(max_value: int) -> tuple[str, ...]:
+    """Every word of the language for values 0..max_value, special tokens first."""
+    numbers = [str(n) for n in range(max_value + 1)]
+    operands = [f"{op}{n}" for op in OPERATORS for n in range(max_value + 1)]
+    results = [f"={n}" for n in range(max_value + 1)]
+    return (PAD, EOS, UNKNOWN, *MARKERS, *OPERATORS, "(", ")", *numbers, *operands, *results)
+
+
+def parse(text: str) -> Iterator[Event]:
+    """The events of a search, in order. Never raises: what does not parse comes as Junk, one event a run of such words."""
+    words = text.split()
+    junk: list[str] = []
+    i = 0
+    while i < len(words):
+        event, used = _event(words, i)
+        if event is None:
+            junk.append(words[i])
+        else:
+            if junk:
+                yield Junk(tuple(junk))
+                junk = []
+            yield event
+        i += used
+    if junk:
+        yield Junk(tuple(junk))
+
+
+def _event(words: Sequence[str], i: int) -> tuple[Event | None, int]:
+    word = words[i]
+    if word in (LOW, HIGH, GOAL, BACK):
+        return Mark(word), 1
+    if word == SOLUTION:
+        return Answer(" ".join(w for w in words[i + 1 :] if w != EOS)), len(words) - i
+    step = _step(words[i : i + 3])
+    return (step, 3) if step is not None else (None, 1)
+
+
+def _step(words: Sequence[str]) -> Step | None:
+    if len(words) < 3 or words[1][0] not in OPERATORS or words[2][0] != "=":
+        return None
+    numbers = (words[0], words[1][1:], words[2][1:])
+    if not all(n.isascii() and n.isdigit() and len(n) <= 9 for n in numbers):
+        return None
+    return Step(int(numbers[0]), words[1][0], int(numbers[1]), int(numbers[2]))

@@ -1,0 +1,186 @@
+"""The values that travel between the parts: few, frozen, one an arrow of the picture in ARCHITECTURE.md.
+
+All token sequences are tuples of token ids; every per-token field has the length of its ``ids``. Versions are
+policy versions: the number of optimizer steps behind the weights. v0 starts, step s (1-indexed) trains v(s-1)
+and makes v(s).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TypeAlias
+
+Json: TypeAlias = "None | bool | int | float | str | list[Json] | dict[str, Json]"
+
+NO_VERSION = -1
+"""Version of tokens that no policy made: prompts, environment feedback, demonstrations."""
+
+
+class Role(StrEnum):
+    """What a run of tokens is in a Meta-CoT (arXiv 2501.04682, section 2)."""
+
+    PROMPT = "prompt"
+    THINK = "think"
+    ENV = "env"
+    BACK = "back"
+    VERIFY = "verify"
+    SOLUTION = "solution"
+
+
+class Finish(StrEnum):
+    """Why a completion ended: the policy stopped, the token budget ran out, or the request failed."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+class Reason(StrEnum):
+    """What a verifier found. Only MATCH is correct; TIMEOUT and ERROR are counted apart from MISMATCH."""
+
+    MATCH = "match"
+    MISMATCH = "mismatch"
+    NO_ANSWER = "no_answer"
+    BAD_GOLD = "bad_gold"
+    TIMEOUT = "timeout"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One task with a checkable answer.
+
+    ``task`` names the checker (``countdown``, ``game24``, ``math``). ``cluster`` is the unit of independence for
+    confidence intervals and the train / held-out split (the number multiset of a countdown problem): problems of
+    one cluster are never split. ``meta`` holds what the checker and the solver need, e.g.
+    ``{"numbers": [3, 5, 7], "target": 26}``.
+    """
+
+    id: str
+    task: str
+    prompt: str
+    answer: str
+    cluster: str
+    meta: Mapping[str, Json] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class VersionSpan:
+    """Tokens ``start:end`` (half-open, indices into the completion) were sampled by policy ``version``."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The tokens of one generation request, as the engine attests them.
+
+    ``logprobs`` are the behavior log-probabilities under the sampling distribution (temperature applied), one a
+    token. ``spans`` cover ``0:len(ids)`` without gap or overlap, versions never falling.
+    """
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    spans: tuple[VersionSpan, ...]
+    finish: Finish
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the verifier found in one answer. ``extracted`` is the answer it read; ``ms`` the time it took."""
+
+    correct: bool
+    extracted: str
+    reason: Reason
+    ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of tokens of one role, one version and one episode.
+
+    ``logprobs`` is empty exactly when ``version == NO_VERSION``: no policy sampled these tokens. ``mask`` is the
+    loss weight of each of its tokens, 0 for context only, 1 for full weight.
+    """
+
+    ids: tuple[int, ...]
+    role: Role
+    logprobs: tuple[float, ...] = ()
+    version: int = NO_VERSION
+    mask: float = 0.0
+    episode: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """The one currency of training: SFT reads the masks; RL the log-probs, the versions and the reward.
+
+    ``id`` is ``g<ticket:06d>/r<index>``, for example ``g000017/r3``. A demonstration has reward 1.0.
+    """
+
+    id: str
+    problem_id: str
+    segments: tuple[Segment, ...]
+    reward: float
+    finish: Finish
+    verdict: Verdict
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(s.ids) for s in self.segments)
+
+    @property
+    def oldest_version(self) -> int:
+        """Smallest policy version among the sampled tokens; NO_VERSION when a demonstration."""
+        return min((s.version for s in self.segments if s.version != NO_VERSION), default=NO_VERSION)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Rollouts of one problem, compared with one another (GRPO, arXiv 2402.03300). ``ticket`` orders delivery."""
+
+    ticket: int
+    problem_id: str
+    traces: tuple[Trace, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to sample. ``temperature`` 0 is greedy; ``seed`` makes a request repeatable on one server."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One node of a search tree. ``order`` is the time of expansion: all that a linearizer needs.
+
+    ``parent`` is the parent's ``id``, -1 for the root. ``visits`` and ``value`` are the search's statistics.
+    """
+
+    id: int
+    parent: int
+    text: str
+    order: int
+    ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    version: int = NO_VERSION
+    value: float = 0.0
+    visits: int = 0
+    verdict: Verdict | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """A search over one problem: a flat list of nodes, ``nodes[i].id == i``, parents before children."""
+
+    problem_id: str
+    nodes: tuple[Node, ...]
