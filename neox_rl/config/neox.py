@@ -17,7 +17,8 @@ class NeoXConfig:
     hidden_size: int = key(192, "width of the residual stream", low=1)
     num_attention_heads: int = key(6, "query heads", low=1)
     num_kv_heads: int = key(0, "key/value heads (grouped-query attention); 0: as many as query heads", low=0)
-    intermediate_size: int = key(0, "width of the MLP; 0: 4 x hidden_size", low=0)
+    intermediate_size: int = key(0, "MLP size before NeoX's gating rule (see mlp_width: swiglu gives a third of it); 0: 4 x hidden_size", low=0)
+    mlp_multiple_of: int = key(1, "the MLP width is rounded up to a multiple of this", low=1)
     seq_length: int = key(256, "longest sequence (prompt and completion)", low=2)
     max_position_embeddings: int = key(0, "largest position; 0: seq_length", low=0)
     norm: str = key("layernorm", "normalisation", choices=("layernorm", "rmsnorm"))
@@ -35,7 +36,7 @@ class NeoXConfig:
     make_vocab_size_divisible_by: int = key(8, "the vocabulary is padded to a multiple of this times TP", low=1)
     init_std: float = key(0.02, "standard deviation of the initial weights", low=0.0)
     # precision
-    precision: str = key("fp32", "training precision", choices=("fp32", "bfloat16"))
+    precision: str = key("fp32", "training precision; the blocks fp16: {enabled, type} and bf16: {enabled} of NeoX files set it too", choices=("fp32", "bfloat16"))
     # parallelism
     model_parallel_size: int = key(1, "tensor parallel ranks (TP)", low=1)
     pipe_parallel_size: int = key(1, "pipeline stages (PP)", low=0)
@@ -64,3 +65,30 @@ class NeoXConfig:
     launcher: str = key("local", "how the ranks start", choices=("local", "pdsh", "openmpi", "slurm"))
     hostfile: str = key("", "DeepSpeed host file; empty: this node")
     master_addr: str = key("127.0.0.1", "rendezvous address of the ranks")
+
+    @property
+    def mlp_width(self) -> int:
+        """Width between the MLP's projections (``intermediate_size`` of an HF config): what a model is built with.
+
+        GPT-NeoX shrinks a gated MLP so that swiglu has as many parameters as gelu: its width is int(2/3 size) // 2.
+        """
+        size = self.intermediate_size or 4 * self.hidden_size
+        width = int(size * 2 / 3) // 2 if self.activation == "swiglu" else size
+        return -(-width // self.mlp_multiple_of) * self.mlp_multiple_of
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def max_positions(self) -> int:
+        return self.max_position_embeddings or self.seq_length
+
+    @property
+    def pipe_stages(self) -> int:
+        """PP. GPT-NeoX's 0 (no pipeline module) is one stage."""
+        return max(1, self.pipe_parallel_size)
