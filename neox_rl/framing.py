@@ -32,7 +32,7 @@ def pack(kind: str, meta: Mapping[str, Json], arrays: Mapping[str, Array]) -> li
         if array.dtype.name not in DTYPES:
             raise WireError(f"array {name!r} has dtype {array.dtype.name}; a message carries only {sorted(DTYPES)}")
         rows.append([name, array.dtype.name, list(array.shape)])
-        frames.append(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+        frames.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     header = {"v": PROTOCOL, "kind": kind, "meta": dict(meta), "arrays": rows}
     return [json.dumps(header, separators=(",", ":"), allow_nan=False).encode(), *frames]
 

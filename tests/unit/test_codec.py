@@ -1,0 +1,132 @@
+"""Groups cross a process unchanged, and nothing but a WireError comes of a message that is off."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from neox_rl.codec import decode_groups, encode_groups
+from neox_rl.errors import WireError
+from neox_rl.types import NO_VERSION, Finish, Group, Reason, Role, Segment, Trace, Verdict
+
+FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@st.composite
+def segments(draw: st.DrawFn) -> Segment:
+    ids = draw(st.lists(st.integers(0, 2**31 - 1), max_size=6))
+    version = draw(st.sampled_from([NO_VERSION, 0, 7, 2**40]))
+    logprobs = [] if version == NO_VERSION else draw(st.lists(FLOATS, min_size=len(ids), max_size=len(ids)))
+    mask = draw(st.floats(0, 1))
+    return Segment(tuple(ids), draw(st.sampled_from(Role)), tuple(logprobs), version, mask, draw(st.integers(0, 3)))
+
+
+VERDICTS = st.builds(Verdict, st.booleans(), st.text(max_size=5), st.sampled_from(Reason), st.floats(0, 1e6))
+TEXT = st.text(max_size=5)
+TRACES = st.builds(Trace, TEXT, TEXT, st.lists(segments(), max_size=3).map(tuple), FLOATS, st.sampled_from(Finish), VERDICTS)
+GROUPS = st.lists(st.builds(Group, st.integers(0, 2**50), TEXT, st.lists(TRACES, max_size=3).map(tuple)), max_size=3)
+JUNK = st.recursive(st.none() | st.integers() | TEXT, lambda x: st.lists(x, max_size=4) | st.dictionaries(TEXT, x, max_size=2))
+
+
+def example(traces: int = 2, groups: int = 2) -> list[Group]:
+    prompt = Segment((1, 2, 3), Role.PROMPT)
+    think = Segment((4, 5), Role.THINK, (-0.1, -0.2), version=3, mask=1.0)
+    solution = Segment((6,), Role.SOLUTION, (-0.3,), version=4, mask=1.0, episode=1)
+    trace = Trace("g000001/r0", "p", (prompt, think, solution), 1.0, Finish.STOP, Verdict(True, "26", Reason.MATCH, 0.5))
+    return [Group(k, "p", (trace,) * traces) for k in range(groups)]
+
+
+@given(GROUPS, st.dictionaries(st.text(max_size=4), st.integers() | st.text(max_size=3)))
+@settings(max_examples=100, deadline=None)
+def test_round_trip_is_exact(groups: list[Group], meta: dict[str, int | str]) -> None:
+    frames = [bytes(frame) for frame in encode_groups(groups, meta)]
+    assert decode_groups(frames) == (tuple(groups), meta)
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None)
+def test_a_mutated_message_is_refused_or_is_still_a_valid_message(data: st.DataObject) -> None:
+    frames = [bytes(frame) for frame in encode_groups(example(), {"step": 1})]
+    index = data.draw(st.integers(0, len(frames) - 1))
+    frame = bytearray(frames[index])
+    position = data.draw(st.integers(0, len(frame) - 1))
+    match data.draw(st.sampled_from(["flip", "cut", "insert", "drop", "swap"])):
+        case "flip":
+            frame[position] ^= data.draw(st.integers(1, 255))
+            frames[index] = bytes(frame)
+        case "cut":
+            frames[index] = bytes(frame[:position])
+        case "insert":
+            frames[index] = bytes(frame[:position]) + data.draw(st.binary(min_size=1, max_size=8)) + bytes(frame[position:])
+        case "drop":
+            del frames[index]
+        case _:
+            frames[index], frames[-1] = frames[-1], frames[index]
+    try:
+        groups, meta = decode_groups(frames)
+    except WireError:
+        return
+    assert decode_groups(encode_groups(groups, meta)) == (groups, meta)
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_a_header_of_wrong_types_is_refused(data: st.DataObject) -> None:
+    frames = [bytes(frame) for frame in encode_groups(example(), {"step": 1})]
+    header = json.loads(frames[0])
+    field = data.draw(st.sampled_from(["meta", "problem_ids", "trace_ids", "trace_problem_ids", "extracted"]))
+    valid: object = header["meta"][field]
+    value = data.draw(JUNK.filter(lambda v: v != valid and not (field == "meta" and isinstance(v, dict))))
+    if isinstance(value, list) and isinstance(valid, list) and len(value) == len(valid) and all(isinstance(v, str) for v in value):
+        value = [*value, "one more"]
+    header["meta"][field] = value
+    with pytest.raises(WireError):
+        decode_groups([json.dumps(header).encode(), *frames[1:]])
+
+
+BAD = {
+    "an id beyond int32": replace(example()[0].traces[0].segments[0], ids=(2**31,)),
+    "a negative id": replace(example()[0].traces[0].segments[0], ids=(-1,)),
+    "a log-prob that is not finite": Segment((1,), Role.THINK, (float("-inf"),), 0, 1.0),
+    "a sampled token without log-prob": Segment((1, 2), Role.THINK, (-0.5,), 0, 1.0),
+    "a log-prob that no policy gave": Segment((1,), Role.ENV, (-0.5,)),
+    "a version before v0": Segment((), Role.ENV, (), -2),
+    "a mask above 1": Segment((1,), Role.THINK, (-0.5,), 0, 1.5),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_the_receiver_would_refuse_is_refused_by_the_sender(name: str) -> None:
+    group = example(traces=1, groups=1)[0]
+    with pytest.raises(WireError):
+        encode_groups([replace(group, traces=(replace(group.traces[0], segments=(BAD[name],)),))])
+
+
+def test_counts_that_would_overflow_a_sum_are_refused() -> None:
+    frames = [bytes(frame) for frame in encode_groups(example(traces=2, groups=2))]
+    names = [row[0] for row in json.loads(frames[0])["arrays"]]
+    frames[1 + names.index("num_traces")] = np.array([2**63 - 1, 5], dtype=np.int64).tobytes()
+    with pytest.raises(WireError, match="num_traces"):
+        decode_groups(frames)
+
+
+def test_meta_that_is_not_json_is_refused() -> None:
+    with pytest.raises(WireError, match="meta"):
+        encode_groups([], {"x": float("nan")})
+
+
+def test_a_batch_of_128_traces_takes_milliseconds() -> None:
+    think = Segment(tuple(range(80)), Role.THINK, tuple(-0.01 * i for i in range(80)), 1, 1.0)
+    groups = [replace(g, traces=tuple(replace(t, segments=(think,)) for t in g.traces)) for g in example(traces=8, groups=16)]
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        decode_groups(encode_groups(groups))
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.02
