@@ -56,6 +56,14 @@ def unpack(frames: Sequence[Frame], kind: str) -> tuple[dict[str, Json], dict[st
     return meta, arrays
 
 
+def kind_of(frames: Sequence[Frame]) -> str:
+    """The kind that a message says it is, to choose who unpacks it; nothing else is checked. Raises WireError."""
+    kind = _header(frames).get("kind")
+    if not isinstance(kind, str):
+        raise WireError("header has no kind")
+    return kind
+
+
 def _header(frames: Sequence[Frame]) -> dict[str, Any]:
     if not frames:
         raise WireError("empty message")

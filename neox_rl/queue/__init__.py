@@ -1,0 +1,1 @@
+"""Tickets, the staleness rule, and the socket between the orchestrator and the trainer."""

@@ -1,0 +1,72 @@
+"""The staleness rule, as arithmetic. No state, no clock: versions and steps are passed in.
+
+Notation: B groups a step, admission slack eta, delivery slack rho, S = eta + rho. Step s (1-indexed) trains v(s-1) and
+makes v(s). Ticket k (0-indexed) is the k-th group admitted and is meant for step floor(k/B) + 1.
+
+1. Admission. Ticket k is admitted once the live version, as the engine attests it, is >= floor(k/B) - eta.
+2. Delivery. Each step takes the B smallest-numbered ready tickets: earliest deadline first.
+3. Waiting, strict mode. Step s also waits for every ticket k with floor(k/B) <= (s-1) - rho. Token mode never waits beyond B
+   ready groups; a token gets gradient at step s only if (s-1) - version <= S.
+
+Bound in strict mode. By induction step s takes every ticket below B(s-rho) that earlier steps left: at most B of the B(s-rho)
+tickets are left, since steps up to s-1 took all those below B(s-1-rho), and they are the smallest, so rule 2 takes them first.
+Hence ticket k is trained at step <= floor(k/B) + rho + 1, from tokens no older than v(floor(k/B) - eta): its staleness is
+<= (floor(k/B) + rho) - (floor(k/B) - eta) = S. Versions never fall inside a rollout, so the bound holds for every token.
+
+No deadlock. While step s waits, v(p) goes live for the last published p >= (s-1) - (publish_every - 1). Every ticket below Bs is then
+admissible if publish_every - 1 <= eta, and steps before s took B(s-1) tickets, so at least B are left to become ready.
+
+The idea of bounding staleness at admission is AReaL's (arXiv 2505.24298, section 5.1); it admits by count alone and trains what comes.
+"""
+
+from __future__ import annotations
+
+from neox_rl.errors import ConfigError
+
+
+def bound(admission_slack: int, delivery_slack: int) -> int:
+    """S = eta + rho, in optimizer steps: the most that a trained token may lag behind the version being trained."""
+    return admission_slack + delivery_slack
+
+
+def due_step(ticket: int, groups_per_step: int) -> int:
+    """The step (1-indexed) that a ticket is meant for. It may be trained earlier by at most eta steps, being ready early."""
+    return ticket // groups_per_step + 1
+
+
+def deadline_step(ticket: int, groups_per_step: int, delivery_slack: int) -> int:
+    """The last step that may train a ticket in strict mode: that step waits for it."""
+    return due_step(ticket, groups_per_step) + delivery_slack
+
+
+def oldest_version(ticket: int, groups_per_step: int, admission_slack: int) -> int:
+    """The version that must be live before a ticket is admitted: none of its tokens is older. At least 0: v0 must be live."""
+    return max(0, ticket // groups_per_step - admission_slack)
+
+
+def admissible(ticket: int, live_version: int, groups_per_step: int, admission_slack: int) -> bool:
+    """Rule 1. ``live_version`` is the newest version that every server serves, -1 before v0 is live anywhere."""
+    return live_version >= oldest_version(ticket, groups_per_step, admission_slack)
+
+
+def num_due(step: int, groups_per_step: int, delivery_slack: int) -> int:
+    """Rule 3: in strict mode every ticket below this number must have been trained once ``step`` is taken."""
+    return max(0, groups_per_step * (step - delivery_slack))
+
+
+def max_tickets_open(groups_per_step: int, admission_slack: int) -> int:
+    """The most tickets in flight or ready at once: B (eta + 1).
+
+    Live v <= steps taken t, and rule 1 admits at most B (v + eta + 1) tickets, of which B t are trained.
+    """
+    return groups_per_step * (admission_slack + 1)
+
+
+def check_progress(publish_every: int, admission_slack: int) -> None:
+    """Raises ConfigError when a step could wait for tickets that no published version admits (see "No deadlock" above)."""
+    if publish_every - 1 > admission_slack:
+        raise ConfigError(
+            f"weights.publish_every is {publish_every} and staleness.admission_slack is {admission_slack}: step {admission_slack + 2} "
+            f"would wait for ever for tickets that v1 or newer admits, and no such version is published before it; publish_every must "
+            f"be <= admission_slack + 1: set admission_slack to {publish_every - 1} or publish_every to {admission_slack + 1}"
+        )

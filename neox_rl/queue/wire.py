@@ -1,0 +1,359 @@
+"""The experience socket: the orchestrator (ROUTER, asyncio) binds, training rank 0 (DEALER, blocking) connects.
+
+    trainer                                orchestrator
+    hello {world, pid, state}        ->    ok                              state: what the checkpoint kept, or {}
+    next {phase, step}               ->    batch (groups, state)           the codec of neox_rl/codec.py
+    evaluate {label, version}        ->    result {metrics}
+    report {phase, step, metrics}    ->    (one way)
+    published {version}              ->    (one way)
+    done {reason}                    ->    ok
+                                     <-    heartbeat {waiting_for}         every second while the trainer waits
+                                     <-    error {message}                 raised at the trainer as NeoxRLError
+
+The trainer numbers its messages 1, 2, 3 ... within a session. The orchestrator handles them in this order, each once: it ignores
+a number after a gap, answers a repeated last request with the answer it gave, and says in every message how far it has
+got (``acked``). The trainer repeats what is not acknowledged when it hears nothing. So a connection may break at any point and
+no message is lost, none handled twice, and no batch trained twice. One trainer holds the session until it is done.
+
+A malformed message is counted and answered with an error; it changes nothing. Non-finite metrics travel as null.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Final, Protocol
+
+import zmq
+import zmq.asyncio
+
+from neox_rl.codec import decode_groups, encode_groups
+from neox_rl.errors import DeadlineError, NeoxRLError, WireError
+from neox_rl.framing import Frame, kind_of, pack, unpack
+from neox_rl.queue.consumption import TrainedOnce
+from neox_rl.types import Group, Json
+
+HEARTBEAT_S: Final = 1.0
+RESEND_S: Final = 3.0
+SILENCE_S: Final = 15.0
+"""A greeted orchestrator that says nothing for this long is dead or stuck. It beats every second; on a loaded machine it may stutter."""
+LINGER_MS: Final = 2000
+MAX_MESSAGE_BYTES: Final = 1 << 30
+
+_FIELDS: Final[dict[str, dict[str, type]]] = {
+    "hello": {"world": int, "pid": int, "state": dict},
+    "next": {"phase": str, "step": int},
+    "evaluate": {"label": str, "version": int},
+    "report": {"phase": str, "step": int, "metrics": dict},
+    "published": {"version": int},
+    "done": {"reason": str},
+}
+_ONE_WAY: Final = frozenset({"report", "published"})  # handled at once, before the next message is read
+
+
+class Phase(StrEnum):
+    """What a batch is for: demonstrations, or rollouts through the ticket queue."""
+
+    SFT = "sft"
+    RL = "rl"
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """The groups of one step, and the orchestrator's state after them, which the trainer keeps in the checkpoint of that step."""
+
+    groups: Sequence[Group]
+    state: Mapping[str, Json] = field(default_factory=dict)
+
+
+class ExperienceHandler(Protocol):
+    """What the orchestrator does with the trainer's messages. An exception is told to the trainer, then ends ``serve``."""
+
+    async def hello(self, world: int, pid: int, state: Mapping[str, Json]) -> None: ...
+
+    async def next_groups(self, phase: Phase, step: int) -> Delivery: ...
+
+    async def evaluate(self, label: str, version: int) -> Mapping[str, Json]: ...
+
+    async def report(self, phase: Phase, step: int, metrics: Mapping[str, Json]) -> None: ...
+
+    async def published(self, version: int) -> None: ...
+
+    async def done(self, reason: str) -> None: ...
+
+    def waiting_for(self) -> str:
+        """What the request in progress waits for, in words, e.g. ``TicketQueue.waiting_for``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Message:
+    kind: str
+    session: str
+    id: int
+    body: Mapping[str, Any]
+
+
+class ExperienceServer:
+    """The orchestrator's end. ``malformed``, ``duplicates`` and ``out_of_order`` count what was not used."""
+
+    def __init__(self, bind_host: str, port: int, heartbeat_s: float = HEARTBEAT_S) -> None:
+        self._socket: zmq.asyncio.Socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, LINGER_MS)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        try:
+            self._socket.bind(f"tcp://{bind_host}:{port or '*'}")
+        except zmq.ZMQError as error:
+            self._socket.close(linger=0)
+            raise NeoxRLError(f"cannot bind the experience socket to {bind_host}:{port}: {error}; set network.experience_port") from error
+        self.port = int(self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
+        self.malformed = self.duplicates = self.out_of_order = 0
+        self._heartbeat_s = heartbeat_s
+        self._beat_at = 0.0
+        self._session = ""
+        self._peer = b""  # changes when the trainer reconnects
+        self._last = 0
+        self._reply: list[Frame] = []
+        self._working: asyncio.Task[list[Frame]] | None = None
+        self._done: str | None = None
+
+    async def serve(self, handler: ExperienceHandler) -> str:
+        """Answers until the trainer is done; returns its reason. Raises what the handler raises, once the trainer was told."""
+        receiving = asyncio.ensure_future(self._socket.recv_multipart())
+        try:
+            while self._done is None or self._working is not None:
+                waits = {receiving, self._working} if self._working else {receiving}
+                await asyncio.wait(waits, timeout=self._heartbeat_s, return_when=asyncio.FIRST_COMPLETED)
+                if receiving.done():
+                    frames = receiving.result()
+                    receiving = asyncio.ensure_future(self._socket.recv_multipart())
+                    await self._receive(frames, handler)
+                if self._working is not None:
+                    await (self._finish() if self._working.done() else self._beat(handler))
+            return self._done
+        finally:
+            receiving.cancel()
+            if self._working is not None:
+                self._working.cancel()
+
+    def close(self) -> None:
+        """Lets the last answers go out for ``LINGER_MS``."""
+        self._socket.close()
+
+    async def _receive(self, frames: Sequence[bytes], handler: ExperienceHandler) -> None:
+        peer, *rest = frames
+        try:
+            message = _parse(rest)
+        except WireError as error:
+            self.malformed += 1
+            await self._send(peer, self._pack("error", 0, message=f"malformed message: {error}"))
+            return
+        if not self._session and message.kind == "hello" and message.id == 1:
+            self._session = message.session
+        if message.session != self._session:
+            reason = "another trainer holds the session" if self._session else "this orchestrator was restarted and knows no session"
+            await self._send(peer, self._pack("error", message.id, message=f"{reason}: restart the run"))
+        elif message.id <= self._last:
+            self.duplicates += 1
+            self._peer = peer
+            if message.id == self._last and self._reply:
+                await self._send(peer, self._reply)
+        elif message.id > self._last + 1 or self._working is not None:
+            self.out_of_order += 1
+        else:
+            self._last, self._peer, self._reply, self._beat_at = message.id, peer, [], time.monotonic()
+            self._working = asyncio.create_task(self._answer(message, handler))
+            if message.kind in _ONE_WAY:
+                await self._finish()
+
+    async def _answer(self, message: _Message, handler: ExperienceHandler) -> list[Frame]:
+        """The frames of the answer; none for a one-way message."""
+        body = message.body
+        match message.kind:
+            case "hello":
+                await handler.hello(**body)
+            case "next":
+                delivery = await handler.next_groups(Phase(body["phase"]), body["step"])
+                meta: dict[str, Json] = {"id": message.id, "acked": message.id, "state": dict(delivery.state)}
+                return encode_groups(delivery.groups, meta, kind="batch")
+            case "evaluate":
+                return self._pack("result", message.id, metrics=_finite(await handler.evaluate(**body)))
+            case "report":
+                await handler.report(Phase(body["phase"]), body["step"], body["metrics"])
+                return []
+            case "published":
+                await handler.published(**body)
+                return []
+            case "done":
+                await handler.done(**body)
+                self._done = body["reason"]
+        return self._pack("ok", message.id)
+
+    async def _finish(self) -> None:
+        """The answer of the request in progress, or its failure: told to the trainer, then raised here."""
+        assert self._working is not None
+        working, self._working = self._working, None
+        try:
+            self._reply = await working
+        except Exception as error:
+            await self._send(self._peer, self._pack("error", self._last, message=f"{type(error).__name__}: {error}"))
+            raise
+        if self._reply:
+            await self._send(self._peer, self._reply)
+
+    async def _beat(self, handler: ExperienceHandler) -> None:
+        if (now := time.monotonic()) - self._beat_at >= self._heartbeat_s:
+            self._beat_at = now
+            await self._send(self._peer, self._pack("heartbeat", self._last, waiting_for=handler.waiting_for()))
+
+    def _pack(self, kind: str, id: int, **body: Json) -> list[Frame]:
+        return pack(kind, {"id": id, "acked": self._last, **body}, {})
+
+    async def _send(self, peer: bytes, frames: Sequence[Frame]) -> None:
+        # A ROUTER drops what it sends to a peer that is gone: the trainer repeats its request when it is back.
+        await self._socket.send_multipart([peer, *frames])
+
+
+class ExperienceClient:
+    """The trainer's end; blocking, one thread. Every wait ends with an answer or with a DeadlineError naming what was waited for.
+
+    ``deadline_s`` is for one answer. ``silence_s``: once greeted, an orchestrator that says nothing for this long is
+    taken for dead, long before the deadline.
+    """
+
+    def __init__(self, address: str, deadline_s: float, silence_s: float = SILENCE_S, resend_s: float = RESEND_S) -> None:
+        self._address, self._deadline_s, self._silence_s, self._resend_s = address, deadline_s, silence_s, resend_s
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, LINGER_MS)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        self._socket.setsockopt(zmq.IMMEDIATE, 1)  # what cannot be sent now is repeated, not piled up for a peer that is not there
+        self._socket.connect(address)
+        self._session = uuid.uuid4().hex
+        self._id = 0
+        self._unacked: dict[int, list[Frame]] = {}
+        self._greeted = False
+        self._trained = TrainedOnce()
+        self.state: dict[str, Json] = {}
+        """The orchestrator's state after the last batch: keep it in the checkpoint, give it back to ``hello``."""
+
+    def hello(self, world: int, state: Mapping[str, Json] | None = None) -> None:
+        """The first call. Waits for an orchestrator that may start later; ``state`` is that of the checkpoint resumed from."""
+        what = f"the orchestrator to answer on {self._address}"
+        self._request("ok", what, "hello", world=world, pid=os.getpid(), state=dict(state or {}))
+        self._greeted = True
+
+    def next_groups(self, phase: Phase, step: int) -> tuple[Group, ...]:
+        """The batch of a step. Raises StalenessError when a ticket comes a second time in the RL phase."""
+        frames = self._request("batch", f"the batch of {phase} step {step}", "next", phase=str(phase), step=step)
+        groups, meta = decode_groups(frames, "batch")
+        if phase is Phase.RL:
+            self._trained.add(groups, step)
+        state = meta.get("state")
+        self.state = state if isinstance(state, dict) else {}
+        return groups
+
+    def evaluate(self, label: str, version: int) -> dict[str, Json]:
+        """Held-out metrics of a version, once the servers serve it. Takes as long as generation does."""
+        frames = self._request("result", f"the evaluation {label!r} of v{version}", "evaluate", label=label, version=version)
+        metrics = unpack(frames, "result")[0].get("metrics")
+        if not isinstance(metrics, dict):
+            raise WireError(f"the result of evaluation {label!r} has no metrics")
+        return metrics
+
+    def report(self, phase: Phase, step: int, metrics: Mapping[str, Json]) -> None:
+        """Metrics of a trained step. Does not wait; it arrives before the next request does."""
+        self._post("report", phase=str(phase), step=step, metrics=_finite(metrics))
+
+    def published(self, version: int) -> None:
+        """The weights of ``version`` are offered to the servers. Does not wait."""
+        self._post("published", version=version)
+
+    def done(self, reason: str) -> None:
+        """The last call: everything sent has been handled when it returns."""
+        self._request("ok", "the orchestrator to take note of the end", "done", reason=reason)
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _post(self, kind: str, **body: Json) -> None:
+        self._id += 1
+        self._unacked[self._id] = pack(kind, {"session": self._session, "id": self._id, **body}, {})
+        self._send(self._id)
+
+    def _send(self, *ids: int) -> None:
+        try:
+            for id in ids:
+                self._socket.send_multipart(self._unacked[id], zmq.DONTWAIT)
+        except zmq.Again:
+            return  # not connected now; repeated by the next request
+
+    def _request(self, expected: str, what: str, kind: str, **body: Json) -> list[bytes]:
+        self._post(kind, **body)
+        start = heard = sent = time.monotonic()
+        waiting_for = ""
+        while True:
+            now = time.monotonic()
+            if now - start > self._deadline_s:
+                raise DeadlineError(what, now - start, f"the orchestrator last waited for {waiting_for}" if waiting_for else self._hint())
+            if self._greeted and now - heard > self._silence_s:
+                raise DeadlineError(f"a word from the orchestrator at {self._address} about {what}", now - heard, self._hint())
+            if now - max(heard, sent) > self._resend_s:
+                self._send(*self._unacked)
+                sent = now
+            if not self._socket.poll(int(1000 * min(0.5, self._resend_s))):
+                continue
+            frames = self._socket.recv_multipart()
+            answer, id, body = _parse_answer(frames)
+            if id not in (self._id, 0):
+                continue  # a second answer to a repeated request
+            heard = time.monotonic()
+            if answer == "error":
+                raise NeoxRLError(f"the orchestrator failed while the trainer waited for {what}: {body.get('message')}")
+            self._unacked = {i: f for i, f in self._unacked.items() if i > int(str(body.get("acked", 0)))}
+            if answer == "heartbeat":
+                waiting_for = str(body.get("waiting_for"))
+            elif answer == expected:
+                return frames
+            else:
+                raise WireError(f"answer of kind {answer!r} while waiting for {what}")
+
+    def _hint(self) -> str:
+        return f"see the orchestrator's log; is it alive and bound to {self._address}?"
+
+
+def _parse(frames: Sequence[Frame]) -> _Message:
+    """A trainer's message whose every field is what ``_FIELDS`` says. Raises WireError."""
+    kind = kind_of(frames)
+    fields = _FIELDS.get(kind)
+    if fields is None or len(frames) != 1:
+        raise WireError(f"{len(frames)} frames of unknown kind {kind[:64]!r}")
+    body = unpack(frames, kind)[0]
+    session, id = body.pop("session", None), body.pop("id", None)
+    if not isinstance(session, str) or not session or type(id) is not int or id < 1:
+        raise WireError(f"{kind}: session {str(session)[:64]!r} or id {str(id)[:64]!r} is not one")
+    if body.keys() != fields.keys() or any(type(body[name]) is not of for name, of in fields.items()):
+        raise WireError(f"{kind}: fields {str(body)[:200]} are not {sorted(fields)}")
+    if body.get("phase", Phase.RL) not in set(Phase):
+        raise WireError(f"{kind}: phase {str(body['phase'])[:64]!r} is not one of {sorted(Phase)}")
+    return _Message(kind, session, id, body)
+
+
+def _parse_answer(frames: Sequence[Frame]) -> tuple[str, int, Mapping[str, Json]]:
+    """``(kind, id, body)`` of an orchestrator's message; the caller decodes a batch's groups. Raises WireError."""
+    kind = kind_of(frames)
+    body = unpack(frames, kind)[0]
+    inner = body.get("meta") if kind == "batch" else body
+    if not isinstance(inner, dict) or type(inner.get("id")) is not int or type(inner.get("acked")) is not int:
+        raise WireError(f"{kind}: answer without id: {str(inner)[:200]}")
+    return kind, int(str(inner["id"])), inner
+
+
+def _finite(metrics: Mapping[str, Json]) -> dict[str, Json]:
+    """JSON has no nan and no inf: a metric without a value is null, and does not end the run."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
