@@ -1,0 +1,1 @@
+"""Searches over arithmetic problems, their linearization to Meta-CoT, and the analysis of what a policy wrote."""

@@ -1,0 +1,126 @@
+"""Depth-first search with an exact comparison at the leaves: the search that demonstrations show.
+
+Also the tree without a search, one solution path, and what a depth-first search costs on average (exactly).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import TypeAlias, cast
+
+from neox_rl.arithmetic import Move, State, legal_moves, solutions, solvable, state_of
+from neox_rl.metacot import Step, step_text
+from neox_rl.types import Node, Problem, Reason, Tree, Verdict
+
+Order: TypeAlias = Callable[[Sequence[Move], int, random.Random], Sequence[Move]]
+"""(moves, target, rng) -> the moves in the order they are tried."""
+
+
+def uniform(moves: Sequence[Move], target: int, rng: random.Random) -> Sequence[Move]:
+    """Every order equally likely."""
+    return rng.sample(moves, len(moves))
+
+
+def nearest(moves: Sequence[Move], target: int, rng: random.Random) -> Sequence[Move]:
+    """Results close to the target first, ties at random: the common heuristic of Stream of Search (arXiv 2404.03683)."""
+    return sorted(rng.sample(moves, len(moves)), key=lambda move: abs(move.step.result - target))
+
+
+ORDERS: Mapping[str, Order] = {"uniform": uniform, "nearest": nearest}
+
+
+def rules(problem: Problem) -> tuple[State, int, int]:
+    """``(state, target, max_value)`` of an arithmetic problem, from its ``meta``."""
+    return (
+        state_of(cast("list[int]", problem.meta["numbers"])),
+        cast("int", problem.meta["target"]),
+        cast("int", problem.meta["max_value"]),
+    )
+
+
+def dfs(problem: Problem, rng: random.Random, order: Order = uniform, max_nodes: int | None = None) -> Tree:
+    """Search until the first goal, until everything was tried, or until ``max_nodes`` steps were taken.
+
+    Node 0 is the root with an empty text; every other node is one step, leaves with the verdict of the comparison.
+    Nodes are numbered in the order of their expansion.
+    """
+    root, target, max_value = rules(problem)
+    nodes = [node(0, -1, "")]
+    stack = [(0, iter(order(legal_moves(root, max_value), target, rng)))]
+    while stack and (max_nodes is None or len(nodes) <= max_nodes):
+        parent, moves = stack[-1]
+        move = next(moves, None)
+        if move is None:
+            stack.pop()
+            continue
+        leaf = len(move.after) == 1
+        nodes.append(step_node(len(nodes), parent, move.step, target if leaf else None))
+        if not leaf:
+            stack.append((nodes[-1].id, iter(order(legal_moves(move.after, max_value), target, rng))))
+        elif move.step.result == target:
+            break
+    return Tree(problem.id, tuple(nodes))
+
+
+def solution_path(problem: Problem, rng: random.Random) -> Tree:
+    """One of the problem's solutions, each equally likely, as a tree without dead ends. Raises ValueError when there is none."""
+    root, target, max_value = rules(problem)
+    found = all_solutions(root, target, max_value)
+    if not found:
+        raise ValueError(f"problem {problem.id} has no solution within 0..{max_value}")
+    nodes = [node(0, -1, "")]
+    steps = rng.choice(found)
+    for i, step in enumerate(steps):
+        nodes.append(step_node(i + 1, i, step, target if i == len(steps) - 1 else None))
+    return Tree(problem.id, tuple(nodes))
+
+
+def node(id: int, parent: int, text: str, verdict: Verdict | None = None) -> Node:
+    return Node(id, parent, text, order=id, verdict=verdict)
+
+
+def step_node(id: int, parent: int, step: Step, target: int | None) -> Node:
+    """The node of a step; a leaf, compared with ``target`` unless that is None."""
+    verdict = None if target is None else leaf_verdict(step.result, target)
+    return node(id, parent, _text(step), verdict)
+
+
+@lru_cache(1 << 14)
+def leaf_verdict(result: int, target: int) -> Verdict:
+    correct = result == target
+    return Verdict(correct, str(result), Reason.MATCH if correct else Reason.MISMATCH, 0.0)
+
+
+@lru_cache(1 << 16)
+def _text(step: Step) -> str:
+    return step_text(step)
+
+
+@lru_cache(1 << 14)
+def all_solutions(state: State, target: int, max_value: int) -> tuple[tuple[Step, ...], ...]:
+    return tuple(solutions(state, target, max_value))
+
+
+@lru_cache(1 << 17)
+def tree_size(state: State, max_value: int) -> int:
+    """Number of steps in the whole search tree below ``state``."""
+    return sum(1 + tree_size(after, max_value) for _, after in legal_moves(state, max_value))
+
+
+@lru_cache(1 << 17)
+def expected_nodes(state: State, target: int, max_value: int) -> float:
+    """Mean number of steps until the first goal of a depth-first search in uniformly random order. 0 at a goal.
+
+    With m children that hold a goal, the first of them is any one with equal chance, and a child that holds none
+    comes before all m, and is searched whole, with chance 1 / (m + 1). Raises ValueError when there is no goal.
+    """
+    if state == (target,):
+        return 0.0
+    after = [move.after for move in legal_moves(state, max_value)]
+    good = [s for s in after if solvable(s, target, max_value)]
+    if not good:
+        raise ValueError(f"target {target} is not reachable from {state} within 0..{max_value}")
+    wasted = sum(1 + tree_size(s, max_value) for s in after if not solvable(s, target, max_value)) / (len(good) + 1)
+    return wasted + sum(1 + expected_nodes(s, target, max_value) for s in good) / len(good)
