@@ -22,8 +22,9 @@ class MicroBatch:
     """Sequences laid end to end. Every array but ``cu_seqlens`` has length T; entry t speaks of predicting ``targets[t]``.
 
     ``targets[t]`` is the next token of the same sequence; at a sequence's last token it is 0 with weight 0. Sequence i is
-    ``cu_seqlens[i]:cu_seqlens[i + 1]``; padding, where there is any, is the last one. ``loss_weight`` has the aggregation's
-    denominator in it, so a step's loss is the plain sum of ``loss_weight * per_token_loss`` over every micro-batch of every rank.
+    ``cu_seqlens[i]:cu_seqlens[i + 1]``; padding comes last, as sequences no longer than the step's longest. ``loss_weight``
+    has the aggregation's denominator in it, so a step's loss is the plain sum of ``loss_weight * per_token_loss`` over every
+    micro-batch of every rank.
 
     Two sequences [5, 6, 7] and [8, 9], prompts of one token, padded to T = 8::
 
@@ -32,8 +33,9 @@ class MicroBatch:
         positions       0 1 2 | 0 1 | 0 1 2
         sequence_index  0 0 0 | 1 1 | -1 -1 -1
 
-    ``behavior_logprobs``, ``versions`` and ``advantages`` belong to the target token: the policy that sampled it (NO_VERSION
-    and 0.0 where none did). ``proximal_logprobs`` and ``reference_logprobs`` are copies of the behavior's until replaced.
+    ``behavior_logprobs`` and ``versions`` are of the policy that sampled the target (0.0 and NO_VERSION where none did);
+    ``advantages`` are constant over a sequence. ``proximal_logprobs`` and ``reference_logprobs`` are copies of the behavior's
+    until replaced.
     """
 
     tokens: Ints
@@ -81,6 +83,7 @@ class BatchStats:
     """Histogram over loss tokens, before masking: {staleness in optimizer steps: tokens}. Empty for demonstrations."""
     reward_mean: float
     reward_std: float
+    correct_frac: float
     zero_variance_groups: int
     """Groups of several rollouts with equal rewards: they teach nothing under a group baseline."""
     length_mean: float

@@ -1,0 +1,211 @@
+"""Groups to one step's micro-batches: staleness checked, advantages and loss weights fixed, sequences packed.
+
+    groups -> sequences (shifted to targets) -> staleness bound -> advantages x loss weights -> bins -> MicroBatch
+
+Loss weights are final here: with D = the denominator over the whole global batch, weight(t) = mask(t) / D, and a step's loss is
+the plain sum over micro-batches and ranks. Any split into micro-batches gives the same gradient.
+
+============== ============================================= ==========================================================
+aggregation    D of a token                                  source
+============== ============================================= ==========================================================
+token_mean     sum of masks over the batch                   DAPO (arXiv 2503.14476, section 3.3)
+sequence_mean  sequences * sum of masks in its sequence      GRPO (arXiv 2402.03300, equation 3)
+constant       sequences * max_new_tokens                    Dr. GRPO (arXiv 2503.20783, section 3.2): no length bias
+============== ============================================= ==========================================================
+
+D counts tokens that are masked for staleness too: masking takes gradient away and never makes the younger tokens louder.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from neox_rl.batch.advantages import group_advantages, zero_variance
+from neox_rl.batch.packing import Layout, Plan, plan
+from neox_rl.batch.types import PADDING, BatchStats, Floats, Ints, MicroBatch, StepBatch
+from neox_rl.config.schema import ObjectiveConfig, StalenessConfig
+from neox_rl.errors import StalenessError
+from neox_rl.framing import Array
+from neox_rl.types import NO_VERSION, Finish, Group, Trace
+
+
+@dataclass(frozen=True, slots=True)
+class _Sequence:
+    """One trace as arrays of its length; entry t speaks of predicting token t + 1, and the last entry of nothing."""
+
+    trace: Trace
+    tokens: Ints
+    targets: Ints
+    mask: Floats
+    logprobs: Floats
+    versions: Ints
+    weight: Floats
+    advantage: float = 1.0
+
+
+def pack_rl(
+    groups: Sequence[Group], step: int, *, staleness: StalenessConfig, objective: ObjectiveConfig, max_new_tokens: int, layout: Layout
+) -> StepBatch:
+    """The batch that ``step`` (1-indexed) trains on policy version ``step - 1``.
+
+    Raises StalenessError for a ticket that comes twice, a token from a version after ``step - 1``, or, in mode strict, one
+    more than S = admission_slack + delivery_slack versions before it. Raises ValueError for a loss token that no policy
+    sampled, and ConfigError for a sequence longer than ``layout.pack_tokens``.
+    """
+    _check_tickets(groups)
+    sequences = _sequences(groups)
+    for sequence in sequences:
+        if bool(((sequence.mask > 0) & (sequence.versions == NO_VERSION)).any()):
+            raise ValueError(f"trace {sequence.trace.id} puts a loss on tokens that no policy sampled: mask them, or train them with sft")
+    ages = [_ages(sequence, step - 1) for sequence in sequences]
+    bound = staleness.admission_slack + staleness.delivery_slack
+    stale = [age > bound for age in ages]
+    if staleness.mode == "strict":
+        for sequence, age in zip(sequences, ages, strict=True):
+            if int(age.max(initial=0)) > bound:
+                raise StalenessError(
+                    f"trace {sequence.trace.id} holds a token {int(age.max())} versions old at step {step}, the bound is {bound} "
+                    f"(admission_slack {staleness.admission_slack} + delivery_slack {staleness.delivery_slack}): the queue broke its rule"
+                )
+    weights = _loss_weights(sequences, objective.aggregation, max_new_tokens)
+    if staleness.stale_tokens == "mask":
+        weights = [np.where(old, np.float32(0), weight) for old, weight in zip(stale, weights, strict=True)]
+    advantages = [a for group in groups for a in group_advantages([t.reward for t in group.traces], objective.baseline)]
+    sequences = [replace(s, weight=w, advantage=a) for s, w, a in zip(sequences, weights, advantages, strict=True)]
+    layout_plan = plan([len(s.tokens) for s in sequences], layout)
+    num_stale = sum(int(old.sum()) for old in stale)
+    masked = num_stale if staleness.stale_tokens == "mask" else 0
+    histogram = Counter(int(a) for age in ages for a in age[age >= 0])
+    stats = _stats(groups, sequences, layout_plan, num_stale, masked, dict(sorted(histogram.items())))
+    return StepBatch(step, _microbatches(sequences, layout_plan), stats)
+
+
+def pack_sft(groups: Sequence[Group], step: int, *, layout: Layout) -> StepBatch:
+    """Demonstrations: advantage 1, weights mask / (sum of masks), no staleness. Raises ConfigError for too long a sequence."""
+    sequences = _sequences(groups)
+    sequences = [replace(s, weight=w) for s, w in zip(sequences, _loss_weights(sequences, "token_mean", 0), strict=True)]
+    layout_plan = plan([len(s.tokens) for s in sequences], layout)
+    stats = _stats(groups, sequences, layout_plan, 0, 0, {})
+    return StepBatch(step, _microbatches(sequences, layout_plan), stats)
+
+
+def _check_tickets(groups: Sequence[Group]) -> None:
+    twice = [ticket for ticket, count in Counter(group.ticket for group in groups).items() if count > 1]
+    if twice:
+        raise StalenessError(f"tickets {twice[:5]} come twice in one batch: the same rollouts would be trained twice")
+
+
+def _sequences(groups: Sequence[Group]) -> list[_Sequence]:
+    traces = [trace for group in groups for trace in group.traces]
+    if not traces:
+        raise ValueError(f"a batch of {len(groups)} groups without a rollout: nothing to train")
+    return [_sequence(trace) for trace in traces]
+
+
+def _sequence(trace: Trace) -> _Sequence:
+    segments, sizes = trace.segments, [len(s.ids) for s in trace.segments]
+    if not sum(sizes):
+        raise ValueError(f"trace {trace.id} has no tokens")
+    tokens = np.array([i for s in segments for i in s.ids], dtype=np.int64)
+    logprobs = np.array([x for s in segments for x in (s.logprobs or (0.0,) * len(s.ids))], dtype=np.float32)
+    versions = np.repeat(np.array([s.version for s in segments], dtype=np.int64), sizes)
+    mask = np.repeat(np.array([s.mask for s in segments], dtype=np.float32), sizes)
+    if len(logprobs) != len(tokens):
+        raise ValueError(f"trace {trace.id} has {len(tokens)} tokens and {len(logprobs)} log-probs: a sampled segment needs one each")
+    mask = _shift(mask, 0)
+    return _Sequence(trace, tokens, _shift(tokens, 0), mask, _shift(logprobs, 0), _shift(versions, NO_VERSION), weight=mask)
+
+
+def _shift(array: Array, end: int) -> Array:
+    return np.append(array[1:], np.array([end], dtype=array.dtype))
+
+
+def _ages(sequence: _Sequence, version: int) -> Ints:
+    """Staleness [len] of the loss tokens when ``version`` is trained; -1 for all other tokens."""
+    newest = int(sequence.versions.max())
+    if newest > version:
+        raise StalenessError(f"trace {sequence.trace.id} holds a token of version {newest}, but version {version} is being trained")
+    return np.where(sequence.mask > 0, version - sequence.versions, -1)
+
+
+def _loss_weights(sequences: Sequence[_Sequence], aggregation: str, max_new_tokens: int) -> list[Floats]:
+    masses = [float(s.mask.sum(dtype=np.float64)) for s in sequences]
+    if aggregation == "token_mean":
+        denominators = [sum(masses)] * len(sequences)
+    elif aggregation == "sequence_mean":
+        denominators = [mass * len(sequences) for mass in masses]
+    else:
+        denominators = [float(max_new_tokens * len(sequences))] * len(sequences)
+    # A sequence (or batch) without loss tokens has only zero masks to divide.
+    pairs = zip(sequences, denominators, strict=True)
+    return [(s.mask.astype(np.float64) / (denominator or 1.0)).astype(np.float32) for s, denominator in pairs]
+
+
+def _microbatches(sequences: Sequence[_Sequence], layout_plan: Plan) -> tuple[tuple[MicroBatch, ...], ...]:
+    # Padding is cut to the longest real sequence, so that no position or attention length appears that the model never meets.
+    longest = max(len(s.tokens) for s in sequences)
+    return tuple(
+        tuple(_microbatch({i: sequences[i] for i in members}, layout_plan.length, longest) for members in rank) for rank in layout_plan.bins
+    )
+
+
+def _microbatch(members: Mapping[int, _Sequence], length: int, longest: int) -> MicroBatch:
+    chosen = list(members.values())
+    used = sum(len(s.tokens) for s in chosen)
+    padding = [min(longest, length - start) for start in range(used, length, longest)]
+    sizes = [len(s.tokens) for s in chosen] + padding
+
+    def lay(parts: list[Array], fill: int, dtype: DTypeLike) -> Array:
+        flat: Array = np.concatenate([*parts, np.full(length - used, fill)]).astype(dtype)
+        return flat
+
+    def spread(values: list[int] | list[float], fill: int, dtype: DTypeLike) -> Array:
+        return np.repeat(np.array([*values, *[fill] * len(padding)], dtype=dtype), sizes)
+
+    behavior = lay([s.logprobs for s in chosen], 0, np.float32)
+    return MicroBatch(
+        tokens=lay([s.tokens for s in chosen], 0, np.int64),
+        targets=lay([s.targets for s in chosen], 0, np.int64),
+        positions=np.concatenate([np.arange(size, dtype=np.int64) for size in sizes]),
+        cu_seqlens=np.cumsum([0, *sizes], dtype=np.int32),
+        loss_weight=lay([s.weight for s in chosen], 0, np.float32),
+        advantages=spread([s.advantage for s in chosen], 0, np.float32),
+        behavior_logprobs=behavior,
+        proximal_logprobs=behavior.copy(),
+        reference_logprobs=behavior.copy(),
+        versions=lay([s.versions for s in chosen], NO_VERSION, np.int64),
+        sequence_index=spread(list(members), PADDING, np.int64),
+        max_seqlen=max(sizes),
+    )
+
+
+def _stats(
+    groups: Sequence[Group], sequences: Sequence[_Sequence], layout_plan: Plan, stale: int, masked: int, staleness: dict[int, int]
+) -> BatchStats:
+    rewards = np.array([s.trace.reward for s in sequences])
+    lengths = np.array([int((s.mask > 0).sum()) for s in sequences])
+    num_tokens = sum(len(s.tokens) for s in sequences)
+    slots = layout_plan.length * sum(len(rank) for rank in layout_plan.bins)
+    return BatchStats(
+        num_groups=len(groups),
+        num_sequences=len(sequences),
+        num_tokens=num_tokens,
+        loss_tokens=int(lengths.sum()),
+        stale_tokens=stale,
+        masked_tokens=masked,
+        trained_tokens=int(lengths.sum()) - masked,
+        staleness=staleness,
+        reward_mean=float(rewards.mean()),
+        reward_std=float(rewards.std()),
+        correct_frac=float(np.mean([s.trace.verdict.correct for s in sequences])),
+        zero_variance_groups=sum(len(g.traces) > 1 and zero_variance([t.reward for t in g.traces]) for g in groups),
+        length_mean=float(lengths.mean()),
+        length_max=int(lengths.max()),
+        truncated_frac=float(np.mean([s.trace.finish is Finish.LENGTH for s in sequences])),
+        packing_efficiency=num_tokens / slots,
+    )
