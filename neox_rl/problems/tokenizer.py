@@ -16,7 +16,7 @@ from neox_rl.ports import Tokenizer
 
 
 class SymbolicTokenizer:
-    """Word-level tokenizer over ``metacot.vocabulary(max_value)``: a dict look-up a word, with the ids of the saved HF form.
+    """Word-level tokenizer over ``metacot.vocabulary(max_value)``: a dict look-up a word, with the ids of the saved HF form."""
 
     def __init__(self, max_value: int) -> None:
         self.words = vocabulary(max_value)
