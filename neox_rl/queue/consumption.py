@@ -90,6 +90,7 @@ class TrainedOnce:
 
     def add(self, groups: Iterable[Group], step: int) -> None:
         for group in groups:
-            first = self._step_of.setdefault(group.ticket, step)
-            if first != step or group.ticket < 0:
+            if group.ticket in self._step_of:
+                first = self._step_of[group.ticket]
                 raise StalenessError(f"ticket g{group.ticket:06d} was trained at step {first} and comes again at step {step}")
+            self._step_of[group.ticket] = step

@@ -309,15 +309,15 @@ class ExperienceClient:
             if not self._socket.poll(int(1000 * min(0.5, self._resend_s))):
                 continue
             frames = self._socket.recv_multipart()
-            answer, id, body = _parse_answer(frames)
+            answer, id, said = _parse_answer(frames)
             if id not in (self._id, 0):
                 continue  # a second answer to a repeated request
             heard = time.monotonic()
             if answer == "error":
-                raise NeoxRLError(f"the orchestrator failed while the trainer waited for {what}: {body.get('message')}")
-            self._unacked = {i: f for i, f in self._unacked.items() if i > int(str(body.get("acked", 0)))}
+                raise NeoxRLError(f"the orchestrator failed while the trainer waited for {what}: {said.get('message')}")
+            self._unacked = {i: f for i, f in self._unacked.items() if i > int(str(said["acked"]))}
             if answer == "heartbeat":
-                waiting_for = str(body.get("waiting_for"))
+                waiting_for = str(said.get("waiting_for"))
             elif answer == expected:
                 return frames
             else:
