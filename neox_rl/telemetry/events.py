@@ -1,0 +1,161 @@
+"""What each process did and when: spans, instants and counters, one JSONL file a process.
+
+A row is ``{"process", "kind", "name", "t_ns", "dur_ns", "fields"}``. ``t_ns`` is wall-clock time (comparable between the
+processes of one machine), ``dur_ns`` comes from the monotonic clock, so a clock step moves a span but never stretches it.
+Names are a fixed vocabulary, because the report and the timeline give each of them a meaning.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from neox_rl.telemetry.jsonl import finite, read_jsonl
+
+SPANS: Final[dict[str, str]] = {
+    # launcher
+    "start_servers": "vLLM servers are starting",
+    "start_ranks": "training ranks are starting",
+    "shutdown": "processes are being ended",
+    # trainer
+    "build": "the model and the optimizer are built or loaded",
+    "wait_batch": "waiting for rollouts",
+    "train_step": "forward, backward, optimizer",
+    "publish": "offering new weights",
+    "checkpoint": "saving",
+    "evaluate": "held-out evaluation",
+    # orchestrator
+    "demonstrate": "building demonstrations",
+    "generate": "rollouts in flight",
+    "verify": "checking answers",
+    "switch": "servers change to a new version",
+    # server
+    "generating": "at least one request in flight",
+    "paused": "paused to load weights",
+}
+INSTANTS: Final[dict[str, str]] = {
+    "phase": "a phase of the run begins",
+    "offered": "the trainer offers a version",
+    "staged": "a server holds a version, not yet used",
+    "live": "every server serves a version",
+    "admitted": "a ticket is admitted",
+    "delivered": "a batch goes to the trainer",
+    "refused": "a group is refused by dynamic sampling",
+    "error": "something failed",
+}
+COUNTERS: Final[dict[str, str]] = {"queue": "groups ready and in flight", "tokens": "tokens generated so far"}
+_VOCABULARY: Final = {"span": SPANS, "instant": INSTANTS, "counter": COUNTERS}
+FLUSH_S: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One row of an event file. ``dur_ns`` is 0 except for spans."""
+
+    process: str
+    kind: str
+    name: str
+    t_ns: int
+    dur_ns: int = 0
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def end_ns(self) -> int:
+        return self.t_ns + self.dur_ns
+
+
+class EventLog:
+    """Appends events of one process. Cheap: lines are buffered and reach the disk about once a second and at exit.
+
+    May be used from several threads. A forked child must open its own: rows of this one are never written by it.
+    """
+
+    def __init__(self, path: Path, process: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.process = process
+        self._file = path.open("ab", buffering=0)
+        self._lines: list[bytes] = [b"\n"] if self._file.tell() else []  # a torn last line must not swallow the next one
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+        self._flushed = time.monotonic()
+        atexit.register(self.close)
+
+    @contextmanager
+    def span(self, name: str, **fields: Any) -> Iterator[dict[str, Any]]:
+        """Record how long the body took, also when it raises. Fields known only at the end are put into the yielded dict."""
+        _check("span", name)
+        wall, start = time.time_ns(), time.monotonic_ns()
+        try:
+            yield fields
+        finally:
+            self._emit("span", name, wall, time.monotonic_ns() - start, fields)
+
+    def add_span(self, name: str, start_ns: int, dur_ns: int, **fields: Any) -> None:
+        """A span that the caller timed: wall-clock start and monotonic duration, nanoseconds."""
+        self._emit("span", name, start_ns, dur_ns, fields)
+
+    def instant(self, name: str, **fields: Any) -> None:
+        self._emit("instant", name, time.time_ns(), 0, fields)
+
+    def counter(self, name: str, **values: float) -> None:
+        """Values that hold from now on, e.g. ``counter("queue", ready=3, inflight=12)``."""
+        self._emit("counter", name, time.time_ns(), 0, values)
+
+    def flush(self) -> None:
+        with self._lock:
+            self._flush()
+
+    def close(self) -> None:
+        """Flush and close; a second call does nothing."""
+        with self._lock:
+            if not self._file.closed:
+                self._flush()
+                self._file.close()
+        atexit.unregister(self.close)
+
+    def _emit(self, kind: str, name: str, t_ns: int, dur_ns: int, fields: dict[str, Any]) -> None:
+        _check(kind, name)
+        row: dict[str, Any] = {"process": self.process, "kind": kind, "name": name, "t_ns": t_ns, "dur_ns": dur_ns}
+        row["fields"] = finite(fields)[0]
+        line = json.dumps(row, separators=(",", ":"), allow_nan=False, default=str).encode() + b"\n"
+        with self._lock:
+            self._lines.append(line)
+            if time.monotonic() - self._flushed >= FLUSH_S:
+                self._flush()
+
+    def _flush(self) -> None:
+        # A forked child inherits the buffer; were it to write, every buffered row would appear twice.
+        if os.getpid() == self._pid and self._lines and not self._file.closed:
+            self._file.write(b"".join(self._lines))
+        self._lines.clear()
+        self._flushed = time.monotonic()
+
+
+def _check(kind: str, name: str) -> None:
+    if name not in _VOCABULARY[kind]:
+        raise ValueError(f"{kind} {name!r} is not in the vocabulary of telemetry/events.py; known: {', '.join(_VOCABULARY[kind])}")
+
+
+def read_events(directory: Path) -> list[Event]:
+    """The events of all processes in order of time. Torn lines and rows of another shape are left out."""
+    rows = [row for path in sorted(directory.glob("*.jsonl")) for row in read_jsonl(path)]
+    events = [event for event in map(_event, rows) if event is not None]
+    return sorted(events, key=lambda e: (e.t_ns, e.process))
+
+
+def _event(row: dict[str, Any]) -> Event | None:
+    process, kind, name, fields = row.get("process"), row.get("kind"), row.get("name"), row.get("fields", {})
+    t_ns, dur_ns = row.get("t_ns"), row.get("dur_ns", 0)
+    if not (isinstance(process, str) and kind in _VOCABULARY and isinstance(name, str) and isinstance(fields, dict)):
+        return None
+    if not (isinstance(t_ns, int) and isinstance(dur_ns, int)) or dur_ns < 0:
+        return None
+    return Event(process, str(kind), name, t_ns, dur_ns, fields)

@@ -1,0 +1,93 @@
+"""Where everything of a run lies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class RunPaths:
+    """The files of one run directory, ``<runs_dir>/<name>``. Only ``create`` touches the disk."""
+
+    root: Path
+
+    @classmethod
+    def of(cls, run_dir: str | Path) -> RunPaths:
+        return cls(Path(run_dir))
+
+    def create(self) -> RunPaths:
+        """Make the directories. An existing run keeps its files."""
+        for directory in (self.root, self.logs, self.events, self.checkpoints):
+            directory.mkdir(parents=True, exist_ok=True)
+        return self
+
+    @property
+    def name(self) -> str:
+        return self.root.resolve().name
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration, YAML."""
+        return self.root / "config.yml"
+
+    @property
+    def endpoints(self) -> Path:
+        """Addresses chosen for this run."""
+        return self.root / "endpoints.json"
+
+    @property
+    def status(self) -> Path:
+        """Where the run stands now (``status.Status``)."""
+        return self.root / "status.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One ``rows.MetricsRow`` an optimizer step."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def evaluations(self) -> Path:
+        """One ``rows.EvaluationRow`` an evaluation and sampling mode."""
+        return self.root / "evaluations.jsonl"
+
+    @property
+    def rollouts(self) -> Path:
+        """A readable selection of ``rows.RolloutRow``."""
+        return self.root / "rollouts.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        return self.root / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def timeline(self) -> Path:
+        """Chrome trace of the events, made by ``tools/timeline.py``."""
+        return self.root / "timeline.json"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def events(self) -> Path:
+        return self.root / "events"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    def log(self, process: str) -> Path:
+        """Standard output and error of one process."""
+        return self.logs / f"{process}.log"
+
+    def event_log(self, process: str) -> Path:
+        return self.events / f"{process}.jsonl"

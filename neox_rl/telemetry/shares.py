@@ -1,0 +1,45 @@
+"""Where the time of each process went, from its spans."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from neox_rl.telemetry.events import Event
+
+PRECEDENCE = (
+    "paused", "switch", "checkpoint", "publish", "evaluate", "train_step", "verify", "generate", "generating", "demonstrate", "build",
+    "wait_batch", "start_servers", "start_ranks", "shutdown",
+)  # fmt: skip
+"""Of the spans open at one moment, the first named here gets the moment; so shares of one process add up to its time."""
+IDLE = "idle"
+
+
+def time_shares(events: Sequence[Event]) -> dict[str, dict[str, float]]:
+    """Seconds a process spent in each kind of span, ``idle`` for none, over the time from the run's first event to its last.
+
+    Spans of one process may overlap (hundreds of rollouts are in flight at once): every moment is counted once, for the
+    span that PRECEDENCE puts first.
+    """
+    if not events:
+        return {}
+    start, end = min(e.t_ns for e in events), max(e.end_ns for e in events)
+    processes = sorted({e.process for e in events if e.kind == "span"})
+    return {p: _shares([e for e in events if e.process == p and e.kind == "span"], start, end) for p in processes}
+
+
+def _shares(spans: Sequence[Event], start: int, end: int) -> dict[str, float]:
+    edges = sorted([(s.t_ns, 1, s.name) for s in spans] + [(s.end_ns, -1, s.name) for s in spans])
+    seconds: Counter[str] = Counter()
+    active: Counter[str] = Counter()
+    now = start
+    for t, change, name in edges:
+        seconds[_first(active)] += t - now
+        active[name] += change
+        now = t
+    seconds[IDLE] += end - now
+    return {name: ns / 1e9 for name, ns in seconds.items() if ns > 0}
+
+
+def _first(active: Counter[str]) -> str:
+    return next((name for name in PRECEDENCE if active[name] > 0), IDLE)

@@ -1,0 +1,59 @@
+"""The table before / after RL that ends a run in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from neox_rl.telemetry.paths import RunPaths
+from neox_rl.telemetry.rows import SEARCH_METRICS
+
+
+def print_table(paths: RunPaths, summary: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print the table and where the report is."""
+    console = console or Console()
+    console.print(before_after(summary))
+    console.print(f"report   {paths.report}\nsummary  {paths.summary}", markup=False, highlight=False, soft_wrap=True)
+
+
+def before_after(summary: Mapping[str, Any]) -> Table:
+    """Accuracy with 95 % intervals and search quality, after the warm start and after RL. ``summary`` as of ``build_summary``."""
+    table = Table(title="Held-out problems", title_justify="left")
+    table.add_column("")
+    for name in ("warm start", "after RL", "difference"):
+        table.add_column(name, justify="right")
+    for mode in ("greedy", "sampled"):
+        before, after = (summary.get(f"heldout_accuracy_{name}_{mode}") for name in ("warmstart", "final"))
+        if before or after:
+            gain = summary.get(f"heldout_accuracy_gain_{mode}")
+            table.add_row(f"accuracy, {mode}", percent(before), percent(after), percent(gain, sign="+"), style="bold")
+    for title, before_text, after_text, change in search_rows(summary):
+        table.add_row(title, before_text, after_text, change)
+    return table
+
+
+def search_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(title, before, after, difference) of every number of search quality that either evaluation holds; greedy where there is one."""
+    mode = "greedy" if summary.get("search_warmstart_greedy") or summary.get("search_final_greedy") else "sampled"
+    before, after = ((summary.get(f"search_{name}_{mode}") or {}) for name in ("warmstart", "final"))
+    rows: list[tuple[str, str, str, str]] = []
+    for key, metric in SEARCH_METRICS.items():
+        old, new = before.get(key), after.get(key)
+        if old is None and new is None:
+            continue
+        scale, unit = (100.0, " %") if metric.unit == "%" else (1.0, "")
+        texts = ["-" if value is None else f"{scale * value:.1f}{unit}" for value in (old, new)]
+        change = "-" if old is None or new is None else f"{scale * (new - old):+.1f}"
+        rows.append((metric.title, texts[0], texts[1], change))
+    return rows
+
+
+def percent(interval: Mapping[str, Any] | None, sign: str = "") -> str:
+    """``51.3 % [46.0, 56.5]`` of an interval row."""
+    if not interval:
+        return "-"
+    mean, low, high = (f"{100 * interval[key]:{sign}.1f}" for key in ("mean", "ci95_low", "ci95_high"))
+    return f"{mean} % [{low}, {high}]"
