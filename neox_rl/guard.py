@@ -1,0 +1,97 @@
+"""Starting and ending the processes of a run so that none is left behind, whatever happens to whom.
+
+    process = guarded_popen(argv, env, run_dir / "logs/server0.log", cores=(0,))
+    ...
+    stop(process, deadline_s=20)
+
+``process`` is the guardian (``neox_rl/guardian.py``): its exit status is the program's, and signals sent to it reach the program's whole
+process group. If this process ends, by ``kill -9`` or otherwise, the group ends too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from neox_rl.errors import ProcessDiedError
+
+_GUARDIAN = Path(__file__).with_name("guardian.py")
+_LAST_LINES = 15
+_LAST_BYTES = 8192
+_KILL_S = 15.0
+
+
+class GuardedProcess(subprocess.Popen[bytes]):
+    """A ``Popen`` of the guardian, with the program's ``argv`` and ``log_path``, and the write end of the lifeline."""
+
+    def __init__(self, argv: Sequence[str], log_path: Path, lifeline: int, command: list[str], **popen: Any) -> None:
+        self.program, self.log_path, self.lifeline = tuple(argv), log_path, lifeline
+        super().__init__(command, **popen)
+
+    def __del__(self, *args: Any) -> None:
+        with contextlib.suppress(OSError):
+            os.close(self.lifeline)
+        super().__del__(*args)
+
+
+def guarded_popen(
+    argv: Sequence[str], env: Mapping[str, str], log_path: Path, cores: Collection[int] | None = None, grace_s: float = 10.0
+) -> GuardedProcess:
+    """Starts ``argv`` in a session of its own with exactly ``env``, its output appended to ``log_path``, on these CPU ``cores``.
+
+    ``grace_s`` is how long the group gets to end after this process is gone. A program that cannot be started exits with 127 and says so
+    in the log.
+    """
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    reader, writer = os.pipe()
+    command = [sys.executable, "-I", "-S", str(_GUARDIAN), str(reader), str(grace_s), ",".join(map(str, sorted(cores or ()))), *argv]
+    try:
+        with log_path.open("ab") as log:
+            return GuardedProcess(
+                argv,
+                log_path,
+                writer,
+                command,
+                env=dict(env),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=(reader,),
+                start_new_session=True,
+            )
+    finally:
+        os.close(reader)
+
+
+def stop(process: subprocess.Popen[bytes], deadline_s: float) -> int:
+    """SIGTERM to the program's group, SIGKILL after ``deadline_s``. Returns the exit status once the whole group is gone."""
+    for number, wait_s in ((signal.SIGTERM, deadline_s), (signal.SIGQUIT, _KILL_S), (signal.SIGKILL, _KILL_S)):
+        if process.poll() is None:
+            process.send_signal(number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(wait_s)
+    return process.wait(_KILL_S)
+
+
+def died(name: str, process: GuardedProcess) -> ProcessDiedError:
+    """The error for a process that ended when it should not have: its status, its log, the last lines of it."""
+    code = process.poll()
+    how = "is running" if code is None else f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+    return ProcessDiedError(f"{name} {how}; log {process.log_path}, which ends:\n{last_lines(process.log_path)}")
+
+
+def last_lines(log_path: Path) -> str:
+    """The end of a log, indented; for error messages."""
+    try:
+        with log_path.open("rb") as log:
+            log.seek(max(0, log_path.stat().st_size - _LAST_BYTES))
+            text = log.read().decode(errors="replace")
+    except OSError as error:
+        return f"  (no log: {error})"
+    return "\n".join(f"  {line[:300]}" for line in text.splitlines()[-_LAST_LINES:]) or "  (empty)"

@@ -1,0 +1,135 @@
+"""Stands between a process of the run and its parent: no member of the child's process group outlives either of them.
+
+Started by ``neox_rl.guard`` as ``python -I -S guardian.py LIFELINE_FD GRACE_S CORES ARGV...``: standard library only, no imports of the
+project, up in 15 ms. The parent holds the other end of the lifeline pipe and never writes to it; its end of file means that the parent is
+gone, however it went. Exit status: the child's own, signal included.
+
+    SIGINT, SIGTERM, SIGHUP, SIGUSR1   passed on to the group
+    SIGQUIT                            the group is killed now
+    lifeline closed                    SIGTERM to the group, SIGKILL after GRACE_S
+    child ends                         what is left of its group, and every orphan it left, is killed
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import sys
+import time
+
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_REAP_S = 10.0
+
+
+def _prctl(option: int, value: int) -> None:
+    """Linux only; elsewhere the lifeline and the group alone must do."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+
+
+def _signal_group(pgid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pgid, number)
+
+
+def _spawn(argv: list[str]) -> int:
+    """Forks the child into a process group of its own; it is killed if this guardian is."""
+    guardian = os.getpid()
+    child = os.fork()
+    if child:
+        with contextlib.suppress(OSError):  # the child may have done it, and may have executed, first
+            os.setpgid(child, child)
+        return child
+    try:
+        os.setpgid(0, 0)
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        for number in (*PASSED_ON, signal.SIGQUIT, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        if os.getppid() == guardian:
+            os.execvp(argv[0], argv)
+    except OSError as error:
+        os.write(2, f"cannot start {argv[0]!r}: {error}\n".encode())
+    os._exit(127)
+
+
+def _ended(child: int) -> bool:
+    """Whether the child has ended. It is not reaped, so its group id cannot be given to a stranger meanwhile."""
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def _watch(child: int, lifeline: int, grace_s: float, wakeup: int) -> None:
+    """Returns when the child has ended."""
+    parent, kill_at = os.getppid(), float("inf")
+    watched = [lifeline, wakeup]
+    while not _ended(child):
+        left = max(0.0, min(1.0, kill_at - time.monotonic()))
+        ready, _, _ = select.select(watched, [], [], left)
+        for number in os.read(wakeup, 64) if wakeup in ready else b"":
+            if number == signal.SIGQUIT:
+                _signal_group(child, signal.SIGKILL)
+            elif number in PASSED_ON:
+                _signal_group(child, number)
+        # A process that the parent forked keeps the pipe open; the change of parent does not depend on it.
+        if kill_at == float("inf") and (lifeline in ready or os.getppid() != parent):
+            watched = [wakeup]
+            kill_at = time.monotonic() + grace_s
+            _signal_group(child, signal.SIGTERM)
+        if time.monotonic() >= kill_at:
+            _signal_group(child, signal.SIGKILL)
+
+
+def _orphans() -> list[int]:
+    """Processes that were handed to this guardian when their parent died (it is their subreaper)."""
+    with contextlib.suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as file:
+        return [int(pid) for pid in file.read().split()]
+    return []
+
+
+def _reap(child: int) -> int:
+    """Kills and reaps everything that is left; the child's wait status."""
+    _signal_group(child, signal.SIGKILL)
+    status = 0
+    end = time.monotonic() + _REAP_S
+    while time.monotonic() < end:
+        try:
+            pid, got = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            break
+        if pid == child:
+            status = got
+        elif pid == 0:
+            for orphan in _orphans():
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(orphan, signal.SIGKILL)
+            time.sleep(0.01)
+    return status
+
+
+def main(argv: list[str]) -> int:
+    lifeline, grace_s = int(argv[0]), float(argv[1])
+    os.set_inheritable(lifeline, False)
+    wakeup, wakeup_writer = os.pipe()
+    os.set_blocking(wakeup_writer, False)
+    signal.set_wakeup_fd(wakeup_writer, warn_on_full_buffer=False)
+    for number in (*PASSED_ON, signal.SIGQUIT, signal.SIGCHLD):
+        signal.signal(number, lambda *_: None)
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    if argv[2] and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {int(core) for core in argv[2].split(",")})
+    child = _spawn(argv[3:])
+    _watch(child, lifeline, grace_s, wakeup)
+    code = os.waitstatus_to_exitcode(_reap(child))
+    if code < 0:  # end as the child did, so that the parent's status says which signal
+        signal.set_wakeup_fd(-1)
+        if -code not in (signal.SIGKILL, signal.SIGSTOP):
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

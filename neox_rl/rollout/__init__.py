@@ -1,0 +1,1 @@
+"""Completions from the policy: the vLLM servers and the client that samples from them."""

@@ -1,0 +1,176 @@
+"""``ports.Generator`` over vLLM servers: token ids in; token ids, log-probs and policy versions out, as the engine attests them.
+
+The n completions of a prompt are one request, so that the engine computes the prompt once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from typing import Any, Self
+
+import aiohttp
+import msgspec
+
+from neox_rl.errors import DeadlineError, NeoxRLError, WireError
+from neox_rl.rollout.vllm_control import parse_version
+from neox_rl.types import NO_VERSION, Completion, Finish, SamplingParams, VersionSpan
+
+ROUTE = "/inference/v1/generate"
+_NAN_LOGPROB = -9999.0
+"""What vLLM sends for a log-prob that is NaN or minus infinity."""
+
+
+class _Token(msgspec.Struct):
+    token_id: int
+    logprob: float
+
+
+class _Logprobs(msgspec.Struct):
+    content: list[_Token]
+
+
+class _Span(msgspec.Struct):
+    version: str
+    start: int
+    end: int
+
+
+class _Choice(msgspec.Struct):
+    index: int
+    token_ids: list[int]
+    logprobs: _Logprobs
+    finish_reason: Finish
+    weight_versions: list[_Span] | None = None
+
+
+class _Response(msgspec.Struct):
+    choices: list[_Choice]
+
+
+_DECODER = msgspec.json.Decoder(_Response)
+
+
+class ServerFailedError(NeoxRLError):
+    """A server that did not answer, or answered 5xx: another one may."""
+
+
+class VllmGenerator:
+    """Samples from whichever server has the fewest completions in flight. ``async with VllmGenerator(...) as generator``.
+
+    ``addresses`` as in ``http://127.0.0.1:8000``. A request that fails because its server did is sent to others, at most ``max_attempts``
+    times in all, within the one deadline ``request_timeout_s``.
+    """
+
+    def __init__(self, addresses: Sequence[str], request_timeout_s: float = 120.0, max_attempts: int = 3) -> None:
+        if not addresses:
+            raise WireError("a generator needs at least one server address")
+        self._inflight = dict.fromkeys(addresses, 0)
+        self._failures = dict.fromkeys(addresses, 0)
+        self._timeout_s = request_timeout_s
+        self._max_attempts = max_attempts
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        # No connection limit: how many requests run at once is the caller's decision, and the deadline covers queueing in the server.
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    @property
+    def num_inflight(self) -> int:
+        """Completions that servers are making now."""
+        return sum(self._inflight.values())
+
+    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> tuple[Completion, ...]:
+        """See ``ports.Generator``. Also raises ServerFailedError when every attempt failed, WireError for an answer that cannot be."""
+        body = request_body(prompt_ids, params, n, rollout_id)
+        tried: list[str] = []
+        failures: list[str] = []
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                for _ in range(self._max_attempts):
+                    tried.append(self._pick(tried))
+                    try:
+                        return await self._request(tried[-1], body, n)
+                    except ServerFailedError as error:
+                        self._failures[tried[-1]] += 1
+                        failures.append(str(error))
+        except TimeoutError as error:
+            hint = "; ".join(failures) or "raise servers.request_timeout_s, or lower max_inflight_groups"
+            raise DeadlineError(f"rollout {rollout_id} from {tried[-1]}", self._timeout_s, hint) from error
+        raise ServerFailedError(f"rollout {rollout_id}: {len(failures)} attempts failed: {'; '.join(failures)}")
+
+    def _pick(self, tried: Sequence[str]) -> str:
+        """The least loaded server, those of this rollout's failed attempts last, then those that failed least."""
+        return min(self._inflight, key=lambda server: (tried.count(server), self._inflight[server], self._failures[server]))
+
+    async def _request(self, server: str, body: bytes, n: int) -> tuple[Completion, ...]:
+        if self._session is None:
+            raise WireError("use the generator as `async with VllmGenerator(...)`")
+        self._inflight[server] += n
+        try:
+            async with self._session.post(server + ROUTE, data=body, headers={"Content-Type": "application/json"}) as response:
+                raw = await response.read()
+        except aiohttp.ClientError as error:
+            raise ServerFailedError(f"{server}: {error!r}") from error
+        finally:
+            self._inflight[server] -= n
+        if response.status >= 500:
+            raise ServerFailedError(f"{server} answered {response.status}: {raw[:200]!r}")
+        if response.status != 200:
+            raise WireError(f"{server} refused the request with {response.status}: {raw[:500]!r}")
+        return parse_response(raw, n, server)
+
+
+def request_body(prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> bytes:
+    """The JSON of one request for ``n`` completions."""
+    sampling: dict[str, Any] = {
+        "n": n,
+        "max_tokens": params.max_tokens,
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "stop_token_ids": list(params.stop_token_ids),
+        "logprobs": 0,
+        "detokenize": False,
+    }
+    if params.seed is not None:
+        sampling["seed"] = params.seed
+    return json.dumps({"token_ids": list(prompt_ids), "sampling_params": sampling}).encode()
+
+
+def parse_response(raw: bytes, n: int, server: str) -> tuple[Completion, ...]:
+    """The ``n`` completions, in order of their index. Raises WireError naming ``server`` and what is wrong with its answer."""
+    try:
+        choices = sorted(_DECODER.decode(raw).choices, key=lambda choice: choice.index)
+    except msgspec.ValidationError as error:
+        raise WireError(f"{server}: answer not as expected: {error}") from error
+    except msgspec.DecodeError as error:
+        raise WireError(f"{server}: answer of {len(raw)} bytes is not JSON: {error}") from error
+    if [choice.index for choice in choices] != list(range(n)):
+        raise WireError(f"{server}: {len(choices)} choices where {n} were asked for")
+    return tuple(_completion(choice, server) for choice in choices)
+
+
+def _completion(choice: _Choice, server: str) -> Completion:
+    ids = tuple(choice.token_ids)
+    logprobs = tuple([token.logprob for token in choice.logprobs.content])
+    if len(logprobs) != len(ids) or any(token.token_id != id_ for token, id_ in zip(choice.logprobs.content, ids, strict=False)):
+        raise WireError(f"{server}: {len(logprobs)} log-probs that do not belong to the {len(ids)} tokens")
+    if not all(map(math.isfinite, logprobs)) or _NAN_LOGPROB in logprobs:
+        raise WireError(f"{server}: a sampled token with a log-prob that is not finite: the weights or the engine are broken")
+    spans = tuple(VersionSpan(parse_version(span.version, server), span.start, span.end) for span in choice.weight_versions or ())
+    edges = [0, *(span.end for span in spans)]
+    if [span.start for span in spans] != edges[:-1] or edges[-1] != len(ids) or any(s.start >= s.end for s in spans):
+        raise WireError(f"{server}: version spans {spans} do not cover {len(ids)} tokens")
+    if any(span.version == NO_VERSION for span in spans):
+        raise WireError(f"{server} generated with dummy weights: publish v0 and switch the server to it before sampling")
+    if any(a.version > b.version for a, b in itertools.pairwise(spans)):
+        raise WireError(f"{server}: policy versions fall within one completion: {spans}")
+    return Completion(ids, logprobs, spans, choice.finish_reason)

@@ -1,0 +1,107 @@
+"""Driving one vLLM server: which weights it serves, and the switch to a staged version.
+
+    pause (keep, clear caches) -> start -> update -> finish (label) -> resume
+
+Requests in flight stay: their KV is computed again under the new weights, and the engine's version spans say which policy made which token.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, Self
+
+import aiohttp
+
+from neox_rl.errors import DeadlineError, WeightError
+from neox_rl.types import NO_VERSION
+
+UNLABELED = "default"
+"""vLLM's label for weights that nobody published: dummy ones, here."""
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchTimes:
+    """Seconds in which the server generated nothing, and the part of them that loaded the weights."""
+
+    pause_s: float
+    load_s: float
+
+
+class VllmControl:
+    """``async with VllmControl(address) as control``. Every call has a deadline and names the server when it passes."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._session = aiohttp.ClientSession(address)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    async def healthy(self, deadline_s: float = 5.0) -> bool:
+        """Whether the health route answers 200 in time. Never raises."""
+        try:
+            await self._call("GET", "/health", deadline_s)
+        except (WeightError, DeadlineError):
+            return False
+        return True
+
+    async def live_version(self, deadline_s: float = 10.0) -> int:
+        """The policy version that the server attests; NO_VERSION while it has only dummy weights."""
+        label = (await self._call("GET", "/weight_info", deadline_s)).get("weight_version")
+        return parse_version(label, self.address)
+
+    async def init_weights(self, publisher_address: str, server: str, deadline_s: float = 30.0) -> None:
+        """Has every rank of the server stage from this publisher, in the background, and ack as ``<server>/<rank>``."""
+        info = {"address": publisher_address, "server": server}
+        await self._call("POST", "/init_weight_transfer_engine", deadline_s, json={"init_info": info})
+
+    async def switch(self, version: int, deadline_s: float) -> SwitchTimes:
+        """Makes the staged ``version`` live; requests in flight go on with it.
+
+        Raises WeightError or DeadlineError when it fails. The server is lost then: it stays paused, because its ranks may hold a mixture of
+        two policies, and must be stopped.
+        """
+        begin = time.perf_counter()
+        end = begin + deadline_s
+
+        def left() -> float:
+            return max(0.001, end - time.perf_counter())
+
+        await self._call("POST", "/pause", left(), params={"mode": "keep", "clear_cache": "true"})
+        paused = time.perf_counter()
+        await self._call("POST", "/start_weight_update", left())
+        info = {"version": version, "deadline_s": 0.5 * left()}
+        await self._call("POST", "/update_weights", left(), json={"update_info": info})
+        await self._call("POST", "/finish_weight_update", left(), json={"weight_version": str(version)})
+        loaded = time.perf_counter()
+        await self._call("POST", "/resume", left())
+        return SwitchTimes(time.perf_counter() - begin, loaded - paused)
+
+    async def _call(self, method: str, route: str, deadline_s: float, **request: Any) -> dict[str, Any]:
+        timeout = aiohttp.ClientTimeout(total=deadline_s)
+        try:
+            async with self._session.request(method, route, timeout=timeout, **request) as response:
+                if response.status != 200:
+                    text = (await response.text())[:500]
+                    raise WeightError(f"{self.address}{route} answered {response.status}: {text}; the server's log has the cause")
+                return dict(await response.json()) if response.content_type == "application/json" else {}
+        except TimeoutError as error:
+            raise DeadlineError(f"{self.address}{route}", deadline_s, "see the server's log") from error
+        except aiohttp.ClientError as error:
+            raise WeightError(f"{self.address}{route}: {error!r}: the server is gone") from error
+
+
+def parse_version(label: object, server: str) -> int:
+    """vLLM's weight label as a policy version; NO_VERSION for dummy weights. Raises WeightError for a label this project did not set."""
+    if label == UNLABELED:
+        return NO_VERSION
+    if isinstance(label, str) and label.isdecimal():
+        return int(label)
+    raise WeightError(f"{server} serves weights labeled {str(label)[:40]!r}, not a policy version: somebody else updates this server")

@@ -1,0 +1,132 @@
+"""One stock vLLM server process: its command line, its start, its end. The same code for CPU and GPU builds of vLLM.
+
+The model directory holds only ``config.json`` and the tokenizer: the server starts with dummy weights, and serves what the trainer
+publishes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+
+from neox_rl.errors import DeadlineError
+from neox_rl.guard import GuardedProcess, died, guarded_popen
+
+BACKEND = "zmq"
+_POLL_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSpec:
+    """What one server is. ``name`` is its name in logs and acks.
+
+    ``cores``: CPU cores of its tensor-parallel ranks as vLLM writes them ("0", "0-3", "0|1"); empty: vLLM chooses. ``gpus``: ids, "4,5";
+    empty on a CPU machine. ``dtype`` is float32, bfloat16 or float16.
+    """
+
+    name: str
+    model_dir: Path
+    host: str
+    port: int
+    dtype: str
+    max_model_len: int
+    max_num_seqs: int = 256
+    tensor_parallel_size: int = 1
+    enforce_eager: bool = True
+    seed: int = 0
+    cores: str = ""
+    gpus: str = ""
+    kv_cache_gib: float = 1.0
+    gpu_memory_frac: float = 0.85
+
+    @property
+    def address(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+    @property
+    def workers(self) -> frozenset[str]:
+        """The names under which its ranks ack a staged version."""
+        return frozenset(f"{self.name}/{rank}" for rank in range(self.tensor_parallel_size))
+
+
+def server_command(spec: ServerSpec, base_env: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+    """The argument vector and the whole environment of the server."""
+    argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(spec.model_dir), "--load-format", "dummy"]
+    argv += ["--host", spec.host, "--port", str(spec.port), "--dtype", spec.dtype, "--seed", str(spec.seed)]
+    argv += ["--max-model-len", str(spec.max_model_len), "--max-num-seqs", str(spec.max_num_seqs)]
+    argv += ["--tensor-parallel-size", str(spec.tensor_parallel_size), "--generation-config", "vllm"]
+    argv += ["--enable-scale-out", "--logprobs-mode", "processed_logprobs", "--enable-prefix-caching"]
+    argv += ["--weight-transfer-config", json.dumps({"backend": BACKEND})]
+    argv += ["--disable-log-stats", "--disable-uvicorn-access-log", "--uvicorn-log-level", "warning"]
+    if spec.enforce_eager:
+        argv.append("--enforce-eager")
+    if spec.gpus:
+        argv += ["--gpu-memory-utilization", str(spec.gpu_memory_frac)]
+    return argv, _environment(spec, base_env)
+
+
+def _environment(spec: ServerSpec, base_env: Mapping[str, str]) -> dict[str, str]:
+    env = dict(base_env)
+    env |= {
+        "VLLM_SERVER_DEV_MODE": "1",  # the pause, resume and weight routes
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if spec.gpus:
+        env["CUDA_VISIBLE_DEVICES"] = spec.gpus
+        return env
+    # Left out, each CPU server wants 92 % of the machine's memory, and all servers bind to core 0.
+    env["VLLM_CPU_KVCACHE_SPACE"] = f"{spec.kv_cache_gib:g}"
+    if spec.cores:
+        env["VLLM_CPU_OMP_THREADS_BIND"] = spec.cores
+        env["OMP_NUM_THREADS"] = str(min(num_cores(part) for part in spec.cores.split("|")))
+    return env
+
+
+def num_cores(cores: str) -> int:
+    """Cores in a list as vLLM writes it: "0,2-4" has 4."""
+    return len(core_ids(cores))
+
+
+def core_ids(cores: str) -> tuple[int, ...]:
+    """The cores of "0,2-4" or, over all tensor-parallel ranks, of "0|1"."""
+    found: list[int] = []
+    for part in cores.replace("|", ",").split(","):
+        first, _, last = part.strip().partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return tuple(found)
+
+
+def start(spec: ServerSpec, log_path: Path, base_env: Mapping[str, str]) -> GuardedProcess:
+    """Starts the server; returns before it is ready. End it with ``neox_rl.guard.stop``."""
+    argv, env = server_command(spec, base_env)
+    return guarded_popen(argv, env, log_path, core_ids(spec.cores) if spec.cores and not spec.gpus else None)
+
+
+async def wait_ready(spec: ServerSpec, process: GuardedProcess | None, deadline_s: float) -> None:
+    """Returns once the health route answers. ``process`` None: a server that runs elsewhere.
+
+    Raises ProcessDiedError with the end of the log as soon as the process ends, DeadlineError if it is not ready in time.
+    """
+    end = time.monotonic() + deadline_s
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5.0)) as session:
+        while time.monotonic() < end:
+            if process is not None and process.poll() is not None:
+                raise died(spec.name, process)
+            try:
+                async with session.get(f"{spec.address}/health") as response:
+                    if response.status == 200:
+                        return
+            except (aiohttp.ClientError, TimeoutError):
+                pass
+            await asyncio.sleep(_POLL_S)
+    hint = f"log {process.log_path}" if process is not None else "it is not started by this run"
+    raise DeadlineError(f"{spec.name} to answer {spec.address}/health", deadline_s, hint)

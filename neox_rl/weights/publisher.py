@@ -1,0 +1,156 @@
+"""Offers the newest snapshot to whoever asks: one thread beside the trainer's rank 0.
+
+    offer(v) --inproc--> loop --ROUTER--> workers that wait for a version > theirs; watchers hear of offers and acks
+
+Nothing here knows how many workers there are: they come, ask, and go. A worker gets at most one copy of a version at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import zmq
+
+from neox_rl.errors import WireError
+from neox_rl.framing import Frame
+from neox_rl.weights.snapshot import Snapshot
+from neox_rl.weights.wire import FETCH, FORGET_S, MAX_CONTROL_BYTES, OFFERED, STAGED, WATCH, control, prepare, read_control
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Peers:
+    """Who waits for what, by ROUTER identity."""
+
+    waiting: dict[bytes, int] = field(default_factory=dict)
+    sending: dict[bytes, tuple[int, zmq.MessageTracker]] = field(default_factory=dict)
+    watchers: dict[bytes, float] = field(default_factory=dict)
+    staged: dict[str, str] = field(default_factory=dict)
+
+
+class Publisher:
+    """A ROUTER bound at ``bind_host:port`` (port 0: a free one; ``address`` says which). Only the newest snapshot is kept.
+
+    Messages that are not of the protocol are counted in ``malformed`` and ignored.
+    """
+
+    def __init__(self, bind_host: str = "127.0.0.1", port: int = 0) -> None:
+        self._context = zmq.Context()
+        self._router = self._context.socket(zmq.ROUTER)
+        prepare(self._router)
+        self._router.setsockopt(zmq.MAXMSGSIZE, MAX_CONTROL_BYTES)
+        if port:
+            self._router.bind(f"tcp://{bind_host}:{port}")
+        else:
+            port = self._router.bind_to_random_port(f"tcp://{bind_host}")
+        self.address = f"tcp://{bind_host}:{port}"
+        self.malformed = 0
+        self._lock = threading.Lock()
+        self._offered: Snapshot | None = None
+        self._newest: Snapshot | None = None
+        self._peers = _Peers()
+        self._wake = self._context.socket(zmq.PAIR)
+        self._woken = self._context.socket(zmq.PAIR)
+        self._woken.bind("inproc://wake")
+        self._wake.connect("inproc://wake")
+        self._thread = threading.Thread(target=self._run, name="weight-publisher", daemon=True)
+        self._thread.start()
+
+    def offer(self, snapshot: Snapshot) -> None:
+        """Makes ``snapshot`` the newest. Returns at once; versions must rise."""
+        with self._lock:
+            if self._wake.closed:
+                raise WireError(f"v{snapshot.version} offered to a closed publisher")
+            if self._offered is not None and snapshot.version <= self._offered.version:
+                raise WireError(f"v{snapshot.version} offered after v{self._offered.version}: versions must rise")
+            self._offered = snapshot
+            self._wake.send(b"offer")
+
+    def close(self) -> None:
+        """Stops the thread. Copies that are under way are dropped. A second call does nothing."""
+        with self._lock:
+            if self._wake.closed:
+                return
+            self._wake.send(b"close")
+            self._wake.close(linger=1000)
+        self._thread.join(timeout=10.0)
+        self._context.destroy(linger=0)
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._router, zmq.POLLIN)
+        poller.register(self._woken, zmq.POLLIN)
+        while True:
+            ready = dict(poller.poll())
+            if self._woken in ready:
+                if self._woken.recv() == b"close":
+                    self._router.close()
+                    self._woken.close()
+                    return
+                self._announce()
+            if self._router in ready:
+                identity, *frames = self._router.recv_multipart()
+                try:
+                    self._answer(identity, *read_control(frames, (FETCH, STAGED, WATCH)))
+                except WireError as error:
+                    self.malformed += 1
+                    logger.warning("ignored a message on the weights socket: %s", error)
+
+    def _announce(self) -> None:
+        with self._lock:
+            self._newest = newest = self._offered
+        assert newest is not None
+        self._peers.staged.clear()
+        self._tell_watchers(control(OFFERED, version=newest.version, digest=newest.digest))
+        for identity, have in list(self._peers.waiting.items()):
+            self._send_newest(identity, have)
+
+    def _answer(self, identity: bytes, kind: str, fields: dict[str, Any]) -> None:
+        if kind == FETCH:
+            self._send_newest(identity, fields["have"])
+        elif kind == STAGED:
+            self._note_staged(fields)
+        else:
+            self._peers.watchers[identity] = time.monotonic()
+            if newest := self._newest:
+                self._send(identity, control(OFFERED, version=newest.version, digest=newest.digest))
+                for who, digest in self._peers.staged.items():
+                    self._send(identity, control(STAGED, version=newest.version, who=who, digest=digest))
+
+    def _send_newest(self, identity: bytes, have: int) -> None:
+        newest = self._newest
+        if newest is None or newest.version <= have:
+            self._peers.waiting[identity] = have
+            return
+        version, tracker = self._peers.sending.get(identity, (-1, None))
+        if version == newest.version and tracker is not None and not tracker.done:
+            return  # a repeated request while the bytes are on their way: a second copy would only delay the first
+        self._peers.waiting.pop(identity, None)
+        self._peers.sending = {peer: sent for peer, sent in self._peers.sending.items() if not sent[1].done}
+        tracker = self._router.send_multipart([identity, *newest.frames], copy=False, track=True)
+        assert tracker is not None
+        self._peers.sending[identity] = (newest.version, tracker)
+
+    def _note_staged(self, fields: dict[str, Any]) -> None:
+        newest = self._newest
+        if newest is None or fields["version"] > newest.version:
+            raise WireError(f"{fields['who']} staged v{fields['version']}, which was not offered")
+        if fields["version"] == newest.version:
+            if fields["digest"] != newest.digest:
+                raise WireError(f"{fields['who']} staged v{newest.version} with digest {fields['digest']}, offered was {newest.digest}")
+            self._peers.staged[fields["who"]] = fields["digest"]
+        self._tell_watchers(control(STAGED, **fields))
+
+    def _tell_watchers(self, message: list[Frame]) -> None:
+        now = time.monotonic()
+        self._peers.watchers = {peer: seen for peer, seen in self._peers.watchers.items() if now - seen < FORGET_S}
+        for identity in self._peers.watchers:
+            self._send(identity, message)
+
+    def _send(self, identity: bytes, message: list[Frame]) -> None:
+        self._router.send_multipart([identity, *message])

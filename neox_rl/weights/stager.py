@@ -1,0 +1,117 @@
+"""Fetches and verifies new versions in a thread of the vLLM worker, while generation goes on.
+
+At most ``KEEP`` verified versions are held, the newest ones: the orchestrator switches to a version that every worker has acked, and by
+then the next one may have arrived.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import zmq
+
+from neox_rl.errors import DeadlineError, WeightError
+from neox_rl.weights.snapshot import read_snapshot
+from neox_rl.weights.wire import FETCH, RESEND_S, STAGED, control, prepare
+
+logger = logging.getLogger(__name__)
+KEEP = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A verified version, not yet live."""
+
+    version: int
+    digest: str
+    tensors: Mapping[str, torch.Tensor]
+
+
+class Stager:
+    """Keeps the newest versions that the publisher at ``address`` offers. ``who`` is ``<server>/<rank>``, the name in the acks."""
+
+    def __init__(self, address: str, who: str, resend_s: float = RESEND_S) -> None:
+        self.address, self.who = address, who
+        self._resend_s = resend_s
+        self._changed = threading.Condition()
+        self._held: dict[int, Staged] = {}
+        self._failure = ""
+        self._have = -1
+        self._closing = False
+        self._context = zmq.Context()
+        self._thread = threading.Thread(target=self._run, name="weight-stager", daemon=True)
+        self._thread.start()
+
+    def take(self, version: int, deadline_s: float) -> Staged:
+        """Hands over ``version`` and forgets it and every older one.
+
+        Raises WeightError when it was superseded, DeadlineError naming version and publisher when it does not come in time.
+        """
+        end = time.monotonic() + deadline_s
+        with self._changed:
+            while version not in self._held:
+                if self._held and min(self._held) > version:
+                    raise WeightError(f"{self.who}: v{version} is gone, staged are {sorted(self._held)}: switch to one of these")
+                left = end - time.monotonic()
+                if left <= 0 or self._closing:
+                    hint = self._failure or f"staged are {sorted(self._held)}; is the publisher there?"
+                    raise DeadlineError(f"{self.who} to stage v{version} from {self.address}", deadline_s, hint)
+                self._changed.wait(left)
+            taken = self._held[version]
+            self._held = {held: staged for held, staged in self._held.items() if held > version}
+            return taken
+
+    def close(self) -> None:
+        """Stops the thread and frees what is staged. A second call does nothing."""
+        with self._changed:
+            self._closing = True
+            self._held.clear()
+            self._changed.notify_all()
+        self._context.term()
+        self._thread.join(timeout=10.0)
+
+    def _run(self) -> None:
+        socket = self._context.socket(zmq.DEALER)
+        try:
+            prepare(socket)
+            socket.connect(self.address)
+            while not self._closing:
+                self._ask(socket)
+                while socket.poll(round(self._resend_s * 1000)):
+                    if self._receive(socket):
+                        self._ask(socket)
+        except zmq.ContextTerminated:
+            pass
+        finally:
+            socket.close(linger=0)
+
+    def _ask(self, socket: zmq.SyncSocket) -> None:
+        """Asks for what comes next, and repeats the newest ack in case the publisher never heard it."""
+        with self._changed:
+            newest = self._held.get(self._have)
+        if newest is not None:
+            socket.send_multipart(control(STAGED, version=newest.version, who=self.who, digest=newest.digest))
+        socket.send_multipart(control(FETCH, have=self._have, who=self.who))
+
+    def _receive(self, socket: zmq.SyncSocket) -> bool:
+        """Whether a newer version was staged. A bad one is refused, and asked for again after ``resend_s``."""
+        frames = [frame.buffer for frame in socket.recv_multipart(copy=False)]
+        try:
+            version, digest, tensors = read_snapshot(frames)
+        except WeightError as error:
+            logger.error("%s refused a snapshot from %s: %s", self.who, self.address, error)
+            self._failure = str(error)
+            return False
+        if version <= self._have:
+            return False
+        with self._changed:
+            self._have, self._failure = version, ""
+            self._held[version] = Staged(version, digest, tensors)
+            self._held = {held: self._held[held] for held in sorted(self._held)[-KEEP:]}
+            self._changed.notify_all()
+        return True

@@ -1,0 +1,83 @@
+"""The weight-transfer engine inside each vLLM worker: staged in the background, loaded in the pause.
+
+vLLM's ``start_weight_update`` and ``finish_weight_update`` do nothing here. The whole load is in ``update_weights``, after the version is
+in hand and verified, so that a version that never came leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from neox_rl.errors import WeightError
+from neox_rl.weights.stager import Stager
+
+logger = init_logger("vllm.neox_rl")
+
+
+@dataclass
+class ZmqInit(WeightTransferInitInfo):
+    """``address`` of the publisher; ``server``, this server's name in the acks."""
+
+    address: str
+    server: str
+
+
+@dataclass
+class ZmqUpdate(WeightTransferUpdateInfo):
+    """The version to load, and how long to wait for it if it is not yet staged."""
+
+    version: int
+    deadline_s: float
+
+
+class ZmqWeightTransferEngine(WeightTransferEngine[ZmqInit, ZmqUpdate]):
+    """Every tensor-parallel rank fetches whole tensors; vLLM's weight loaders take its shard."""
+
+    init_info_cls = ZmqInit
+    update_info_cls = ZmqUpdate
+    _stager: Stager | None = None
+
+    def init_transfer_engine(self, init_info: ZmqInit) -> None:
+        """Starts staging from the publisher. A second call replaces the first: the trainer may have come back elsewhere."""
+        self.shutdown()
+        self._stager = Stager(init_info.address, f"{init_info.server}/{self.parallel_config.rank}")
+
+    def start_weight_update(self) -> None:
+        pass
+
+    def update_weights(self, update_info: dict[str, object]) -> None:
+        # The base class synchronizes the accelerator, which raises where there is none.
+        self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: ZmqUpdate) -> None:
+        """Loads one staged version. Raises DeadlineError or WeightError; a WeightError after the load began means a broken model."""
+        if self._stager is None:
+            raise WeightError("no publisher: POST /init_weight_transfer_engine first")
+        staged = self._stager.take(update_info.version, update_info.deadline_s)
+        begin = time.perf_counter()
+        expected = {name for name, _ in self.model.named_parameters()}
+        initialize_layerwise_reload(self.model)
+        load: Callable[[Iterable[tuple[str, torch.Tensor]]], set[str]] = getattr(self.model, "load_weights")  # noqa: B009
+        loaded = load(staged.tensors.items())
+        # vLLM only warns about layers that got nothing and keeps their old weights: a mixture of two policies.
+        if missing := expected - set(loaded):
+            raise WeightError(f"v{staged.version} has no weights for {sorted(missing)[:5]} ({len(missing)} in all)")
+        finalize_layerwise_reload(self.model, self.model_config)  # type: ignore[no-untyped-call]
+        logger.info("v%d (%s) loaded in %.1f ms", staged.version, staged.digest, (time.perf_counter() - begin) * 1e3)
+
+    def finish_weight_update(self) -> None:
+        pass
+
+    def shutdown(self) -> None:
+        if self._stager is not None:
+            self._stager.close()
+            self._stager = None

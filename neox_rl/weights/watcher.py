@@ -1,0 +1,124 @@
+"""The orchestrator's view of the ``weights`` socket: which version is offered, and which workers have staged it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Collection
+from typing import Any, Self
+
+import zmq
+import zmq.asyncio
+
+from neox_rl.errors import DeadlineError, WireError
+from neox_rl.weights.wire import OFFERED, RESEND_S, STAGED, WATCH, control, prepare, read_control
+
+logger = logging.getLogger(__name__)
+_REMEMBER = 4
+
+
+class Watcher:
+    """``async with Watcher(address) as watcher``. The publisher may come later, or come back.
+
+    ``offered`` is the newest offered version, -1 before the first; ``staged`` maps version to the workers that hold it.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.offered = -1
+        self.digest = ""
+        self.staged: dict[int, set[str]] = {}
+        self.malformed = 0
+        self._changed = asyncio.Condition()
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._run(), name="weight-watcher")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def wait_offered(self, after_version: int, deadline_s: float) -> int:
+        """The newest offered version once it is > ``after_version``. Raises DeadlineError."""
+        found = await self._wait(lambda: self.offered if self.offered > after_version else None, deadline_s)
+        if found is None:
+            raise DeadlineError(f"a policy version after v{after_version} from {self.address}", deadline_s, "is the trainer alive?")
+        return found
+
+    async def wait_staged(self, version: int, who: Collection[str], deadline_s: float) -> int:
+        """The newest version >= ``version`` that every worker in ``who`` holds, once there is one.
+
+        A slow worker may skip a version that was superseded before it asked, so waiting for exactly ``version`` could last forever.
+        Raises DeadlineError naming the missing workers.
+        """
+        wanted = set(who)
+
+        def common() -> int | None:
+            return max((held for held, workers in self.staged.items() if held >= version and workers >= wanted), default=None)
+
+        found = await self._wait(common, deadline_s)
+        if found is None:
+            late = {held: wanted - workers for held, workers in self.staged.items() if held >= version} or {version: wanted}
+            best = min(late, key=lambda held: (len(late[held]), -held))
+            what = f"v{best} to be staged by {', '.join(sorted(late[best]))}"
+            raise DeadlineError(what, deadline_s, f"offered by {self.address} is v{self.offered}; see the servers' logs")
+        return found
+
+    async def _wait(self, check: Callable[[], int | None], deadline_s: float) -> int | None:
+        try:
+            async with asyncio.timeout(deadline_s), self._changed:
+                await self._changed.wait_for(lambda: check() is not None or self._failed())
+        except TimeoutError:
+            return None
+        return check()
+
+    def _failed(self) -> bool:
+        """Re-raises what ended the receiving task: a waiter must not sleep to its deadline for it."""
+        if self._task is not None and self._task.done():
+            self._task.result()
+        return False
+
+    async def _run(self) -> None:
+        context = zmq.asyncio.Context()
+        socket = context.socket(zmq.DEALER)
+        try:
+            prepare(socket)
+            socket.connect(self.address)
+            await self._listen(socket)
+        finally:
+            socket.close(linger=0)
+            context.term()
+            async with self._changed:
+                self._changed.notify_all()
+
+    async def _listen(self, socket: zmq.asyncio.Socket) -> None:
+        due = 0.0
+        while True:
+            if time.monotonic() >= due:
+                await socket.send_multipart(control(WATCH))
+                due = time.monotonic() + RESEND_S
+            if not await socket.poll(max(1, round((due - time.monotonic()) * 1000))):
+                continue
+            frames = await socket.recv_multipart()
+            try:
+                kind, fields = read_control(frames, (OFFERED, STAGED))
+            except WireError as error:
+                self.malformed += 1
+                logger.warning("ignored a message on the weights socket: %s", error)
+                continue
+            async with self._changed:
+                self._note(kind, fields)
+                self._changed.notify_all()
+
+    def _note(self, kind: str, fields: dict[str, Any]) -> None:
+        version = fields["version"]
+        if kind == OFFERED:
+            self.offered, self.digest = version, fields["digest"]
+        else:
+            self.staged.setdefault(version, set()).add(fields["who"])
+            for old in sorted(self.staged)[:-_REMEMBER]:
+                del self.staged[old]
