@@ -17,7 +17,9 @@ class NeoXConfig:
     hidden_size: int = key(192, "width of the residual stream", low=1)
     num_attention_heads: int = key(6, "query heads", low=1)
     num_kv_heads: int = key(0, "key/value heads (grouped-query attention); 0: as many as query heads", low=0)
-    intermediate_size: int = key(0, "MLP size before NeoX's gating rule (see mlp_width: swiglu gives a third of it); 0: 4 x hidden_size", low=0)
+    intermediate_size: int = key(
+        0, "MLP size before NeoX's gating rule (see mlp_width: swiglu gives a third of it); 0: 4 x hidden_size", low=0
+    )
     mlp_multiple_of: int = key(1, "the MLP width is rounded up to a multiple of this", low=1)
     seq_length: int = key(256, "longest sequence (prompt and completion)", low=2)
     max_position_embeddings: int = key(0, "largest position; 0: seq_length", low=0)
@@ -36,18 +38,26 @@ class NeoXConfig:
     make_vocab_size_divisible_by: int = key(8, "the vocabulary is padded to a multiple of this times TP", low=1)
     init_std: float = key(0.02, "standard deviation of the initial weights", low=0.0)
     # precision
-    precision: str = key("fp32", "training precision; the blocks fp16: {enabled, type} and bf16: {enabled} of NeoX files set it too", choices=("fp32", "bfloat16"))
+    precision: str = key(
+        "fp32",
+        "training precision; the blocks fp16: {enabled, type} and bf16: {enabled} of NeoX files set it too",
+        choices=("fp32", "bfloat16"),
+    )
     # parallelism
     model_parallel_size: int = key(1, "tensor parallel ranks (TP)", low=1)
     pipe_parallel_size: int = key(1, "pipeline stages (PP)", low=0)
     sequence_parallel: bool = key(False, "split norms and residuals along the sequence over the TP ranks")
-    zero_optimization: dict[str, Any] = field(default_factory=dict, metadata={"doc": "ZeRO: {stage: 0 or 1}; stage 1 shards optimizer states over DP"})
+    zero_optimization: dict[str, Any] = field(
+        default_factory=dict, metadata={"doc": "ZeRO: {stage: 0 or 1}; stage 1 shards optimizer states over DP"}
+    )
     num_gpus: int = key(1, "training ranks on this node (processes; on a CPU machine too)", low=1)
     checkpoint_activations: bool = key(False, "recompute activations in the backward pass")
     distributed_backend: str = key("auto", "gloo on CPU, nccl on CUDA", choices=("auto", "gloo", "nccl"))
     # optimization
     train_iters: int = key(100, "RL optimizer steps", low=0)
-    gradient_accumulation_steps: int = key(1, "least number of micro-batches a rank and step; packing adds more where tokens need it", low=1)
+    gradient_accumulation_steps: int = key(
+        1, "least number of micro-batches a rank and step; packing adds more where tokens need it", low=1
+    )
     optimizer: dict[str, Any] = field(
         default_factory=lambda: {"type": "Adam", "params": {"lr": 2e-4, "betas": [0.9, 0.95], "eps": 1e-8}},
         metadata={"doc": "{type: Adam, params: {lr, betas, eps}}; AdamW with weight_decay"},

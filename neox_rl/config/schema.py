@@ -81,7 +81,9 @@ class StalenessConfig:
     mode: str = key("token", "token: mask older tokens; strict: wait, so that none is older", choices=("token", "strict"))
     admission_slack: int = key(1, "eta: ticket k is admitted once the live version is >= floor(k/B) - eta", low=0)
     delivery_slack: int = key(1, "rho: how many steps late a group may be trained", low=0)
-    stale_tokens: str = key("mask", "tokens beyond the bound in token mode: no gradient, or a truncated ratio", choices=("mask", "truncate"))
+    stale_tokens: str = key(
+        "mask", "tokens beyond the bound in token mode: no gradient, or a truncated ratio", choices=("mask", "truncate")
+    )
     dynamic_sampling: bool = key(False, "refuse groups whose rewards are all equal and hand their ticket on")
     max_refusals: int = key(8, "refusals in a row of one ticket before its group is accepted as it is", low=0)
 
@@ -180,7 +182,9 @@ class LoggingConfig:
 class DebugConfig:
     """Running one half of the system."""
 
-    mode: str = key("run", "run everything; generate without training; train on recorded batches", choices=("run", "rollout_only", "train_only"))
+    mode: str = key(
+        "run", "run everything; generate without training; train on recorded batches", choices=("run", "rollout_only", "train_only")
+    )
     record_batches: str = key("", "write every delivered batch to this directory")
     batches: str = key("", "train_only: directory of recorded batches")
 

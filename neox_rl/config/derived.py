@@ -1,0 +1,98 @@
+"""What follows from a configuration: pure functions of it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from neox_rl.config.rules_model import LLAMA, model_family
+from neox_rl.config.run import RunConfig
+
+PROMPT_MARKERS = 4
+"""Words of a symbolic prompt beside the numbers: ``numbers ... target t search``."""
+HF_DTYPES = {"fp32": "float32", "bfloat16": "bfloat16"}
+
+
+def staleness_bound(config: RunConfig) -> int:
+    """S = eta + rho, in optimizer steps: no token older than this gets a gradient (strict: none older exists)."""
+    return config.metarl.staleness.admission_slack + config.metarl.staleness.delivery_slack
+
+
+def data_parallel_size(config: RunConfig) -> int:
+    """DP of one node: num_gpus / (TP x PP)."""
+    n = config.neox
+    return n.num_gpus // (n.model_parallel_size * n.pipe_stages)
+
+
+def prompt_tokens(config: RunConfig) -> int | None:
+    """Tokens of a prompt under the symbolic tokenizer; None where another tokenizer makes them differ from problem to problem."""
+    problems = config.metarl.problems
+    if problems.source == "jsonl" or config.metarl.tokenizer.path:
+        return None
+    return PROMPT_MARKERS + problems.num_numbers
+
+
+def padded_vocab_size(config: RunConfig, vocab_size: int) -> int:
+    """Rows of the training ranks' embedding: a multiple of make_vocab_size_divisible_by x TP, as in GPT-NeoX."""
+    multiple = config.neox.make_vocab_size_divisible_by * config.neox.model_parallel_size
+    return math.ceil(vocab_size / multiple) * multiple
+
+
+def num_parameters(config: RunConfig, vocab_size: int) -> int:
+    """Parameters of the HF model, without the padding of the vocabulary."""
+    n = config.neox
+    h, kv, width, vocab = n.hidden_size, n.kv_heads * n.head_dim, n.mlp_width, vocab_size * n.hidden_size
+    embeddings = vocab * (2 if n.no_weight_tying else 1)
+    if model_family(config) == LLAMA:
+        return embeddings + h + n.num_layers * (2 * h * h + 2 * h * kv + 3 * h * width + 2 * h)
+    attention, mlp, norms = 4 * h * h + 4 * h, 2 * h * width + width + h, 4 * h
+    return embeddings + 2 * h + n.num_layers * (attention + mlp + norms)
+
+
+def hf_config(config: RunConfig, vocab_size: int, *, eos_id: int = 1, pad_id: int = 0) -> dict[str, Any]:
+    """The ``config.json`` of the model for transformers and vLLM. ``vocab_size`` is the tokenizer's, not the padded one.
+
+    Rotary settings stand both as ``rope_parameters`` (transformers 5) and under the older names, which a reader of either kind needs:
+    one that finds neither falls back to its own base without a word.
+    """
+    n = config.neox
+    common: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": n.hidden_size,
+        "num_hidden_layers": n.num_layers,
+        "num_attention_heads": n.num_attention_heads,
+        "intermediate_size": n.mlp_width,
+        "max_position_embeddings": n.max_positions,
+        "initializer_range": n.init_std,
+        "tie_word_embeddings": not n.no_weight_tying,
+        "bos_token_id": None,
+        "eos_token_id": eos_id,
+        "pad_token_id": pad_id,
+        "dtype": HF_DTYPES[n.precision],
+        "use_cache": True,
+    }
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(n.rotary_emb_base)}
+    if model_family(config) == LLAMA:
+        return common | {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "num_key_value_heads": n.kv_heads,
+            "head_dim": n.head_dim,
+            "hidden_act": "silu",
+            "rms_norm_eps": n.rms_norm_epsilon,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "rope_theta": rope["rope_theta"],
+            "rope_parameters": rope,
+        }
+    return common | {
+        "architectures": ["GPTNeoXForCausalLM"],
+        "model_type": "gpt_neox",
+        "hidden_act": "gelu",
+        "layer_norm_eps": n.layernorm_epsilon,
+        "use_parallel_residual": n.gpt_j_residual,
+        "attention_bias": True,
+        "rotary_pct": n.rotary_pct,
+        "rotary_emb_base": n.rotary_emb_base,
+        "rope_parameters": rope | {"partial_rotary_factor": n.rotary_pct},
+    }

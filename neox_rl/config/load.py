@@ -1,0 +1,99 @@
+"""NeoX YAML files and ``--set`` overrides to one ``RunConfig``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from neox_rl.config.leaves import BLOCK, blocks, convert, leaves, nearest
+from neox_rl.config.machine import Machine
+from neox_rl.config.neox import NeoXConfig
+from neox_rl.config.neox_compat import drop_unread, precision_blocks
+from neox_rl.config.rules import check
+from neox_rl.config.run import RunConfig
+from neox_rl.config.schema import MetaRLConfig
+from neox_rl.config.source import Entry, override, read_files
+from neox_rl.errors import ConfigError
+
+OPTIMIZER_DEFAULTS: Mapping[str, Any] = {"lr": 2e-4, "betas": [0.9, 0.95], "eps": 1e-8}
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A typed configuration whose rules are not checked yet, and notes on NeoX keys that the run does not read."""
+
+    config: RunConfig
+    notes: tuple[str, ...]
+
+
+def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = (), machine: Machine | None = None) -> RunConfig:
+    """The configuration of ``paths``, merged, with ``key=value`` overrides on top, obeying every rule on ``machine`` (default: this one).
+
+    Raises ConfigError naming the key, its value and place, the rule and the fix; several broken rules come in one error.
+    """
+    config = parse(paths, overrides).config
+    check(config, machine or Machine.here())
+    return config
+
+
+def load_resolved(path: str | Path) -> RunConfig:
+    """The ``config.yml`` that the launcher resolved and checked, for the processes of the run, wherever they are."""
+    return parse([path]).config
+
+
+def parse(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Parsed:
+    """Merge, convert and build, without the rules between keys."""
+    table, notes = drop_unread(precision_blocks(override(read_files(paths), overrides)))
+    values = {leaf.path: copy.deepcopy(leaf.default) for leaf in leaves().values()}
+    for path, entry in table.items():
+        if path in leaves():
+            values[path] = convert(leaves()[path], entry.value, entry.where)
+    _reach_into(values, {path: entry for path, entry in table.items() if path not in leaves()})
+    values["optimizer"] = _optimizer(values["optimizer"])
+    return Parsed(RunConfig(_build(NeoXConfig, "", values), _build(MetaRLConfig, BLOCK + ".", values)), tuple(notes))
+
+
+def _reach_into(values: dict[str, Any], rest: Mapping[str, Entry]) -> None:
+    """Apply ``optimizer.params.lr=...`` style settings; any other path is unknown."""
+    for path, entry in rest.items():
+        head, *inner = path.split(".")
+        target = values.get(head)
+        if not inner or not isinstance(target, dict) or entry.where != "--set":
+            raise _unknown(path, entry)
+        for name in inner[:-1]:
+            target = target.setdefault(name, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"--set {path}: {name} in {head} is the value {target!r}, not a block of keys; set {name} itself")
+        target[inner[-1]] = entry.value
+        values[head] = convert(leaves()[head], values[head], entry.where)
+
+
+def _unknown(path: str, entry: Entry) -> ConfigError:
+    if path in blocks():
+        return ConfigError(f"{path} ({entry.where}): is a block of keys, not a key; set one of its keys, as {path}.<key>")
+    close = nearest(path)
+    hint = f"did you mean {close}?" if close else "see configs/README.md for all keys"
+    return ConfigError(f"{path} ({entry.where}): is no key of this project; {hint}")
+
+
+def _optimizer(given: dict[str, Any]) -> dict[str, Any]:
+    """Absent parameters of the optimizer filled with their defaults, so that the resolved file says everything."""
+    params = given.get("params", {})
+    return {
+        "type": "Adam",
+        **given,
+        "params": {**copy.deepcopy(dict(OPTIMIZER_DEFAULTS)), **params} if isinstance(params, dict) else params,
+    }
+
+
+def _build(cls: type[Any], prefix: str, values: Mapping[str, Any]) -> Any:
+    hints = get_type_hints(cls)
+    return cls(
+        **{
+            f.name: _build(hints[f.name], f"{prefix}{f.name}.", values) if is_dataclass(hints[f.name]) else values[prefix + f.name]
+            for f in fields(cls)
+        }
+    )

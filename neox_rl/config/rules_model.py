@@ -1,0 +1,249 @@
+"""Rules on the model, its parallel layout and the optimizer. Each yields one message a broken value: value, rule, fix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from neox_rl.config.machine import Machine
+from neox_rl.config.run import RunConfig
+
+VLLM_CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Head sizes that vLLM's CPU attention kernels are built for; any other dies when the server loads the model."""
+LLAMA, GPT_NEOX = "llama", "gpt_neox"
+ADAM_PARAMS = frozenset({"lr", "betas", "eps"})
+ZERO_TUNING = frozenset(
+    {
+        "stage",
+        "allgather_partitions",
+        "allgather_bucket_size",
+        "overlap_comm",
+        "reduce_scatter",
+        "reduce_bucket_size",
+        "contiguous_gradients",
+        "cpu_offload",
+    }
+)
+
+
+def model_family(config: RunConfig) -> str:
+    """The HF architecture that holds this model: ``llama`` after its norm, else ``gpt_neox``. ``one_family`` says whether it fits."""
+    return LLAMA if config.neox.norm == "rmsnorm" else GPT_NEOX
+
+
+def one_family(config: RunConfig, machine: Machine) -> Iterator[str]:
+    """The servers load HF checkpoints, and HF knows two of the models that NeoX keys can spell."""
+    n = config.neox
+    wanted: dict[str, object]
+    if model_family(config) == LLAMA:
+        name = "norm rmsnorm makes a LlamaForCausalLM"
+        wanted = {
+            "activation": "swiglu",
+            "use_bias_in_attn_linear": False,
+            "use_bias_in_mlp": False,
+            "gpt_j_residual": False,
+            "rotary_pct": 1.0,
+        }
+    else:
+        name = "norm layernorm makes a GPTNeoXForCausalLM"
+        wanted = {"activation": "gelu", "use_bias_in_norms": True, "use_bias_in_attn_linear": True, "use_bias_in_mlp": True}
+        wanted["num_kv_heads"] = n.num_attention_heads if n.num_kv_heads else 0
+    for key, value in wanted.items():
+        if getattr(n, key) != value:
+            yield (
+                f"{key} = {_yaml(getattr(n, key))}: {name}, which needs {key}: {_yaml(value)}; set it so, or choose the other family with"
+                f" norm: {'layernorm' if model_family(config) == LLAMA else 'rmsnorm'}"
+            )
+
+
+def heads_divide_width(config: RunConfig, machine: Machine) -> Iterator[str]:
+    n = config.neox
+    if n.hidden_size % n.num_attention_heads:
+        low = n.hidden_size // n.num_attention_heads * n.num_attention_heads
+        yield (
+            f"hidden_size = {n.hidden_size}: must be a multiple of num_attention_heads = {n.num_attention_heads}; "
+            f"take {low or n.num_attention_heads} or {low + n.num_attention_heads}"
+        )
+
+
+def head_size_served(config: RunConfig, machine: Machine) -> Iterator[str]:
+    """Only servers that the run itself starts on this CPU machine are known to lack the other head sizes."""
+    n, servers = config.neox, config.metarl.servers
+    if config.metarl.rollout.generator != "vllm" or servers.addresses or machine.num_gpus or not config_is_local(config):
+        return
+    if config.metarl.debug.mode != "train_only" and n.hidden_size % n.num_attention_heads == 0 and n.head_dim not in VLLM_CPU_HEAD_DIMS:
+        fits = [d for d in VLLM_CPU_HEAD_DIMS if n.hidden_size % d == 0]
+        yield (
+            f"hidden_size / num_attention_heads = {n.head_dim}: vLLM on CPU serves head sizes {', '.join(map(str, VLLM_CPU_HEAD_DIMS))}; "
+            + (
+                f"set num_attention_heads: {n.hidden_size // fits[0]} for heads of {fits[0]}"
+                if fits
+                else "set hidden_size to a multiple of 32"
+            )
+        )
+
+
+def rotary_dimensions(config: RunConfig, machine: Machine) -> Iterator[str]:
+    n = config.neox
+    if (dims := int(n.head_dim * n.rotary_pct)) < 2 or dims % 2:
+        yield (
+            f"rotary_pct = {n.rotary_pct}: rotates {dims} of {n.head_dim} dimensions of a head, must be an even number >= 2; "
+            f"take {max(2, dims - dims % 2) / max(n.head_dim, 1):g}"
+        )
+
+
+def kv_heads_divide(config: RunConfig, machine: Machine) -> Iterator[str]:
+    n = config.neox
+    if n.num_attention_heads % n.kv_heads:
+        divisors = [d for d in range(1, n.num_attention_heads + 1) if n.num_attention_heads % d == 0]
+        yield f"num_kv_heads = {n.num_kv_heads}: must divide num_attention_heads = {n.num_attention_heads}; take one of {divisors}"
+
+
+def tensor_parallel_divides(config: RunConfig, machine: Machine) -> Iterator[str]:
+    """Heads, key/value heads and MLP columns are split whole over the training TP ranks and over each server's."""
+    n, servers = config.neox, config.metarl.servers
+    sizes = {"num_attention_heads": n.num_attention_heads, "num_kv_heads": n.kv_heads, "the MLP width": n.mlp_width}
+    for key, tp in (("model_parallel_size", n.model_parallel_size), ("metarl.servers.tensor_parallel_size", servers.tensor_parallel_size)):
+        for name, size in sizes.items():
+            if size % tp:
+                yield f"{key} = {tp}: must divide {name} = {size}; lower {key} or change the model"
+
+
+def mlp_width_whole(config: RunConfig, machine: Machine) -> Iterator[str]:
+    """GPT-NeoX rounds the two projections of an MLP apart; where they disagree its model does not run."""
+    n = config.neox
+    size, multiple = n.intermediate_size or 4 * n.hidden_size, n.mlp_multiple_of
+    out = int(size * 2 / 3) if n.activation == "swiglu" else size
+    per_width = 2 if n.activation == "swiglu" else 1
+    rounded = -(-out // (2 * multiple)) * 2 * multiple
+    if rounded != per_width * n.mlp_width:
+        fit = (3 if n.activation == "swiglu" else 2) * multiple
+        yield (
+            f"intermediate_size = {n.intermediate_size}: GPT-NeoX's gating and mlp_multiple_of = {multiple} give projections of {rounded}"
+            f" and {n.mlp_width} columns, which do not fit; take {-(-size // fit) * fit}"
+        )
+
+
+def stages_hold_layers(config: RunConfig, machine: Machine) -> Iterator[str]:
+    n = config.neox
+    if n.pipe_stages > n.num_layers:
+        yield f"pipe_parallel_size = {n.pipe_parallel_size}: each stage holds a layer at least, and num_layers = {n.num_layers}; lower it"
+
+
+def stages_are_even(config: RunConfig, machine: Machine) -> Iterator[str]:
+    n = config.neox
+    if n.num_layers % n.pipe_stages:
+        yield (
+            f"pipe_parallel_size = {n.pipe_parallel_size}: does not divide num_layers = {n.num_layers}, so every step waits for the longest"
+            " stage; change one of them"
+        )
+
+
+def ranks_divide(config: RunConfig, machine: Machine) -> Iterator[str]:
+    n = config.neox
+    cell = n.model_parallel_size * n.pipe_stages
+    if config_is_local(config) and n.num_gpus % cell:
+        up = -(-n.num_gpus // cell) * cell
+        yield (
+            f"num_gpus = {n.num_gpus}: must be a multiple of model_parallel_size x pipe_parallel_size = {n.model_parallel_size} x"
+            f" {n.pipe_stages}; set num_gpus: {up} (training ranks; on a CPU machine they are processes)"
+        )
+
+
+def sequence_parallel_needs_tp(config: RunConfig, machine: Machine) -> Iterator[str]:
+    n = config.neox
+    if n.sequence_parallel and n.model_parallel_size == 1:
+        yield (
+            "sequence_parallel = true: splits the sequence over TP ranks, but model_parallel_size = 1; set model_parallel_size: 2 or"
+            " sequence_parallel: false"
+        )
+
+
+def zero_stage(config: RunConfig, machine: Machine) -> Iterator[str]:
+    zero = config.neox.zero_optimization
+    stage = zero.get("stage", 0)
+    if type(stage) is not int or stage not in (0, 1):
+        yield f"zero_optimization.stage = {stage!r}: must be 0 or 1 (optimizer states sharded over DP); set stage: 1"
+    for key in sorted(set(zero) - ZERO_TUNING):
+        yield f"zero_optimization.{key}: is no key of this project; known are {', '.join(sorted(ZERO_TUNING))}; remove it"
+    if zero.get("cpu_offload"):
+        yield "zero_optimization.cpu_offload = true: optimizer states stay on the training device; set cpu_offload: false"
+
+
+def optimizer_known(config: RunConfig, machine: Machine) -> Iterator[str]:
+    """NeoX's Adam already decouples the weight decay, so Adam and AdamW name the same update."""
+    optimizer = config.neox.optimizer
+    for key in sorted(set(optimizer) - {"type", "params"}):
+        yield f"optimizer.{key}: is no key of an optimizer; known are type and params"
+    if optimizer["type"] not in ("Adam", "AdamW"):
+        yield f"optimizer.type = {optimizer['type']!r}: must be Adam or AdamW"
+    params = optimizer["params"]
+    if not isinstance(params, dict):
+        yield f"optimizer.params = {params!r}: must be a block such as {{lr: 2.0e-4, betas: [0.9, 0.95], eps: 1.0e-8}}"
+        return
+    for key in sorted(set(params) - ADAM_PARAMS):
+        fix = "write weight_decay at the top level" if key == "weight_decay" else "remove it"
+        yield f"optimizer.params.{key} = {params[key]!r}: known are lr, betas and eps; {fix}"
+    for key in ("lr", "eps"):
+        if not _positive(params[key]):
+            yield f"optimizer.params.{key} = {params[key]!r}: must be a number > 0; for example {'2.0e-4' if key == 'lr' else '1.0e-8'}"
+    betas = params["betas"]
+    if not (isinstance(betas, list) and len(betas) == 2 and all(_number(b) and 0 <= b < 1 for b in betas)):
+        yield f"optimizer.params.betas = {betas!r}: must be two numbers in [0, 1); for example [0.9, 0.95]"
+
+
+def decay_goes_down(config: RunConfig, machine: Machine) -> Iterator[str]:
+    n = config.neox
+    lr = n.optimizer["params"]["lr"] if isinstance(n.optimizer["params"], dict) else 0.0
+    if n.lr_decay_style != "constant" and _positive(lr) and n.min_lr > lr:
+        yield f"min_lr = {n.min_lr:g}: must not be above optimizer.params.lr = {lr:g}; the schedule decays from lr to min_lr"
+
+
+def positions_hold_sequence(config: RunConfig, machine: Machine) -> Iterator[str]:
+    n = config.neox
+    if n.max_positions < n.seq_length:
+        yield (
+            f"max_position_embeddings = {n.max_position_embeddings}: must be >= seq_length = {n.seq_length}; set it so, or to 0"
+            " (seq_length)"
+        )
+
+
+def backend_fits_machine(config: RunConfig, machine: Machine) -> Iterator[str]:
+    if config.neox.distributed_backend == "nccl" and not machine.num_gpus and config_is_local(config):
+        yield "distributed_backend = nccl: needs CUDA GPUs, and this machine shows none; set distributed_backend: auto"
+
+
+def config_is_local(config: RunConfig) -> bool:
+    """Whether the training ranks run on the machine of the launcher, so that what the launcher sees holds for them."""
+    return config.neox.launcher == "local" and not config.neox.hostfile
+
+
+def _positive(value: object) -> bool:
+    return _number(value) and value > 0  # type: ignore[operator]
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _yaml(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+MODEL_RULES = (
+    heads_divide_width,
+    one_family,
+    head_size_served,
+    rotary_dimensions,
+    kv_heads_divide,
+    mlp_width_whole,
+    tensor_parallel_divides,
+    stages_hold_layers,
+    ranks_divide,
+    sequence_parallel_needs_tp,
+    zero_stage,
+    optimizer_known,
+    decay_goes_down,
+    positions_hold_sequence,
+    backend_fits_machine,
+)
+MODEL_WARNINGS = (stages_are_even,)

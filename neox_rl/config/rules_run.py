@@ -1,0 +1,238 @@
+"""Rules on processes, paths, addresses and deadlines. Each yields one message a broken value: value, rule, fix."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from neox_rl.config.machine import Machine
+from neox_rl.config.placement import num_ranks, num_servers, parse_core_sets
+from neox_rl.config.rules_model import config_is_local
+from neox_rl.config.run import RunConfig
+from neox_rl.errors import ConfigError
+
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+ADDRESS = re.compile(r"https?://[A-Za-z0-9.\-\[\]:]+:\d{1,5}")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+SERVER_GIB = 2.5
+"""Resident memory of one vLLM server's processes beside its KV cache."""
+RANK_GIB = 0.6
+
+
+def name_is_a_file_name(config: RunConfig, machine: Machine) -> Iterator[str]:
+    if not RUN_NAME.fullmatch(config.metarl.name):
+        yield (
+            f"metarl.name = {config.metarl.name!r}: must be 1-100 of A-Z a-z 0-9 . _ - and start with a letter or digit; for example"
+            " countdown-3"
+        )
+
+
+def paths_exist(config: RunConfig, machine: Machine) -> Iterator[str]:
+    m, n = config.metarl, config.neox
+    paths = {
+        "load": n.load,
+        "hostfile": n.hostfile,
+        "metarl.problems.path": m.problems.path,
+        "metarl.problems.heldout_path": m.problems.heldout_path,
+        "metarl.tokenizer.path": m.tokenizer.path,
+        "metarl.warmstart.hf_checkpoint": m.warmstart.hf_checkpoint,
+        "metarl.debug.batches": m.debug.batches,
+    }
+    for key, path in paths.items():
+        if path and not machine.exists(path):
+            yield f"{key} = {path!r}: does not exist; relative paths are from the working directory"
+
+
+def servers_come_from_one_place(config: RunConfig, machine: Machine) -> Iterator[str]:
+    m = config.metarl
+    if m.rollout.generator != "vllm" or m.debug.mode == "train_only":
+        return
+    if m.servers.addresses and m.servers.num_servers:
+        yield (
+            f"metarl.servers.num_servers = {m.servers.num_servers}: would start servers although addresses names servers that run"
+            " elsewhere; set num_servers: 0 or remove addresses"
+        )
+    if not m.servers.addresses and not m.servers.num_servers:
+        yield "metarl.servers.num_servers = 0: nobody generates; set num_servers: 1, give addresses, or set rollout.generator: scripted"
+    for address in m.servers.addresses:
+        if not ADDRESS.fullmatch(address):
+            yield f"metarl.servers.addresses has {address!r}: must be http://host:port; for example http://10.0.0.4:8000"
+    if len(set(m.servers.addresses)) < len(m.servers.addresses):
+        yield "metarl.servers.addresses names a server twice: each would be sent every version twice; name each once"
+
+
+def core_sets_fit(config: RunConfig, machine: Machine) -> Iterator[str]:
+    m = config.metarl
+    wanted = (
+        ("metarl.servers.cores", m.servers.cores, num_servers(config), m.servers.tensor_parallel_size, "server"),
+        ("metarl.trainer_cores", m.trainer_cores, num_ranks(config), 1, "training rank"),
+    )
+    users: dict[int, str] = {}
+    for key, text, count, parts, what in wanted:
+        if text == "auto" or count == 0:
+            continue
+        try:
+            sets = parse_core_sets(text, key)
+        except ConfigError as error:
+            yield str(error)
+            continue
+        if len(sets) != count:
+            yield f"{key} = {text!r}: has {len(sets)} sets for {count} {what}{'s' * (count > 1)}; write one set each, separated by ;"
+        if any(len(s) != parts for s in sets):
+            yield (
+                f"{key} = {text!r}: each {what} has {parts} TP rank{'s' * (parts > 1)}; write {parts} set{'s' * (parts > 1)} each,"
+                " separated by |"
+            )
+        for core in sorted({c for s in sets for part in s for c in part}):
+            if config_is_local(config) and core not in machine.cores:
+                yield f"{key} = {text!r}: core {core} is not among this machine's cores {list(machine.cores)}; use those, or auto"
+            if core in users:
+                yield f"{key} = {text!r}: core {core} is given to {users[core]} too; give each its own, or set both to auto"
+            users[core] = key
+
+
+def gpus_fit(config: RunConfig, machine: Machine) -> Iterator[str]:
+    s, servers, ranks = config.metarl.servers, num_servers(config), num_ranks(config)
+    if not machine.num_gpus or not config_is_local(config):
+        return
+    need = ranks + servers * s.tensor_parallel_size
+    if s.gpus == "auto" and need > machine.num_gpus:
+        yield (
+            f"num_gpus = {ranks}: training ranks and {servers} x TP {s.tensor_parallel_size} servers need {need} GPUs, and this machine has"
+            f" {machine.num_gpus}; lower num_gpus or metarl.servers.num_servers"
+        )
+    if s.gpus == "auto" or not servers:
+        return
+    try:
+        sets = parse_core_sets(s.gpus, "metarl.servers.gpus")
+    except ConfigError as error:
+        yield str(error)
+        return
+    if len(sets) != servers or any(len(part[0]) != s.tensor_parallel_size or len(part) > 1 for part in sets):
+        yield f"metarl.servers.gpus = {s.gpus!r}: must be {servers} sets of {s.tensor_parallel_size} GPU ids, as in '4,5;6,7'"
+    used = [gpu for part in sets for gpu in part[0]]
+    if bad := sorted({g for g in used if g >= machine.num_gpus or g < ranks or used.count(g) > 1}):
+        yield (
+            f"metarl.servers.gpus = {s.gpus!r}: {bad} are taken by training ranks, absent, or named twice; use"
+            f" {list(range(ranks, machine.num_gpus))}"
+        )
+
+
+def debug_mode_is_complete(config: RunConfig, machine: Machine) -> Iterator[str]:
+    m = config.metarl
+    if m.debug.mode == "train_only" and not m.debug.batches:
+        yield (
+            "metarl.debug.batches is empty: mode train_only trains on recorded batches; record some with debug.record_batches and give that"
+            " directory"
+        )
+    if m.debug.mode != "train_only" and m.debug.batches:
+        yield f"metarl.debug.batches = {m.debug.batches!r}: is read with mode train_only; set debug.mode: train_only or remove it"
+    if m.debug.mode == "train_only" and m.debug.record_batches:
+        yield f"metarl.debug.record_batches = {m.debug.record_batches!r}: mode train_only delivers no new batches; remove it"
+    if m.debug.mode == "rollout_only" and m.warmstart.steps:
+        yield f"metarl.warmstart.steps = {m.warmstart.steps}: mode rollout_only trains nothing; set steps: 0"
+
+
+def ports_are_free_of_one_another(config: RunConfig, machine: Machine) -> Iterator[str]:
+    net = config.metarl.network
+    fixed = {key: getattr(net, key) for key in ("weights_port", "experience_port", "master_port", "server_port")}
+    users: dict[int, str] = {}
+    for key, port in fixed.items():
+        count = max(1, num_servers(config)) if key == "server_port" else 1
+        if port and not 1024 <= port <= 65536 - count:
+            yield f"metarl.network.{key} = {port}: must be 0 (a free one) or 1024 to {65536 - count}"
+        for p in range(port, port + count) if port else ():
+            if p in users:
+                yield f"metarl.network.{key} = {port}: port {p} is {users[p]} too; change one, or set it to 0 (a free one)"
+            users[p] = key
+
+
+def several_nodes_are_reachable(config: RunConfig, machine: Machine) -> Iterator[str]:
+    n, net = config.neox, config.metarl.network
+    if config_is_local(config):
+        return
+    why = f"launcher {n.launcher}" + (" with a hostfile" if n.hostfile else "")
+    if n.master_addr in LOOPBACK:
+        yield (
+            f"master_addr = {n.master_addr}: {why} starts ranks on other nodes, which cannot reach a loopback address; set the address of"
+            " the first node"
+        )
+    if net.bind_host in LOOPBACK:
+        yield (
+            f"metarl.network.bind_host = {net.bind_host}: {why} starts ranks on other nodes, which cannot reach a loopback address; set"
+            " this node's address"
+        )
+
+
+def inner_deadlines_come_first(config: RunConfig, machine: Machine) -> Iterator[str]:
+    """The wait inside names the server that is late; were the outer one shorter, a person would read of a version only."""
+    d, w, s = config.metarl.deadlines, config.metarl.weights, config.metarl.servers
+    if d.publish_s < (inner := w.stage_timeout_s + w.switch_timeout_s):
+        yield (
+            f"metarl.deadlines.publish_s = {d.publish_s:g}: must be >= weights.stage_timeout_s + weights.switch_timeout_s = {inner:g}; set"
+            " it so"
+        )
+    if d.batch_s < s.request_timeout_s:
+        yield f"metarl.deadlines.batch_s = {d.batch_s:g}: must be >= servers.request_timeout_s = {s.request_timeout_s:g}; set it so"
+
+
+def sockets_are_private(config: RunConfig, machine: Machine) -> Iterator[str]:
+    host = config.metarl.network.bind_host
+    if host not in LOOPBACK:
+        yield (
+            f"metarl.network.bind_host = {host}: sockets carry no password, so whoever reaches this interface can send weights and"
+            " rollouts; keep it in a private network"
+        )
+
+
+def cores_are_enough(config: RunConfig, machine: Machine) -> Iterator[str]:
+    need = num_servers(config) * config.metarl.servers.tensor_parallel_size + num_ranks(config)
+    if not machine.num_gpus and config_is_local(config) and need > len(machine.cores):
+        yield (
+            f"servers and training ranks want {need} cores and this machine has {len(machine.cores)}: they will share, which is several"
+            " times slower"
+        )
+
+
+def memory_is_enough(config: RunConfig, machine: Machine) -> Iterator[str]:
+    servers = num_servers(config)
+    need = servers * (SERVER_GIB + config.metarl.servers.kv_cache_gib) + num_ranks(config) * RANK_GIB
+    if not machine.num_gpus and config_is_local(config) and need > machine.memory_gib:
+        yield (
+            f"metarl.servers.kv_cache_gib = {config.metarl.servers.kv_cache_gib:g}: {servers} servers and the ranks need about {need:.1f}"
+            f" GiB of {machine.memory_gib:.1f} GiB; lower it, or num_servers"
+        )
+
+
+def precision_suits_machine(config: RunConfig, machine: Machine) -> Iterator[str]:
+    n, dtype = config.neox, config.metarl.servers.dtype
+    if n.precision == "bfloat16" and not machine.num_gpus and config_is_local(config):
+        yield "precision = bfloat16: is slower than fp32 on most CPUs (1.65 times where it was measured); use fp32 on this machine"
+    if dtype != "auto" and dtype != {"fp32": "float32"}.get(n.precision, n.precision):
+        yield (
+            f"metarl.servers.dtype = {dtype}: differs from precision = {n.precision}, so server and trainer disagree on log-probs at equal"
+            " versions; use auto"
+        )
+
+
+def checkpoints_come_in_time(config: RunConfig, machine: Machine) -> Iterator[str]:
+    n = config.neox
+    if n.checkpoint_factor > n.train_iters > 0:
+        yield (
+            f"checkpoint_factor = {n.checkpoint_factor}: is beyond train_iters = {n.train_iters}, so only the end is saved; set it lower,"
+            " or 0"
+        )
+
+
+RUN_RULES = (
+    name_is_a_file_name,
+    paths_exist,
+    servers_come_from_one_place,
+    core_sets_fit,
+    gpus_fit,
+    debug_mode_is_complete,
+    ports_are_free_of_one_another,
+    several_nodes_are_reachable,
+    inner_deadlines_come_first,
+)
+RUN_WARNINGS = (sockets_are_private, cores_are_enough, memory_is_enough, precision_suits_machine, checkpoints_come_in_time)

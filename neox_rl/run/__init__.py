@@ -1,0 +1,1 @@
+"""Launching and supervising a run: the command line, the launcher, the orchestrator."""
