@@ -1,0 +1,32 @@
+"""Changes to megatron-core made from outside, one file a seam. Nothing happens at import: call :func:`apply`."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+
+import torch
+
+from megatron_patches import collectives, optimizers, pipeline
+from megatron_patches.registry import Patch, PatchError, check, resolve
+
+__all__ = ["PATCHES", "Patch", "PatchError", "apply"]
+
+PATCHES: tuple[Patch, ...] = (collectives.PATCH, pipeline.PATCH, optimizers.PATCH)
+
+_applied: set[str] = set()
+_lock = threading.Lock()
+
+
+def apply() -> tuple[str, ...]:
+    """Applies what this machine needs, each patch once a process; names those applied so far. Raises PatchError."""
+    with _lock, warnings.catch_warnings():
+        # The checks import megatron-core, which says on a dozen occasions that it found no Transformer Engine or Apex.
+        warnings.filterwarnings("ignore", message=r"(?i).*(transformer engine|apex|full scope is deprecated)")
+        for patch in PATCHES:
+            if patch.name in _applied or (patch.cpu_only and torch.cuda.is_available()):
+                continue
+            check(patch)
+            patch.apply(tuple(resolve(symbol) for symbol in patch.sources))
+            _applied.add(patch.name)
+        return tuple(patch.name for patch in PATCHES if patch.name in _applied)

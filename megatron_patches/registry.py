@@ -1,0 +1,65 @@
+"""What a patch is, and the check that the upstream source it leans on has not moved."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from neox_rl.errors import NeoxRLError
+
+
+class PatchError(NeoxRLError):
+    """Upstream moved under a patch that cannot be trusted any more."""
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One seam. ``sources`` maps each upstream symbol (``module:qualified.name``) to the :func:`digest` of its source.
+
+    ``on_change``: ``stop`` where a moved source could give wrong numbers in silence, ``warn`` where it would fail loudly.
+    """
+
+    name: str
+    reason: str
+    remove_when: str
+    on_change: Literal["warn", "stop"]
+    cpu_only: bool
+    sources: Mapping[str, str]
+    apply: Callable[[tuple[Any, ...]], None]
+
+
+def resolve(symbol: str) -> Any:
+    """The object behind ``module:qualified.name``; functions come out of static methods and torch wrappers as they are."""
+    module, _, qualified = symbol.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in qualified.split("."):
+        found = inspect.getattr_static(found, part) if inspect.isclass(found) else getattr(found, part)
+    return found.__func__ if isinstance(found, staticmethod | classmethod) else found
+
+
+def digest(symbol: str) -> str:
+    """The first 16 hexadecimal digits of the sha256 of the symbol's source text."""
+    return hashlib.sha256(inspect.getsource(inspect.unwrap(resolve(symbol))).encode()).hexdigest()[:16]
+
+
+def check(patch: Patch) -> None:
+    """Raises PatchError, or warns, when an upstream source differs from the one that the patch was written for."""
+    for symbol, expected in patch.sources.items():
+        try:
+            found = digest(symbol)
+        except (ImportError, AttributeError) as error:
+            raise PatchError(f"patch {patch.name!r}: {symbol} is gone ({error}); install megatron-core 0.16.1 or mend the patch") from error
+        if found == expected:
+            continue
+        message = (
+            f"patch {patch.name!r}: the source of {symbol} is {found}, the patch was written for {expected} "
+            f"({patch.reason}); read the new source, mend the patch and its digest, or install megatron-core 0.16.1"
+        )
+        if patch.on_change == "stop":
+            raise PatchError(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)

@@ -1,0 +1,1 @@
+"""Trainer engines behind one port."""

@@ -1,0 +1,55 @@
+"""HF checkpoints on disk: safetensors read lazily, one tensor at a time, and written with their config."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from neox_rl.errors import WeightError
+from neox_rl.types import Json
+
+
+class HFReader:
+    """The tensors of a checkpoint by name. Accepts ``lm_head`` and ``embed_out`` for one another: transformers renamed it."""
+
+    def __init__(self, files: dict[str, Any], directory: Path) -> None:
+        self.files, self.directory = files, directory
+
+    def __call__(self, name: str) -> Tensor:
+        """One tensor on the CPU. Raises WeightError when the checkpoint has no such name."""
+        for candidate in (name, name.replace("embed_out.", "lm_head."), name.replace("lm_head.", "embed_out.")):
+            if candidate in self.files:
+                tensor: Tensor = self.files[candidate].get_tensor(candidate)
+                return tensor
+        raise WeightError(f"{self.directory} has no tensor {name!r} among its {len(self.files)}: another model's checkpoint?")
+
+
+@contextmanager
+def hf_reader(directory: Path) -> Iterator[HFReader]:
+    """Opens every safetensors file of an HF directory. Raises WeightError when there is none, or one cannot be read."""
+    paths = sorted(directory.glob("*.safetensors"))
+    if not paths:
+        raise WeightError(f"{directory} holds no *.safetensors; convert other formats with transformers' save_pretrained first")
+    with ExitStack() as stack:
+        files: dict[str, Any] = {}
+        for path in paths:
+            try:
+                opened = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+            except (SafetensorError, OSError) as error:
+                raise WeightError(f"{path} is no whole safetensors file: {error}") from error
+            files |= dict.fromkeys(opened.keys(), opened)
+        yield HFReader(files, directory)
+
+
+def write_hf(directory: Path, tensors: dict[str, Tensor], config: dict[str, Json]) -> None:
+    """Writes ``config.json`` and the tensors, sharded where they are large."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_torch_state_dict({name: tensor.contiguous() for name, tensor in tensors.items()}, directory)

@@ -1,0 +1,140 @@
+"""Checkpoints of the megatron-core engine: one safetensors file a rank, bound to its parallel layout, never unpickled.
+
+    <directory>/step000042/meta.json            layout, sizes, client state; written last
+    <directory>/step000042/rank00000.safetensors  weights, optimizer moments, main weights, random state
+    <directory>/latest                          name of the newest whole checkpoint
+
+A checkpoint is written to ``<name>.tmp`` and renamed once every rank is done: a reader never sees half of one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from neox_rl.engines.model_shape import ModelShape
+from neox_rl.engines.port import Topology
+from neox_rl.errors import WeightError
+from neox_rl.types import Json
+
+FORMAT = 1
+LATEST = "latest"
+_OPTIMIZER, _MAIN, _MODEL, _REFERENCE, _RNG = "optimizer.", "main.", "model.", "reference.", "rng."
+
+
+def layout_of(topology: Topology, shape: ModelShape, sharded_optimizer: bool, precision: str) -> dict[str, Json]:
+    """What must be equal for a checkpoint to fit."""
+    sizes = {key: value for key, value in asdict(shape).items() if key != "init_std"}
+    return {"tp": topology.tp, "pp": topology.pp, "dp": topology.dp, "zero": sharded_optimizer, "precision": precision, **sizes}
+
+
+def rank_file(directory: Path, rank: int) -> Path:
+    return directory / f"rank{rank:05d}.safetensors"
+
+
+def collect(model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], reference: list[Tensor] | None) -> dict[str, Tensor]:
+    """This rank's state as named tensors, every one with storage of its own."""
+    state: dict[str, Tensor] = {f"{_MODEL}{name}": parameter for name, parameter in model.named_parameters()}
+    for number, (name, _) in enumerate(model.named_parameters()):
+        if reference is not None:
+            state[f"{_REFERENCE}{name}"] = reference[number]
+    for slot, parameter, values in _optimizer_slots(optimizers):
+        state[f"{_MAIN}{slot}"] = parameter
+        state |= {f"{_OPTIMIZER}{slot}.{key}": value for key, value in values.items() if isinstance(value, Tensor)}
+    state[f"{_RNG}cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        state[f"{_RNG}cuda"] = torch.cuda.get_rng_state()
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+
+
+def restore(state: Mapping[str, Tensor], model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> list[Tensor] | None:
+    """Puts :func:`collect`'s tensors back in place; returns the reference weights, None where the checkpoint has none.
+
+    Every parameter gets an optimizer step counter of its own: one shared by several is advanced once for each of them, and the
+    bias correction of Adam goes wrong without a sign.
+    """
+    parameters = dict(model.named_parameters())
+    reference: list[Tensor] = []
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state[f"{_MODEL}{name}"])
+            if f"{_REFERENCE}{name}" in state:
+                reference.append(state[f"{_REFERENCE}{name}"].to(parameter.device))
+        for slot, parameter, values in _optimizer_slots(optimizers):
+            parameter.copy_(state[f"{_MAIN}{slot}"])
+            prefix = f"{_OPTIMIZER}{slot}."
+            values.clear()
+            values |= {key[len(prefix) :]: tensor.to(parameter.device) for key, tensor in state.items() if key.startswith(prefix)}
+    torch.set_rng_state(state[f"{_RNG}cpu"])
+    if torch.cuda.is_available() and f"{_RNG}cuda" in state:
+        torch.cuda.set_rng_state(state[f"{_RNG}cuda"])
+    return reference or None
+
+
+def _optimizer_slots(optimizers: list[torch.optim.Optimizer]) -> list[tuple[str, Tensor, dict[str, Any]]]:
+    """(stable name, parameter or main shard, its mutable state) of each optimized tensor."""
+    return [
+        (f"{o}.{g}.{p}", parameter, optimizer.state[parameter])
+        for o, optimizer in enumerate(optimizers)
+        for g, group in enumerate(optimizer.param_groups)
+        for p, parameter in enumerate(group["params"])
+    ]
+
+
+def write_rank(directory: Path, rank: int, state: dict[str, Tensor]) -> None:
+    path = rank_file(directory, rank)
+    save_file(state, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def publish(temporary: Path, final: Path, meta: Mapping[str, Json]) -> None:
+    """Makes a whole checkpoint visible: meta last, then the rename, then the pointer."""
+    (temporary / "meta.json").write_text(json.dumps(dict(meta), indent=1, allow_nan=False) + "\n")
+    if final.exists():
+        shutil.rmtree(final)
+    temporary.rename(final)
+    pointer = final.parent / f"{LATEST}.tmp"
+    pointer.write_text(final.name + "\n")
+    pointer.rename(final.parent / LATEST)
+
+
+def find(directory: Path) -> Path:
+    """The checkpoint that ``directory`` is or points to. Raises WeightError when there is none."""
+    if (directory / "meta.json").is_file():
+        return directory
+    pointer = directory / LATEST
+    if not pointer.is_file():
+        raise WeightError(f"{directory} holds neither a checkpoint (meta.json) nor a file {LATEST!r} that names one")
+    found = directory / pointer.read_text().strip()
+    if not (found / "meta.json").is_file():
+        raise WeightError(f"{pointer} names {found.name}, which is no checkpoint: it has no meta.json")
+    return found
+
+
+def read_meta(checkpoint: Path, layout: Mapping[str, Json]) -> dict[str, Json]:
+    """The meta data, after checking that the layout fits. Raises WeightError naming every difference."""
+    meta: dict[str, Any] = json.loads((checkpoint / "meta.json").read_text())
+    if meta.get("format") != FORMAT:
+        raise WeightError(f"{checkpoint} has format {meta.get('format')!r}, this engine reads {FORMAT}")
+    saved = meta["layout"]
+    different = [f"{key} {saved.get(key)!r} there, {value!r} here" for key, value in layout.items() if saved.get(key) != value]
+    if different:
+        raise WeightError(
+            f"{checkpoint} is bound to another layout: {'; '.join(different)}; "
+            "start with the same layout, or export HF weights and use warmstart.hf_checkpoint"
+        )
+    return meta
+
+
+def read_rank(checkpoint: Path, rank: int) -> dict[str, Tensor]:
+    return load_file(rank_file(checkpoint, rank))

@@ -1,0 +1,36 @@
+"""Trainer engines by name. A new one registers a builder; nothing else changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from neox_rl.config.neox import NeoXConfig
+from neox_rl.config.schema import MetaRLConfig
+from neox_rl.engines.port import Engine
+from neox_rl.errors import ConfigError
+
+Builder = Callable[[NeoXConfig, MetaRLConfig, int], Engine]
+"""(NeoX keys, metarl block, true vocabulary size) -> engine. Builders import their engine when called, not before."""
+
+
+def _megatron_core(neox: NeoXConfig, metarl: MetaRLConfig, vocab_size: int) -> Engine:
+    from neox_rl.engines.megatron_core import MegatronCoreEngine
+
+    return MegatronCoreEngine(neox, metarl, vocab_size)
+
+
+ENGINES: dict[str, Builder] = {"megatron-core": _megatron_core}
+
+
+def register_engine(name: str, builder: Builder) -> None:
+    """Makes an engine known. Raises ConfigError for a name that is taken."""
+    if name in ENGINES:
+        raise ConfigError(f"engine {name!r} is registered already; choose another name")
+    ENGINES[name] = builder
+
+
+def build_engine(neox: NeoXConfig, metarl: MetaRLConfig, vocab_size: int) -> Engine:
+    """The engine that ``metarl.engine`` names, with its ranks joined and initial weights set. Raises ConfigError."""
+    if metarl.engine not in ENGINES:
+        raise ConfigError(f"engine {metarl.engine!r} is not registered; choose one of {sorted(ENGINES)}")
+    return ENGINES[metarl.engine](neox, metarl, vocab_size)
