@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple, TypeAlias
 
-from neox_rl.metacot import Step
+from neox_rl.metacot import OPERATORS, Step
 
 State: TypeAlias = tuple[int, ...]
 CACHED_STATES = 1 << 17
@@ -42,7 +42,7 @@ def compute(left: int, operator: str, right: int) -> int | None:
         case "/":
             return left // right if right > 0 and left % right == 0 else None
         case _:
-            raise ValueError(f"operator {operator!r} is none of + - * /")
+            raise ValueError(f"operator {operator!r} is none of {OPERATORS}")
 
 
 def without(state: State, left: int, right: int) -> State | None:
@@ -57,12 +57,15 @@ def without(state: State, left: int, right: int) -> State | None:
 
 @lru_cache(CACHED_STATES)
 def legal_moves(state: State, max_value: int) -> tuple[Move, ...]:
-    """Every legal step from ``state``, one per resulting state, in a fixed order; empty exactly at a leaf (``max - min`` is always legal)."""
+    """Every legal step from ``state``, one per resulting state, in a fixed order.
+
+    Empty exactly at a leaf: the larger number less the smaller is always legal.
+    """
     moves: dict[State, Move] = {}
     for low, high in itertools.combinations(range(len(state)), 2):
         right, left = state[low], state[high]
         rest = state[:low] + state[low + 1 : high] + state[high + 1 :]
-        for operator in "+-*/":
+        for operator in OPERATORS:
             result = compute(left, operator, right)
             if result is not None and result <= max_value:
                 after = state_of((*rest, result))
@@ -82,7 +85,7 @@ def reachable(state: State, max_value: int) -> frozenset[int]:
     for left, right in splits(state):
         for a, b in itertools.product(reachable(left, max_value), reachable(right, max_value)):
             high, low = (a, b) if a >= b else (b, a)
-            values.update(v for op in "+-*/" if (v := compute(high, op, low)) is not None and v <= max_value)
+            values.update(v for op in OPERATORS if (v := compute(high, op, low)) is not None and v <= max_value)
     return frozenset(values)
 
 

@@ -25,7 +25,7 @@ def countdown(cfg: ProblemsConfig, seed: int) -> ProblemSet:
             f"max_target {cfg.max_target} and max_number {cfg.max_number} must be at most max_value {cfg.max_value}: "
             "every value of a problem has one word in the tokenizer; raise problems.max_value"
         )
-    problems = []
+    problems: list[Problem] = []
     for numbers in multisets(cfg.num_numbers, cfg.max_number, seed):
         targets = sorted(t for t in reachable(numbers, cfg.max_value) if 1 <= t <= cfg.max_target)
         problems.extend(arithmetic_problem("countdown", numbers, target, cfg.max_value) for target in targets)

@@ -28,6 +28,7 @@ def rational_values(numbers: State) -> frozenset[Fraction]:
     return frozenset(values)
 
 
+@lru_cache(1 << 14)
 def rationally_solvable(numbers: State, target: int) -> bool:
     """Whether ``numbers`` (sorted) reach ``target`` over the rationals; the last operation is inverted instead of enumerated."""
     if len(numbers) == 1:

@@ -67,6 +67,7 @@ class DirectoryTokenizer:
         if not path.is_file():
             raise ConfigError(f"tokenizer.path {directory}: no tokenizer.json there; save it with a fast HF tokenizer (save_pretrained)")
         self._hf = HFTokenizer.from_file(str(path))
+        self._size = max(self._hf.get_vocab(with_added_tokens=True).values()) + 1
         self._eos_id = _eos_id(directory, self._hf)
 
     @property
@@ -76,7 +77,7 @@ class DirectoryTokenizer:
     @property
     def vocab_size(self) -> int:
         """Ids in use; a model's embedding may be larger."""
-        return max(self._hf.get_vocab(with_added_tokens=True).values()) + 1
+        return self._size
 
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._hf.encode(text, add_special_tokens=False).ids)

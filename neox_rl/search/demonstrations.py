@@ -51,7 +51,9 @@ class Demonstrations(Iterator[Trace]):
                 self.ticket += 1
                 return trace
             self.skipped += 1
-        raise ConfigError(f"{MAX_SKIPS} demonstrations in a row are longer than {self.max_tokens} tokens: raise seq_length or use smaller problems")
+        raise ConfigError(
+            f"{MAX_SKIPS} demonstrations in a row are longer than {self.max_tokens} tokens: raise seq_length or use smaller problems"
+        )
 
     def _draw(self) -> Trace:
         rng = random.Random(f"demonstration/{self.seed}/{self.draws}")

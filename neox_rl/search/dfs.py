@@ -47,7 +47,7 @@ def dfs(problem: Problem, rng: random.Random, order: Order = uniform, max_nodes:
     Nodes are numbered in the order of their expansion.
     """
     root, target, max_value = rules(problem)
-    nodes = [node(0, -1, "")]
+    nodes = [new_node(0, -1, "")]
     stack = [(0, iter(order(legal_moves(root, max_value), target, rng)))]
     while stack and (max_nodes is None or len(nodes) <= max_nodes):
         parent, moves = stack[-1]
@@ -70,21 +70,21 @@ def solution_path(problem: Problem, rng: random.Random) -> Tree:
     found = all_solutions(root, target, max_value)
     if not found:
         raise ValueError(f"problem {problem.id} has no solution within 0..{max_value}")
-    nodes = [node(0, -1, "")]
+    nodes = [new_node(0, -1, "")]
     steps = rng.choice(found)
     for i, step in enumerate(steps):
         nodes.append(step_node(i + 1, i, step, target if i == len(steps) - 1 else None))
     return Tree(problem.id, tuple(nodes))
 
 
-def node(id: int, parent: int, text: str, verdict: Verdict | None = None) -> Node:
+def new_node(id: int, parent: int, text: str, verdict: Verdict | None = None) -> Node:
     return Node(id, parent, text, order=id, verdict=verdict)
 
 
 def step_node(id: int, parent: int, step: Step, target: int | None) -> Node:
     """The node of a step; a leaf, compared with ``target`` unless that is None."""
     verdict = None if target is None else leaf_verdict(step.result, target)
-    return node(id, parent, _text(step), verdict)
+    return new_node(id, parent, _text(step), verdict)
 
 
 @lru_cache(1 << 14)

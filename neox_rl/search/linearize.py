@@ -11,7 +11,7 @@ from neox_rl import metacot
 from neox_rl.arithmetic import expression
 from neox_rl.metacot import Answer, Mark, Step
 from neox_rl.ports import Tokenizer
-from neox_rl.search.dfs import node, rules, step_node
+from neox_rl.search.dfs import new_node, rules, step_node
 from neox_rl.types import Finish, Node, Problem, Reason, Role, Segment, Trace, Tree, Verdict
 
 
@@ -60,7 +60,7 @@ def text_of(spans: Sequence[Span]) -> str:
 def tree_of(problem: Problem, text: str) -> Tree:
     """The tree that ``linearize`` wrote as ``text``. Raises ValueError on any other text: for a policy's output use ``replay``."""
     root, target, _ = rules(problem)
-    nodes = [node(0, -1, "")]
+    nodes = [new_node(0, -1, "")]
     path = [0]
     for event in metacot.parse(text):
         match event:

@@ -1,0 +1,63 @@
+"""Problem sources by name, and the cursor that hands training problems out."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from neox_rl.config.schema import ProblemsConfig
+from neox_rl.errors import ConfigError
+from neox_rl.problems.countdown import countdown
+from neox_rl.problems.files import from_files
+from neox_rl.problems.game24 import game24
+from neox_rl.problems.split import ProblemSet
+from neox_rl.types import Json, Problem
+
+SOURCES: Mapping[str, Callable[[ProblemsConfig, int], ProblemSet]] = {"countdown": countdown, "game24": game24, "jsonl": from_files}
+
+
+def load_problems(cfg: ProblemsConfig, seed: int) -> ProblemSet:
+    """The problems of ``cfg.source``; with ``cfg.limit``, a seeded sample of that many training problems. Raises ConfigError."""
+    if cfg.source not in SOURCES:
+        raise ConfigError(f"problems.source {cfg.source!r} is none of {sorted(SOURCES)}")
+    problems = SOURCES[cfg.source](cfg, seed)
+    if 0 < cfg.limit < len(problems.train):
+        chosen = sorted(random.Random(f"limit/{seed}").sample(range(len(problems.train)), cfg.limit))
+        problems = replace(problems, train=tuple(problems.train[i] for i in chosen))
+    return problems
+
+
+class ProblemCursor:
+    """Problems in endless seeded epochs, each a fresh shuffle; the n-th problem depends on ``(problems, seed, n)`` alone."""
+
+    def __init__(self, problems: Sequence[Problem], seed: int) -> None:
+        if not problems:
+            raise ConfigError("a cursor needs at least one problem")
+        self._problems, self._seed = tuple(problems), seed
+        self._digest = hashlib.sha256("\n".join(p.id for p in self._problems).encode()).hexdigest()[:16]
+        self._shuffled: tuple[int, list[int]] | None = None
+        self.position = 0
+
+    def next(self) -> Problem:
+        epoch, index = divmod(self.position, len(self._problems))
+        if self._shuffled is None or self._shuffled[0] != epoch:
+            order = list(range(len(self._problems)))
+            random.Random(f"epoch/{self._seed}/{epoch}").shuffle(order)
+            self._shuffled = (epoch, order)
+        self.position += 1
+        return self._problems[self._shuffled[1][index]]
+
+    def state(self) -> dict[str, Json]:
+        return {"position": self.position, "seed": self._seed, "problems": self._digest}
+
+    def restore(self, state: Mapping[str, Json]) -> None:
+        """Continue where ``state`` was taken. Raises ConfigError when it was taken with other problems or another seed."""
+        position = state.get("position")
+        if state.get("seed") != self._seed or state.get("problems") != self._digest or type(position) is not int or position < 0:
+            raise ConfigError(
+                f"cursor state {dict(state)} does not fit seed {self._seed} and problems {self._digest}: "
+                "resume with the problems config and the seed that the run began with"
+            )
+        self.position = position

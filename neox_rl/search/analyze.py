@@ -1,0 +1,129 @@
+"""What a policy's search is worth, beside being right: wrong nodes, false claims, repetition, order and length."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from neox_rl.arithmetic import legal_moves, solvable
+from neox_rl.metacot import GOAL
+from neox_rl.search.dfs import expected_nodes, rules
+from neox_rl.search.replay import STEP_FLAWS, Flaw, Kind, Played, replay
+from neox_rl.types import Problem
+
+
+@dataclass(frozen=True, slots=True)
+class SearchAnalysis:
+    """Counts of one output. ``num_`` fields count events.
+
+    ``reached_goal``: a true goal at the end of a path without a wrong step. ``nodes_to_goal``: steps up to the first
+    of them, None without one. ``expected_nodes``: their mean for a depth-first search of this problem in random
+    order. ``first_on_path``: the first root step is right and leads to a state that still holds a solution;
+    ``first_on_path_chance``: the probability of that for a step drawn evenly from the legal ones.
+    """
+
+    num_nodes: int
+    num_wrong: int
+    num_repeated: int
+    num_leaves: int
+    num_dead_ends: int
+    num_wrong_comparisons: int
+    num_false_goals: int
+    num_misplaced: int
+    num_illegal_backtracks: int
+    num_early_backtracks: int
+    num_junk_words: int
+    num_tokens: int
+    has_answer: bool
+    reached_goal: bool
+    nodes_to_goal: int | None
+    expected_nodes: float
+    first_on_path: bool
+    first_on_path_chance: float
+
+
+def analyze(problem: Problem, text: str, num_tokens: int | None = None) -> SearchAnalysis:
+    """Analyze the completion ``text`` of an arithmetic problem. ``num_tokens``: its length, the number of words when None.
+
+    A back is early when a legal step of the state it leaves was not tried; the root's is not counted among them.
+    """
+    root, target, max_value = rules(problem)
+    played = list(replay(problem, text))
+    flaws = Counter(p.flaw for p in played if p.flaw is not None)
+    nodes = [p for p in played if p.kind in (Kind.STEP, Kind.LEAF)]
+    leaves = [p for p in nodes if p.kind is Kind.LEAF]
+    goal = _first_goal(played)
+    hopeful = [move.after for move in legal_moves(root, max_value) if solvable(move.after, target, max_value)]
+    return SearchAnalysis(
+        num_nodes=len(nodes),
+        num_wrong=sum(flaws[flaw] for flaw in STEP_FLAWS),
+        num_repeated=sum(p.repeated for p in nodes),
+        num_leaves=len(leaves),
+        num_dead_ends=sum(p.after != (target,) for p in leaves),
+        num_wrong_comparisons=flaws[Flaw.COMPARISON],
+        num_false_goals=flaws[Flaw.FALSE_GOAL],
+        num_misplaced=flaws[Flaw.MISPLACED],
+        num_illegal_backtracks=flaws[Flaw.BACKTRACK],
+        num_early_backtracks=_early_backtracks(played, max_value),
+        num_junk_words=sum(len(p.text.split()) for p in played if p.kind is Kind.JUNK),
+        num_tokens=len(text.split()) if num_tokens is None else num_tokens,
+        has_answer=any(p.kind is Kind.ANSWER and p.text for p in played),
+        reached_goal=goal is not None,
+        nodes_to_goal=None if goal is None else sum(p.kind in (Kind.STEP, Kind.LEAF) for p in played[:goal]),
+        expected_nodes=expected_nodes(root, target, max_value),
+        first_on_path=bool(nodes) and nodes[0].sound and nodes[0].after in hopeful,
+        first_on_path_chance=len(hopeful) / len(legal_moves(root, max_value)),
+    )
+
+
+def summarize(analyses: Sequence[SearchAnalysis]) -> dict[str, float]:
+    """Rates over many outputs; NaN where nothing was there to count.
+
+    ``search_effort``: steps to the goal over the expected number, summed over the outputs that reached it. Below 1
+    may mean better order or only that hard problems fail; compare it between policies on the same problems.
+    """
+    total = {name: sum(getattr(a, name) for a in analyses) for name in SearchAnalysis.__slots__ if name.startswith("num_")}
+    reached = [a for a in analyses if a.nodes_to_goal is not None]
+    outputs, nodes = len(analyses), total["num_nodes"]
+    return {
+        "outputs": float(outputs),
+        "wrong_nodes_frac": _ratio(total["num_wrong"], nodes),
+        "repeated_nodes_frac": _ratio(total["num_repeated"], nodes),
+        "wrong_comparisons_frac": _ratio(total["num_wrong_comparisons"], total["num_leaves"]),
+        "false_goals_per_output": _ratio(total["num_false_goals"], outputs),
+        "illegal_backtracks_per_output": _ratio(total["num_illegal_backtracks"], outputs),
+        "early_backtracks_per_output": _ratio(total["num_early_backtracks"], outputs),
+        "misplaced_per_output": _ratio(total["num_misplaced"], outputs),
+        "junk_words_per_output": _ratio(total["num_junk_words"], outputs),
+        "answer_frac": _ratio(sum(a.has_answer for a in analyses), outputs),
+        "reached_goal_frac": _ratio(len(reached), outputs),
+        "first_on_path_frac": _ratio(sum(a.first_on_path for a in analyses), outputs),
+        "first_on_path_chance": _ratio(sum(a.first_on_path_chance for a in analyses), outputs),
+        "mean_nodes": _ratio(nodes, outputs),
+        "mean_dead_ends": _ratio(total["num_dead_ends"], outputs),
+        "mean_tokens": _ratio(total["num_tokens"], outputs),
+        "mean_nodes_to_goal": _ratio(sum(a.nodes_to_goal or 0 for a in reached), len(reached)),
+        "search_effort": _ratio(sum(a.nodes_to_goal or 0 for a in reached), sum(a.expected_nodes for a in reached)),
+    }
+
+
+def _first_goal(played: Sequence[Played]) -> int | None:
+    """Index of the first true claim of a goal on a sound path."""
+    return next((i for i, p in enumerate(played) if p.kind is Kind.COMPARE and p.text == GOAL and p.flaw is None and p.sound), None)
+
+
+def _early_backtracks(played: Sequence[Played], max_value: int) -> int:
+    tried: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
+    early = 0
+    for p in played:
+        if p.kind in (Kind.STEP, Kind.LEAF):
+            tried.setdefault(p.before, set()).add(p.after)
+        elif p.kind is Kind.BACK and p.flaw is None:
+            early += any(move.after not in tried.get(p.before, set()) for move in legal_moves(p.before, max_value))
+    return early
+
+
+def _ratio(count: float, base: float) -> float:
+    return count / base if base else math.nan
