@@ -1,0 +1,157 @@
+"""No process of a run outlives it, whoever is killed. Real processes, real signals."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from neox_rl.guard import GuardedProcess, died, guarded_popen, stop
+
+ROOT = Path(__file__).resolve().parents[2]
+# A program like a vLLM server: a child in its group, and another one in a session of its own. Prints all pids.
+FAMILY = """
+import os, signal, subprocess, sys, time
+{setup}
+sleep = [sys.executable, "-I", "-S", "-c", "{setup}; import time; time.sleep(60)"]
+children = [subprocess.Popen(sleep), subprocess.Popen(sleep, start_new_session=True)]
+print(os.getpid(), *(child.pid for child in children), flush=True)
+time.sleep(60)
+"""
+PLAIN, STUBBORN = "pass", "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-I", "-S", "-c", code]
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "logs" / "it.log"
+
+
+@pytest.fixture
+def family(log: Path) -> Iterator[GuardedProcess]:
+    process = guarded_popen(python(FAMILY.format(setup=PLAIN)), os.environ, log)
+    yield process
+    stop(process, 0.0)
+
+
+def pids(log: Path, count: int = 3) -> list[int]:
+    wait_for(lambda: log.exists() and len(log.read_text().split()) >= count)
+    return [int(word) for word in log.read_text().split()[:count]]
+
+
+def alive(numbers: list[int]) -> list[int]:
+    found = []
+    for pid in numbers:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                found.append(pid)
+    return found
+
+
+def wait_for(condition: object, deadline_s: float = 10.0) -> None:
+    assert callable(condition)
+    end = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < end, "condition did not come"
+        time.sleep(0.01)
+
+
+def test_output_environment_cores_and_exit_status(log: Path) -> None:
+    core = min(os.sched_getaffinity(0))
+    code = "import os; print(os.environ, os.sched_getaffinity(0)); raise SystemExit(3)"
+    process = guarded_popen(python(code), {"ONLY": "this"}, log, cores=(core,))
+    assert process.wait(10) == 3
+    assert "'ONLY': 'this'" in log.read_text() and "PATH" not in log.read_text() and f"{{{core}}}" in log.read_text()
+
+
+def test_the_status_of_a_program_killed_by_a_signal_names_the_signal(log: Path) -> None:
+    process = guarded_popen(python("import os, signal; print('last words', flush=True); os.kill(os.getpid(), signal.SIGSEGV)"), {}, log)
+    assert process.wait(10) == -signal.SIGSEGV
+    message = str(died("server0", process))
+    assert "server0 was killed by SIGSEGV" in message and str(log) in message and "last words" in message
+
+
+def test_a_program_that_does_not_exist_says_so_in_its_log(log: Path) -> None:
+    process = guarded_popen(["/nonexistent/program"], {}, log)
+    assert process.wait(10) == 127
+    assert "cannot start '/nonexistent/program'" in str(died("server0", process))
+
+
+def test_stop_ends_the_whole_family_politely(family: GuardedProcess, log: Path) -> None:
+    members = pids(log)
+    assert stop(family, 10.0) == -signal.SIGTERM
+    assert alive(members) == []
+
+
+def test_stop_kills_what_does_not_end_in_time(log: Path) -> None:
+    process = guarded_popen(python(FAMILY.format(setup=STUBBORN)), os.environ, log)
+    members = pids(log)
+    assert stop(process, 0.2) == -signal.SIGKILL
+    assert alive(members) == []
+
+
+def test_signals_are_passed_on_so_that_a_program_can_save(log: Path) -> None:
+    code = "import signal, sys, time; signal.signal(signal.SIGINT, lambda *_: sys.exit(7)); print('ready', flush=True); time.sleep(60)"
+    process = guarded_popen(python(code), {}, log)
+    wait_for(lambda: "ready" in log.read_text())
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 7
+
+
+def test_when_the_program_is_killed_its_children_go_too(family: GuardedProcess, log: Path) -> None:
+    members = pids(log)
+    os.kill(members[0], signal.SIGKILL)
+    assert family.wait(10) == -signal.SIGKILL
+    assert alive(members) == []
+
+
+def test_when_the_guardian_is_killed_the_program_goes_too(family: GuardedProcess, log: Path) -> None:
+    program = pids(log)[0]
+    others = pids(log)[1:]
+    os.kill(family.pid, signal.SIGKILL)
+    wait_for(lambda: not alive([program]))
+    for pid in others:  # nobody is left to find them: the one gap, and two kill -9 wide
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("forked", [False, True], ids=["alone", "with a forked child that keeps the pipe open"])
+def test_when_the_launcher_is_killed_everything_goes(log: Path, tmp_path: Path, forked: bool) -> None:
+    code = f"""
+import os, pathlib, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from neox_rl.guard import guarded_popen
+process = guarded_popen({python(FAMILY.format(setup=STUBBORN))!r}, os.environ, pathlib.Path({str(log)!r}), grace_s=0.2)
+child = os.fork() if {forked} else 0
+if not child and {forked}:
+    time.sleep(8)
+    os._exit(0)
+print(process.pid, flush=True)
+time.sleep(60)
+"""
+    launcher = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert launcher.stdout is not None
+    guardian = int(launcher.stdout.readline())
+    members = [guardian, *pids(log)]
+    launcher.kill()
+    launcher.wait()
+    launcher.stdout.close()
+    wait_for(lambda: not alive(members), 6.0)
+
+
+def test_dropping_the_last_reference_ends_the_program(log: Path) -> None:
+    process = guarded_popen(python(FAMILY.format(setup=PLAIN)), os.environ, log, grace_s=1.0)
+    members = pids(log)
+    with pytest.warns(ResourceWarning):
+        del process
+    wait_for(lambda: not alive(members))

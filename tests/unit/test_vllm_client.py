@@ -1,0 +1,209 @@
+"""The client against HTTP servers that answer as vLLM does, badly, or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from neox_rl.errors import DeadlineError, WeightError, WireError
+from neox_rl.rollout.vllm_client import ServerFailedError, VllmGenerator, parse_response, request_body
+from neox_rl.types import Completion, Finish, SamplingParams, VersionSpan
+
+PARAMS = SamplingParams(max_tokens=8, temperature=0.7, stop_token_ids=(2,))
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def choice(index: int = 0, ids: tuple[int, ...] = (5, 6, 2), **changed: Any) -> dict[str, Any]:
+    content = [{"token_id": token, "logprob": -0.5 * token, "rank": 1, "top_logprobs": []} for token in ids]
+    versions = [{"version": "3", "start": 0, "end": len(ids)}]
+    return {
+        "index": index,
+        "token_ids": list(ids),
+        "logprobs": {"content": content},
+        "finish_reason": "stop",
+        "stop_reason": 2,
+        "weight_versions": versions,
+    } | changed
+
+
+def answer(*choices: dict[str, Any]) -> bytes:
+    return json.dumps({"request_id": "x", "choices": choices, "usage": {}}).encode()
+
+
+def test_a_completion_carries_tokens_logprobs_versions_and_the_reason_it_ended() -> None:
+    spans = [{"version": "3", "start": 0, "end": 2}, {"version": "5", "start": 2, "end": 3}]
+    second = choice(1, (7,), finish_reason="length")
+    got = parse_response(answer(second, choice(0, weight_versions=spans)), 2, "s")
+    assert got == (
+        Completion((5, 6, 2), (-2.5, -3.0, -1.0), (VersionSpan(3, 0, 2), VersionSpan(5, 2, 3)), Finish.STOP),
+        Completion((7,), (-3.5,), (VersionSpan(3, 0, 1),), Finish.LENGTH),
+    )
+
+
+def test_an_aborted_request_without_tokens_has_no_spans() -> None:
+    (got,) = parse_response(answer(choice(0, (), finish_reason="abort", weight_versions=None)), 1, "s")
+    assert got == Completion((), (), (), Finish.ABORT)
+
+
+@pytest.mark.parametrize(
+    ("raw", "complaint"),
+    [
+        (b"<html>", "not JSON"),
+        (b"{}", "choices"),
+        (answer(choice(0, finish_reason="tired")), "tired"),
+        (answer(choice(0), choice(0)), "2 choices where 1"),
+        (answer(choice(1)), "1 choices where 1"),
+        (answer(choice(0, logprobs=None)), "logprobs"),
+        (answer(choice(0, token_ids=[5, 6])), "do not belong"),
+        (answer(choice(0, token_ids=[5, 6, 7])), "do not belong"),
+        (answer(choice(0, logprobs={"content": [{"token_id": t, "logprob": -9999.0} for t in (5, 6, 2)]})), "not finite"),
+        (answer(choice(0, weight_versions=None)), "do not cover 3 tokens"),
+        (answer(choice(0, weight_versions=[{"version": "3", "start": 0, "end": 2}])), "do not cover 3 tokens"),
+        (answer(choice(0, weight_versions=[{"version": "3", "start": 1, "end": 3}])), "do not cover 3 tokens"),
+        (
+            answer(choice(0, weight_versions=[{"version": "3", "start": 0, "end": 2}, {"version": "2", "start": 2, "end": 3}])),
+            "versions fall",
+        ),
+        (answer(choice(0, weight_versions=[{"version": "default", "start": 0, "end": 3}])), "dummy weights"),
+    ],
+)
+def test_an_answer_that_cannot_be_is_refused_with_the_server_and_the_reason(raw: bytes, complaint: str) -> None:
+    with pytest.raises(WireError, match=complaint) as caught:
+        parse_response(raw, 1, "http://s:1")
+    assert "http://s:1" in str(caught.value)
+
+
+def test_a_label_that_is_no_version_is_refused() -> None:
+    with pytest.raises(WeightError, match="'mine'"):
+        parse_response(answer(choice(0, weight_versions=[{"version": "mine", "start": 0, "end": 3}])), 1, "s")
+
+
+def test_the_request_asks_for_n_completions_of_one_prompt_with_the_logprob_of_the_sampled_token() -> None:
+    body = json.loads(request_body([1, 2], PARAMS, 4, "g000017"))
+    assert body["token_ids"] == [1, 2]
+    sampling = body["sampling_params"]
+    assert (sampling["n"], sampling["logprobs"], sampling["max_tokens"], sampling["temperature"]) == (4, 0, 8, 0.7)
+    assert sampling["stop_token_ids"] == [2] and "seed" not in sampling
+
+
+async def serve(handlers: list[Handler]) -> tuple[list[str], Callable[[], Awaitable[None]]]:
+    runners, addresses = [], []
+    for handler in handlers:
+        app = web.Application()
+        app.router.add_post("/inference/v1/generate", handler)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        runners.append(runner)
+        addresses.append(f"http://127.0.0.1:{runner.addresses[0][1]}")
+
+    async def close() -> None:
+        for runner in runners:
+            await runner.cleanup()
+
+    return addresses, close
+
+
+async def good(request: web.Request) -> web.Response:
+    body = await request.json()
+    return web.Response(body=answer(*(choice(i) for i in range(body["sampling_params"]["n"]))))
+
+
+async def broken(_: web.Request) -> web.Response:
+    return web.Response(status=500, text="EngineDeadError")
+
+
+async def hangs_up(request: web.Request) -> web.Response:
+    assert request.transport is not None
+    request.transport.close()
+    return web.Response()
+
+
+async def silent(_: web.Request) -> web.Response:
+    await asyncio.sleep(30)
+    return web.Response()
+
+
+async def refuses(_: web.Request) -> web.Response:
+    return web.Response(status=400, text="max_tokens is too large")
+
+
+@pytest.mark.parametrize("bad", [broken, hangs_up])
+def test_a_request_that_a_server_failed_goes_to_another(bad: Handler) -> None:
+    async def story() -> None:
+        addresses, close = await serve([bad, good])
+        async with VllmGenerator(addresses, 5.0) as generator:
+            assert len(await generator.sample([1], PARAMS, 2, "g0")) == 2
+            assert generator.num_inflight == 0
+        await close()
+
+    asyncio.run(story())
+
+
+def test_retries_are_bounded_and_every_failure_is_told() -> None:
+    async def story() -> None:
+        addresses, close = await serve([broken, broken])
+        async with VllmGenerator([*addresses, "http://127.0.0.1:1"], 5.0, max_attempts=3) as generator:
+            with pytest.raises(ServerFailedError, match="g000017: 3 attempts failed") as caught:
+                await generator.sample([1], PARAMS, 2, "g000017")
+            assert all(address in str(caught.value) for address in [*addresses, "http://127.0.0.1:1"])
+        await close()
+
+    asyncio.run(story())
+
+
+def test_a_deadline_names_the_rollout_and_the_server() -> None:
+    async def story() -> None:
+        addresses, close = await serve([silent])
+        async with VllmGenerator(addresses, 0.1) as generator:
+            with pytest.raises(DeadlineError, match=f"rollout g000017 from {addresses[0]}"):
+                await generator.sample([1], PARAMS, 2, "g000017")
+            assert generator.num_inflight == 0
+        await close()
+
+    asyncio.run(story())
+
+
+def test_a_refused_request_is_not_repeated() -> None:
+    async def story() -> None:
+        addresses, close = await serve([refuses, refuses])
+        async with VllmGenerator(addresses, 5.0) as generator:
+            with pytest.raises(WireError, match=r"400.*max_tokens is too large"):
+                await generator.sample([1], PARAMS, 2, "g0")
+        await close()
+
+    asyncio.run(story())
+
+
+def test_requests_go_to_the_server_with_the_fewest_completions_in_flight() -> None:
+    async def story() -> None:
+        release = asyncio.Event()
+        seen: list[list[int]] = [[], []]
+
+        def holds(server: int) -> Handler:
+            async def handle(request: web.Request) -> web.Response:
+                seen[server].append((await request.json())["sampling_params"]["n"])
+                await release.wait()
+                return await good(request)
+
+            return handle
+
+        addresses, close = await serve([holds(0), holds(1)])
+        async with VllmGenerator(addresses, 5.0) as generator:
+            tasks = []
+            for n in (8, 2, 2, 2, 4):
+                tasks.append(asyncio.create_task(generator.sample([1], PARAMS, n, "g0")))
+                await asyncio.sleep(0.02)
+            assert generator.num_inflight == 18
+            release.set()
+            assert [len(completions) for completions in await asyncio.gather(*tasks)] == [8, 2, 2, 2, 4]
+        assert seen == [[8], [2, 2, 2, 4]]
+        await close()
+
+    asyncio.run(story())

@@ -1,0 +1,71 @@
+"""The command line and the environment of a server; readiness and death of its process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from neox_rl.errors import DeadlineError, ProcessDiedError
+from neox_rl.guard import guarded_popen, stop
+from neox_rl.rollout import vllm_server
+from neox_rl.rollout.vllm_server import ServerSpec, core_ids, server_command, wait_ready
+from neox_rl.weights import vllm_plugin
+
+SPEC = ServerSpec("server0", Path("model"), "127.0.0.1", 8001, "float32", 512, cores="0")
+
+
+def option(argv: list[str], name: str) -> str:
+    return argv[argv.index(name) + 1]
+
+
+def test_a_cpu_server_has_its_own_core_and_a_bounded_kv_cache() -> None:
+    argv, env = server_command(SPEC, {"PATH": "/bin", "OMP_NUM_THREADS": "8"})
+    assert env["VLLM_CPU_OMP_THREADS_BIND"] == "0" and env["OMP_NUM_THREADS"] == "1" and env["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    assert env["PATH"] == "/bin" and env["VLLM_SERVER_DEV_MODE"] == "1"
+    assert "CUDA_VISIBLE_DEVICES" not in env and "--gpu-memory-utilization" not in argv
+
+
+def test_a_gpu_server_sees_only_its_devices() -> None:
+    argv, env = server_command(replace(SPEC, gpus="4,5", tensor_parallel_size=2, dtype="bfloat16", enforce_eager=False), {})
+    assert env["CUDA_VISIBLE_DEVICES"] == "4,5" and "VLLM_CPU_KVCACHE_SPACE" not in env
+    assert option(argv, "--gpu-memory-utilization") == "0.85" and option(argv, "--tensor-parallel-size") == "2"
+    assert "--enforce-eager" not in argv
+
+
+def test_threads_are_those_of_one_tensor_parallel_rank() -> None:
+    _, env = server_command(replace(SPEC, cores="0-3|4-7", tensor_parallel_size=2), {})
+    assert env["OMP_NUM_THREADS"] == "4" and core_ids("0-3|4-7") == tuple(range(8))
+    assert replace(SPEC, tensor_parallel_size=2).workers == {"server0/0", "server0/1"}
+
+
+def test_the_server_loads_no_weights_and_attests_what_the_policy_needs() -> None:
+    argv, _ = server_command(SPEC, {})
+    assert option(argv, "--load-format") == "dummy" and option(argv, "--logprobs-mode") == "processed_logprobs"
+    assert json.loads(option(argv, "--weight-transfer-config")) == {"backend": vllm_plugin.BACKEND}
+    assert "--enable-scale-out" in argv and option(argv, "--model") == "model"
+    assert vllm_server.BACKEND == vllm_plugin.BACKEND
+
+
+def test_a_server_that_dies_while_starting_ends_the_wait_at_once_with_its_last_words(tmp_path: Path) -> None:
+    code = "import sys; print('no memory for the KV cache', file=sys.stderr); sys.exit(1)"
+    process = guarded_popen([sys.executable, "-c", code], os.environ, tmp_path / "server0.log")
+    begin = time.monotonic()
+    with pytest.raises(ProcessDiedError, match=r"server0 ended with exit status 1(?s:.*)no memory for the KV cache"):
+        asyncio.run(wait_ready(SPEC, process, 60.0))
+    assert time.monotonic() - begin < 10.0
+
+
+def test_a_server_that_never_answers_is_named_with_its_log(tmp_path: Path) -> None:
+    process = guarded_popen([sys.executable, "-c", "import time; time.sleep(60)"], os.environ, tmp_path / "server0.log")
+    try:
+        with pytest.raises(DeadlineError, match=r"server0 to answer http://127\.0\.0\.1:8001/health.*server0\.log"):
+            asyncio.run(wait_ready(SPEC, process, 0.2))
+    finally:
+        stop(process, 1.0)

@@ -1,0 +1,208 @@
+"""Publisher, stager and watcher over real sockets: who comes late, who repeats itself, who lies."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+
+import pytest
+import torch
+import zmq
+
+from neox_rl.errors import DeadlineError, WeightError, WireError
+from neox_rl.weights.publisher import Publisher
+from neox_rl.weights.snapshot import Snapshot, make_snapshot
+from neox_rl.weights.stager import Stager
+from neox_rl.weights.watcher import Watcher
+from neox_rl.weights.wire import FETCH, OFFERED, STAGED, WATCH, control, read_control
+
+RESEND_S = 0.1
+
+
+def snapshot(version: int) -> Snapshot:
+    return make_snapshot(version, [("w", torch.full((300, 300), float(version))), ("b", torch.ones(3))])
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as opened:
+        yield opened
+
+
+@pytest.fixture
+def publisher(stack: ExitStack) -> Publisher:
+    return stack.enter_context(closing(Publisher()))
+
+
+def stager(stack: ExitStack, address: str, who: str) -> Stager:
+    return stack.enter_context(closing(Stager(address, who, resend_s=RESEND_S)))
+
+
+def test_a_worker_gets_what_is_there_and_what_comes(stack: ExitStack, publisher: Publisher) -> None:
+    early = stager(stack, publisher.address, "a/0")
+    publisher.offer(snapshot(0))
+    assert early.take(0, 5.0).tensors["w"][0, 0] == 0.0
+    publisher.offer(snapshot(1))
+    late = stager(stack, publisher.address, "b/0")
+    for worker in (early, late):
+        staged = worker.take(1, 5.0)
+        assert (staged.version, staged.digest) == (1, snapshot(1).digest)
+        assert staged.tensors["w"][-1, -1] == 1.0
+
+
+def test_a_worker_that_starts_before_the_publisher_finds_it(stack: ExitStack) -> None:
+    with zmq.Context() as context, context.socket(zmq.REP) as probe:
+        port = probe.bind_to_random_port("tcp://127.0.0.1")
+    worker = stager(stack, f"tcp://127.0.0.1:{port}", "a/0")
+    time.sleep(0.2)
+    publisher = stack.enter_context(closing(Publisher(port=port)))
+    publisher.offer(snapshot(4))
+    assert worker.take(4, 5.0).version == 4
+
+
+def test_a_version_is_held_until_it_or_a_newer_one_is_taken(stack: ExitStack, publisher: Publisher) -> None:
+    worker = stager(stack, publisher.address, "a/0")
+    for version in (0, 1):
+        publisher.offer(snapshot(version))
+        wait_for(lambda version=version: version in worker._held)
+    assert worker.take(0, 1.0).version == 0
+    assert worker.take(1, 1.0).version == 1
+
+
+def test_at_most_two_versions_are_held_and_a_lost_one_is_named(stack: ExitStack, publisher: Publisher) -> None:
+    worker = stager(stack, publisher.address, "a/0")
+    for version in range(4):
+        publisher.offer(snapshot(version))
+        wait_for(lambda version=version: version in worker._held)
+    assert sorted(worker._held) == [2, 3]
+    with pytest.raises(WeightError, match=r"v1 is gone, staged are \[2, 3\]"):
+        worker.take(1, 5.0)
+
+
+def test_a_version_that_does_not_come_is_named_with_its_publisher(stack: ExitStack, publisher: Publisher) -> None:
+    worker = stager(stack, publisher.address, "a/0")
+    with pytest.raises(DeadlineError, match=f"a/0 to stage v7 from {publisher.address}"):
+        worker.take(7, 0.05)
+
+
+def test_corrupted_bytes_are_refused_never_acked_and_asked_for_again(stack: ExitStack, publisher: Publisher) -> None:
+    good = snapshot(1)
+    frames = [good.frames[0], bytearray(good.frames[1]), *good.frames[2:]]
+    frames[1][100] ^= 1  # type: ignore[index]
+    publisher.offer(Snapshot(1, good.digest, good.manifest, tuple(frames)))  # type: ignore[arg-type]
+    worker = stager(stack, publisher.address, "a/0")
+    with pytest.raises(DeadlineError, match="bytes of 'w' do not match"):
+        worker.take(1, 0.3)
+    assert publisher._peers.staged == {}
+    publisher.offer(snapshot(2))
+    assert worker.take(2, 5.0).version == 2
+
+
+def test_a_watcher_that_comes_late_learns_everything(stack: ExitStack, publisher: Publisher) -> None:
+    async def story() -> None:
+        publisher.offer(snapshot(3))
+        workers = [stager(stack, publisher.address, who) for who in ("a/0", "a/1", "b/0")]
+        async with Watcher(publisher.address) as early:
+            assert await early.wait_offered(-1, 5.0) == 3
+            assert early.digest == snapshot(3).digest
+            assert await early.wait_staged(3, {"a/0", "a/1", "b/0"}, 5.0) == 3
+            async with Watcher(publisher.address) as late:
+                assert await late.wait_staged(0, {"b/0"}, 5.0) == 3
+        assert len(workers) == 3
+
+    asyncio.run(story())
+
+
+def test_waiting_for_acks_skips_a_version_that_a_slow_worker_never_saw(stack: ExitStack, publisher: Publisher) -> None:
+    async def story() -> None:
+        stager(stack, publisher.address, "fast/0")
+        async with Watcher(publisher.address) as watcher:
+            publisher.offer(snapshot(1))
+            assert await watcher.wait_staged(1, {"fast/0"}, 5.0) == 1
+            with pytest.raises(DeadlineError, match="v1 to be staged by slow/0"):
+                await watcher.wait_staged(1, {"fast/0", "slow/0"}, 0.1)
+            publisher.offer(snapshot(2))
+            stager(stack, publisher.address, "slow/0")
+            assert await watcher.wait_staged(1, {"fast/0", "slow/0"}, 5.0) == 2
+
+    asyncio.run(story())
+
+
+def test_waiting_for_an_offer_ends_at_its_deadline(publisher: Publisher) -> None:
+    async def story() -> None:
+        async with Watcher(publisher.address) as watcher:
+            with pytest.raises(DeadlineError, match="after v4"):
+                await watcher.wait_offered(4, 0.1)
+
+    asyncio.run(story())
+
+
+def test_malformed_messages_are_counted_and_harm_nobody(stack: ExitStack, publisher: Publisher) -> None:
+    bad = [
+        [b""],
+        [b"\xff\x00", b"more"],
+        [b"[]"],
+        [b'{"v":1,"kind":"fetch","meta":{"have":"x","who":"a"},"arrays":[]}'],
+        [b'{"v":1,"kind":"steal","meta":{},"arrays":[]}'],
+        control(STAGED, version=9, who="liar/0", digest="0" * 32),
+        control(OFFERED, version=9, digest="0" * 32),
+        [b"[" * 30000],
+    ]
+    context = stack.enter_context(zmq.Context())
+    socket = stack.enter_context(context.socket(zmq.DEALER))
+    socket.linger = 0
+    socket.connect(publisher.address)
+    for message in bad:
+        socket.send_multipart(message)
+    wait_for(lambda: publisher.malformed == len(bad))
+    publisher.offer(snapshot(0))
+    assert stager(stack, publisher.address, "a/0").take(0, 5.0).version == 0
+
+
+def test_a_digest_that_was_not_offered_is_no_ack(stack: ExitStack, publisher: Publisher) -> None:
+    publisher.offer(snapshot(0))
+    context = stack.enter_context(zmq.Context())
+    socket = stack.enter_context(context.socket(zmq.DEALER))
+    socket.linger = 0
+    socket.connect(publisher.address)
+    socket.send_multipart(control(STAGED, version=0, who="liar/0", digest="0" * 32))
+    wait_for(lambda: publisher.malformed == 1)
+    assert publisher._peers.staged == {}
+
+
+def test_versions_must_rise_and_a_closed_publisher_takes_none(publisher: Publisher) -> None:
+    publisher.offer(snapshot(2))
+    for version in (2, 1):
+        with pytest.raises(WireError, match="versions must rise"):
+            publisher.offer(snapshot(version))
+    publisher.close()
+    publisher.close()
+    with pytest.raises(WireError, match="closed"):
+        publisher.offer(snapshot(3))
+
+
+def test_only_the_newest_snapshot_is_kept(publisher: Publisher) -> None:
+    for version in range(5):
+        publisher.offer(snapshot(version))
+    wait_for(lambda: publisher._newest is not None and publisher._newest.version == 4)
+    gc.collect()
+    assert [s.version for s in gc.get_objects() if type(s) is Snapshot] == [4]
+
+
+def test_control_messages_are_read_exactly() -> None:
+    assert read_control([bytes(f) for f in control(WATCH)], (FETCH, WATCH)) == (WATCH, {})
+    with pytest.raises(WireError):
+        read_control([bytes(f) for f in control(WATCH)], (FETCH,))
+    with pytest.raises(WireError, match="fields"):
+        read_control([bytes(f) for f in control(FETCH, have=True, who="a")], (FETCH,))
+
+
+def wait_for(condition: object, deadline_s: float = 5.0) -> None:
+    assert callable(condition)
+    end = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < end, "condition did not come"
+        time.sleep(0.005)
