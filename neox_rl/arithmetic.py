@@ -17,6 +17,8 @@ from neox_rl.metacot import OPERATORS, Step
 
 State: TypeAlias = tuple[int, ...]
 CACHED_STATES = 1 << 17
+ARITHMETIC_TASKS = frozenset({"countdown", "game24"})
+"""Tasks whose problems have ``numbers``, ``target`` and ``max_value`` in their ``meta``."""
 
 
 class Move(NamedTuple):

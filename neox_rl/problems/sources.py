@@ -19,10 +19,15 @@ SOURCES: Mapping[str, Callable[[ProblemsConfig, int], ProblemSet]] = {"countdown
 
 
 def load_problems(cfg: ProblemsConfig, seed: int) -> ProblemSet:
-    """The problems of ``cfg.source``; with ``cfg.limit``, a seeded sample of that many training problems. Raises ConfigError."""
+    """The problems of ``cfg.source``; with ``cfg.limit``, a seeded sample of that many training problems. Raises ConfigError.
+
+    Held-out problems come in a seeded random order, so that the first n of them are a fair sample over the clusters.
+    """
     if cfg.source not in SOURCES:
         raise ConfigError(f"problems.source {cfg.source!r} is none of {sorted(SOURCES)}")
     problems = SOURCES[cfg.source](cfg, seed)
+    heldout = random.Random(f"heldout/{seed}").sample(problems.heldout, len(problems.heldout))
+    problems = replace(problems, heldout=tuple(heldout))
     if 0 < cfg.limit < len(problems.train):
         chosen = sorted(random.Random(f"limit/{seed}").sample(range(len(problems.train)), cfg.limit))
         problems = replace(problems, train=tuple(problems.train[i] for i in chosen))

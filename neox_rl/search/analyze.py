@@ -79,7 +79,7 @@ def analyze(problem: Problem, text: str, num_tokens: int | None = None) -> Searc
 
 
 def summarize(analyses: Sequence[SearchAnalysis]) -> dict[str, float]:
-    """Rates over many outputs; NaN where nothing was there to count.
+    """Rates over many outputs; a rate with nothing to count over is left out.
 
     ``search_effort``: steps to the goal over the expected number, summed over the outputs that reached it. Below 1
     may mean better order or only that hard problems fail; compare it between policies on the same problems.
@@ -87,7 +87,7 @@ def summarize(analyses: Sequence[SearchAnalysis]) -> dict[str, float]:
     total = {name: sum(getattr(a, name) for a in analyses) for name in SearchAnalysis.__slots__ if name.startswith("num_")}
     reached = [a for a in analyses if a.nodes_to_goal is not None]
     outputs, nodes = len(analyses), total["num_nodes"]
-    return {
+    rates = {
         "outputs": float(outputs),
         "wrong_nodes_frac": _ratio(total["num_wrong"], nodes),
         "repeated_nodes_frac": _ratio(total["num_repeated"], nodes),
@@ -107,6 +107,7 @@ def summarize(analyses: Sequence[SearchAnalysis]) -> dict[str, float]:
         "mean_nodes_to_goal": _ratio(sum(a.nodes_to_goal or 0 for a in reached), len(reached)),
         "search_effort": _ratio(sum(a.nodes_to_goal or 0 for a in reached), sum(a.expected_nodes for a in reached)),
     }
+    return {name: rate for name, rate in rates.items() if not math.isnan(rate)}
 
 
 def _first_goal(played: Sequence[Played]) -> int | None:
@@ -126,4 +127,4 @@ def _early_backtracks(played: Sequence[Played], max_value: int) -> int:
 
 
 def _ratio(count: float, base: float) -> float:
-    return count / base if base else math.nan
+    return count / base if base else math.nan  # left out of the summary

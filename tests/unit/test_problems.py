@@ -74,6 +74,10 @@ def test_limit_keeps_that_many_training_problems_and_all_held_out(countdown: Pro
     assert limited.heldout == countdown.heldout
 
 
+def test_the_first_held_out_problems_are_spread_over_the_multisets(countdown: ProblemSet) -> None:
+    assert len({p.cluster for p in countdown.heldout[:128]}) > 30
+
+
 def test_too_many_multisets_are_sampled_by_seed() -> None:
     cfg = ProblemsConfig(num_numbers=3, max_number=60, limit=10)
     problems = load_problems(cfg, seed=3)

@@ -115,7 +115,8 @@ def test_summary_gives_rates_over_all_outputs() -> None:
     assert summary["false_goals_per_output"] == summary["first_on_path_frac"] == summary["reached_goal_frac"] == pytest.approx(1 / 3)
     assert summary["answer_frac"] == pytest.approx(2 / 3) and summary["mean_nodes_to_goal"] == 2
     assert summary["search_effort"] == pytest.approx(2 / look(GOOD).expected_nodes)
-    assert summarize([])["mean_nodes"] != summarize([])["mean_nodes"], "nothing to count is NaN"
+    assert summarize([]) == {"outputs": 0.0}, "a rate with nothing to count over is left out"
+    assert "search_effort" not in summarize([look(wrong)])
 
 
 def test_rendered_lines_show_depth_outcome_and_what_is_wrong() -> None:
