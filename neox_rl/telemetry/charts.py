@@ -150,8 +150,10 @@ def _finish(axes: Axes, xlabel: str, *, legend: bool = True) -> None:
 
 
 def _reward(axes: Axes, run: RunData) -> None:
-    _line(axes, run.rl, "reward_mean", "blue", "reward")
-    _line(axes, run.rl, "accuracy", "green", "correct answers")
+    same = all(row.get("accuracy") is None or row.get("reward_mean") == row["accuracy"] for row in run.rl)
+    _line(axes, run.rl, "reward_mean", "blue", "reward (1 for a correct answer)" if same else "reward")
+    if not same:
+        _line(axes, run.rl, "accuracy", "green", "correct answers")
     _finish(axes, "RL step")
 
 
@@ -188,7 +190,7 @@ def _staleness(axes: Axes, run: RunData) -> None:
     if bound is not None:
         axes.axvline(bound + 0.5, color=COLORS["red"], linewidth=1.2, linestyle=(0, (4, 3)))
         axes.annotate(f" bound {bound}", (bound + 0.5, 0.94), xycoords=("data", "axes fraction"), color=COLORS["red"], fontsize=8.5)
-        axes.set_xlim(-0.6, max(ages[-1], bound) + 1.1)
+        axes.set_xlim(-0.6, max(ages[-1] + 0.6, bound + 1.4))
     axes.set_ylim(0, max(shares) * 1.15 + 1e-9)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     _finish(axes, "staleness, optimizer steps", legend=False)
@@ -202,7 +204,7 @@ def _length(axes: Axes, run: RunData) -> None:
     if len(x):
         other = axes.twinx()
         other.grid(visible=False)
-        other.plot(x, y, color=COLORS["red"], linewidth=1.1, linestyle=(0, (4, 3)))
+        other.plot(x, _smooth(y), color=COLORS["red"], linewidth=1.1, linestyle=(0, (4, 3)))
         other.set_ylim(0, max(0.05, float(y.max()) * 1.3))
         other.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.plot([], [], color=COLORS["red"], linewidth=1.1, linestyle=(0, (4, 3)), label="cut off")

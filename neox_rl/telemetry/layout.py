@@ -9,6 +9,7 @@ from typing import Any
 from neox_rl.telemetry.rundata import FIRST, LAST, Row
 
 MAX_DEPTH = 24
+GOOD_LENGTH = 20  # lines: long enough to see a search, short enough to read
 SHOWN_AS = {"solution": "solution", "more": "more", "step": "dead", "leaf": "dead", "dead_end": "dead", "back": "dead", "goal": "dead"}
 
 
@@ -36,7 +37,9 @@ def choose_pairs(rollouts: Sequence[Row], limit: int = 3) -> list[Pair]:
     first = {row["problem_id"]: row for row in rollouts if row["label"] == FIRST}
     last = {row["problem_id"]: row for row in rollouts if row["label"] == LAST}
     pairs = [Pair(_heading(first[key], last[key]), first[key], last[key]) for key in first if key in last]
-    solved = sorted((p for p in pairs if p.after["correct"]), key=lambda p: (p.before["correct"], -len(p.before["lines"])))
+    solved = sorted(
+        (p for p in pairs if p.after["correct"]), key=lambda p: (p.before["correct"], abs(len(p.before["lines"]) - GOOD_LENGTH))
+    )
     unsolved = [p for p in pairs if not p.after["correct"]]
     return solved[: limit - min(len(unsolved), 1)] + unsolved[: max(1, limit - len(solved))]
 
@@ -53,16 +56,23 @@ def most_mixed(rollouts: Sequence[Row]) -> Row | None:
     return max(mixed, key=lambda row: len(row["versions"]), default=None)
 
 
-def lay_out(lines: Sequence[dict[str, Any]]) -> list[Line]:
-    """Lines of a search with their look: wrong ones, the goal and the steps that lead to it, the solution, and dead ends."""
+def lay_out(lines: Sequence[dict[str, Any]], correct: bool) -> list[Line]:
+    """Lines of a search with their look: wrong ones, the goal and the steps that lead to it, the solution, and dead ends.
+
+    ``correct`` is the verdict on the attempt: a solution that is not correct looks wrong.
+    """
     path = _path(lines)
-    looks = [_look(line, i, path) for i, line in enumerate(lines)]
+    looks = [_look(line, i, path, correct) for i, line in enumerate(lines)]
     depths = [min(max(int(line["depth"]), 0), MAX_DEPTH) for line in lines]
-    return [Line(depth, str(line["text"]), look, _note(line)) for line, depth, look in zip(lines, depths, looks, strict=True)]
+    return [Line(depth, _text(line), look, _note(line)) for line, depth, look in zip(lines, depths, looks, strict=True)]
 
 
-def _look(line: dict[str, Any], index: int, path: Sequence[int]) -> str:
-    if line["wrong"]:
+def _text(line: dict[str, Any]) -> str:
+    return f"solution  {line['text']}" if line["kind"] == "solution" else str(line["text"])
+
+
+def _look(line: dict[str, Any], index: int, path: Sequence[int], correct: bool) -> str:
+    if line["wrong"] or (line["kind"] == "solution" and not correct):
         return "wrong"
     if index in path:
         return "goal" if index == path[0] else "path"

@@ -15,14 +15,13 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from neox_rl.telemetry.charts import charts
-from neox_rl.telemetry.display import clock
 from neox_rl.telemetry.events import SPANS
 from neox_rl.telemetry.layout import choose_pairs, lay_out, most_mixed
 from neox_rl.telemetry.rows import SEARCH_METRICS
 from neox_rl.telemetry.rundata import MODES, RunData, load_run
 from neox_rl.telemetry.shares import IDLE, PRECEDENCE, time_shares
 from neox_rl.telemetry.summary import build_summary
-from neox_rl.telemetry.table import search_rows
+from neox_rl.telemetry.table import search_mode, search_rows
 
 MIN_SHARE = 0.002
 
@@ -61,6 +60,7 @@ def page_data(run: RunData) -> dict[str, Any]:
         "shares": _shares(run),
         "span_meaning": SPANS | {IDLE: "nothing that is recorded"},
         "search": _search(summary),
+        "search_mode": search_mode(summary),
         "pairs": choose_pairs(run.rollouts),
         "mixed": most_mixed(run.rollouts),
         "lay_out": lay_out,
@@ -73,7 +73,7 @@ def page_data(run: RunData) -> dict[str, Any]:
 
 def _state(run: RunData) -> str:
     """What to warn of before any number; empty for a run that ended as it should."""
-    if run.status.phase == "done" or (run.status.phase == "report" and run.evaluation("final", "greedy")):
+    if run.status.phase in ("report", "done"):
         return ""
     at = f"after {len(run.sft)} warm-start steps and {len(run.rl)} RL steps"
     if run.status.phase == "failed":
@@ -89,8 +89,12 @@ def _lead(run: RunData, summary: Mapping[str, Any]) -> str:
         parts.append(f"It then practiced on its own attempts for {run.rl[-1]['step']:,} steps of asynchronous RL.")
     before, after = summary["heldout_accuracy_warmstart"], summary["heldout_accuracy_final"]
     if before and after:
-        parts.append(f"Of held-out problems it solved {100 * before['mean']:.1f} % before RL, and solves {100 * after['mean']:.1f} % now.")
+        parts.append(f"Of held-out problems it solved {_pct(before)} before RL, and solves {_pct(after)} now.")
     return " ".join(parts) or "No optimizer step was recorded."
+
+
+def _pct(interval: Mapping[str, Any]) -> str:
+    return f"{100 * interval['mean']:.1f}\u00a0%"
 
 
 def _accuracy(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -121,14 +125,14 @@ def _facts(summary: Mapping[str, Any]) -> list[Fact]:
     if dropped is not None:
         facts.append(Fact("Rollouts dropped", f"{dropped:,}", f"{twice} trained twice", _tone(not dropped and not twice)))
     if summary["wall_s"] is not None:
-        facts.append(Fact("Wall time", clock(summary["wall_s"]), "warm start, evaluations and RL together"))
+        facts.append(Fact("Wall time", _duration(summary["wall_s"]), "start, warm start, RL and evaluations"))
     if summary["trainer_idle_frac"] is not None:
         facts.append(Fact("Trainer waiting", f"{100 * summary['trainer_idle_frac']:.1f} %", "of the RL time, for rollouts"))
     if summary["weight_pause_s_median"] is not None:
         updates = f"median pause of a server, {summary['weight_updates']} updates"
         facts.append(Fact("Weight update", f"{1e3 * summary['weight_pause_s_median']:.0f} ms", updates))
     if summary["tokens_generated"] is not None:
-        facts.append(Fact("Tokens", f"{_short(summary['tokens_generated'])} generated", _token_note(summary)))
+        facts.append(Fact("Tokens generated", _short(summary["tokens_generated"]), _token_note(summary)))
     return facts
 
 
@@ -142,10 +146,15 @@ def _token_note(summary: Mapping[str, Any]) -> str:
     return f"{_short(trained or 0)} trained by RL{share}"
 
 
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
 def _short(count: float) -> str:
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= size:
-            return f"{count / size:.2f} {unit}"
+            return f"{count / size:.3g} {unit}"
     return f"{count:.0f}"
 
 
@@ -168,14 +177,17 @@ def _search(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     rows = []
     for title, before, after, change in search_rows(summary):
         metric = by_title[title]
-        better = {"lower": change.startswith("-"), "higher": change.startswith("+")}.get(metric.better)
-        tone = "" if better is None or change.lstrip("+-") in ("", "0.0") else "good" if better else "bad"
+        risen = change.startswith("+")
+        changed = change.strip("+-.0 points") != "" and metric.better in ("lower", "higher")
+        tone = _tone(risen == (metric.better == "higher")) if changed else ""
         rows.append({"title": title, "meaning": metric.meaning, "before": before, "after": after, "change": change, "tone": tone})
     return rows
 
 
 def _versions(spans: Sequence[Mapping[str, Any]]) -> str:
-    """``tokens 1-41 by v37, 42-63 by v38``."""
+    """``written by v0``, or ``tokens 1-41 by v37, 42-63 by v38``."""
+    if len(spans) == 1:
+        return f"written by v{spans[0]['version']}"
     parts = [f"{span['start'] + 1}-{span['end']} by v{span['version']}" for span in spans if span["version"] >= 0]
     return "tokens " + ", ".join(parts) if parts else ""
 

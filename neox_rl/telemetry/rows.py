@@ -139,11 +139,15 @@ class RolloutRow(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class SearchMetric:
-    """How one number of search quality is named, explained and compared. ``better`` is "lower", "higher" or ""."""
+    """How one number of search quality is named, explained and compared.
+
+    ``better`` is "lower", "higher", "" (a change is neither), or None (no change to speak of). ``unit`` is "%" for shares,
+    else what is counted.
+    """
 
     title: str
     meaning: str
-    better: str
+    better: str | None
     unit: str = "%"
 
 
@@ -154,7 +158,7 @@ SEARCH_METRICS: Final[dict[str, SearchMetric]] = {
     "false_goals_per_output": _M("False goal claims", "how often an attempt says it reached the target when it had not", "lower", ""),
     "reached_goal_frac": _M("Goal reached", "attempts whose search truly finds the target, by right steps only", "higher"),
     "first_on_path_frac": _M("First step can lead to the goal", "attempts whose first step still leaves a solution", "higher"),
-    "first_on_path_chance": _M("the same by chance", "for a first step drawn evenly from the legal ones", ""),
+    "first_on_path_chance": _M("the same by chance", "for a first step drawn evenly from the legal ones", None),
     "repeated_nodes_frac": _M("Repeated steps", "steps that the same attempt had tried before from the same numbers", "lower"),
     "search_effort": _M("Search effort", "steps to the goal over those of a depth-first search in random order", "lower", ""),
     "illegal_backtracks_per_output": _M("Impossible ways back", "returns where there is nothing to return to, an attempt", "lower", ""),
@@ -162,8 +166,8 @@ SEARCH_METRICS: Final[dict[str, SearchMetric]] = {
     "misplaced_per_output": _M("Misplaced comparisons", "comparisons where no leaf was reached, an attempt", "lower", ""),
     "junk_words_per_output": _M("Unreadable words", "words outside the search language, an attempt", "lower", ""),
     "answer_frac": _M("Gave an answer", "attempts that end in a solution, right or wrong", "higher"),
-    "mean_nodes": _M("Steps an attempt", "search steps written, dead ends included", "", ""),
-    "mean_dead_ends": _M("Dead ends an attempt", "leaves that are not the target", "", ""),
-    "mean_tokens": _M("Tokens an attempt", "search and solution together", "", ""),
+    "mean_nodes": _M("Steps an attempt", "search steps written, dead ends included", "", "count"),
+    "mean_dead_ends": _M("Dead ends an attempt", "leaves that are not the target", "", "count"),
+    "mean_tokens": _M("Tokens an attempt", "search and solution together", "", "count"),
 }
 """Keys as the search analysis names them. Others in a row are kept in the files and not shown."""

@@ -37,18 +37,25 @@ def before_after(summary: Mapping[str, Any]) -> Table:
 
 def search_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """(title, before, after, difference) of every number of search quality that either evaluation holds; greedy where there is one."""
-    mode = "greedy" if summary.get("search_warmstart_greedy") or summary.get("search_final_greedy") else "sampled"
+    mode = search_mode(summary)
     before, after = ((summary.get(f"search_{name}_{mode}") or {}) for name in ("warmstart", "final"))
     rows: list[tuple[str, str, str, str]] = []
     for key, metric in SEARCH_METRICS.items():
         old, new = before.get(key), after.get(key)
         if old is None and new is None:
             continue
-        scale, unit = (100.0, " %") if metric.unit == "%" else (1.0, "")
-        texts = ["-" if value is None else f"{scale * value:.1f}{unit}" for value in (old, new)]
-        change = "-" if old is None or new is None else f"{scale * (new - old):+.1f}"
+        scale, unit, digits = (100.0, " %", 1) if metric.unit == "%" else (1.0, "", 1 if metric.unit else 2)
+        texts = ["-" if value is None else f"{scale * value:.{digits}f}{unit}" for value in (old, new)]
+        change = ""
+        if old is not None and new is not None and metric.better is not None:
+            change = f"{scale * (new - old):+.{digits}f}" + (" points" if unit else "")
         rows.append((metric.title, texts[0], texts[1], change))
     return rows
+
+
+def search_mode(summary: Mapping[str, Any]) -> str:
+    """Which attempts the search quality is shown for."""
+    return "greedy" if summary.get("search_warmstart_greedy") or summary.get("search_final_greedy") else "sampled"
 
 
 def percent(interval: Mapping[str, Any] | None, sign: str = "") -> str:

@@ -145,32 +145,36 @@ def evaluation_rows(label: str, step: int, progress: float, rng: random.Random, 
     return rows
 
 
-def search_text(problem: Problem, slip: float, rng: random.Random, max_words: int = 100) -> str:
-    """A depth-first search that errs with probability ``slip`` at each step."""
+def search_text(problem: Problem, slip: float, rng: random.Random, max_words: int = 100) -> tuple[str, bool]:
+    """A depth-first search that errs with probability ``slip`` at each step, and whether its solution is right."""
     target: int = problem.meta["target"]  # type: ignore[assignment]
     words: list[str] = []
 
-    def visit(state: tuple[int, ...]) -> bool:
+    def visit(state: tuple[int, ...], how: dict[int, str], sound: bool) -> tuple[str, bool] | None:
         moves = list(legal_moves(state, 60))
         rng.shuffle(moves)
-        for move in moves[:5]:
+        for move in moves[:6]:
             if len(words) > max_words:
-                return False
-            text = step_text(move.step)
-            wrong = rng.random() < slip
-            words.extend((text.rsplit("=", 1)[0] + f"={move.step.result + 1}" if wrong else text).split())
-            if len(move.after) == 1:
-                words.append(compare_word(move.step.result + wrong, target))
-                if words[-1] == "goal":
-                    return True
-            elif visit(move.after):
-                return True
+                return None
+            step, text, wrong = move.step, step_text(move.step), rng.random() < slip
+            words.extend((text.rsplit("=", 1)[0] + f"={step.result + 1}" if wrong else text).split())
+            here = f"( {how[step.left]} {step.operator} {how[step.right]} )"
+            if len(move.after) > 1:
+                found = visit(move.after, {**how, step.result: here}, sound and not wrong)
+                if found:
+                    return found
+                continue
+            words.append(compare_word(step.result + wrong, target))
+            if words[-1] == "goal":
+                return here[2:-2], sound and not wrong
         words.append("back")
-        return False
+        return None
 
-    if visit(state_of(problem.meta["numbers"])):  # type: ignore[arg-type]
-        words += ["solution", "1"]
-    return " ".join(words)
+    numbers: list[int] = problem.meta["numbers"]  # type: ignore[assignment]
+    found = visit(state_of(numbers), {n: str(n) for n in numbers}, True)
+    if found:
+        words += ["solution", found[0]]
+    return " ".join(words), bool(found and found[1])
 
 
 def rollout_row(problem: Problem, text: str, *, label: str, correct: bool, versions: list[tuple[int, int, int]]) -> Any:
@@ -197,13 +201,13 @@ def _write_rollouts(paths: RunPaths, final: bool, rng: random.Random) -> None:
     for i, (*numbers, target) in enumerate(PROBLEMS):
         meta: Any = {"numbers": numbers, "target": target, "max_value": 60}
         problem = Problem(f"p{i}", "countdown", prompt_text(numbers, target), "", "c", meta)
-        for label, slip, correct in (("warmstart", 0.25, i == 1), ("final", 0.04, i != 3))[: 1 + final]:
-            text = search_text(problem, slip, rng)
+        for label, slip in (("warmstart", 0.16), ("final", 0.03 if i < 3 else 0.3))[: 1 + final]:
+            text, correct = search_text(problem, slip, rng)
             recorder.record(rollout_row(problem, text, label=label, correct=correct, versions=[(0, 0, len(text.split()))]))
-        text = search_text(problem, 0.1, rng)
+        text, correct = search_text(problem, 0.03, rng)
         length = len(text.split())
         mixed = [(40, 0, length // 3), (41, length // 3, 2 * length // 3), (42, 2 * length // 3, length)]
-        recorder.record(rollout_row(problem, text, label="train", correct=False, versions=mixed))
+        recorder.record(rollout_row(problem, text, label="train", correct=correct, versions=mixed))
     recorder.close()
 
 

@@ -1,0 +1,371 @@
+"""What a person sees: the live panel, the table, the summary and the report."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from synthetic_run import START_NS, rollout_row, write_run
+
+from neox_rl.telemetry.display import LiveDisplay, View, clock, sparkline
+from neox_rl.telemetry.events import Event
+from neox_rl.telemetry.jsonl import JsonlWriter, read_jsonl, write_json
+from neox_rl.telemetry.layout import choose_pairs, lay_out
+from neox_rl.telemetry.paths import RunPaths
+from neox_rl.telemetry.report import write_report
+from neox_rl.telemetry.rundata import load_run
+from neox_rl.telemetry.shares import time_shares
+from neox_rl.telemetry.status import Status, write_status
+from neox_rl.telemetry.summary import build_summary, write_summary
+from neox_rl.telemetry.table import print_table
+from neox_rl.types import Problem
+
+REQUIRED = (
+    "heldout_accuracy_warmstart",
+    "heldout_accuracy_final",
+    "steps",
+    "max_staleness_bound",
+    "max_staleness_seen",
+    "rollouts_dropped",
+    "rollouts_trained_twice",
+    "tokens_generated",
+    "tokens_trained",
+    "tokens_masked_stale",
+    "mismatch_kl_max",
+    "wall_s",
+    "trainer_idle_frac",
+    "weight_updates",
+    "weight_pause_s_median",
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
+    paths = write_run(tmp_path_factory.mktemp("runs") / "finished")
+    write_summary(paths.root)
+    return paths
+
+
+# --- the summary
+
+
+def test_the_summary_of_a_finished_run_knows_every_number(finished: RunPaths) -> None:
+    summary: Any = json.loads(finished.summary.read_text())
+    assert [key for key in REQUIRED if summary[key] is None] == []
+    assert summary["heldout_accuracy_final"].keys() == {"mean", "ci95_low", "ci95_high", "n"}
+    assert summary["heldout_accuracy_final"] == summary["heldout_accuracy_final_greedy"] != summary["heldout_accuracy_final_sampled"]
+    rl = [row for row in read_jsonl(finished.metrics) if row["phase"] == "rl"]
+    assert summary["steps"] == len(rl) == 120
+    assert summary["tokens_trained"] == sum(row["tokens_trained"] for row in rl)
+    assert summary["tokens_generated"] == rl[-1]["tokens_generated"]
+    assert (summary["max_staleness_seen"], summary["max_staleness_bound"]) == (2, 2)
+    assert summary["weight_updates"] == 120
+    assert 0.018 <= summary["weight_pause_s_median"] <= 0.027
+    waited = sum(row["wait_s"] for row in rl)
+    assert summary["trainer_idle_frac"] == pytest.approx(waited / (waited + 120 * 2.75))
+    gain = summary["heldout_accuracy_gain_greedy"]
+    assert gain["mean"] == pytest.approx(summary["heldout_accuracy_final"]["mean"] - summary["heldout_accuracy_warmstart"]["mean"])
+
+
+def test_what_was_not_measured_is_null_and_not_zero(tmp_path: Path) -> None:
+    summary = build_summary(load_run(write_run(tmp_path / "early", rl_steps=0, sft_steps=3, finished=False).root))
+    assert summary["steps"] == 0
+    unknown = (
+        "heldout_accuracy_final",
+        "max_staleness_seen",
+        "rollouts_dropped",
+        "tokens_generated",
+        "mismatch_kl_max",
+        "weight_pause_s_median",
+    )
+    assert [summary[key] for key in unknown] == [None] * len(unknown)
+
+
+def test_a_step_trained_again_after_a_resume_counts_once(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", rl_steps=4, sft_steps=1)
+    again = {**read_jsonl(paths.metrics)[-1], "tokens_trained": 1}
+    writer = JsonlWriter(paths.metrics)
+    writer.write(again)
+    writer.close()
+    assert build_summary(load_run(paths.root))["tokens_trained"] == 3 * 7000 + 1
+
+
+# --- where the time went
+
+
+def test_every_moment_of_a_process_counts_once(finished: RunPaths) -> None:
+    run = load_run(finished.root)
+    shares = time_shares(run.events)
+    assert shares.keys() == {"trainer-0", "server-0", "orchestrator"}
+    for found in shares.values():
+        assert sum(found.values()) == pytest.approx(run.wall_s)
+
+
+def test_of_overlapping_spans_the_rarer_one_counts() -> None:
+    def span(name: str, start: float, seconds: float) -> Event:
+        return Event("p", "span", name, START_NS + int(start * 1e9), int(seconds * 1e9))
+
+    found = time_shares([span("generating", 0, 10), span("generating", 2, 6), span("paused", 4, 1), span("generating", 12, 1)])
+    assert found == {"p": {"generating": 10.0, "paused": 1.0, "idle": 2.0}}
+
+
+# --- rollouts for a reader
+
+
+def line(depth: int, text: str, kind: str, wrong: bool = False) -> dict[str, Any]:
+    return {"depth": depth, "text": text, "kind": kind, "wrong": wrong}
+
+
+def test_the_path_to_the_goal_stands_out_from_dead_ends_and_wrong_steps() -> None:
+    search = [
+        line(0, "3 *5 =15", "step"),
+        line(1, "15 +7 =22 low", "dead_end"),
+        line(1, "15 -7 =9 low", "dead_end", wrong=True),
+        line(1, "back", "back"),
+        line(0, "7 *3 =21", "step"),
+        line(1, "21 -5 =16 low", "dead_end"),
+        line(1, "21 +5 =26 goal", "goal"),
+        line(1, "( 7 * 3 ) + 5", "solution"),
+    ]
+    looks = [shown.look for shown in lay_out(search, correct=True)]
+    assert looks == ["dead", "dead", "wrong", "dead", "path", "dead", "goal", "solution"]
+    assert lay_out(search, correct=False)[-1].look == "wrong"
+
+
+def test_a_goal_below_a_wrong_step_is_no_goal() -> None:
+    looks = [shown.look for shown in lay_out([line(0, "7 *3 =26", "step", wrong=True), line(1, "26 +0 =26 goal", "goal")], correct=False)]
+    assert looks == ["wrong", "dead"]
+
+
+def test_an_unsolved_problem_is_shown_beside_the_improved_ones(finished: RunPaths) -> None:
+    pairs = choose_pairs(read_jsonl(finished.rollouts))
+    assert pairs[0].heading == "Solved only after RL"
+    assert pairs[-1].heading in ("Not solved", "Solved only before RL")
+    assert len(pairs) == 3
+
+
+# --- the report
+
+
+class Tags(HTMLParser):
+    """Collects tags and the resources they would load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+        self.open: list[str] = []
+        self.loads: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append(tag)
+        if tag not in ("meta", "br", "hr"):
+            self.open.append(tag)
+        self.loads += [v for k, v in attrs if v and k in ("src", "href", "xlink:href", "data") and not v.startswith("#")]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def parse(page: str) -> Tags:
+    tags = Tags()
+    tags.feed(page)
+    assert tags.open == []
+    return tags
+
+
+def test_the_report_is_one_small_file_that_loads_nothing(finished: RunPaths) -> None:
+    page = write_report(finished.root).read_text(encoding="utf-8")
+    tags = parse(page)
+    assert tags.loads == []
+    assert "script" not in tags.seen
+    assert "@import" not in page
+    assert not re.search(r"url\((?!#)", page)
+    assert tags.seen.count("svg") == 8
+    assert len(page) < 1_000_000
+
+
+def test_the_report_shows_the_run_from_gain_to_configuration(finished: RunPaths) -> None:
+    page = write_report(finished.root).read_text(encoding="utf-8")
+    summary = json.loads(finished.summary.read_text())
+    for text in (
+        f"{100 * summary['heldout_accuracy_final']['mean']:.1f}",
+        "2 of 2", "7 min 18 s", "Wrong steps", "Solved only after RL", "numbers 3 5 7 target 26 search", "trainer-0", "num_layers: 3",
+        "torch", "by v40",
+    ):  # fmt: skip
+        assert text in page, text
+    assert "not finished" not in page
+    assert "failed" not in page
+
+
+def test_what_a_model_writes_stays_text(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }}\x00</div>"
+    paths = write_run(tmp_path / "<b>run", rl_steps=2, sft_steps=2)
+    problem = Problem("evil", "countdown", evil, "", "c", {"numbers": [3, 5], "target": 8, "max_value": 60})
+    writer = JsonlWriter(paths.rollouts)
+    for label in ("warmstart", "final"):
+        row = rollout_row(problem, evil, label=label, correct=label == "final", versions=[(0, 0, 3)])
+        writer.write({**row, "reason": evil, "lines": [] if label == "final" else [{**line(-5, evil, evil), "note": evil}]})
+    writer.close()
+    write_status(paths.status, Status(phase="failed", message=evil))
+    paths.config.write_text(f"name: {evil}")
+    page = write_report(paths.root).read_text(encoding="utf-8")
+    tags = parse(page)
+    assert not {"script", "img"} & set(tags.seen)
+    assert tags.loads == []
+    assert page.count("&lt;script&gt;alert(1)") >= 6
+    assert "{{ 7*7 }}" in page
+
+
+@pytest.mark.parametrize(
+    ("shape", "says"),
+    [
+        ({"rl_steps": 0, "sft_steps": 0}, "after 0 warm-start steps"),
+        ({"rl_steps": 0, "sft_steps": 5}, "after 5 warm-start"),
+        ({"rl_steps": 1}, "and 1 RL steps"),
+    ],
+)
+def test_a_run_that_failed_early_says_so_and_shows_what_there_is(tmp_path: Path, shape: dict[str, int], says: str) -> None:
+    paths = write_run(tmp_path / "run", finished=False, **shape)
+    page = write_report(paths.root).read_text(encoding="utf-8")
+    parse(page)
+    assert "This run failed" in page
+    assert says in page
+    assert "server-0 ended with status -9" in page
+
+
+def test_an_empty_run_directory_still_makes_a_page_and_a_missing_one_is_an_error(tmp_path: Path) -> None:
+    parse(write_report(tmp_path).read_text(encoding="utf-8"))
+    with pytest.raises(FileNotFoundError, match="no run directory"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_numbers_that_were_not_finite_do_not_break_the_page(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", rl_steps=30, sft_steps=2)
+    rows = [
+        {**row, **{key: None for key in ("reward_mean", "mismatch_kl", "ess", "loss")}} if row["step"] % 2 else row
+        for row in read_jsonl(paths.metrics)
+    ]
+    paths.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert parse(write_report(paths.root).read_text(encoding="utf-8")).seen.count("svg") == 8
+
+
+def test_the_report_can_be_made_again_from_the_command_line(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", rl_steps=2, sft_steps=2)
+    done = subprocess.run(
+        [sys.executable, "-m", "neox_rl.telemetry.report", str(paths.root)],
+        check=True, timeout=60, capture_output=True, text=True, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.stdout.strip() == str(paths.report)
+    assert paths.report.exists()
+
+
+# --- the terminal
+
+
+def console(terminal: bool) -> tuple[Console, io.StringIO]:
+    out = io.StringIO()
+    return Console(file=out, force_terminal=terminal, width=100, color_system=None), out
+
+
+def test_the_table_compares_before_and_after_and_ends_with_the_paths(finished: RunPaths) -> None:
+    shown, out = console(False)
+    print_table(finished, json.loads(finished.summary.read_text()), shown)
+    text = out.getvalue()
+    for part in (
+        "accuracy, greedy",
+        "accuracy, sampled",
+        "Wrong steps",
+        "False goal claims",
+        "by chance",
+        "Tokens an attempt",
+        str(finished.report),
+    ):
+        assert part in text
+    assert re.search(r"21\.0 % +│ +10\.0 % +│ +-11\.0 points", text)
+
+
+def test_a_pipe_gets_a_plain_line_at_each_phase_and_every_ten_seconds() -> None:
+    view = View("run")
+    status = [
+        Status(phase="starting"),
+        Status(phase="rl", step=1, total_steps=9, reward=0.25, staleness_mean=0.5, staleness_max=1, bound=2),
+    ]
+    assert view.update(status[0], 100.0) == "[0:00] starting"
+    assert view.update(status[0], 109.0) is None
+    assert view.update(status[0], 110.5) == "[0:10] starting"
+    assert view.update(status[1], 111.0) == "[0:11] rl | step 1/9 | reward 0.250 | staleness 0.50 mean, 1 max, bound 2"
+    assert view.update(status[1], 112.0) is None
+
+
+def test_the_panel_shows_phase_progress_trend_and_time_to_the_end() -> None:
+    view, (shown, out) = View("run"), console(True)
+    for step in range(1, 6):
+        rate = {"tokens_per_s_generated": 6500.0, "tokens_per_s_trained": 2000.0}
+        status = Status(
+            phase="rl", step=step, total_steps=10, reward=step / 10, heldout_accuracy=0.5, queue_ready=3, queue_inflight=9, eta_s=75, **rate
+        )
+        view.update(status, float(step))
+    shown.print(view.panel(65.0))
+    text = out.getvalue()
+    for part in (
+        "✓ warm start",
+        "● RL",
+        "○ report",
+        "step 5/10",
+        "1:15 left",
+        "0.500",
+        "▁",
+        "█",
+        "50.0 %",
+        "6,500 generated",
+        "3 ready, 9 in flight",
+        "1:04 elapsed",
+    ):
+        assert part in text, part
+
+
+def test_a_failed_run_is_marked_where_it_failed() -> None:
+    view, (shown, out) = View("run"), console(True)
+    view.update(Status(phase="warmstart"), 0.0)
+    view.update(Status(phase="failed", message="server-0 died"), 1.0)
+    shown.print(view.panel(1.0))
+    assert "✗ warm start" in out.getvalue()
+    assert "server-0 died" in out.getvalue()
+
+
+def test_the_display_follows_the_status_file_until_its_block_ends(tmp_path: Path) -> None:
+    shown, out = console(False)
+    with LiveDisplay(tmp_path / "status.json", "run", shown):
+        write_status(tmp_path / "status.json", Status(phase="warmstart", step=1, total_steps=5))
+        deadline = time.monotonic() + 10
+        while "warmstart" not in out.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        write_status(tmp_path / "status.json", Status(phase="done", message="[bold]x"))
+    assert [text.split("] ", 1)[1] for text in out.getvalue().splitlines()] == ["warmstart | step 1/5", "done | [bold]x"]
+
+
+def test_a_terminal_gets_one_live_panel(tmp_path: Path) -> None:
+    shown, out = console(True)
+    write_json(tmp_path / "status.json", {"phase": "rl", "unknown key": 1})
+    with LiveDisplay(tmp_path / "status.json", "my run", shown):
+        pass
+    assert "my run" in out.getvalue()
+
+
+def test_small_formats() -> None:
+    assert (clock(5), clock(187), clock(3729), clock(-3)) == ("0:05", "3:07", "1:02:09", "0:00")
+    assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
+    assert sparkline([2.0, 2.0]) == "▁▁"
