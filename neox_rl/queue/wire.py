@@ -101,7 +101,7 @@ class _Message:
 
 
 class ExperienceServer:
-    """The orchestrator's end. ``malformed``, ``duplicates`` and ``out_of_order`` count what was not used."""
+    """The orchestrator's end. ``malformed``, ``strangers``, ``duplicates`` and ``out_of_order`` count the messages that were not used."""
 
     def __init__(self, bind_host: str, port: int, heartbeat_s: float = HEARTBEAT_S) -> None:
         self._socket: zmq.asyncio.Socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
@@ -113,7 +113,7 @@ class ExperienceServer:
             self._socket.close(linger=0)
             raise NeoxRLError(f"cannot bind the experience socket to {bind_host}:{port}: {error}; set network.experience_port") from error
         self.port = int(self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
-        self.malformed = self.duplicates = self.out_of_order = 0
+        self.malformed = self.strangers = self.duplicates = self.out_of_order = 0
         self._heartbeat_s = heartbeat_s
         self._beat_at = 0.0
         self._session = ""
@@ -157,6 +157,7 @@ class ExperienceServer:
         if not self._session and message.kind == "hello" and message.id == 1:
             self._session = message.session
         if message.session != self._session:
+            self.strangers += 1
             reason = "another trainer holds the session" if self._session else "this orchestrator was restarted and knows no session"
             await self._send(peer, self._pack("error", message.id, message=f"{reason}: restart the run"))
         elif message.id <= self._last:
@@ -232,7 +233,7 @@ class ExperienceClient:
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, LINGER_MS)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-        self._socket.setsockopt(zmq.IMMEDIATE, 1)  # what cannot be sent now is repeated, not piled up for a peer that is not there
+        # No zmq.IMMEDIATE here: with it libzmq throws away answers that came but were not read yet when the peer closes.
         self._socket.connect(address)
         self._session = uuid.uuid4().hex
         self._id = 0
@@ -291,7 +292,7 @@ class ExperienceClient:
             for id in ids:
                 self._socket.send_multipart(self._unacked[id], zmq.DONTWAIT)
         except zmq.Again:
-            return  # not connected now; repeated by the next request
+            return  # the outgoing buffer is full, for want of a peer: repeated by the next request
 
     def _request(self, expected: str, what: str, kind: str, **body: Json) -> list[bytes]:
         self._post(kind, **body)

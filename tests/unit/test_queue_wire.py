@@ -1,0 +1,327 @@
+"""The experience socket over real ZeroMQ: order, exactly once, deadlines that name what they wait for, and hostile frames."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+import zmq
+
+from neox_rl.errors import DeadlineError, NeoxRLError, StalenessError
+from neox_rl.framing import Frame, kind_of, pack, unpack
+from neox_rl.queue.wire import Delivery, ExperienceClient, ExperienceServer, Phase
+from neox_rl.types import Finish, Group, Json, Reason, Role, Segment, Trace, Verdict
+
+HEARTBEAT_S, RESEND_S = 0.05, 0.1
+
+
+def make_group(ticket: int) -> Group:
+    segment = Segment((7, 8), Role.THINK, (-0.5, -1.25), 0, 1.0)
+    return Group(ticket, "p", (Trace(f"g{ticket:06d}/r0", "p", (segment,), 1.0, Finish.STOP, Verdict(True, "1", Reason.MATCH, 0.1)),))
+
+
+class Recorder:
+    """A handler that writes down what it is asked, in order. ``delay_s`` is how long a batch takes."""
+
+    def __init__(self, delay_s: float = 0.0, failure: Exception | None = None, stuck: bool = False, same: bool = False) -> None:
+        self.delay_s, self.failure, self.stuck, self.same = delay_s, failure, stuck, same
+        self.calls: list[tuple[object, ...]] = []
+
+    async def hello(self, world: int, pid: int, state: Mapping[str, Json]) -> None:
+        self.calls.append(("hello", world, dict(state)))
+
+    async def next_groups(self, phase: Phase, step: int) -> Delivery:
+        self.calls.append(("next", phase, step))
+        if self.stuck:
+            time.sleep(self.delay_s)  # the event loop itself stands still: no heartbeat either
+        await asyncio.sleep(self.delay_s)
+        if self.failure:
+            raise self.failure
+        return Delivery([make_group(0 if self.same else step)], {"after": step})
+
+    async def evaluate(self, label: str, version: int) -> Mapping[str, Json]:
+        self.calls.append(("evaluate", label, version))
+        return {"accuracy": 0.25, "none": float("nan")}
+
+    async def report(self, phase: Phase, step: int, metrics: Mapping[str, Json]) -> None:
+        self.calls.append(("report", phase, step, dict(metrics)))
+
+    async def published(self, version: int) -> None:
+        self.calls.append(("published", version))
+
+    async def done(self, reason: str) -> None:
+        self.calls.append(("done", reason))
+
+    def waiting_for(self) -> str:
+        return "g000003, due by step 5"
+
+
+class Running:
+    """A server in a thread with its own event loop; ``result`` is what ``serve`` returned or raised."""
+
+    def __init__(self, handler: Recorder, port: int = 0) -> None:
+        self.server: ExperienceServer
+        self._up, self._handler, self._port = threading.Event(), handler, port
+        self._stop: asyncio.Event
+        self._loop: asyncio.AbstractEventLoop
+        self.result = ThreadPoolExecutor(1).submit(lambda: asyncio.run(self._main()))
+        assert self._up.wait(10)
+        self.address = f"tcp://127.0.0.1:{self.server.port}"
+
+    async def _main(self) -> str | None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        self.server = ExperienceServer("127.0.0.1", self._port, heartbeat_s=HEARTBEAT_S)
+        self._up.set()
+        serving, stopping = asyncio.ensure_future(self.server.serve(self._handler)), asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            stopping.cancel()
+            return serving.result() if serving.done() else None
+        finally:
+            serving.cancel()
+            await asyncio.gather(serving, stopping, return_exceptions=True)
+            self.server.close()
+
+    def stop(self) -> None:
+        if not self.result.done():
+            self._loop.call_soon_threadsafe(self._stop.set)
+        self.result.exception(timeout=10)
+
+
+@contextmanager
+def serving(handler: Recorder, port: int = 0) -> Iterator[Running]:
+    running = Running(handler, port)
+    try:
+        yield running
+    finally:
+        running.stop()
+
+
+@contextmanager
+def connected(address: str, deadline_s: float = 10.0, silence_s: float = 10.0, greet: bool = True) -> Iterator[ExperienceClient]:
+    client = ExperienceClient(address, deadline_s, silence_s=silence_s, resend_s=RESEND_S)
+    try:
+        if greet:
+            client.hello(world=2)
+        yield client
+    finally:
+        client.close()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def test_a_run_is_handled_in_the_order_it_was_sent() -> None:
+    handler = Recorder()
+    with serving(handler) as running, connected(running.address, greet=False) as client:
+        client.hello(world=2, state={"cursor": 4})
+        assert client.next_groups(Phase.SFT, 1) == (make_group(1),)
+        client.report(Phase.SFT, 1, {"loss": 2.5, "grad_norm": float("inf")})
+        client.published(0)
+        assert client.evaluate("warmstart", 0) == {"accuracy": 0.25, "none": None}
+        assert client.next_groups(Phase.RL, 1) == (make_group(1),)
+        assert client.state == {"after": 1}
+        client.report(Phase.RL, 1, {"loss": 0.5})
+        client.done("all steps are trained")
+        assert running.result.result(timeout=10) == "all steps are trained"
+    assert handler.calls == [
+        ("hello", 2, {"cursor": 4}),
+        ("next", "sft", 1),
+        ("report", "sft", 1, {"loss": 2.5, "grad_norm": None}),
+        ("published", 0),
+        ("evaluate", "warmstart", 0),
+        ("next", "rl", 1),
+        ("report", "rl", 1, {"loss": 0.5}),
+        ("done", "all steps are trained"),
+    ]
+
+
+def test_a_late_orchestrator_is_waited_for() -> None:
+    port, handler = free_port(), Recorder()
+    with ThreadPoolExecutor(1) as pool, connected(f"tcp://127.0.0.1:{port}", greet=False) as client:
+        greeting = pool.submit(client.hello, 2)
+        time.sleep(0.7)
+        with serving(handler, port):
+            greeting.result(timeout=10)
+    assert handler.calls == [("hello", 2, {})]
+
+
+def test_no_orchestrator_is_a_deadline_naming_the_address() -> None:
+    port = free_port()
+    with (
+        connected(f"tcp://127.0.0.1:{port}", deadline_s=0.3, greet=False) as client,
+        pytest.raises(DeadlineError, match=rf"the orchestrator to answer on tcp://127.0.0.1:{port}.*see the orchestrator's log"),
+    ):
+        client.hello(world=1)
+
+
+def test_a_deadline_names_the_batch_and_the_tickets_it_waits_for() -> None:
+    handler = Recorder(delay_s=30)
+    with serving(handler) as running, connected(running.address, deadline_s=0.6, silence_s=0.4) as client:
+        with pytest.raises(DeadlineError, match=r"waited 0.* s for the batch of rl step 5.*last waited for g000003, due by step 5"):
+            client.next_groups(Phase.RL, 5)
+        assert handler.calls.count(("next", "rl", 5)) == 1, "heartbeats kept the client from repeating or giving up"
+
+
+def test_an_orchestrator_that_dies_is_noticed_long_before_the_deadline() -> None:
+    with serving(Recorder(delay_s=30)) as running, connected(running.address, deadline_s=60, silence_s=0.5) as client:
+        threading.Timer(0.3, running.stop).start()
+        start = time.monotonic()
+        with pytest.raises(DeadlineError, match="a word from the orchestrator"):
+            client.next_groups(Phase.RL, 1)
+        assert time.monotonic() - start < 10
+
+
+def test_a_repeated_request_gets_the_same_batch_and_is_handled_once() -> None:
+    """The event loop stands still longer than the client's patience: the client repeats, the server answers once."""
+    handler = Recorder(delay_s=0.3, stuck=True)
+    with serving(handler) as running, connected(running.address) as client:
+        assert client.next_groups(Phase.RL, 1) == (make_group(1),)
+        assert client.next_groups(Phase.RL, 2) == (make_group(2),)
+        assert running.server.duplicates >= 2
+    assert handler.calls == [("hello", 2, {}), ("next", "rl", 1), ("next", "rl", 2)]
+
+
+def test_messages_lost_with_a_connection_arrive_once_and_in_order() -> None:
+    """A proxy that swallows a quarter of the messages, both ways, stands for a network that breaks connections."""
+    handler = Recorder()
+    with serving(handler) as running, lossy_proxy(running.address) as address, connected(address) as client:
+        for step in range(1, 6):
+            client.next_groups(Phase.RL, step)
+            client.report(Phase.RL, step, {})
+            client.published(step)
+        client.done("end")
+        assert running.result.result(timeout=10) == "end"
+        assert running.server.out_of_order > 0
+    expected = [call for s in range(1, 6) for call in (("next", "rl", s), ("report", "rl", s, {}), ("published", s))]
+    assert handler.calls == [("hello", 2, {}), *expected, ("done", "end")]
+
+
+@contextmanager
+def lossy_proxy(target: str) -> Iterator[str]:
+    stop = threading.Event()
+    front, back = zmq.Context.instance().socket(zmq.ROUTER), zmq.Context.instance().socket(zmq.DEALER)
+    port = front.bind_to_random_port("tcp://127.0.0.1")
+    back.connect(target)
+
+    def pump() -> None:
+        identity, rng = b"", random.Random(1)
+        while not stop.is_set():
+            if front.poll(5):
+                identity, *frames = front.recv_multipart()
+                if rng.random() > 0.25:
+                    back.send_multipart(frames)
+            if back.poll(5):
+                frames = back.recv_multipart()
+                if rng.random() > 0.25:
+                    front.send_multipart([identity, *frames])
+
+    thread = threading.Thread(target=pump)
+    thread.start()
+    try:
+        yield f"tcp://127.0.0.1:{port}"
+    finally:
+        stop.set()
+        thread.join(10)
+        front.close(linger=0)
+        back.close(linger=0)
+
+
+def test_a_failure_of_the_orchestrator_reaches_both_sides() -> None:
+    with serving(Recorder(failure=StalenessError("step 1 was taken"))) as running, connected(running.address) as client:
+        with pytest.raises(NeoxRLError, match="waited for the batch of rl step 1: StalenessError: step 1 was taken"):
+            client.next_groups(Phase.RL, 1)
+        assert isinstance(running.result.exception(timeout=10), StalenessError)
+
+
+def test_the_last_answer_arrives_though_the_orchestrator_ends_at_once() -> None:
+    """libzmq drops unread answers when a peer closes and zmq.IMMEDIATE is set: one end in five was lost so."""
+    for _ in range(30):
+        with serving(Recorder()) as running, connected(running.address, deadline_s=1) as client:
+            client.done("end")
+
+
+def test_a_second_trainer_is_refused_and_the_first_goes_on() -> None:
+    with serving(Recorder()) as running, connected(running.address) as client:
+        with connected(running.address, greet=False) as second, pytest.raises(NeoxRLError, match="another trainer holds the session"):
+            second.hello(world=1)
+        assert client.next_groups(Phase.RL, 1) == (make_group(1),)
+
+
+def test_an_orchestrator_that_was_restarted_refuses_a_run_it_does_not_know() -> None:
+    port = free_port()
+    with serving(Recorder(), port) as first, connected(f"tcp://127.0.0.1:{port}") as client:
+        first.stop()
+        with serving(Recorder(), port), pytest.raises(NeoxRLError, match="was restarted and knows no session"):
+            client.next_groups(Phase.RL, 1)
+
+
+def test_a_ticket_that_comes_twice_stops_the_trainer() -> None:
+    with serving(Recorder(same=True)) as running, connected(running.address) as client:
+        client.next_groups(Phase.RL, 1)
+        with pytest.raises(StalenessError, match="g000000 was trained at step 1"):
+            client.next_groups(Phase.RL, 2)
+
+
+def hostile(rng: random.Random, session: str) -> list[Frame]:
+    """A message that is wrong somewhere: random bytes, cut or flipped real messages, wrong types, wrong ids, too many frames."""
+    kind = rng.choice(["hello", "next", "evaluate", "report", "published", "done", "batch", ""])
+    value = rng.choice([None, True, -1, 10**30, 1.5, "x", [], {}, {"a": [[]]}, "\ud800"])
+    body: dict[str, Json] = {"session": session, "id": rng.choice([0, -1, 1, 2, 10**9, "1", None, True]), "phase": "rl", "step": 1}
+    body[rng.choice(["session", "id", "phase", "step", "label", "version", "reason", "world"])] = value
+    frames = pack(kind, body, {})
+    match rng.randrange(5):
+        case 0:
+            return [rng.randbytes(rng.randrange(60)) for _ in range(rng.randrange(1, 4))]
+        case 1:
+            raw = bytearray(frames[0])
+            raw[rng.randrange(len(raw))] = rng.randrange(256)
+            return [bytes(raw)]
+        case 2:
+            return [bytes(frames[0])[: rng.randrange(len(frames[0]))]]
+        case 3:
+            return [*frames, rng.randbytes(8)]
+        case _:
+            return [b"[" * rng.randrange(1, 5000)] if rng.random() < 0.05 else frames
+
+
+def replayed(rng: random.Random, session: str) -> list[Frame]:
+    """A well-formed message that was handled before, comes after a gap, or is of another session."""
+    return pack("published", {"session": session, "id": rng.choice([1, 3, 10**9]), "version": 7}, {})
+
+
+def test_ten_thousand_hostile_messages_are_counted_and_change_nothing() -> None:
+    """From another peer, with and without the session's real name. Not covered: a peer that knows the session and the next id."""
+    rng, handler = random.Random(5), Recorder()
+    with serving(handler) as running, connected(running.address) as client:
+        session = client._session
+        peer = zmq.Context.instance().socket(zmq.DEALER)
+        peer.connect(running.address)
+        try:
+            for _ in range(10_000):
+                make = hostile if rng.random() < 0.8 else replayed
+                peer.send_multipart(make(rng, rng.choice([session, "other"])))
+                while peer.poll(0):
+                    answer = peer.recv_multipart()
+                    unpack(answer, "ok" if kind_of(answer) == "ok" else "error")
+            client.published(0)
+            assert client.next_groups(Phase.RL, 1) == (make_group(1),)
+            server, deadline = running.server, time.monotonic() + 20
+            while (unused := server.malformed + server.strangers + server.duplicates + server.out_of_order) < 10_000:
+                assert time.monotonic() < deadline, f"{unused} of 10000 messages were accounted for"
+                time.sleep(0.01)
+        finally:
+            peer.close(linger=0)
+        assert unused == 10_000
+        assert min(server.malformed, server.strangers, server.duplicates, server.out_of_order) > 100
+    assert handler.calls == [("hello", 2, {}), ("published", 0), ("next", "rl", 1)]
