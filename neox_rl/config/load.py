@@ -15,7 +15,7 @@ from neox_rl.config.neox_compat import drop_unread, precision_blocks
 from neox_rl.config.rules import check
 from neox_rl.config.run import RunConfig
 from neox_rl.config.schema import MetaRLConfig
-from neox_rl.config.source import Entry, override, read_files
+from neox_rl.config.source import SETTING, Entry, override, read_files
 from neox_rl.errors import ConfigError
 
 OPTIMIZER_DEFAULTS: Mapping[str, Any] = {"lr": 2e-4, "betas": [0.9, 0.95], "eps": 1e-8}
@@ -61,7 +61,7 @@ def _reach_into(values: dict[str, Any], rest: Mapping[str, Entry]) -> None:
     for path, entry in rest.items():
         head, *inner = path.split(".")
         target = values.get(head)
-        if not inner or not isinstance(target, dict) or entry.where != "--set":
+        if not inner or not isinstance(target, dict) or entry.where != SETTING:
             raise _unknown(path, entry)
         for name in inner[:-1]:
             target = target.setdefault(name, {})

@@ -45,6 +45,7 @@ NOT_READ: Mapping[str, str] = {
 }
 
 ONLY: Mapping[str, tuple[Any, ...]] = {
+    "pos_emb": ("rotary",),
     "hidden_dropout": (0,),
     "attention_dropout": (0,),
     "use_qk_layernorm": (False,),

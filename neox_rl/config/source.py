@@ -12,6 +12,8 @@ import yaml
 from neox_rl.config.leaves import blocks
 from neox_rl.errors import ConfigError
 
+SETTING = "--set"
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -51,7 +53,8 @@ def override(table: Mapping[str, Entry], settings: Sequence[str]) -> dict[str, E
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {setting}: {text!r} is not a YAML value; quote it") from error
-        result[path] = Entry(value, "--set")
+        result = {key: entry for key, entry in result.items() if not key.startswith(path + ".") or entry.where != SETTING}
+        result[path] = Entry(value, SETTING)
     return result
 
 

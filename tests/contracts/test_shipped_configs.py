@@ -1,0 +1,60 @@
+"""Every shipped config loads and obeys the rules, the reference is current, and the documents name only keys that exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from neox_rl.config.derived import num_parameters, staleness_bound
+from neox_rl.config.leaves import blocks, leaves
+from neox_rl.config.load import load_config
+from neox_rl.config.machine import Machine
+from neox_rl.config.reference import PAGE, page
+from neox_rl.config.rules import warnings
+from neox_rl.metacot import vocabulary
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
+LAPTOP = Machine(cores=(0, 1), memory_gib=16, exists=lambda path: path.startswith("runs/"))
+"""Two cores, no GPU; the recorded batches of an earlier run are there."""
+MODELS = sorted((CONFIGS / "models").glob("*.yml"))
+JOBS = [CONFIGS / "game24.yml"]
+ALONE = sorted(path for path in CONFIGS.rglob("*.yml") if path not in (*MODELS, *JOBS))
+DOCUMENTS = [path for path in (*ROOT.glob("*.md"), *(ROOT / "neox_rl").rglob("*.md"), *CONFIGS.rglob("*"), *(ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [[path] for path in ALONE] + [[model, job] for model in MODELS for job in JOBS],
+    ids=lambda files: "+".join(f.stem for f in files),
+)
+def test_a_shipped_config_runs_on_a_laptop_without_a_warning(files: list[Path]) -> None:
+    config = load_config(files, machine=LAPTOP)
+    assert warnings(config, LAPTOP) == []
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "debug").glob("*.yml")), ids=lambda path: path.stem)
+def test_debug_configs_are_tiny_and_have_a_directory_of_their_own(path: Path) -> None:
+    config = load_config([path], machine=LAPTOP)
+    assert num_parameters(config, len(vocabulary(config.metarl.problems.max_value))) < 500_000
+    assert config.neox.train_iters <= 20 and config.metarl.name == f"debug-{path.stem.replace('_', '-')}"
+
+
+def test_debug_configs_are_what_their_names_say() -> None:
+    debug = {path.stem: load_config([path], machine=LAPTOP) for path in (CONFIGS / "debug").glob("*.yml")}
+    assert staleness_bound(debug["synchronous"]) == 0
+    assert debug["fake_generator"].metarl.rollout.generator == "scripted"
+    assert debug["rollout_only"].metarl.debug.mode == "rollout_only"
+    assert debug["train_only"].metarl.debug.batches == debug["rollout_only"].metarl.debug.record_batches
+
+
+def test_the_reference_is_current() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), "run: python -m neox_rl.config.reference > configs/README.md"
+
+
+@pytest.mark.parametrize("path", [p for p in DOCUMENTS if p.suffix in (".md", ".yml")], ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_metarl_key_that_a_document_names_exists(path: Path) -> None:
+    named = set(re.findall(r"\bmetarl(?:\.[a-z_0-9]+)+", path.read_text(encoding="utf-8"))) - {"metarl.yml"}
+    assert named <= {*leaves(), *blocks()}
