@@ -113,6 +113,16 @@ def test_ranks_get_level_loads() -> None:
     assert sum(lengths) / (made.length * sum(len(rank) for rank in made.bins)) > 0.97
 
 
+def test_bins_that_only_fit_tightly_are_not_leveled_over_the_limit() -> None:
+    made = plan([24, 24, 16, 16, 16], Layout(pack_tokens=48))
+    assert set(made.bins[0]) == {(0, 1), (2, 3, 4)} and made.length == 48
+
+
+def test_long_and_short_bins_are_dealt_out_over_the_ranks() -> None:
+    made = plan([40, 30, 20, 10], Layout(pack_tokens=40, data_parallel=2, min_microbatches=2))
+    assert made.bins == (((0,), (2,)), ((1,), (3,)))
+
+
 def test_too_long_a_sequence_names_the_key_to_raise() -> None:
     with pytest.raises(ConfigError, match=r"65 tokens .* pack_tokens = 64; raise metarl.pack_tokens"):
         plan([65], Layout(pack_tokens=64))

@@ -108,10 +108,10 @@ def test_what_the_receiver_would_refuse_is_refused_by_the_sender(name: str) -> N
         encode_groups([replace(group, traces=(replace(group.traces[0], segments=(BAD[name],)),))])
 
 
-def test_counts_that_would_overflow_a_sum_are_refused() -> None:
-    frames = [bytes(frame) for frame in encode_groups(example(traces=2, groups=2))]
+def test_counts_that_add_up_only_by_overflow_are_refused() -> None:
+    frames = [bytes(frame) for frame in encode_groups(example(traces=2, groups=5))]
     names = [row[0] for row in json.loads(frames[0])["arrays"]]
-    frames[1 + names.index("num_traces")] = np.array([2**63 - 1, 5], dtype=np.int64).tobytes()
+    frames[1 + names.index("num_traces")] = np.array([2**62, 2**62, 2**62, 2**62, 10], dtype=np.int64).tobytes()
     with pytest.raises(WireError, match="num_traces"):
         decode_groups(frames)
 

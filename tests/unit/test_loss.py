@@ -253,6 +253,14 @@ def test_metrics_of_an_engine_that_agrees_with_the_trainer() -> None:
     assert report["tokens"] == np.count_nonzero(m.loss_weight) > report["fresh_tokens"] > 0
 
 
+@pytest.mark.parametrize("name", CHOICES)
+def test_clips_and_caps_are_idle_where_all_policies_agree(name: str) -> None:
+    (m,) = microbatches(ObjectiveConfig(), Layout(256))
+    m = m.with_logprobs(proximal=m.behavior_logprobs)
+    report = finalize(run(make_loss_fn(ObjectiveConfig(loss=name), VERSION), m, m.behavior_logprobs.astype(np.float64))[2])
+    assert report.get("clip_frac", 0.0) == report.get("truncated_frac", 0.0) == 0.0
+
+
 def test_staleness_is_not_numerics() -> None:
     cfg = ObjectiveConfig()
     (m,) = microbatches(cfg, Layout(256))
