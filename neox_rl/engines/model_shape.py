@@ -151,7 +151,7 @@ def model_shape(neox: NeoXConfig, vocab_size: int) -> ModelShape:
         hidden=neox.hidden_size,
         num_heads=neox.num_attention_heads,
         num_kv_heads=kv_heads,
-        ffn=neox.intermediate_size or 4 * neox.hidden_size,
+        ffn=neox.mlp_width,
         vocab=vocab_size,
         padded_vocab=-(-vocab_size // multiple) * multiple,
         max_positions=neox.max_position_embeddings or neox.seq_length,
@@ -197,7 +197,7 @@ def _check_sizes(neox: NeoXConfig, kv_heads: int) -> None:
         ("hidden_size", neox.hidden_size, neox.num_attention_heads, "num_attention_heads"),
         ("num_attention_heads", neox.num_attention_heads, kv_heads, "num_kv_heads"),
         ("num_kv_heads", kv_heads, tp, "model_parallel_size"),
-        ("intermediate_size", neox.intermediate_size or 4 * neox.hidden_size, tp, "model_parallel_size"),
+        ("the MLP width", neox.mlp_width, tp, "model_parallel_size"),
     ):
         if value % divisor:
             raise ConfigError(f"{name} {value} is not a multiple of {why} {divisor}; change one of them")
