@@ -1,0 +1,58 @@
+"""The staleness rule on simulated rollouts with a long tail and mid-flight version switches: the bound, and what other rules would cost."""
+
+from __future__ import annotations
+
+import pytest
+
+from neox_rl.errors import NeoxRLError
+from neox_rl.queue.simulate import Scenario, Simulation, compare
+from neox_rl.queue.state import Mode, TicketQueue
+from neox_rl.types import Group
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize(("eta", "rho"), [(0, 0), (3, 1), (1, 3), (4, 0), (0, 2)])
+@pytest.mark.parametrize("publish_delay", [0.0, 0.1, 2.5])
+def test_no_token_is_trained_beyond_the_bound_and_nothing_deadlocks(mode: Mode, eta: int, rho: int, publish_delay: float) -> None:
+    scenario = Scenario(num_steps=140, publish_delay_steps=publish_delay, sigma=1.2, refuse_frac=0.1, fail_frac=0.05, seed=7)
+    queue = TicketQueue(scenario.groups_per_step, eta, rho, mode, scenario.num_steps)
+    outcome = Simulation(scenario, queue, masks=mode is Mode.TOKEN).run()
+    assert outcome.tokens_consumed >= 100_000
+    assert outcome.tokens_beyond == 0
+    assert outcome.max_staleness <= eta + rho
+    assert mode is Mode.TOKEN or outcome.tokens_masked == 0, "strict trains every token"
+    assert queue.counts.trained == scenario.groups_per_step * scenario.num_steps
+    assert (queue.groups_dropped, queue.groups_trained_twice, queue.num_ready, queue.num_in_flight) == (0, 0, 0, 0)
+
+
+def test_the_bound_is_reached_so_that_it_is_not_proved_by_idleness() -> None:
+    scenario = Scenario(num_steps=120)
+    queue = TicketQueue(scenario.groups_per_step, 3, 1, Mode.STRICT, scenario.num_steps)
+    assert Simulation(scenario, queue, masks=False).run().max_staleness == 4
+
+
+def test_what_each_rule_costs_under_one_bound() -> None:
+    """S = 4, rollouts of 1.5 steps on average, one in a hundred longer than eight."""
+    outcomes = compare(Scenario(num_steps=300), admission_slack=3, delivery_slack=1)
+    assert 0.25 < outcomes["admission only"].beyond_frac < 0.45
+    assert outcomes["drop stale"].dropped_frac > 0.35
+    assert outcomes["drop stale"].long_frac < 0.05, "dropping trains next to nothing of the long rollouts"
+    assert outcomes["in order"].idle_frac > 0.3
+    assert outcomes["strict"].idle_frac > 0.3, "a strict bound has to wait for the longest rollouts"
+    token = outcomes["token"]
+    assert (token.tokens_beyond, token.tokens_dropped) == (0, 0)
+    assert token.idle_frac < 0.04
+    assert token.masked_frac < 0.15
+    assert token.long_frac > 0.5
+    assert token.tokens_generated == token.tokens_consumed, "a run ends with nothing generated for nothing"
+
+
+def test_a_lost_group_is_a_deadlock_that_names_its_ticket() -> None:
+    class Losing(TicketQueue):
+        def deliver(self, group: Group) -> None:
+            if group.ticket != 37:
+                super().deliver(group)
+
+    scenario = Scenario(num_steps=20)
+    with pytest.raises(NeoxRLError, match="deadlock at step 4: g000037, due by step 4"):
+        Simulation(scenario, Losing(scenario.groups_per_step, 1, 1, Mode.STRICT, scenario.num_steps), masks=False).run()
