@@ -135,7 +135,7 @@ class View:
         total = max(s.total_steps, 1)
         count = f"step {s.step}/{s.total_steps}" if s.total_steps else ""
         left = f"{clock(s.eta_s)} left" if s.eta_s is not None else ""
-        grid.add_row(ProgressBar(total=total, completed=min(s.step, total), width=34), count, left)
+        grid.add_row(ProgressBar(total=total, completed=min(s.step, total), width=34, complete_style="cyan"), count, left)
         return grid
 
     def _facts(self) -> list[tuple[str, str]]:

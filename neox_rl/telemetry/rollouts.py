@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 from neox_rl.telemetry.jsonl import JsonlWriter
-from neox_rl.telemetry.rows import LineRow, RolloutRow
+from neox_rl.telemetry.rows import LineRow, RolloutRow, SpanRow
+from neox_rl.types import NO_VERSION, Problem, Trace
 
 MAX_TEXT = 20_000
 MAX_LINES = 400
@@ -32,3 +35,37 @@ class RolloutRecorder:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def rollout_row(trace: Trace, problem: Problem, text: str, lines: Sequence[Mapping[str, Any]], *, label: str, step: int) -> RolloutRow:
+    """The row of a rollout. ``text`` is what the policy wrote, ``lines`` its search laid out, one mapping a ``LineRow``."""
+    return {
+        "id": trace.id,
+        "label": label,
+        "step": step,
+        "problem_id": problem.id,
+        "prompt": problem.prompt,
+        "text": text,
+        "correct": trace.verdict.correct,
+        "reward": trace.reward,
+        "reason": trace.verdict.reason.value,
+        "finish": trace.finish.value,
+        "num_tokens": sum(len(s.ids) for s in trace.segments if s.version != NO_VERSION),
+        "versions": version_spans(trace),
+        "lines": [cast("LineRow", dict(line)) for line in lines],
+    }
+
+
+def version_spans(trace: Trace) -> list[SpanRow]:
+    """Which version sampled which tokens, counted over the sampled tokens alone; neighbors of one version are one span."""
+    spans: list[SpanRow] = []
+    end = 0
+    for segment in trace.segments:
+        if segment.version == NO_VERSION or not segment.ids:
+            continue
+        start, end = end, end + len(segment.ids)
+        if spans and spans[-1]["version"] == segment.version:
+            spans[-1]["end"] = end
+        else:
+            spans.append({"version": segment.version, "start": start, "end": end})
+    return spans

@@ -157,7 +157,7 @@ SEARCH_METRICS: Final[dict[str, SearchMetric]] = {
     "wrong_comparisons_frac": _M("Wrong comparisons", "leaves called too low or too high when they were not", "lower"),
     "false_goals_per_output": _M("False goal claims", "how often an attempt says it reached the target when it had not", "lower", ""),
     "reached_goal_frac": _M("Goal reached", "attempts whose search truly finds the target, by right steps only", "higher"),
-    "first_on_path_frac": _M("First step can lead to the goal", "attempts whose first step still leaves a solution", "higher"),
+    "first_on_path_frac": _M("First step can succeed", "attempts whose first step still leaves a solution", "higher"),
     "first_on_path_chance": _M("the same by chance", "for a first step drawn evenly from the legal ones", None),
     "repeated_nodes_frac": _M("Repeated steps", "steps that the same attempt had tried before from the same numbers", "lower"),
     "search_effort": _M("Search effort", "steps to the goal over those of a depth-first search in random order", "lower", ""),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -15,13 +16,16 @@ from neox_rl.telemetry.rows import SEARCH_METRICS
 def print_table(paths: RunPaths, summary: Mapping[str, Any], console: Console | None = None) -> None:
     """Print the table and where the report is."""
     console = console or Console()
-    console.print(before_after(summary))
+    table = before_after(summary)
+    console.print(table if table.row_count else "No held-out evaluation was made.")
     console.print(f"report   {paths.report}\nsummary  {paths.summary}", markup=False, highlight=False, soft_wrap=True)
 
 
 def before_after(summary: Mapping[str, Any]) -> Table:
     """Accuracy with 95 % intervals and search quality, after the warm start and after RL. ``summary`` as of ``build_summary``."""
-    table = Table(title="Held-out problems", title_justify="left")
+    table = Table(
+        title="Held-out problems, 95 % intervals", title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     table.add_column("")
     for name in ("warm start", "after RL", "difference"):
         table.add_column(name, justify="right")
@@ -29,7 +33,7 @@ def before_after(summary: Mapping[str, Any]) -> Table:
         before, after = (summary.get(f"heldout_accuracy_{name}_{mode}") for name in ("warmstart", "final"))
         if before or after:
             gain = summary.get(f"heldout_accuracy_gain_{mode}")
-            table.add_row(f"accuracy, {mode}", percent(before), percent(after), percent(gain, sign="+"), style="bold")
+            table.add_row(f"accuracy, {mode}", percent(before), percent(after), percent(gain, sign="+", unit=""), style="bold")
     for title, before_text, after_text, change in search_rows(summary):
         table.add_row(title, before_text, after_text, change)
     return table
@@ -58,9 +62,9 @@ def search_mode(summary: Mapping[str, Any]) -> str:
     return "greedy" if summary.get("search_warmstart_greedy") or summary.get("search_final_greedy") else "sampled"
 
 
-def percent(interval: Mapping[str, Any] | None, sign: str = "") -> str:
+def percent(interval: Mapping[str, Any] | None, sign: str = "", unit: str = "%") -> str:
     """``51.3 % [46.0, 56.5]`` of an interval row."""
     if not interval:
         return "-"
     mean, low, high = (f"{100 * interval[key]:{sign}.1f}" for key in ("mean", "ci95_low", "ci95_high"))
-    return f"{mean} % [{low}, {high}]"
+    return " ".join(filter(None, (mean, unit, f"[{low}, {high}]")))

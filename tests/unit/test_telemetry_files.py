@@ -26,7 +26,7 @@ from neox_rl.telemetry.metrics import MetricsWriter, scalars
 from neox_rl.telemetry.paths import RunPaths
 from neox_rl.telemetry.sinks import check_logging
 from neox_rl.telemetry.status import Status, read_status, write_status
-from neox_rl.types import Problem
+from neox_rl.types import Finish, Problem, Reason, Role, Segment, Trace, Verdict
 
 
 @pytest.fixture
@@ -254,6 +254,22 @@ def test_a_policy_that_babbles_does_not_fill_the_disk(tmp_path: Path) -> None:
     assert len(kept["lines"]) == rollouts.MAX_LINES + 1
     assert kept["lines"][-1]["text"] == "… 4600 more lines"
     assert kept["num_tokens"] == 20000
+
+
+def test_the_row_of_a_rollout_counts_sampled_tokens_and_joins_spans_of_one_version() -> None:
+    problem = Problem("p", "countdown", "numbers 3 5 target 8 search", "", "c")
+    segments = (
+        Segment((1, 2, 3), Role.PROMPT),
+        Segment((4, 5), Role.THINK, (-0.1, -0.1), version=6, mask=1.0),
+        Segment((6,), Role.BACK, (-0.1,), version=6, mask=1.0),
+        Segment((9, 9), Role.ENV),
+        Segment((7, 8), Role.SOLUTION, (-0.1, -0.1), version=7, mask=1.0),
+    )
+    trace = Trace("g000017/r3", "p", segments, 1.0, Finish.STOP, Verdict(True, "8", Reason.MATCH, 0.2))
+    row = rollouts.rollout_row(trace, problem, "5 +3 =8 goal", [], label="train", step=7)
+    assert row["num_tokens"] == 5
+    assert row["versions"] == [{"version": 6, "start": 0, "end": 3}, {"version": 7, "start": 3, "end": 5}]
+    assert (row["reason"], row["correct"], row["finish"]) == ("match", True, "stop")
 
 
 # --- the timeline
