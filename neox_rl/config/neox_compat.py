@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from neox_rl.config.source import Entry
+from neox_rl.config.source import SETTING, Entry
 from neox_rl.errors import ConfigError
 
 KERNEL = "a choice of CUDA kernels; results are the same"
@@ -22,12 +22,11 @@ SCHEDULE = "schedules run over train_iters"
 MEMORY = "memory planning of GPT-NeoX's own engine"
 
 NOT_READ: Mapping[str, str] = {
-    **dict.fromkeys(
-        ("scaled_upper_triang_masked_softmax_fusion", "scaled_masked_softmax_fusion", "bias_gelu_fusion", "bias_dropout_fusion"), KERNEL
-    ),
+    **dict.fromkeys(("scaled_upper_triang_masked_softmax_fusion", "scaled_masked_softmax_fusion", "bias_dropout_fusion"), KERNEL),
     **dict.fromkeys(
         ("rope_fusion", "layernorm_fusion", "rmsnorm_fusion", "use_flashattn_swiglu", "async_tensor_model_parallel_allreduce"), KERNEL
     ),
+    "bias_gelu_fusion": "gelu is exact here, never its tanh approximation",
     **dict.fromkeys(("data_path", "data_impl", "split", "num_workers", "mmap_warmup", "tokenizer_type", "vocab_file", "merge_file"), DATA),
     **dict.fromkeys(("train_data_paths", "valid_data_paths", "test_data_paths", "train_data_weights", "valid_data_weights"), DATA),
     **dict.fromkeys(("test_data_weights", "weight_by_num_documents", "weighted_sampler_alpha"), DATA),
@@ -35,13 +34,15 @@ NOT_READ: Mapping[str, str] = {
     **dict.fromkeys(
         ("log_interval", "steps_per_print", "log_dir", "tensorboard_dir", "wall_clock_breakdown", "eval_interval", "eval_iters"), LOG
     ),
-    **dict.fromkeys(("use_wandb", "wandb_group", "wandb_team", "wandb_project", "wandb_host", "wandb_run_name", "print_stats"), LOG),
+    **dict.fromkeys(("use_wandb", "wandb_group", "wandb_team", "wandb_project", "wandb_host", "wandb_run_name", "log_grad_norm"), LOG),
     **dict.fromkeys(("keep_last_n_checkpoints", "extra_save_iters", "checkpoint_validation_with_forward_pass", "finetune"), CHECKPOINT),
-    **dict.fromkeys(("checkpoint", "checkpoint_scale"), CHECKPOINT),
+    "checkpoint_scale": CHECKPOINT,
     **dict.fromkeys(("init_method", "output_layer_init_method", "init_method_std"), INITIAL),
     **dict.fromkeys(("lr_decay_iters", "override_lr_scheduler", "use_checkpoint_lr_scheduler"), SCHEDULE),
     **dict.fromkeys(("partition_activations", "synchronize_each_layer", "checkpoint_num_layers", "contiguous_checkpointing"), MEMORY),
-    **dict.fromkeys(("deepspeed_activation_checkpointing", "checkpoint_in_cpu", "activation_checkpointing", "data_types"), MEMORY),
+    **dict.fromkeys(
+        ("deepspeed_activation_checkpointing", "checkpoint_in_cpu", "activation_checkpointing", "data_types", "fp32_allreduce"), MEMORY
+    ),
 }
 
 ONLY: Mapping[str, tuple[Any, ...]] = {
@@ -87,7 +88,7 @@ def _plain_attention(entry: Entry) -> None:
     def kinds(value: object) -> set[str]:
         return {value} if isinstance(value, str) else set().union(*map(kinds, value)) if isinstance(value, list) else set()
 
-    other = kinds(entry.value) - {"flash", "global", "full"}
+    other = kinds(entry.value) - {"flash", "global", "all"}
     if other:
         raise ConfigError(
             f"attention_config uses {sorted(other)} ({entry.where}): only flash or global (full causal attention) is supported here"
@@ -95,9 +96,13 @@ def _plain_attention(entry: Entry) -> None:
 
 
 def precision_blocks(table: Mapping[str, Entry]) -> dict[str, Entry]:
-    """NeoX's ``fp16: {enabled, type}`` and ``bf16: {enabled}`` blocks turned into ``precision``. Raises ConfigError where they disagree."""
+    """NeoX's ``fp16: {enabled, type}`` and ``bf16: {enabled}`` blocks turned into ``precision``. Raises ConfigError where they disagree.
+
+    ``--set precision=...`` has the last word, so that a NeoX file with an fp16 block can be used as it is.
+    """
     result = {key: entry for key, entry in table.items() if key not in ("fp16", "bf16")}
-    asked = {name: _precision_of(name, table[name]) for name in ("fp16", "bf16") if name in table}
+    blocks = [] if "precision" in table and table["precision"].where == SETTING else [b for b in ("fp16", "bf16") if b in table]
+    asked = {name: _precision_of(name, table[name]) for name in blocks}
     asked = {name: precision for name, precision in asked.items() if precision}
     if "precision" in result and result["precision"].value is not None:
         asked["precision"] = result["precision"].value

@@ -156,6 +156,10 @@ def test_fp16_and_contradicting_precisions_are_refused(tmp_path: Path, text: str
     assert says in refusal(tmp_path, text)
 
 
+def test_a_setting_has_the_last_word_on_precision(tmp_path: Path) -> None:
+    assert of(tmp_path, "fp16: {enabled: true}", "precision=fp32").config.neox.precision == "fp32"
+
+
 def test_a_file_of_gpt_neox_is_taken_as_it_is_with_a_note_on_what_is_not_read(tmp_path: Path) -> None:
     text = '{"num-layers": 6, # as in NeoX\n"attention-config": [[["flash"], 6]], "hidden-dropout": 0, "train_micro_batch_size_per_gpu": 4}'
     parsed = of(tmp_path, text)
