@@ -7,8 +7,7 @@ The step's loss is the plain sum of these over micro-batches and data-parallel r
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeAlias
+from typing import Protocol
 
 from torch import Tensor
 
@@ -18,9 +17,16 @@ from neox_rl.loss.kl import ESTIMATORS
 from neox_rl.loss.metrics import policy_sums, token_sums
 from neox_rl.loss.objectives import OBJECTIVES
 
-LossFn: TypeAlias = Callable[[Tensor, Tensor, TokenArrays], tuple[Tensor, dict[str, Tensor]]]
-"""``(logprobs [T], entropy [T], micro-batch) -> (scalar loss with gradient, metric sums)``. Sums are 0-d fp64 tensors on the log-probs'
-device, without gradient; ``neox_rl.loss.metrics`` says how they are reduced."""
+
+class LossFn(Protocol):
+    """The loss of one micro-batch."""
+
+    def __call__(self, logprobs: Tensor, entropy: Tensor, batch: TokenArrays) -> tuple[Tensor, dict[str, Tensor]]:
+        """From log p(target) [T] and entropy [T]: (scalar loss with gradient, metric sums).
+
+        Sums are 0-d fp64 tensors on the log-probs' device, without gradient; ``neox_rl.loss.metrics`` says how they are reduced.
+        """
+        ...
 
 
 def needs_proximal(cfg: ObjectiveConfig) -> bool:

@@ -47,7 +47,7 @@ def token_logprobs_and_entropy(
     valid_vocab: int,
     group: dist.ProcessGroup | None = None,
     temperature: float = 1.0,
-    chunk: int = 1024,
+    chunk: int = 256,
 ) -> tuple[Tensor, Tensor]:
     """``(log p(target) [T], entropy [T] in nats)`` of ``softmax(logits / temperature)``, fp32 (fp64 for fp64 logits).
 
@@ -105,7 +105,8 @@ class _TokenLogprobs(torch.autograd.Function):
         logits, mine, column, top, log_norm, entropy = ctx.saved_tensors
         if grad_logprobs is None and grad_entropy is None:
             return None, None, None
-        grad = torch.zeros_like(logits)
+        grad = torch.empty_like(logits)
+        grad[:, shard.num_valid :] = 0
         for rows in shard.rows(logits.shape[0]) if shard.num_valid else []:
             logp = shard.scaled(logits, top, rows).sub_(log_norm[rows, None])
             probs = logp.exp()
