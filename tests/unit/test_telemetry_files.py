@@ -219,7 +219,9 @@ def test_wandb_logs_offline_without_an_account(tmp_path: Path, rng: random.Rando
         writer.step(rl_row(1, 2, rng))
     files = list((paths.root / "wandb").glob("offline-run-*/*.wandb"))
     assert len(files) == 1
-    assert b"reward_mean" in files[0].read_bytes()
+    # The file is compressed: most names appear as they are, some in part.
+    content = files[0].read_bytes()
+    assert sum(f"rl/{key}".encode() in content for key in rl_row(1, 2, rng)) >= 5
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
