@@ -12,8 +12,10 @@ from neox_rl.config.run import RunConfig
 from neox_rl.errors import ConfigError
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-ADDRESS = re.compile(r"https?://[A-Za-z0-9.\-\[\]:]+:\d{1,5}")
+ADDRESS = re.compile(r"http://[A-Za-z0-9.\-\[\]:]+:\d{1,5}")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+WILDCARD = ("0.0.0.0", "::")
+"""Addresses to bind to, but not to connect to: every process connects to the host that the others bind."""
 SERVER_GIB = 2.5
 """Resident memory of one vLLM server's processes beside its KV cache."""
 RANK_GIB = 0.6
@@ -157,10 +159,10 @@ def several_nodes_are_reachable(config: RunConfig, machine: Machine) -> Iterator
             f"master_addr = {n.master_addr}: {why} starts ranks on other nodes, which cannot reach a loopback address; set the address of"
             " the first node"
         )
-    if net.bind_host in LOOPBACK:
+    if net.bind_host in (*LOOPBACK, *WILDCARD):
         yield (
-            f"metarl.network.bind_host = {net.bind_host}: {why} starts ranks on other nodes, which cannot reach a loopback address; set"
-            " this node's address"
+            f"metarl.network.bind_host = {net.bind_host}: {why} starts ranks on other nodes, which need an address to connect to; set this"
+            " node's address"
         )
 
 

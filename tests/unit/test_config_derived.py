@@ -51,7 +51,11 @@ def test_the_hf_config_carries_the_switches_of_its_family() -> None:
     assert (llama.intermediate_size, llama.num_key_value_heads, llama.rms_norm_eps, llama.attention_bias) == (512, 3, 1e-8, False)
     neox = AutoConfig.for_model(**hf_config(of("rotary_pct=0.25 gpt_j_residual=true"), VOCAB))
     assert isinstance(neox, GPTNeoXConfig)
-    assert (neox.use_parallel_residual, neox.rope_parameters["partial_rotary_factor"], neox.intermediate_size) == (True, 0.25, 768)
+    assert (neox.use_parallel_residual, neox.to_dict()["rope_parameters"]["partial_rotary_factor"], neox.intermediate_size) == (
+        True,
+        0.25,
+        768,
+    )
 
 
 @pytest.mark.parametrize(

@@ -240,9 +240,9 @@ def test_a_dumped_config_loads_back_equal_whatever_it_holds(tmp_path_factory: py
             case [_, block]:
                 inner = replace(getattr(config.metarl, block), **{name: value})
                 config = replace(config, metarl=replace(config.metarl, **{block: inner}))
-    path = tmp_path_factory.getbasetemp() / "dumped.yml"
-    path.write_text(dump(config), encoding="utf-8")
-    assert load_resolved(path) == config
+    file = tmp_path_factory.getbasetemp() / "dumped.yml"
+    file.write_text(dump(config), encoding="utf-8")
+    assert load_resolved(file) == config
 
 
 def test_a_dump_holds_every_key(tmp_path: Path) -> None:
