@@ -34,17 +34,17 @@ class Patch:
 
 
 def resolve(symbol: str) -> Any:
-    """The object behind ``module:qualified.name``; functions come out of static methods and torch wrappers as they are."""
+    """The object behind ``module:qualified.name``, taken out of static methods and decorators that name what they wrap."""
     module, _, qualified = symbol.partition(":")
     found: Any = importlib.import_module(module)
     for part in qualified.split("."):
         found = inspect.getattr_static(found, part) if inspect.isclass(found) else getattr(found, part)
-    return found.__func__ if isinstance(found, staticmethod | classmethod) else found
+    return inspect.unwrap(found.__func__ if isinstance(found, staticmethod | classmethod) else found)
 
 
 def digest(symbol: str) -> str:
     """The first 16 hexadecimal digits of the sha256 of the symbol's source text."""
-    return hashlib.sha256(inspect.getsource(inspect.unwrap(resolve(symbol))).encode()).hexdigest()[:16]
+    return hashlib.sha256(inspect.getsource(resolve(symbol)).encode()).hexdigest()[:16]
 
 
 def check(patch: Patch) -> None:

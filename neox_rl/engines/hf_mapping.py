@@ -47,13 +47,14 @@ EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 def entries(shape: ModelShape) -> tuple[Entry, ...]:
     """Every parameter of the model, in the order of the layers."""
-    body = [entry for layer in range(shape.num_layers) for entry in _LAYERS[shape.family](shape, layer)]
-    embed, norm, output = {
-        "gpt_neox": ("gpt_neox.embed_in.weight", "gpt_neox.final_layer_norm", "embed_out.weight"),
-        "llama": ("model.embed_tokens.weight", "model.norm", "lm_head.weight"),
-    }[shape.family]
-    last = Entry(OUTPUT, (embed if shape.tied else output,), Split.VOCAB, alias=shape.tied)
-    return (Entry(EMBEDDING, (embed,), Split.VOCAB), *body, *_plain("decoder.final_layernorm", norm, bias=shape.norm == "layernorm"), last)
+    layers = _llama_layer if shape.llama else _neox_layer
+    body = [entry for layer in range(shape.num_layers) for entry in layers(shape, layer)]
+    embed, norm, output = ("gpt_neox.embed_in", "gpt_neox.final_layer_norm", "embed_out")
+    if shape.llama:
+        embed, norm, output = ("model.embed_tokens", "model.norm", "lm_head")
+    last = Entry(OUTPUT, (f"{embed if shape.tied else output}.weight",), Split.VOCAB, alias=shape.tied)
+    final_norm = _plain("decoder.final_layernorm", norm, bias=not shape.llama)
+    return (Entry(EMBEDDING, (f"{embed}.weight",), Split.VOCAB), *body, *final_norm, last)
 
 
 def shard(full: Tensor, split: Split, rank: int, size: int, padded_vocab: int) -> Tensor:
@@ -99,52 +100,43 @@ def fused(entry: Entry, read: Callable[[str], Tensor], shape: ModelShape) -> Ten
     return entry.fuse(parts)
 
 
-def _plain(name: str, hf: str, split: Split = Split.NONE, bias: bool = False, bias_split: Split = Split.NONE) -> list[Entry]:
-    entries = [Entry(f"{name}.weight", (f"{hf}.weight",), split)]
-    return entries + ([Entry(f"{name}.bias", (f"{hf}.bias",), bias_split)] if bias else [])
+def _plain(name: str, hf: str, split: Split = Split.NONE, bias: bool = False) -> list[Entry]:
+    """A weight, and a bias that is divided where the rows are."""
+    bias_split = Split.ROWS if split is Split.ROWS else Split.NONE
+    return [Entry(f"{name}.weight", (f"{hf}.weight",), split)] + ([Entry(f"{name}.bias", (f"{hf}.bias",), bias_split)] if bias else [])
 
 
 def _neox_layer(shape: ModelShape, layer: int) -> list[Entry]:
     """HF's ``query_key_value`` has the interleaved layout already, with one head a group."""
     ours, hf = f"decoder.layers.{layer}", f"gpt_neox.layers.{layer}"
-    attention, mlp = shape.attention_bias, shape.mlp_bias
     return [
         *_plain(f"{ours}.input_layernorm", f"{hf}.input_layernorm", bias=True),
-        *_plain(f"{ours}.self_attention.linear_qkv", f"{hf}.attention.query_key_value", Split.ROWS, attention, Split.ROWS),
-        *_plain(f"{ours}.self_attention.linear_proj", f"{hf}.attention.dense", Split.COLUMNS, attention),
+        *_plain(f"{ours}.self_attention.linear_qkv", f"{hf}.attention.query_key_value", Split.ROWS, bias=True),
+        *_plain(f"{ours}.self_attention.linear_proj", f"{hf}.attention.dense", Split.COLUMNS, bias=True),
         *_plain(f"{ours}.pre_mlp_layernorm", f"{hf}.post_attention_layernorm", bias=True),
-        *_plain(f"{ours}.mlp.linear_fc1", f"{hf}.mlp.dense_h_to_4h", Split.ROWS, mlp, Split.ROWS),
-        *_plain(f"{ours}.mlp.linear_fc2", f"{hf}.mlp.dense_4h_to_h", Split.COLUMNS, mlp),
+        *_plain(f"{ours}.mlp.linear_fc1", f"{hf}.mlp.dense_h_to_4h", Split.ROWS, bias=True),
+        *_plain(f"{ours}.mlp.linear_fc2", f"{hf}.mlp.dense_4h_to_h", Split.COLUMNS, bias=True),
     ]
 
 
 def _llama_layer(shape: ModelShape, layer: int) -> list[Entry]:
     ours, hf = f"decoder.layers.{layer}", f"model.layers.{layer}"
     groups, dim = shape.num_kv_heads, shape.head_dim
-    per_group = shape.num_heads // groups
 
     def interleave(parts: Sequence[Tensor]) -> Tensor:
-        tail = parts[0].shape[1:]
-        return torch.cat([part.reshape(groups, -1, *tail) for part in parts], 1).reshape(-1, *tail)
+        return torch.cat([part.reshape(groups, -1, shape.hidden) for part in parts], 1).reshape(-1, shape.hidden)
 
     def separate(full: Tensor) -> Sequence[Tensor]:
-        tail = full.shape[1:]
-        return [part.reshape(-1, *tail) for part in full.view(groups, -1, *tail).split([per_group * dim, dim, dim], 1)]
+        parts = full.view(groups, -1, shape.hidden).split([shape.num_heads // groups * dim, dim, dim], 1)
+        return [part.reshape(-1, shape.hidden) for part in parts]
 
-    result = [
+    qkv = tuple(f"{hf}.self_attn.{part}_proj.weight" for part in "qkv")
+    gated = (f"{hf}.mlp.gate_proj.weight", f"{hf}.mlp.up_proj.weight")
+    return [
         *_plain(f"{ours}.input_layernorm", f"{hf}.input_layernorm"),
+        Entry(f"{ours}.self_attention.linear_qkv.weight", qkv, Split.ROWS, interleave, separate),
+        *_plain(f"{ours}.self_attention.linear_proj", f"{hf}.self_attn.o_proj", Split.COLUMNS),
         *_plain(f"{ours}.pre_mlp_layernorm", f"{hf}.post_attention_layernorm"),
+        Entry(f"{ours}.mlp.linear_fc1.weight", gated, Split.GATED, torch.cat, lambda full: full.chunk(2)),
+        *_plain(f"{ours}.mlp.linear_fc2", f"{hf}.mlp.down_proj", Split.COLUMNS),
     ]
-    for kind in ("weight", "bias"):
-        if kind == "weight" or shape.attention_bias:
-            sources = tuple(f"{hf}.self_attn.{part}_proj.{kind}" for part in "qkv")
-            result.append(Entry(f"{ours}.self_attention.linear_qkv.{kind}", sources, Split.ROWS, interleave, separate))
-        if kind == "weight" or shape.mlp_bias:
-            sources = tuple(f"{hf}.mlp.{part}_proj.{kind}" for part in ("gate", "up"))
-            result.append(Entry(f"{ours}.mlp.linear_fc1.{kind}", sources, Split.GATED, torch.cat, lambda full: full.chunk(2)))
-    result += _plain(f"{ours}.self_attention.linear_proj", f"{hf}.self_attn.o_proj", Split.COLUMNS, shape.attention_bias)
-    result += _plain(f"{ours}.mlp.linear_fc2", f"{hf}.mlp.down_proj", Split.COLUMNS, shape.mlp_bias)
-    return result
-
-
-_LAYERS: dict[str, Callable[[ModelShape, int], list[Entry]]] = {"gpt_neox": _neox_layer, "llama": _llama_layer}

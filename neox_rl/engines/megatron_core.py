@@ -22,8 +22,8 @@ from torch import Tensor
 
 import megatron_patches
 from neox_rl.batch.types import MicroBatch
-from neox_rl.config.neox import NeoXConfig
-from neox_rl.config.schema import MetaRLConfig
+from neox_rl.config.derived import hf_config
+from neox_rl.config.run import RunConfig
 from neox_rl.engines import mcore_state
 from neox_rl.engines.hf_files import hf_reader, write_hf
 from neox_rl.engines.model_shape import ModelShape, model_shape
@@ -41,14 +41,15 @@ _COUNTED = ("loss", "tokens")
 class MegatronCoreEngine:
     """:class:`neox_rl.engines.port.Engine` on megatron-core. Joins the world of ranks when built."""
 
-    def __init__(self, neox: NeoXConfig, metarl: MetaRLConfig, vocab_size: int) -> None:
+    def __init__(self, config: RunConfig, vocab_size: int) -> None:
         megatron_patches.apply()
         # Imported after the patches, and not at all by who only reads this module's names.
         from neox_rl.engines import mcore_setup
 
-        self.shape: ModelShape = model_shape(neox, vocab_size)
-        self._neox, self._setup = neox, mcore_setup
-        self._world = mcore_setup.join_world(neox, metarl, rank_environment(os.environ, neox.master_addr))
+        neox = config.neox
+        self.shape: ModelShape = model_shape(config, vocab_size)
+        self._config, self._neox, self._setup = config, neox, mcore_setup
+        self._world = mcore_setup.join_world(neox, config.metarl, rank_environment(os.environ, neox.master_addr))
         top = self._world.topology
         self._first, self._last = top.pp_rank == 0, top.pp_rank == top.pp - 1
         self._model = mcore_setup.build_parts(neox, self.shape, self._world, self._first, self._last)
@@ -58,7 +59,7 @@ class MegatronCoreEngine:
         self._steps = 0
         self._reference: list[Tensor] | None = None
         self._parts = WeightParts(self._inner, self.shape, self._world)
-        self._set_weights(lambda name: self.shape.initial(name, metarl.seed))
+        self._set_weights(lambda name: self.shape.initial(name, config.metarl.seed))
 
     @property
     def topology(self) -> Topology:
@@ -166,7 +167,7 @@ class MegatronCoreEngine:
         return self._parts.gathered()
 
     def hf_config(self) -> dict[str, Json]:
-        return self.shape.hf_config(str(self._dtype).removeprefix("torch."))
+        return hf_config(self._config, self.shape.vocab)
 
     def load_hf(self, directory: Path) -> None:
         with hf_reader(directory) as read:

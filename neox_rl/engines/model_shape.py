@@ -1,4 +1,4 @@
-"""The model that NeoX keys describe: its HF family, its sizes, its HF config and its initial weights."""
+"""The model that NeoX keys describe: its HF family, its sizes, its tensors and their initial values."""
 
 from __future__ import annotations
 
@@ -9,9 +9,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from neox_rl.config.neox import NeoXConfig
+from neox_rl.config.derived import padded_vocab_size
+from neox_rl.config.machine import Machine
+from neox_rl.config.rules_model import (
+    LLAMA,
+    heads_divide_width,
+    kv_heads_divide,
+    model_family,
+    one_family,
+    rotary_dimensions,
+    stages_hold_layers,
+    tensor_parallel_divides,
+)
+from neox_rl.config.run import RunConfig
 from neox_rl.errors import ConfigError
-from neox_rl.types import Json
 
 
 @dataclass(frozen=True)
@@ -27,15 +38,17 @@ class ModelShape:
     vocab: int
     padded_vocab: int
     max_positions: int
-    norm: str
     norm_eps: float
     rotary_pct: float
     rotary_base: int
     parallel_residual: bool
-    attention_bias: bool
-    mlp_bias: bool
     tied: bool
     init_std: float
+
+    @property
+    def llama(self) -> bool:
+        """Llama has RMSNorm, SwiGLU and no bias; GPT-NeoX has LayerNorm, GELU and a bias in every projection and norm."""
+        return self.family == LLAMA
 
     @property
     def head_dim(self) -> int:
@@ -48,25 +61,27 @@ class ModelShape:
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every HF tensor and its shape, in the order of the layers."""
         h, f, kv = self.hidden, self.ffn, self.num_kv_heads * self.head_dim
-        neox = self.family == "gpt_neox"
-        shapes: dict[str, tuple[int, ...]] = {"gpt_neox.embed_in.weight" if neox else "model.embed_tokens.weight": (self.vocab, h)}
-        if neox:
-            attention = {"attention.query_key_value": (3 * h, h), "attention.dense": (h, h)}
-            mlp = {"mlp.dense_h_to_4h": (f, h), "mlp.dense_4h_to_h": (h, f)}
-        else:
-            attention = {f"self_attn.{part}_proj": (h if part in "qo" else kv, h) for part in "qkvo"}
-            mlp = {"mlp.gate_proj": (f, h), "mlp.up_proj": (f, h), "mlp.down_proj": (h, f)}
-        for layer in range(self.num_layers):
-            prefix = f"{'gpt_neox' if neox else 'model'}.layers.{layer}."
-            for norm in ("input_layernorm", "post_attention_layernorm"):
-                _with_bias(shapes, prefix + norm, (h,), bias=neox)
-            for matrices, bias in ((attention, self.attention_bias), (mlp, self.mlp_bias)):
-                for name, size in matrices.items():
-                    _with_bias(shapes, prefix + name, size, bias)
-        _with_bias(shapes, "gpt_neox.final_layer_norm" if neox else "model.norm", (h,), bias=neox)
-        if not self.tied:
-            shapes["embed_out.weight" if neox else "lm_head.weight"] = (self.vocab, h)
-        return shapes
+        stem, embed, norm, output = "gpt_neox", "embed_in", "final_layer_norm", "embed_out"
+        layer = {
+            "attention.query_key_value": (3 * h, h),
+            "attention.dense": (h, h),
+            "mlp.dense_h_to_4h": (f, h),
+            "mlp.dense_4h_to_h": (h, f),
+        }
+        if self.llama:
+            stem, embed, norm, output = "model", "embed_tokens", "norm", "lm_head"
+            layer = {f"self_attn.{part}_proj": (h if part in "qo" else kv, h) for part in "qkvo"}
+            layer |= {"mlp.gate_proj": (f, h), "mlp.up_proj": (f, h), "mlp.down_proj": (h, f)}
+        sizes: dict[str, tuple[int, ...]] = {f"{stem}.{embed}.weight": (self.vocab, h)}
+        blocks: dict[str, tuple[int, ...]] = {"input_layernorm": (h,), "post_attention_layernorm": (h,), **layer}
+        for number in range(self.num_layers):
+            for name, size in blocks.items():
+                sizes |= self._with_bias(f"{stem}.layers.{number}.{name}", size)
+        sizes |= self._with_bias(f"{stem}.{norm}", (h,))
+        return sizes if self.tied else sizes | {f"{output}.weight": (self.vocab, h)}
+
+    def _with_bias(self, name: str, size: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": size} | ({} if self.llama else {f"{name}.bias": size[:1]})
 
     def initial(self, name: str, seed: int) -> Tensor:
         """The initial value of an HF tensor (fp32), a function of the seed and the name alone: equal for every parallel layout.
@@ -85,83 +100,28 @@ class ModelShape:
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         return torch.empty(size).normal_(0.0, std, generator=generator)
 
-    def hf_config(self, dtype: str) -> dict[str, Json]:
-        """``config.json``: transformers' LlamaConfig or GPTNeoXConfig."""
-        rope: dict[str, Json] = {"rope_type": "default", "rope_theta": float(self.rotary_base)}
-        common: dict[str, Json] = {
-            "vocab_size": self.vocab,
-            "hidden_size": self.hidden,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "intermediate_size": self.ffn,
-            "max_position_embeddings": self.max_positions,
-            "attention_bias": self.attention_bias,
-            "tie_word_embeddings": self.tied,
-            "initializer_range": self.init_std,
-            "bos_token_id": None,
-            "eos_token_id": None,
-            "use_cache": True,
-            "torch_dtype": dtype,
-        }
-        if self.family == "llama":
-            return common | {
-                "architectures": ["LlamaForCausalLM"],
-                "model_type": "llama",
-                "num_key_value_heads": self.num_kv_heads,
-                "head_dim": self.head_dim,
-                "hidden_act": "silu",
-                "mlp_bias": self.mlp_bias,
-                "rms_norm_eps": self.norm_eps,
-                "rope_theta": float(self.rotary_base),
-                "rope_parameters": rope,
-            }
-        return common | {
-            "architectures": ["GPTNeoXForCausalLM"],
-            "model_type": "gpt_neox",
-            "hidden_act": "gelu",
-            "layer_norm_eps": self.norm_eps,
-            "rotary_pct": self.rotary_pct,
-            "rotary_emb_base": self.rotary_base,
-            "rope_parameters": rope | {"partial_rotary_factor": self.rotary_pct},
-            "use_parallel_residual": self.parallel_residual,
-        }
 
-
-def _with_bias(shapes: dict[str, tuple[int, ...]], name: str, size: tuple[int, ...], bias: bool) -> None:
-    shapes[f"{name}.weight"] = size
-    if bias:
-        shapes[f"{name}.bias"] = size[:1]
-
-
-def model_shape(neox: NeoXConfig, vocab_size: int) -> ModelShape:
+def model_shape(config: RunConfig, vocab_size: int) -> ModelShape:
     """The model of these keys. Raises ConfigError where no HF architecture has the combination: vLLM could not serve it."""
-    llama = (neox.norm, neox.activation) == ("rmsnorm", "swiglu")
-    if not llama and (neox.norm, neox.activation) != ("layernorm", "gelu"):
-        raise ConfigError(
-            f"norm {neox.norm!r} with activation {neox.activation!r} is neither Llama (rmsnorm, swiglu) nor GPT-NeoX (layernorm, gelu); "
-            "set one of these pairs"
-        )
-    kv_heads = neox.num_kv_heads or neox.num_attention_heads
-    _check_family(neox, llama, kv_heads)
-    _check_sizes(neox, kv_heads)
-    multiple = neox.make_vocab_size_divisible_by * neox.model_parallel_size
+    here = Machine((0,))
+    for rule in (one_family, heads_divide_width, kv_heads_divide, rotary_dimensions, tensor_parallel_divides, stages_hold_layers):
+        for message in rule(config, here):
+            raise ConfigError(message)
+    neox, family = config.neox, model_family(config)
     return ModelShape(
-        family="llama" if llama else "gpt_neox",
+        family=family,
         num_layers=neox.num_layers,
         hidden=neox.hidden_size,
         num_heads=neox.num_attention_heads,
-        num_kv_heads=kv_heads,
+        num_kv_heads=neox.kv_heads,
         ffn=neox.mlp_width,
         vocab=vocab_size,
-        padded_vocab=-(-vocab_size // multiple) * multiple,
-        max_positions=neox.max_position_embeddings or neox.seq_length,
-        norm=neox.norm,
-        norm_eps=neox.rms_norm_epsilon if llama else neox.layernorm_epsilon,
+        padded_vocab=padded_vocab_size(config, vocab_size),
+        max_positions=neox.max_positions,
+        norm_eps=neox.rms_norm_epsilon if family == LLAMA else neox.layernorm_epsilon,
         rotary_pct=neox.rotary_pct,
         rotary_base=neox.rotary_emb_base,
         parallel_residual=neox.gpt_j_residual,
-        attention_bias=neox.use_bias_in_attn_linear,
-        mlp_bias=neox.use_bias_in_mlp,
         tied=not neox.no_weight_tying,
         init_std=neox.init_std,
     )
@@ -172,37 +132,3 @@ def stage_layers(num_layers: int, pp: int) -> tuple[range, ...]:
     share = min(range(1, (num_layers - 1) // max(pp - 1, 1) + 1), key=lambda s: (max(s, num_layers - (pp - 1) * s), s), default=num_layers)
     first = num_layers - (pp - 1) * share
     return (range(first), *(range(first + stage * share, first + (stage + 1) * share) for stage in range(pp - 1)))
-
-
-def _check_family(neox: NeoXConfig, llama: bool, kv_heads: int) -> None:
-    refused = {
-        "gpt_j_residual true": llama and neox.gpt_j_residual,
-        "rotary_pct below 1": llama and neox.rotary_pct != 1.0,
-        "use_bias_in_norms false": not llama and not neox.use_bias_in_norms,
-        "use_bias_in_mlp false": not llama and not neox.use_bias_in_mlp,
-        "use_bias_in_attn_linear false": not llama and not neox.use_bias_in_attn_linear,
-        "num_kv_heads other than num_attention_heads": not llama and kv_heads != neox.num_attention_heads,
-        "use_bias_in_attn_linear other than use_bias_in_mlp": neox.use_bias_in_attn_linear != neox.use_bias_in_mlp,
-    }
-    for what, wrong in refused.items():
-        if wrong:
-            raise ConfigError(
-                f"{what}: HF's {'Llama' if llama else 'GPT-NeoX'} has no such model, so vLLM could not serve it; change the key"
-            )
-
-
-def _check_sizes(neox: NeoXConfig, kv_heads: int) -> None:
-    tp = neox.model_parallel_size
-    for name, value, divisor, why in (
-        ("hidden_size", neox.hidden_size, neox.num_attention_heads, "num_attention_heads"),
-        ("num_attention_heads", neox.num_attention_heads, kv_heads, "num_kv_heads"),
-        ("num_kv_heads", kv_heads, tp, "model_parallel_size"),
-        ("the MLP width", neox.mlp_width, tp, "model_parallel_size"),
-    ):
-        if value % divisor:
-            raise ConfigError(f"{name} {value} is not a multiple of {why} {divisor}; change one of them")
-    rotary = int(neox.hidden_size // neox.num_attention_heads * neox.rotary_pct)
-    if rotary % 2 or rotary < 2:
-        raise ConfigError(f"rotary_pct {neox.rotary_pct} rotates {rotary} dimensions of a head; the number must be even and at least 2")
-    if max(neox.pipe_parallel_size, 1) > neox.num_layers:
-        raise ConfigError(f"pipe_parallel_size {neox.pipe_parallel_size} exceeds num_layers {neox.num_layers}; lower it")

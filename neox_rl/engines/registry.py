@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from neox_rl.config.neox import NeoXConfig
-from neox_rl.config.schema import MetaRLConfig
+from neox_rl.config.run import RunConfig
 from neox_rl.engines.port import Engine
 from neox_rl.errors import ConfigError
 
-Builder = Callable[[NeoXConfig, MetaRLConfig, int], Engine]
-"""(NeoX keys, metarl block, true vocabulary size) -> engine. Builders import their engine when called, not before."""
+Builder = Callable[[RunConfig, int], Engine]
+"""(configuration, true vocabulary size) -> engine. Builders import their engine when called, not before."""
 
 
-def _megatron_core(neox: NeoXConfig, metarl: MetaRLConfig, vocab_size: int) -> Engine:
+def _megatron_core(config: RunConfig, vocab_size: int) -> Engine:
     from neox_rl.engines.megatron_core import MegatronCoreEngine
 
-    return MegatronCoreEngine(neox, metarl, vocab_size)
+    return MegatronCoreEngine(config, vocab_size)
 
 
 ENGINES: dict[str, Builder] = {"megatron-core": _megatron_core}
@@ -29,8 +28,8 @@ def register_engine(name: str, builder: Builder) -> None:
     ENGINES[name] = builder
 
 
-def build_engine(neox: NeoXConfig, metarl: MetaRLConfig, vocab_size: int) -> Engine:
+def build_engine(config: RunConfig, vocab_size: int) -> Engine:
     """The engine that ``metarl.engine`` names, with its ranks joined and initial weights set. Raises ConfigError."""
-    if metarl.engine not in ENGINES:
-        raise ConfigError(f"engine {metarl.engine!r} is not registered; choose one of {sorted(ENGINES)}")
-    return ENGINES[metarl.engine](neox, metarl, vocab_size)
+    if config.metarl.engine not in ENGINES:
+        raise ConfigError(f"engine {config.metarl.engine!r} is not registered; choose one of {sorted(ENGINES)}")
+    return ENGINES[config.metarl.engine](config, vocab_size)

@@ -1,0 +1,103 @@
+"""One training rank of the engine tests. Runs a list of cases, an engine each, and leaves what it found in files.
+
+python engine_worker.py CASES.json OUTPUT_DIR     with RANK, WORLD_SIZE, MASTER_ADDR set; a case names its port
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from neox_rl.config.neox import NeoXConfig
+from neox_rl.config.run import RunConfig
+from neox_rl.engines.megatron_core import MegatronCoreEngine
+from tests.invariance.engine_batches import VOCAB, loss_fn, sequences, split
+
+LR = 3e-3
+
+
+def build(case: dict[str, Any]) -> MegatronCoreEngine:
+    return MegatronCoreEngine(RunConfig(NeoXConfig(**case["neox"])), VOCAB)
+
+
+def own_microbatches(engine: MegatronCoreEngine, case: dict[str, Any], step: int) -> list[Any]:
+    dp = engine.topology.dp
+    return split(sequences(step), dp * case.get("accumulate", 1))[engine.topology.dp_rank :: dp]
+
+
+def logits(engine: MegatronCoreEngine) -> torch.Tensor | None:
+    """Full logits [T, vocab] of all sequences in one pack, on the last stage."""
+    found: list[torch.Tensor] = []
+
+    def keep(values: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        parts = [torch.empty_like(values) for _ in range(engine.topology.tp)]
+        dist.all_gather(parts, values.contiguous(), group=engine._world.tp)
+        found.append(torch.cat(parts, -1)[:, :VOCAB])
+        return values.sum(), torch.zeros((), dtype=torch.int), {}
+
+    with torch.no_grad():
+        engine._schedule(split(sequences(), 1), keep, forward_only=True)
+    return found[0] if found else None
+
+
+def train(engine: MegatronCoreEngine, case: dict[str, Any], steps: range) -> list[list[float]]:
+    reports = [engine.step(own_microbatches(engine, case, step), loss_fn, LR) for step in steps]
+    return [[r.loss, r.grad_norm, r.metrics["entropy"], r.metrics["logprob"], r.tokens] for r in reports]
+
+
+def parity(case: dict[str, Any], out: Path) -> None:
+    """Logits of given weights, three steps, and the weights they lead to."""
+    engine = build(case)
+    if "load_hf" in case:
+        engine.load_hf(Path(case["load_hf"]))
+    before = logits(engine)
+    engine.set_reference()
+    reports = train(engine, case, range(3))
+    after = engine.logprobs(split(sequences(), 2))
+    reference = engine.logprobs(split(sequences(), 2), "reference", temperature=0.7)
+    tensors = {f"w.{name}": tensor.float().numpy() for name, tensor in engine.named_tensors()}
+    top = engine.topology
+    if before is not None and top.tp_rank == top.dp_rank == 0:
+        np.save(out / "logits.npy", before.float().numpy())
+    np.savez(out / f"rank{top.rank}.npz", reports=reports, after=after, reference=reference, **tensors)
+    engine.close()
+
+
+def resume(case: dict[str, Any], out: Path) -> None:
+    """Four steps in one go, against two steps, save, another process state, load, two steps."""
+    engine = build(case)
+    train(engine, case, range(2))
+    engine.set_reference()
+    engine.save(out / "ckpt", {"cursor": 17, "note": "é"})
+    whole = train(engine, case, range(2, 4))
+    tensors = {f"w.{name}": tensor.float().numpy() for name, tensor in engine.named_tensors()}
+    engine.close()
+    os.environ["MASTER_PORT"] = str(case["port2"])
+    engine = build(case)
+    client = engine.load(out / "ckpt")
+    continued = train(engine, case, range(2, 4))
+    again = {f"r.{name}": tensor.float().numpy() for name, tensor in engine.named_tensors()}
+    reference = engine.logprobs(split(sequences(), 2), "reference")
+    ok = client == {"cursor": 17, "note": "é"}
+    np.savez(out / f"rank{engine.topology.rank}.npz", whole=whole, continued=continued, client=ok, reference=reference, **tensors, **again)
+    engine.close()
+
+
+def main() -> None:
+    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    for case in cases:
+        directory = out / case["name"]
+        directory.mkdir(parents=True, exist_ok=True)
+        os.environ["MASTER_PORT"] = str(case["port"])
+        {"parity": parity, "resume": resume}[case["kind"]](case, directory)
+
+
+if __name__ == "__main__":
+    main()
