@@ -44,8 +44,10 @@ class WandbSink:
     def __init__(self, paths: RunPaths, project: str, config: Mapping[str, Any]) -> None:
         import wandb
 
+        # The run keeps its own logs, and a second hook on standard output would garble the live display.
+        settings = wandb.Settings(console="off")
         try:
-            self._run = wandb.init(project=project, name=paths.name, dir=str(paths.root), config=dict(config))
+            self._run = wandb.init(project=project, name=paths.name, dir=str(paths.root), config=dict(config), settings=settings)
         except wandb.errors.Error as error:
             raise ConfigError(
                 f"metarl.logging.wandb: true, but wandb does not start: {error}; log in with `wandb login`, or set WANDB_MODE=offline"
