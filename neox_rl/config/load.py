@@ -48,27 +48,33 @@ def parse(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Parsed:
     """Merge, convert and build, without the rules between keys."""
     table, notes = drop_unread(precision_blocks(override(read_files(paths), overrides)))
     values = {leaf.path: copy.deepcopy(leaf.default) for leaf in leaves().values()}
-    for path, entry in table.items():
-        if path in leaves():
-            values[path] = convert(leaves()[path], entry.value, entry.where)
-    _reach_into(values, {path: entry for path, entry in table.items() if path not in leaves()})
+    mistakes: list[str] = []
+    for path, entry in sorted(table.items(), key=lambda item: item[0] not in leaves()):
+        try:
+            if path in leaves():
+                values[path] = convert(leaves()[path], entry.value, entry.where)
+            else:
+                _reach_into(values, path, entry)
+        except ConfigError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
     values["optimizer"] = _optimizer(values["optimizer"])
     return Parsed(RunConfig(_build(NeoXConfig, "", values), _build(MetaRLConfig, BLOCK + ".", values)), tuple(notes))
 
 
-def _reach_into(values: dict[str, Any], rest: Mapping[str, Entry]) -> None:
-    """Apply ``optimizer.params.lr=...`` style settings; any other path is unknown."""
-    for path, entry in rest.items():
-        head, *inner = path.split(".")
-        target = values.get(head)
-        if not inner or not isinstance(target, dict) or entry.where != SETTING:
-            raise _unknown(path, entry)
-        for name in inner[:-1]:
-            target = target.setdefault(name, {})
-            if not isinstance(target, dict):
-                raise ConfigError(f"--set {path}: {name} in {head} is the value {target!r}, not a block of keys; set {name} itself")
-        target[inner[-1]] = entry.value
-        values[head] = convert(leaves()[head], values[head], entry.where)
+def _reach_into(values: dict[str, Any], path: str, entry: Entry) -> None:
+    """Apply a setting like ``optimizer.params.lr=...``; any other path that is no leaf is unknown."""
+    head, *inner = path.split(".")
+    target = values.get(head)
+    if not inner or not isinstance(target, dict) or entry.where != SETTING:
+        raise _unknown(path, entry)
+    for name in inner[:-1]:
+        target = target.setdefault(name, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"--set {path}: {name} in {head} is the value {target!r}, not a block of keys; set {name} itself")
+    target[inner[-1]] = entry.value
+    values[head] = convert(leaves()[head], values[head], entry.where)
 
 
 def _unknown(path: str, entry: Entry) -> ConfigError:

@@ -33,25 +33,28 @@ def model_family(config: RunConfig) -> str:
 def one_family(config: RunConfig, machine: Machine) -> Iterator[str]:
     """The servers load HF checkpoints, and HF knows two of the models that NeoX keys can spell."""
     n = config.neox
-    wanted: dict[str, object]
+    found_and_needed: dict[str, tuple[object, object]] = {
+        "activation": (n.activation, "gelu"),
+        "use_bias_in_norms": (n.use_bias_in_norms, True),
+        "use_bias_in_attn_linear": (n.use_bias_in_attn_linear, True),
+        "use_bias_in_mlp": (n.use_bias_in_mlp, True),
+        "num_kv_heads": (n.kv_heads, n.num_attention_heads),
+    }
+    name, other = "norm layernorm makes a GPTNeoXForCausalLM", "rmsnorm"
     if model_family(config) == LLAMA:
-        name = "norm rmsnorm makes a LlamaForCausalLM"
-        wanted = {
-            "activation": "swiglu",
-            "use_bias_in_attn_linear": False,
-            "use_bias_in_mlp": False,
-            "gpt_j_residual": False,
-            "rotary_pct": 1.0,
+        found_and_needed = {
+            "activation": (n.activation, "swiglu"),
+            "use_bias_in_attn_linear": (n.use_bias_in_attn_linear, False),
+            "use_bias_in_mlp": (n.use_bias_in_mlp, False),
+            "gpt_j_residual": (n.gpt_j_residual, False),
+            "rotary_pct": (n.rotary_pct, 1.0),
         }
-    else:
-        name = "norm layernorm makes a GPTNeoXForCausalLM"
-        wanted = {"activation": "gelu", "use_bias_in_norms": True, "use_bias_in_attn_linear": True, "use_bias_in_mlp": True}
-        wanted["num_kv_heads"] = n.num_attention_heads if n.num_kv_heads else 0
-    for key, value in wanted.items():
-        if getattr(n, key) != value:
+        name, other = "norm rmsnorm makes a LlamaForCausalLM", "layernorm"
+    for key, (found, needed) in found_and_needed.items():
+        if found != needed:
             yield (
-                f"{key} = {_yaml(getattr(n, key))}: {name}, which needs {key}: {_yaml(value)}; set it so, or choose the other family with"
-                f" norm: {'layernorm' if model_family(config) == LLAMA else 'rmsnorm'}"
+                f"{key} = {_yaml(found)}: {name}, which needs {key}: {_yaml(needed)}; set it so, or choose the other family with norm:"
+                f" {other}"
             )
 
 

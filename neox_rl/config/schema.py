@@ -166,6 +166,7 @@ class DeadlinesConfig:
     batch_s: float = key(600.0, "the trainer waits for a batch", low=1.0)
     ranks_start_s: float = key(300.0, "the launcher waits for the training ranks to come up", low=1.0)
     publish_s: float = key(180.0, "the orchestrator waits for a version that the trainer promised", low=1.0)
+    stop_s: float = key(120.0, "after Ctrl-C the trainer gets this long to finish its step and save", low=1.0)
     shutdown_s: float = key(20.0, "processes get this long to end before they are killed", low=0.1)
 
 

@@ -16,8 +16,9 @@ from neox_rl.config.neox import NeoXConfig
 from neox_rl.config.schema import MetaRLConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-DECIDING = ("derived.py", "placement.py", "neox.py")
-"""Modules of the config package that compute what the run does; rules, dump and reference, and the command line, only look at a key."""
+DECIDING = {"derived.py": (), "placement.py": (), "neox.py": (), "rules_model.py": ("model_family", "one_family")}
+"""Modules of the config package that compute what the run does, and the functions if not all; everything else there, and the command line,
+only looks at a key. The engine builds the family that the two functions name."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ def _files() -> Iterator[Path]:
 
 def _module(path: Path) -> Module:
     tree = ast.parse(path.read_text(encoding="utf-8"))
+    if path.parent.name == "config" and (chosen := DECIDING[path.name]):
+        tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in chosen]
     read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
     defined = {"NeoXConfig", "neox"} if path.name == "neox.py" else set()
     return Module(frozenset(read), frozenset(node.id for node in ast.walk(tree) if isinstance(node, ast.Name)) | frozenset(defined))

@@ -203,6 +203,10 @@ def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
         parse([tmp_path / "metarll.yml"])
 
 
+def test_wrong_keys_and_values_come_in_one_error_too(tmp_path: Path) -> None:
+    assert len(refusal(tmp_path, "num_layer: 2\nhidden_size: wide\nmetarl: {rollout: {top_p: 2}}").splitlines()) == 3
+
+
 def test_rules_are_checked_together_so_that_one_try_shows_every_mistake(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(written(tmp_path, a="sequence_parallel: true\nmetarl: {name: a/b}"), machine=MACHINE)
