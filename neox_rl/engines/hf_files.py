@@ -52,4 +52,4 @@ def write_hf(directory: Path, tensors: dict[str, Tensor], config: dict[str, Json
     """Writes ``config.json`` and the tensors, sharded where they are large."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_torch_state_dict({name: tensor.contiguous() for name, tensor in tensors.items()}, directory)
+    save_torch_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, directory)

@@ -1,0 +1,73 @@
+"""One group: n attempts at one problem, verified and rewarded, as traces."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from neox_rl.ports import Generator, Tokenizer, Verifier
+from neox_rl.types import Completion, Finish, Group, Problem, Reason, Role, SamplingParams, Segment, Trace, Verdict
+
+Reward = Callable[[Verdict, int], float]
+"""(verdict, completion tokens) -> reward."""
+CUT_OFF = Verdict(correct=False, extracted="", reason=Reason.NO_ANSWER, ms=0.0)
+"""A completion that the token budget ended has no final answer, whatever its text holds so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attempts:
+    """How a problem is attempted. ``solution_id``: the token that ends the search and begins the solution, None where there is none."""
+
+    generator: Generator
+    verifier: Verifier
+    tokenizer: Tokenizer
+    reward: Reward
+    solution_id: int | None = None
+
+    async def group(self, problem: Problem, ticket: int, params: SamplingParams, size: int) -> Group:
+        """``size`` rollouts of ``problem`` under the ticket's name."""
+        return Group(ticket, problem.id, await self.attempt(problem, f"g{ticket:06d}", params, size))
+
+    async def attempt(self, problem: Problem, name: str, params: SamplingParams, size: int) -> tuple[Trace, ...]:
+        """``size`` verified rollouts of ``problem``, ids ``<name>/r<i>``. Raises what the generator raises."""
+        prompt = self.tokenizer.encode(problem.prompt)
+        completions = await self.generator.sample(prompt, params, size, name)
+        verdicts = await asyncio.gather(*(self._verdict(problem, c) for c in completions))
+        pairs = zip(completions, verdicts, strict=True)
+        return tuple(self._trace(f"{name}/r{i}", problem, prompt, c, v) for i, (c, v) in enumerate(pairs))
+
+    def _trace(self, id: str, problem: Problem, prompt: tuple[int, ...], completion: Completion, verdict: Verdict) -> Trace:
+        return Trace(
+            id=id,
+            problem_id=problem.id,
+            segments=(Segment(prompt, Role.PROMPT), *segments(completion, self.solution_id)),
+            reward=self.reward(verdict, len(completion.ids)),
+            finish=completion.finish,
+            verdict=verdict,
+        )
+
+    async def _verdict(self, problem: Problem, completion: Completion) -> Verdict:
+        if completion.finish is not Finish.STOP:
+            return CUT_OFF
+        return await self.verifier.check(problem, self.tokenizer.decode(completion.ids))
+
+
+def segments(completion: Completion, solution_id: int | None) -> Iterator[Segment]:
+    """The completion cut where the version or the role changes; every token gets full loss weight."""
+    ids = completion.ids
+    turn = ids.index(solution_id) if solution_id is not None and solution_id in ids else len(ids)
+    for span in completion.spans:
+        for start, end, role in ((span.start, min(span.end, turn), Role.THINK), (max(span.start, turn), span.end, Role.SOLUTION)):
+            if start < end:
+                yield Segment(ids[start:end], role, completion.logprobs[start:end], span.version, mask=1.0)
+
+
+def sampled_ids(trace: Trace) -> list[int]:
+    """The tokens that the policy wrote."""
+    return [i for segment in trace.segments if segment.logprobs for i in segment.ids]
+
+
+def rewards_differ(traces: Sequence[Trace]) -> bool:
+    """A group of equal rewards teaches nothing under a group baseline (DAPO, arXiv 2503.14476, section 3.2)."""
+    return len({trace.reward for trace in traces}) > 1

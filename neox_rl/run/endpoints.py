@@ -1,0 +1,112 @@
+"""The addresses of one run: chosen once by the launcher, read by every process from ``endpoints.json``."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from neox_rl.config.derived import HF_DTYPES
+from neox_rl.config.machine import Machine
+from neox_rl.config.placement import num_servers, place
+from neox_rl.config.run import RunConfig
+from neox_rl.errors import ConfigError
+from neox_rl.rollout.vllm_server import ServerSpec
+from neox_rl.telemetry.jsonl import read_json, write_json
+from neox_rl.telemetry.paths import RunPaths
+
+
+@dataclass(frozen=True)
+class Endpoints:
+    """Host and ports. ``servers`` are ``http://host:port`` in order; ``vocab_size`` is the tokenizer's."""
+
+    host: str
+    experience_port: int
+    weights_port: int
+    master_port: int
+    servers: tuple[str, ...]
+    vocab_size: int
+
+    @property
+    def experience(self) -> str:
+        return f"tcp://{self.host}:{self.experience_port}"
+
+    @property
+    def weights(self) -> str:
+        return f"tcp://{self.host}:{self.weights_port}"
+
+
+def choose_endpoints(config: RunConfig, vocab_size: int) -> Endpoints:
+    """Configured ports as they are, checked to be free; free ones for those that are 0. Raises ConfigError naming a taken port."""
+    network, servers = config.metarl.network, config.metarl.servers
+    count = num_servers(config)
+    server_ports = [network.server_port + i if network.server_port else 0 for i in range(count)]
+    wanted = {
+        "network.experience_port": network.experience_port,
+        "network.weights_port": network.weights_port,
+        "network.master_port": network.master_port,
+        **{f"network.server_port (server {i})": port for i, port in enumerate(server_ports)},
+    }
+    experience, weights, master, *ports = _reserve(network.bind_host, wanted)
+    addresses = servers.addresses or tuple(f"http://{network.bind_host}:{port}" for port in ports)
+    return Endpoints(network.bind_host, experience, weights, master, tuple(addresses), vocab_size)
+
+
+def _reserve(host: str, wanted: dict[str, int]) -> list[int]:
+    """All at once, so that no free port is found twice."""
+    with ExitStack() as stack:
+        ports: list[int] = []
+        for key, port in wanted.items():
+            found = stack.enter_context(socket.socket())
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                found.bind((host, port))
+            except OSError as error:
+                raise ConfigError(f"{key} = {port}: cannot bind {host}:{port} ({error.strerror}); choose a free port, or 0") from error
+            ports.append(found.getsockname()[1])
+        return ports
+
+
+def write_endpoints(paths: RunPaths, endpoints: Endpoints) -> None:
+    addresses = {"experience": endpoints.experience, "weights": endpoints.weights}
+    write_json(paths.endpoints, asdict(endpoints) | addresses, indent=2)
+
+
+def read_endpoints(path: Path) -> Endpoints:
+    """What the launcher wrote. Raises ConfigError where there is no such file."""
+    if not path.is_file():
+        raise ConfigError(f"{path} is not there: start the run with deepy.py, or a part of it with the --run-dir of a started run")
+    written = read_json(path)
+    known = {f.name: written[f.name] for f in fields(Endpoints)}
+    return Endpoints(**{**known, "servers": tuple(known["servers"])})
+
+
+def server_specs(config: RunConfig, endpoints: Endpoints, model_dir: Path, machine: Machine) -> Sequence[ServerSpec]:
+    """One spec a server, those that run elsewhere included (of which only name, address and TP size count)."""
+    servers = config.metarl.servers
+    where = place(config, machine)
+    specs: list[ServerSpec] = []
+    for i, address in enumerate(endpoints.servers):
+        host, _, port = address.removeprefix("http://").rpartition(":")
+        started = i < len(where.servers)
+        specs.append(
+            ServerSpec(
+                name=f"server-{i}",
+                model_dir=model_dir,
+                host=host,
+                port=int(port),
+                dtype=HF_DTYPES[config.neox.precision] if servers.dtype == "auto" else servers.dtype,
+                max_model_len=config.neox.seq_length,
+                max_num_seqs=servers.max_num_seqs,
+                tensor_parallel_size=servers.tensor_parallel_size,
+                enforce_eager=servers.enforce_eager,
+                seed=config.metarl.seed,
+                cores="|".join(",".join(map(str, rank)) for rank in where.servers[i]) if started else "",
+                gpus=",".join(map(str, where.server_gpus[i])) if started and where.server_gpus else "",
+                kv_cache_gib=servers.kv_cache_gib,
+                gpu_memory_frac=servers.gpu_memory_frac,
+            )
+        )
+    return specs

@@ -1,0 +1,87 @@
+"""Held-out accuracy: every problem once greedily and some times sampled, with intervals over clusters."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from neox_rl.arithmetic import ARITHMETIC_TASKS
+from neox_rl.config.run import RunConfig
+from neox_rl.rollout.groups import Attempts, sampled_ids
+from neox_rl.search.analyze import analyze, summarize
+from neox_rl.telemetry.rows import EvaluationRow
+from neox_rl.telemetry.stats import cluster_mean_ci
+from neox_rl.types import Problem, SamplingParams, Trace
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One rollout of a problem, and what the policy wrote as text."""
+
+    problem: Problem
+    trace: Trace
+    text: str
+    num_tokens: int
+
+
+class Evaluator:
+    """Evaluates the servers' live policy. ``params`` fixes the stop tokens and the budget; each mode sets its temperature."""
+
+    def __init__(self, config: RunConfig, problems: Sequence[Problem], attempts: Attempts, params: SamplingParams) -> None:
+        evaluation = config.metarl.evaluation
+        self._samples, self._seed = evaluation.samples, config.metarl.seed
+        self._problems = tuple(problems[: evaluation.num_problems or None])
+        self._small = self._problems[: evaluation.small_problems]
+        self._attempts, self._params = attempts, params
+
+    async def full(self, label: str, step: int, version: int) -> tuple[list[EvaluationRow], list[Attempt]]:
+        """Rows for greedy and (where the config asks for samples) sampled attempts, and the greedy attempts."""
+        greedy, attempts = await self._mode(self._problems, "greedy", label, step, version)
+        if not self._samples:
+            return [greedy], attempts
+        return [greedy, (await self._mode(self._problems, "sampled", label, step, version))[0]], attempts
+
+    async def small(self, label: str, step: int, version: int) -> EvaluationRow:
+        """The first held-out problems, greedily."""
+        return (await self._mode(self._small, "greedy", label, step, version))[0]
+
+    async def _mode(
+        self, problems: Sequence[Problem], mode: str, label: str, step: int, version: int
+    ) -> tuple[EvaluationRow, list[Attempt]]:
+        start = time.monotonic()
+        made = await asyncio.gather(*(self._attempt(problem, i, mode, label) for i, problem in enumerate(problems)))
+        attempts = [attempt for some in made for attempt in some]
+        correct = [float(a.trace.verdict.correct) for a in attempts]
+        row: EvaluationRow = {
+            "label": label,
+            "step": step,
+            "version": version,
+            "mode": mode,
+            "accuracy": cluster_mean_ci(correct, [a.problem.cluster for a in attempts]).row(),  # type: ignore[typeddict-item]
+            "num_problems": len(problems),
+            "num_clusters": len({p.cluster for p in problems}),
+            "per_problem": [[a.problem.id, a.problem.cluster, int(a.trace.verdict.correct), a.num_tokens] for a in attempts],
+            "search": search_quality(attempts),
+            "time": time.time(),
+            "seconds": time.monotonic() - start,
+        }
+        return row, attempts
+
+    async def _attempt(self, problem: Problem, index: int, mode: str, label: str) -> list[Attempt]:
+        greedy = mode == "greedy"
+        params = replace(self._params, temperature=0.0) if greedy else replace(self._params, seed=self._seed + index)
+        traces = await self._attempts.attempt(problem, f"{label}/{mode}/{problem.id}", params, 1 if greedy else self._samples)
+        return [as_attempt(problem, trace, self._attempts) for trace in traces]
+
+
+def as_attempt(problem: Problem, trace: Trace, attempts: Attempts) -> Attempt:
+    ids = sampled_ids(trace)
+    return Attempt(problem, trace, attempts.tokenizer.decode(ids), len(ids))
+
+
+def search_quality(attempts: Sequence[Attempt]) -> dict[str, float]:
+    """Rates of the search inside the outputs; empty where the problems are no arithmetic searches."""
+    analyses = [analyze(a.problem, a.text, a.num_tokens) for a in attempts if a.problem.task in ARITHMETIC_TASKS]
+    return summarize(analyses) if analyses else {}

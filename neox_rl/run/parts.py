@@ -1,0 +1,103 @@
+"""Builds the orchestrator's parts from the config: who generates, who verifies, who switches versions."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from functools import partial
+
+from neox_rl.config.machine import Machine
+from neox_rl.config.run import RunConfig
+from neox_rl.errors import ConfigError
+from neox_rl.metacot import SOLUTION
+from neox_rl.ports import Generator, Tokenizer
+from neox_rl.problems.sources import load_problems
+from neox_rl.problems.split import ProblemSet
+from neox_rl.problems.tokenizer import SymbolicTokenizer, load_tokenizer
+from neox_rl.rollout.groups import Attempts
+from neox_rl.rollout.scripted import Script, ScriptedGenerator
+from neox_rl.rollout.vllm_client import VllmGenerator
+from neox_rl.run.endpoints import Endpoints, read_endpoints, server_specs
+from neox_rl.run.versions import Deadlines, Keeper, ScriptedKeeper, ServerKeeper
+from neox_rl.search.dfs import dfs
+from neox_rl.search.linearize import linearize, text_of
+from neox_rl.telemetry.events import EventLog
+from neox_rl.telemetry.paths import RunPaths
+from neox_rl.types import Problem, Verdict
+from neox_rl.verify.reward import reward
+from neox_rl.verify.verifier import make_verifier
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the orchestrator is made of. ``demonstrated`` are the problems of the warm start."""
+
+    endpoints: Endpoints
+    problems: ProblemSet
+    demonstrated: Sequence[Problem]
+    attempts: Attempts
+    keeper: Keeper
+    events: EventLog
+
+
+async def build_parts(config: RunConfig, paths: RunPaths, stack: AsyncExitStack) -> Parts:
+    """Everything that holds a process or a socket is closed by ``stack``."""
+    metarl = config.metarl
+    endpoints = read_endpoints(paths.endpoints)
+    events = EventLog(paths.event_log("orchestrator"), "orchestrator")
+    stack.callback(events.close)
+    tokenizer = load_tokenizer(metarl.tokenizer, metarl.problems)
+    problems = load_problems(metarl.problems, metarl.seed)
+    generator, keeper = await _generation(config, paths, endpoints, tokenizer, problems, events, stack)
+    verifier = make_verifier(metarl.verify, metarl.problems.task if metarl.problems.source == "jsonl" else metarl.problems.source)
+    stack.callback(verifier.close)
+    attempts = Attempts(generator, verifier, tokenizer, partial(_reward, config), solution_id(tokenizer))
+    return Parts(endpoints, problems, problems.train, attempts, keeper, events)
+
+
+def _reward(config: RunConfig, verdict: Verdict, num_tokens: int) -> float:
+    return reward(verdict, num_tokens, config.metarl.rollout.max_new_tokens, config.metarl.reward)
+
+
+def solution_id(tokenizer: Tokenizer) -> int | None:
+    """The token that begins the solution, where the vocabulary has one word for it."""
+    ids = tokenizer.encode(SOLUTION)
+    return ids[0] if isinstance(tokenizer, SymbolicTokenizer) and len(ids) == 1 else None
+
+
+async def _generation(
+    config: RunConfig,
+    paths: RunPaths,
+    endpoints: Endpoints,
+    tokenizer: Tokenizer,
+    problems: ProblemSet,
+    events: EventLog,
+    stack: AsyncExitStack,
+) -> tuple[Generator, Keeper]:
+    metarl = config.metarl
+    if metarl.rollout.generator == "scripted":
+        scripted = ScriptedGenerator(_search_script(problems, tokenizer), metarl.seed)
+        return scripted, ScriptedKeeper(scripted)
+    specs = server_specs(config, endpoints, paths.root / "model", Machine.here())
+    generator = await stack.enter_async_context(VllmGenerator([spec.address for spec in specs], metarl.servers.request_timeout_s))
+    logs = [EventLog(paths.event_log(spec.name), spec.name) for spec in specs]
+    for log in logs:
+        stack.callback(log.close)
+    deadlines = Deadlines.of(metarl.servers, metarl.weights, metarl.deadlines)
+    return generator, ServerKeeper(specs, endpoints.weights, deadlines, events, logs)
+
+
+def _search_script(problems: ProblemSet, tokenizer: Tokenizer) -> Script:
+    """Depth-first searches in random order, a fifth of them cut short: right and wrong answers of all lengths."""
+    by_prompt = {tokenizer.encode(p.prompt): p for p in (*problems.train, *problems.heldout)}
+
+    def script(prompt_ids: Sequence[int], rng: random.Random) -> Sequence[int]:
+        problem = by_prompt.get(tuple(prompt_ids))
+        if problem is None:
+            raise ConfigError("the scripted generator knows only the run's own problems")
+        ids = tokenizer.encode(text_of(linearize(dfs(problem, rng), problem)))
+        return (*ids[: rng.randrange(len(ids))], tokenizer.eos_id) if rng.random() < 0.2 else (*ids, tokenizer.eos_id)
+
+    return script

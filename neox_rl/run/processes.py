@@ -1,0 +1,74 @@
+"""What each process of a run is: its command line, environment, log and cores. Building is pure; ``start`` starts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from neox_rl.config.machine import Machine
+from neox_rl.config.placement import num_ranks, place
+from neox_rl.config.run import RunConfig
+from neox_rl.guard import GuardedProcess, guarded_popen
+from neox_rl.rollout.vllm_server import core_ids, server_command
+from neox_rl.run.endpoints import Endpoints, server_specs
+from neox_rl.telemetry.paths import RunPaths
+
+ORCHESTRATOR, RANKS = "orchestrator", "trainer"
+
+
+@dataclass(frozen=True)
+class Program:
+    """One process to start. ``cores`` None: not pinned."""
+
+    name: str
+    argv: Sequence[str]
+    env: Mapping[str, str]
+    log: Path
+    cores: tuple[int, ...] | None
+
+    def start(self, grace_s: float) -> GuardedProcess:
+        return guarded_popen(self.argv, self.env, self.log, self.cores, grace_s)
+
+
+def programs(
+    config: RunConfig, paths: RunPaths, endpoints: Endpoints, machine: Machine, script: str, resume: bool, env: Mapping[str, str]
+) -> list[Program]:
+    """Servers first, because they take longest to start; the ranks last."""
+    where = place(config, machine)
+    found: list[Program] = []
+    for spec in server_specs(config, endpoints, paths.root / "model", machine)[: len(where.servers)]:
+        argv, server_env = server_command(spec, env)
+        found.append(Program(spec.name, argv, server_env, paths.log(spec.name), core_ids(spec.cores) if spec.cores else None))
+    if config.metarl.debug.mode != "train_only":
+        argv = [sys.executable, "-m", "neox_rl.run.orchestrator", "--run-dir", str(paths.root)]
+        single = dict(env) | {"OMP_NUM_THREADS": "1"}
+        found.append(Program(ORCHESTRATOR, argv, single, paths.log(ORCHESTRATOR), where.orchestrator or None))
+    ranks_env = _ranks_env(env, where.rank_gpus, machine)
+    found.append(Program(RANKS, ranks_command(config, paths, endpoints, script, resume), ranks_env, paths.log(RANKS), None))
+    return found
+
+
+def ranks_command(config: RunConfig, paths: RunPaths, endpoints: Endpoints, script: str, resume: bool) -> list[str]:
+    """DeepSpeed's runner around the user script, as GPT-NeoX's deepy.py does; ``local`` needs no ssh."""
+    n = config.neox
+    argv = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_addr", n.master_addr, "--master_port", str(endpoints.master_port)]
+    if n.launcher == "local":
+        argv += ["--no_ssh", "--node_rank", "0", "--num_gpus", str(num_ranks(config))]
+    else:
+        argv += ["--launcher", n.launcher]
+    if n.hostfile:
+        argv += ["--hostfile", n.hostfile]
+    argv += [script, "--run-dir", str(paths.root)]
+    return argv + ["--resume"] * resume
+
+
+def _ranks_env(env: Mapping[str, str], gpus: tuple[int, ...], machine: Machine) -> dict[str, str]:
+    found = dict(env)
+    if machine.num_gpus:
+        found["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+    else:
+        # One math thread a rank: two on a contended core are several times slower than one.
+        found |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    return found

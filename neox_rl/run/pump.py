@@ -1,0 +1,94 @@
+"""Turns admitted tickets into groups: as many at once as the admission rule allows."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from neox_rl.config.run import RunConfig
+from neox_rl.errors import DeadlineError, NeoxRLError
+from neox_rl.problems.sources import ProblemCursor
+from neox_rl.queue.state import TicketQueue
+from neox_rl.rollout.groups import Attempts, rewards_differ
+from neox_rl.rollout.vllm_client import ServerFailedError
+from neox_rl.telemetry.events import EventLog
+from neox_rl.types import Group, Problem, SamplingParams
+
+MAX_FAILURES = 3
+"""Failed generations of one ticket before the run ends: by then it is not the server that is at fault."""
+
+
+@dataclass
+class PumpCounts:
+    """Since the start of the run, resumes included."""
+
+    tokens_generated: int = 0
+    rollouts: int = 0
+    rollouts_refused: int = 0
+
+
+class RolloutPump:
+    """``run`` issues tickets until cancelled; ``changed`` is notified after every event that may complete a batch."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        queue: TicketQueue,
+        cursor: ProblemCursor,
+        attempts: Attempts,
+        params: SamplingParams,
+        events: EventLog,
+        on_group: Callable[[Group, Problem], None],
+    ) -> None:
+        self._config, self._queue, self._cursor, self._attempts, self._params = config, queue, cursor, attempts, params
+        self._events, self._on_group = events, on_group
+        self.counts = PumpCounts()
+        self.changed = asyncio.Condition()
+        self._wake = asyncio.Event()
+        self._busy_since = 0.0
+
+    def wake(self) -> None:
+        """Something happened that may admit a ticket: a version went live, or the queue was restored."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        limit = self._config.metarl.rollout.max_inflight_groups or 1 << 30
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                self._wake.clear()
+                while self._queue.num_in_flight < limit and (ticket := self._queue.next_ticket()) is not None:
+                    tasks.create_task(self._make(ticket), name=f"group {ticket}")
+                    self._events.instant("admitted", ticket=ticket, live=self._queue.live_version)
+                await self._wake.wait()
+
+    async def _make(self, ticket: int) -> None:
+        problem = self._cursor.next()
+        started, begin = time.time_ns(), time.monotonic_ns()
+        try:
+            group = await self._attempts.group(problem, ticket, self._params, self._config.metarl.rollout.group_size)
+        except (ServerFailedError, DeadlineError) as error:
+            self._events.instant("error", ticket=ticket, message=str(error))
+            if self._queue.failures(ticket) + 1 >= MAX_FAILURES:
+                raise NeoxRLError(f"ticket g{ticket:06d} failed {MAX_FAILURES} times, the last time so: {error}") from error
+            self._queue.fail(ticket)
+        else:
+            self._events.add_span("generate", started, time.monotonic_ns() - begin, ticket=ticket)
+            self._accept(group, problem)
+        self._wake.set()
+        async with self.changed:
+            self.changed.notify_all()
+
+    def _accept(self, group: Group, problem: Problem) -> None:
+        self.counts.rollouts += len(group.traces)
+        self.counts.tokens_generated += sum(len(s.ids) for t in group.traces for s in t.segments if s.logprobs)
+        staleness = self._config.metarl.staleness
+        refusable = staleness.dynamic_sampling and self._queue.refusals(group.ticket) < staleness.max_refusals
+        if refusable and not rewards_differ(group.traces):
+            self._queue.refuse(group.ticket)
+            self.counts.rollouts_refused += len(group.traces)
+            self._events.instant("refused", ticket=group.ticket)
+        else:
+            self._queue.deliver(group)
+            self._on_group(group, problem)

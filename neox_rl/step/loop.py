@@ -1,0 +1,215 @@
+"""The training loop. Every rank runs it; rank 0 alone talks to the feed and the publisher, the others hear from rank 0.
+
+    warm start   next(sft, i) -> pack -> engine.step(nll)                                   i = 1 .. warmstart.steps
+    v0           publish; evaluate "warmstart"
+    RL step s    next(rl, s) -> bound checked, packed -> [proximal, reference log-probs]
+                 -> engine.step(objective) on v(s-1) -> v(s) -> publish -> report           s = 1 .. train_iters
+    end          evaluate "final"; checkpoint; HF export
+
+Who waits on whom: the loop waits for the feed only. A slow or dead server is the orchestrator's business.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from neox_rl.batch.pack import pack_rl, pack_sft
+from neox_rl.batch.packing import Layout
+from neox_rl.batch.types import MicroBatch, StepBatch
+from neox_rl.codec import decode_groups, encode_groups
+from neox_rl.config.run import RunConfig
+from neox_rl.engines.port import Engine, StepReport
+from neox_rl.errors import ConfigError
+from neox_rl.loss.policy import make_loss_fn, make_sft_loss_fn, needs_proximal, needs_reference
+from neox_rl.queue.wire import Phase
+from neox_rl.step.feed import Feed
+from neox_rl.step.metrics import step_metrics
+from neox_rl.step.schedule import rl_lr, warmstart_lr
+from neox_rl.telemetry.events import EventLog
+from neox_rl.telemetry.paths import RunPaths
+from neox_rl.types import Group, Json
+from neox_rl.weights.publisher import Publisher
+from neox_rl.weights.snapshot import make_snapshot
+
+
+@dataclass(frozen=True)
+class Leader:
+    """What only rank 0 has."""
+
+    feed: Feed
+    publisher: Publisher | None
+
+
+@dataclass
+class Position:
+    """How far the run is. ``rl_step`` is also the policy version."""
+
+    sft_step: int = 0
+    rl_step: int = 0
+    feed_state: Mapping[str, Json] | None = None
+
+    def to_json(self) -> dict[str, Json]:
+        return {"sft_step": self.sft_step, "rl_step": self.rl_step, "feed": dict(self.feed_state or {})}
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, Json]) -> Position:
+        match state:
+            case {"sft_step": int() as sft_step, "rl_step": int() as rl_step, "feed": dict() as feed}:
+                return cls(sft_step, rl_step, feed)
+            case _:
+                raise ConfigError(f"the checkpoint was not written by a run: its client state is {str(state)[:200]}")
+
+
+class TrainingLoop:
+    """``run`` trains everything the config asks for and returns why it ended."""
+
+    def __init__(self, config: RunConfig, engine: Engine, leader: Leader | None, events: EventLog, paths: RunPaths) -> None:
+        self.config, self.engine, self.leader, self.events, self.paths = config, engine, leader, events, paths
+        self.position = Position()
+        topology = engine.topology
+        self._layout = Layout(config.metarl.pack_tokens, topology.dp, topology.tp, config.neox.gradient_accumulation_steps)
+        self._checkpoints = Path(config.neox.save) if config.neox.save else paths.checkpoints
+        self._saved = Position(-1, -1)
+        self._published = 0.0
+
+    def run(self, resume_from: Path | None) -> str:
+        """Trains, from the newest checkpoint in ``resume_from`` where there is one. Returns "finished" or "stopped"."""
+        self._begin(resume_from)
+        reason = "finished" if self._warm_start() and self._reinforce() else "stopped"
+        self._checkpoint(force=True)
+        if reason == "finished":
+            self.engine.save_hf(self.paths.root / "model")
+        if self.leader is not None:
+            self.leader.feed.done(reason)
+        self.engine.barrier()
+        return reason
+
+    def _begin(self, resume_from: Path | None) -> None:
+        if resume_from is not None:
+            self.position = Position.from_json(self.engine.load(resume_from))
+        elif self.config.metarl.warmstart.hf_checkpoint:
+            self.engine.load_hf(Path(self.config.metarl.warmstart.hf_checkpoint))
+            self.position.sft_step = self.config.metarl.warmstart.steps
+        if self.leader is not None:
+            self.leader.feed.hello(self.engine.topology.world_size, self.position.feed_state or {})
+
+    def _warm_start(self) -> bool:
+        for step in range(self.position.sft_step + 1, self.config.metarl.warmstart.steps + 1):
+            if not self._train(Phase.SFT, step):
+                return False
+            self.position.sft_step = step
+            self._checkpoint(force=False)
+        return True
+
+    def _reinforce(self) -> bool:
+        if needs_reference(self.config.metarl.objective):
+            self.engine.set_reference()
+        self._publish()
+        if self.position.rl_step == 0:
+            self._evaluate("warmstart")
+        for step in range(self.position.rl_step + 1, self.config.neox.train_iters + 1):
+            if not self._train(Phase.RL, step):
+                return False
+            self.position.rl_step = step
+            if step % self.config.metarl.weights.publish_every == 0 or step == self.config.neox.train_iters:
+                self._publish()
+            self._checkpoint(force=False)
+        self._evaluate("final")
+        return True
+
+    def _train(self, phase: Phase, step: int) -> bool:
+        """One optimizer step; False when the feed asks to stop."""
+        start = time.monotonic()
+        with self.events.span("wait_batch", phase=phase.value, step=step):
+            groups = self._next_groups(phase, step)
+        wait_s = time.monotonic() - start
+        if not groups:
+            return False
+        batch = self._pack(phase, step, groups)
+        start = time.monotonic()
+        with self.events.span("train_step", phase=phase.value, step=step, tokens=batch.stats.trained_tokens):
+            report = self._optimize(phase, step, batch)
+        if self.leader is not None:
+            metrics = step_metrics(batch.stats, report, wait_s, time.monotonic() - start, self._published)
+            self.leader.feed.report(phase, step, metrics)
+        return True
+
+    def _next_groups(self, phase: Phase, step: int) -> Sequence[Group]:
+        """Rank 0's groups on every rank: each packs the same batch alone, so only rollouts travel, never Python objects."""
+        groups = self.leader.feed.next_groups(phase, step) if self.leader is not None else ()
+        if self.leader is not None:
+            self.position.feed_state = self.leader.feed.state
+        if self.engine.topology.world_size == 1:
+            return groups
+        frames = [bytes(frame) for frame in encode_groups(groups)] if self.leader is not None else []
+        sizes: list[int] = json.loads(self.engine.broadcast_bytes(json.dumps([len(f) for f in frames]).encode()))
+        data = memoryview(self.engine.broadcast_bytes(b"".join(frames)))
+        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+        return decode_groups([data[end - size : end] for size, end in zip(sizes, ends, strict=True)])[0]
+
+    def _pack(self, phase: Phase, step: int, groups: Sequence[Group]) -> StepBatch:
+        if phase is Phase.SFT:
+            return pack_sft(groups, step, layout=self._layout)
+        metarl = self.config.metarl
+        return pack_rl(
+            groups,
+            step,
+            staleness=metarl.staleness,
+            objective=metarl.objective,
+            max_new_tokens=metarl.rollout.max_new_tokens,
+            layout=self._layout,
+        )
+
+    def _optimize(self, phase: Phase, step: int, batch: StepBatch) -> StepReport:
+        microbatches = batch.microbatches[self.engine.topology.dp_rank]
+        if phase is Phase.SFT:
+            return self.engine.step(microbatches, make_sft_loss_fn(), warmstart_lr(self.config.metarl.warmstart, step))
+        if self.config.metarl.debug.mode == "rollout_only":
+            return StepReport(loss=0.0, grad_norm=0.0, lr=0.0, tokens=0, metrics={})
+        objective, temperature = self.config.metarl.objective, self.config.metarl.rollout.temperature
+        loss_fn = make_loss_fn(objective, step - 1)
+        return self.engine.step(self._with_logprobs(microbatches), loss_fn, rl_lr(self.config.neox, step), temperature)
+
+    def _with_logprobs(self, microbatches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
+        """Adds the proximal and reference log-probs that the objective reads."""
+        objective, temperature = self.config.metarl.objective, self.config.metarl.rollout.temperature
+        if needs_proximal(objective):
+            current = self.engine.logprobs(microbatches, "current", temperature)
+            microbatches = [m.with_logprobs(proximal=p) for m, p in zip(microbatches, current, strict=True)]
+        if needs_reference(objective):
+            reference = self.engine.logprobs(microbatches, "reference", temperature)
+            microbatches = [m.with_logprobs(reference=r) for m, r in zip(microbatches, reference, strict=True)]
+        return microbatches
+
+    def _publish(self) -> None:
+        """Offers the weights as version ``rl_step``. The gather is collective; only rank 0 has the tensors."""
+        if self.config.metarl.debug.mode == "train_only":
+            return
+        start = time.monotonic()
+        version = self.position.rl_step
+        with self.events.span("publish", version=version):
+            snapshot = make_snapshot(version, self.engine.named_tensors())
+            if self.leader is not None:
+                if self.leader.publisher is not None:
+                    self.leader.publisher.offer(snapshot)
+                self.leader.feed.published(version)
+        self._published = time.monotonic() - start
+
+    def _evaluate(self, label: str) -> None:
+        with self.events.span("evaluate", label=label, version=self.position.rl_step):
+            if self.leader is not None:
+                self.leader.feed.evaluate(label, self.position.rl_step)
+            self.engine.barrier()
+
+    def _checkpoint(self, force: bool) -> None:
+        here = (self.position.sft_step, self.position.rl_step)
+        factor = self.config.neox.checkpoint_factor
+        due = force or (factor > 0 and sum(here) % factor == 0)
+        if due and here != (self._saved.sft_step, self._saved.rl_step):
+            with self.events.span("checkpoint", step=sum(here)):
+                self.engine.save(self._checkpoints, self.position.to_json())
+            self._saved = Position(*here)
