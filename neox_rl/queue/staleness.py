@@ -13,15 +13,14 @@ tickets are left, since steps up to s-1 took all those below B(s-1-rho), and the
 Hence ticket k is trained at step <= floor(k/B) + rho + 1, from tokens no older than v(floor(k/B) - eta): its staleness is
 <= (floor(k/B) + rho) - (floor(k/B) - eta) = S. Versions never fall inside a rollout, so the bound holds for every token.
 
-No deadlock. While step s waits, v(p) goes live for the last published p >= (s-1) - (publish_every - 1). Every ticket below Bs is then
-admissible if publish_every - 1 <= eta, and steps before s took B(s-1) tickets, so at least B are left to become ready.
+No deadlock. While step s waits, v(p) goes live for the last published p >= (s-1) - (publish_every - 1). Every ticket below Bs is
+then admissible if publish_every - 1 <= eta, which is a rule of the config. Steps before s took B(s-1) tickets, so at least B of these
+are left to become ready.
 
-The idea of bounding staleness at admission is AReaL's (arXiv 2505.24298, section 5.1); it admits by count alone and trains what comes.
+Rule 1 is AReaL's (arXiv 2505.24298, section 5.1). Alone it bounds how far generation runs ahead, not how late a long rollout comes.
 """
 
 from __future__ import annotations
-
-from neox_rl.errors import ConfigError
 
 
 def bound(admission_slack: int, delivery_slack: int) -> int:
@@ -60,13 +59,3 @@ def max_tickets_open(groups_per_step: int, admission_slack: int) -> int:
     Live v <= steps taken t, and rule 1 admits at most B (v + eta + 1) tickets, of which B t are trained.
     """
     return groups_per_step * (admission_slack + 1)
-
-
-def check_progress(publish_every: int, admission_slack: int) -> None:
-    """Raises ConfigError when a step could wait for tickets that no published version admits (see "No deadlock" above)."""
-    if publish_every - 1 > admission_slack:
-        raise ConfigError(
-            f"weights.publish_every is {publish_every} and staleness.admission_slack is {admission_slack}: step {admission_slack + 2} "
-            f"would wait for ever for tickets that v1 or newer admits, and no such version is published before it; publish_every must "
-            f"be <= admission_slack + 1: set admission_slack to {publish_every - 1} or publish_every to {admission_slack + 1}"
-        )

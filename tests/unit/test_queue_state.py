@@ -50,12 +50,6 @@ def test_open_tickets_never_exceed_the_bound(B: int, eta: int, live: int) -> Non
     assert admitted - B * max(live, 0) <= staleness.max_tickets_open(B, eta)
 
 
-def test_publishing_too_rarely_is_refused_before_it_deadlocks() -> None:
-    staleness.check_progress(publish_every=3, admission_slack=2)
-    with pytest.raises(ConfigError, match="set admission_slack to 3 or publish_every to 3"):
-        staleness.check_progress(publish_every=4, admission_slack=2)
-
-
 # The state machine
 
 
@@ -208,15 +202,15 @@ def test_a_checkpoint_that_does_not_add_up_is_refused(change: dict[str, object],
 
 
 def test_consumption_counts_tokens_by_the_versions_of_their_spans() -> None:
-    group = make_group(0, [2, 4, 6])
+    group = make_group(0, [3, 4, 6])
     report = consumption_report([group], step=7, bound=2)
-    assert (report.by_staleness, report.tokens, report.beyond, report.masked, report.max_staleness) == ({0: 3, 2: 3, 4: 3}, 9, 3, 0, 4)
+    assert (report.by_staleness, report.tokens, report.beyond, report.masked, report.max_staleness) == ({0: 3, 2: 3, 3: 3}, 9, 3, 0, 3)
     with pytest.raises(StalenessError, match="3 of 9 tokens beyond the staleness bound S = 2"):
         check_bound(report)
 
 
 def test_masking_takes_the_gradient_of_older_tokens_and_nothing_else() -> None:
-    group, fresh = make_group(0, [2, 4, 6]), make_group(1, [6])
+    group, fresh = make_group(0, [3, 4, 6]), make_group(1, [6])
     masked, same = mask_stale([group, fresh], step=7, bound=2)
     assert same is fresh
     assert [s.mask for s in masked.traces[0].segments] == [0.0, 0.0, 1.0, 1.0]

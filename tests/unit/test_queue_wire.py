@@ -237,6 +237,34 @@ def lossy_proxy(target: str) -> Iterator[str]:
         back.close(linger=0)
 
 
+def test_an_answer_follows_the_trainer_to_its_new_connection() -> None:
+    """The trainer's connection breaks while its request is in progress; a request after it is not taken up before its time."""
+    handler = Recorder(delay_s=0.3)
+    with serving(handler) as running:
+        old, new = raw_peer(running.address), raw_peer(running.address)
+        body: dict[str, Json] = {"session": "s", "phase": "rl"}
+        old.send_multipart(pack("hello", {"session": "s", "id": 1, "world": 1, "pid": 1, "state": {}}, {}))
+        assert kind_of(old.recv_multipart()) == "ok"
+        old.send_multipart(pack("next", {**body, "id": 2, "step": 1}, {}))
+        assert kind_of(old.recv_multipart()) == "heartbeat"
+        old.close(linger=0)
+        new.send_multipart(pack("next", {**body, "id": 2, "step": 1}, {}))
+        new.send_multipart(pack("next", {**body, "id": 3, "step": 2}, {}))
+        while (kind := kind_of(new.recv_multipart())) == "heartbeat":
+            pass
+        assert kind == "batch"
+        assert not new.poll(500), "the third message came too early: the trainer repeats it"
+        new.close(linger=0)
+    assert handler.calls[1:] == [("next", "rl", 1)]
+
+
+def raw_peer(address: str) -> zmq.Socket[bytes]:
+    peer: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+    peer.setsockopt(zmq.RCVTIMEO, 5000)
+    peer.connect(address)
+    return peer
+
+
 def test_a_failure_of_the_orchestrator_reaches_both_sides() -> None:
     with serving(Recorder(failure=StalenessError("step 1 was taken"))) as running, connected(running.address) as client:
         with pytest.raises(NeoxRLError, match="waited for the batch of rl step 1: StalenessError: step 1 was taken"):
@@ -305,8 +333,7 @@ def test_ten_thousand_hostile_messages_are_counted_and_change_nothing() -> None:
     rng, handler = random.Random(5), Recorder()
     with serving(handler) as running, connected(running.address) as client:
         session = client._session
-        peer = zmq.Context.instance().socket(zmq.DEALER)
-        peer.connect(running.address)
+        peer = raw_peer(running.address)
         try:
             for _ in range(10_000):
                 make = hostile if rng.random() < 0.8 else replayed
