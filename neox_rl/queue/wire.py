@@ -66,7 +66,10 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """The groups of one step, and the orchestrator's state after them, which the trainer keeps in the checkpoint of that step."""
+    """The groups of one step, and the orchestrator's state after them, which the trainer keeps in the checkpoint of that step.
+
+    No groups: the orchestrator asks the trainer to stop.
+    """
 
     groups: Sequence[Group]
     state: Mapping[str, Json] = field(default_factory=dict)
@@ -241,13 +244,15 @@ class ExperienceClient:
         self._greeted = False
         self._trained = TrainedOnce()
         self.state: dict[str, Json] = {}
-        """The orchestrator's state after the last batch: keep it in the checkpoint, give it back to ``hello``."""
+        """The orchestrator's state after the last batch: keep it in the checkpoint, give it back to ``hello``. A delivery of
+        no groups (the orchestrator asks to stop) leaves it as it was, so that the checkpoint of a stopped run can be resumed."""
 
     def hello(self, world: int, state: Mapping[str, Json] | None = None) -> None:
         """The first call. Waits for an orchestrator that may start later; ``state`` is that of the checkpoint resumed from."""
         what = f"the orchestrator to answer on {self._address}"
         self._request("ok", what, "hello", world=world, pid=os.getpid(), state=dict(state or {}))
         self._greeted = True
+        self.state = dict(state or {})
 
     def next_groups(self, phase: Phase, step: int) -> tuple[Group, ...]:
         """The batch of a step. Raises StalenessError when a ticket comes a second time in the RL phase."""
@@ -256,7 +261,8 @@ class ExperienceClient:
         if phase is Phase.RL:
             self._trained.add(groups, step)
         state = meta.get("state")
-        self.state = state if isinstance(state, dict) else {}
+        if groups and isinstance(state, dict):
+            self.state = state
         return groups
 
     def evaluate(self, label: str, version: int) -> dict[str, Json]:

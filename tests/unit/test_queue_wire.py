@@ -146,6 +146,18 @@ def test_a_run_is_handled_in_the_order_it_was_sent() -> None:
     ]
 
 
+def test_a_stop_leaves_the_state_for_the_checkpoint_as_it_was() -> None:
+    class Stopping(Recorder):
+        async def next_groups(self, phase: Phase, step: int) -> Delivery:
+            return await super().next_groups(phase, step) if step == 6 else Delivery(())
+
+    with serving(Stopping()) as running, connected(running.address, greet=False) as client:
+        client.hello(world=2, state={"after": 4})
+        assert (client.next_groups(Phase.RL, 5), client.state) == ((), {"after": 4})
+        client.next_groups(Phase.RL, 6)
+        assert (client.next_groups(Phase.RL, 7), client.state) == ((), {"after": 6})
+
+
 def test_a_late_orchestrator_is_waited_for() -> None:
     port, handler = free_port(), Recorder()
     with ThreadPoolExecutor(1) as pool, connected(f"tcp://127.0.0.1:{port}", greet=False) as client:
