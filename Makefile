@@ -1,0 +1,39 @@
+# `make` lists the targets. Everything rests on `make install`, which a second call skips.
+PYTHON ?= python3
+KIND ?= auto
+CONFIG ?= configs/metarl.yml
+TESTS ?= tests
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := neox_rl megatron_patches tools tests setup.py deepy.py train.py
+
+# One thread a process: the runs and the tests start several processes on few cores.
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check doctor clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+
+install:  ## make .venv and install into it (KIND=cpu or gpu overrides what the machine suggests)
+	@$(PYTHON) tools/install.py --kind $(KIND)
+
+demo: install  ## run configs/metarl.yml: a small model learns to search by asynchronous RL
+	$(BIN)/python deepy.py train.py $(CONFIG)
+
+test: install  ## the test suite (TESTS=tests/unit for a part)
+	$(BIN)/python -m pytest $(TESTS)
+
+check: install  ## ruff, mypy strict, import floors, sizes
+	$(BIN)/python -m ruff check $(SOURCES)
+	$(BIN)/python tools/check_floors.py
+	$(BIN)/python tools/check_sizes.py
+	$(BIN)/python -m mypy
+
+doctor:  ## versions, cores, memory, ports, GPUs, and advice
+	@if [ -x $(BIN)/python ]; then $(BIN)/python tools/doctor.py; else $(PYTHON) tools/doctor.py; fi
+
+clean:  ## remove what install, test and check made; runs/ stays
+	rm -rf $(VENV) build dist neox_rl.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find neox_rl megatron_patches tools tests -type d -name __pycache__ -prune -exec rm -rf {} +
