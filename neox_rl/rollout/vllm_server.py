@@ -21,6 +21,7 @@ from neox_rl.guard import GuardedProcess, died, guarded_popen
 
 BACKEND = "zmq"
 _POLL_S = 0.5
+_IN_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,15 @@ def server_command(spec: ServerSpec, base_env: Mapping[str, str]) -> tuple[list[
         argv.append("--enforce-eager")
     if spec.gpus:
         argv += ["--gpu-memory-utilization", str(spec.gpu_memory_frac)]
+    else:
+        # Without it each server wants 92 % of the machine's memory.
+        argv += ["--kv-cache-memory-bytes", str(int(spec.kv_cache_gib * 2**30))]
+        # Only whole blocks of a prompt are shared between the completions of a group: vLLM's 128 shares nothing of a short prompt.
+        argv += ["--block-size", "32"]
+        if spec.cores and spec.tensor_parallel_size == 1:
+            # vLLM's default on CPUs, a worker process of its own, makes the engine spin on the worker's core while it waits. What that
+            # default is for, binding threads, is done here: affinity is inherited and OMP_NUM_THREADS is set.
+            argv += ["--distributed-executor-backend", _IN_PROCESS]
     return argv, _environment(spec, base_env)
 
 
@@ -83,9 +93,8 @@ def _environment(spec: ServerSpec, base_env: Mapping[str, str]) -> dict[str, str
     if spec.gpus:
         env["CUDA_VISIBLE_DEVICES"] = spec.gpus
         return env
-    # Left out, each CPU server wants 92 % of the machine's memory, and all servers bind to core 0.
-    env["VLLM_CPU_KVCACHE_SPACE"] = f"{spec.kv_cache_gib:g}"
-    if spec.cores:
+    env.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override the flag
+    if spec.cores:  # left out, all servers bind to core 0
         env["VLLM_CPU_OMP_THREADS_BIND"] = spec.cores
         env["OMP_NUM_THREADS"] = str(min(num_cores(part) for part in spec.cores.split("|")))
     return env

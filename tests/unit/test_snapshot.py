@@ -79,7 +79,14 @@ def test_a_truncated_a_missing_and_a_swapped_tensor_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("version", "3"), ("version", True), ("digest", "0" * 32), ("manifest", []), ("manifest", [["a", "int8", [4], "x"]]), ("manifest", [7])],
+    [
+        ("version", "3"),
+        ("version", True),
+        ("digest", "0" * 32),
+        ("manifest", []),
+        ("manifest", [["a", "int8", [4], "x"]]),
+        ("manifest", [7]),
+    ],
 )
 def test_a_manifest_that_lies_is_refused(field: str, value: object) -> None:
     frames = received(make_snapshot(3, [("a", torch.ones(4))]))

@@ -26,15 +26,16 @@ def option(argv: list[str], name: str) -> str:
 
 
 def test_a_cpu_server_has_its_own_core_and_a_bounded_kv_cache() -> None:
-    argv, env = server_command(SPEC, {"PATH": "/bin", "OMP_NUM_THREADS": "8"})
-    assert env["VLLM_CPU_OMP_THREADS_BIND"] == "0" and env["OMP_NUM_THREADS"] == "1" and env["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    argv, env = server_command(replace(SPEC, kv_cache_gib=1.5), {"PATH": "/bin", "OMP_NUM_THREADS": "8", "VLLM_CPU_KVCACHE_SPACE": "40"})
+    assert option(argv, "--kv-cache-memory-bytes") == str(3 << 29) and "VLLM_CPU_KVCACHE_SPACE" not in env
+    assert env["VLLM_CPU_OMP_THREADS_BIND"] == "0" and env["OMP_NUM_THREADS"] == "1"
     assert env["PATH"] == "/bin" and env["VLLM_SERVER_DEV_MODE"] == "1"
     assert "CUDA_VISIBLE_DEVICES" not in env and "--gpu-memory-utilization" not in argv
 
 
 def test_a_gpu_server_sees_only_its_devices() -> None:
     argv, env = server_command(replace(SPEC, gpus="4,5", tensor_parallel_size=2, dtype="bfloat16", enforce_eager=False), {})
-    assert env["CUDA_VISIBLE_DEVICES"] == "4,5" and "VLLM_CPU_KVCACHE_SPACE" not in env
+    assert env["CUDA_VISIBLE_DEVICES"] == "4,5" and "--kv-cache-memory-bytes" not in argv
     assert option(argv, "--gpu-memory-utilization") == "0.85" and option(argv, "--tensor-parallel-size") == "2"
     assert "--enforce-eager" not in argv
 
@@ -42,6 +43,8 @@ def test_a_gpu_server_sees_only_its_devices() -> None:
 def test_threads_are_those_of_one_tensor_parallel_rank() -> None:
     _, env = server_command(replace(SPEC, cores="0-3|4-7", tensor_parallel_size=2), {})
     assert env["OMP_NUM_THREADS"] == "4" and core_ids("0-3|4-7") == tuple(range(8))
+    assert "--distributed-executor-backend" in server_command(SPEC, {})[0]
+    assert "--distributed-executor-backend" not in server_command(replace(SPEC, cores="0|1", tensor_parallel_size=2), {})[0]
     assert replace(SPEC, tensor_parallel_size=2).workers == {"server0/0", "server0/1"}
 
 
