@@ -22,7 +22,7 @@ logger = init_logger("vllm.neox_rl")
 
 
 @dataclass
-class ZmqInit(WeightTransferInitInfo):
+class ZmqInit(WeightTransferInitInfo):  # type: ignore[misc]
     """``address`` of the publisher; ``server``, this server's name in the acks."""
 
     address: str
@@ -30,14 +30,14 @@ class ZmqInit(WeightTransferInitInfo):
 
 
 @dataclass
-class ZmqUpdate(WeightTransferUpdateInfo):
+class ZmqUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]
     """The version to load, and how long to wait for it if it is not yet staged."""
 
     version: int
     deadline_s: float
 
 
-class ZmqWeightTransferEngine(WeightTransferEngine[ZmqInit, ZmqUpdate]):
+class ZmqWeightTransferEngine(WeightTransferEngine[ZmqInit, ZmqUpdate]):  # type: ignore[misc]
     """Every tensor-parallel rank fetches whole tensors; vLLM's weight loaders take its shard."""
 
     init_info_cls = ZmqInit
@@ -71,7 +71,7 @@ class ZmqWeightTransferEngine(WeightTransferEngine[ZmqInit, ZmqUpdate]):
         # vLLM only warns about layers that got nothing and keeps their old weights: a mixture of two policies.
         if missing := expected - set(loaded):
             raise WeightError(f"v{staged.version} has no weights for {sorted(missing)[:5]} ({len(missing)} in all)")
-        finalize_layerwise_reload(self.model, self.model_config)  # type: ignore[no-untyped-call]
+        finalize_layerwise_reload(self.model, self.model_config)
         logger.info("v%d (%s) loaded in %.1f ms", staged.version, staged.digest, (time.perf_counter() - begin) * 1e3)
 
     def finish_weight_update(self) -> None:
