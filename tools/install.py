@@ -1,6 +1,7 @@
 """Make ``.venv`` and install the project into it, once: ``make install``, or ``python3 tools/install.py [--kind auto|cpu|gpu] [--force]``.
 
-Runs on the base Python with the standard library alone, and parses on Python 3.7, so that an old one gets a sentence and not a syntax error.
+Runs on the base Python with the standard library alone, and parses on Python 3.7, so that an old one gets a sentence and
+not a syntax error.
 
 1. find a Python 3.11 to 3.13, a compiler and disk space, or say what is missing and how to get it
 2. make the environment, or go on with one that an earlier call left half made
@@ -109,10 +110,12 @@ def check_machine(kind: str) -> None:
     """Raises InstallError for a missing compiler or a full disk."""
     missing = [tool for tool in ("gcc", "g++", "make") if shutil.which(tool) is None]
     if missing:
-        raise InstallError(f"{', '.join(missing)} not on PATH. Debian and Ubuntu: apt-get install build-essential. Fedora: dnf install gcc-c++ make")
+        advice = "Debian and Ubuntu: apt-get install build-essential. Fedora: dnf install gcc-c++ make"
+        raise InstallError(f"{', '.join(missing)} not on PATH. {advice}")
     free_gb = shutil.disk_usage(ROOT).free / 1e9
     if not STAMP.exists() and free_gb < DISK_GB[kind]:
-        raise InstallError(f"{free_gb:.1f} GB free on the disk of {ROOT}; the {kind} environment needs {DISK_GB[kind]} GB. Free some, or clone elsewhere")
+        needs = f"the {kind} environment needs {DISK_GB[kind]} GB"
+        raise InstallError(f"{free_gb:.1f} GB free on the disk of {ROOT}; {needs}. Free some, or clone elsewhere")
 
 
 def make_environment(python: str) -> Path:
@@ -149,12 +152,13 @@ def pip_install(inside: Path, kind: str) -> None:
     errors = [line for line in lines if "ERROR" in line] or lines[-3:]
     offline = any("NewConnectionError" in line or "Could not fetch URL" in line or "Max retries" in line for line in lines)
     advice = "No package index answers: set a proxy (https_proxy) or a mirror (PIP_INDEX_URL)" if offline else "Mend what pip names"
-    raise InstallError("pip failed: " + " / ".join(errors) + f"\n  {advice}, then call `make install` again: it continues. By hand: {' '.join(command)}")
+    again = f"{advice}, then call `make install` again: it continues. By hand: {' '.join(command)}"
+    raise InstallError(f"pip failed: {' / '.join(errors)}\n  {again}")
 
 
 def run_pip(command: list[str]) -> tuple[int, list[str]]:
     """Exit status, and every line it printed; shown while it runs, without the thousand lines of what is there already."""
-    process = subprocess.Popen(command, cwd=str(ROOT), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
+    process = subprocess.Popen(command, cwd=str(ROOT), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     lines = []
     for line in process.stdout:
@@ -171,17 +175,19 @@ def drop_cuda_leftovers(inside: Path) -> None:
     say(f"removed {', '.join(CUDA_LEFTOVERS)}: CUDA builds that break vllm on a CPU")
 
 
-def probe_imports(inside: Path) -> None:
-    env = dict(os.environ, OMP_NUM_THREADS="1", DS_ACCELERATOR=os.environ.get("DS_ACCELERATOR", "cpu"))
+def probe_imports(inside: Path, kind: str) -> None:
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    if kind == "cpu":
+        env.setdefault("DS_ACCELERATOR", "cpu")
+    command = [str(inside), "-c", PROBE]
     try:
-        done = subprocess.run(
-            [str(inside), "-c", PROBE], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300, check=False, universal_newlines=True
-        )
+        done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300, check=False, text=True)
     except subprocess.TimeoutExpired:
         raise InstallError(f'`{inside} -c "{PROBE}"` did not end in 300 s') from None
     if done.returncode != 0:
         tail = "\n".join("    " + line for line in done.stdout.splitlines()[-12:])
-        raise InstallError(f"the packages are installed but do not import:\n{tail}\n  Start over with `make clean install`; `make doctor` shows versions")
+        advice = "Start over with `make clean install`; `make doctor` shows versions"
+        raise InstallError(f"the packages are installed but do not import:\n{tail}\n  {advice}")
 
 
 def main() -> int:
@@ -203,7 +209,7 @@ def main() -> int:
         if kind == "cpu":
             drop_cuda_leftovers(inside)
         say("importing vllm, deepspeed and megatron.core once")
-        probe_imports(inside)
+        probe_imports(inside, kind)
     except InstallError as error:
         print(f"install: {error}", file=sys.stderr)
         return 1
