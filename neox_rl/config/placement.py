@@ -43,7 +43,7 @@ def num_servers(config: RunConfig) -> int:
 
 def num_ranks(config: RunConfig) -> int:
     """Training ranks on this node."""
-    return 0 if config.metarl.debug.mode == "rollout_only" else config.neox.num_gpus
+    return config.neox.num_gpus
 
 
 def parse_core_sets(text: str, key: str) -> tuple[tuple[Cores, ...], ...]:
