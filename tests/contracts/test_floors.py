@@ -85,7 +85,8 @@ def test_the_command_fails_on_a_bad_tree_and_names_the_file(name: str, tmp_path:
     bad = tmp_path / "neox_rl" / "types.py"
     bad.parent.mkdir()
     bad.write_text("import zmq\n" + "x = 1\n" * 400)
-    done = subprocess.run([sys.executable, ROOT / "tools" / f"{name}.py", tmp_path], capture_output=True, text=True, timeout=60, check=False)
+    command = [sys.executable, ROOT / "tools" / f"{name}.py", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1 and "neox_rl/types.py:1: " in done.stdout
 
 
