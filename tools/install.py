@@ -140,24 +140,30 @@ def make_environment(python: str) -> Path:
     return inside
 
 
-def pip_install(inside: Path, kind: str) -> None:
+def lacks_torch_cpu(lines: list[str]) -> bool:
+    """Whether pip failed because no index had the CPU build: it finds nothing, or sees a conflict with another release that it found."""
+    return any(line.startswith("ERROR: No matching distribution found for torch") or f"depends on {TORCH_CPU}" in line for line in lines)
+
+
+def pip_install(inside: Path, what: list[str]) -> None:
     """As pip is configured on this machine; only where that has no CPU build of torch, again with PyTorch's index beside it."""
-    command = [str(inside), "-m", "pip", "install", "--progress-bar", "off", "-e", f".[{kind},dev]"]
+    command = [str(inside), "-m", "pip", "install", "--progress-bar", "off", *what]
     code, lines = run_pip(command)
-    if code != 0 and any("No matching distribution found for torch" in line or TORCH_CPU in line for line in lines if "ERROR" in line):
+    if code != 0 and lacks_torch_cpu(lines):
         say(f"the package index as configured has no {TORCH_CPU}; trying again with {TORCH_CPU_INDEX} beside it")
-        code, lines = run_pip([*command, "--extra-index-url", TORCH_CPU_INDEX])
+        command += ["--extra-index-url", TORCH_CPU_INDEX]
+        code, lines = run_pip(command)
     if code == 0:
         return
-    errors = [line for line in lines if "ERROR" in line] or lines[-3:]
-    offline = any("NewConnectionError" in line or "Could not fetch URL" in line or "Max retries" in line for line in lines)
-    advice = "No package index answers: set a proxy (https_proxy) or a mirror (PIP_INDEX_URL)" if offline else "Mend what pip names"
+    errors = [line for line in lines if line.startswith("ERROR")] or lines[-3:]
+    unreachable = any("NewConnectionError" in line or "Max retries exceeded" in line for line in lines)
+    advice = "No package index answers: set a proxy (https_proxy) or a mirror (PIP_INDEX_URL)" if unreachable else "Mend what pip names"
     again = f"{advice}, then call `make install` again: it continues. By hand: {' '.join(command)}"
-    raise InstallError(f"pip failed: {' / '.join(errors)}\n  {again}")
+    raise InstallError("\n  ".join(["pip failed:", *errors, again]))
 
 
 def run_pip(command: list[str]) -> tuple[int, list[str]]:
-    """Exit status, and every line it printed; shown while it runs, without the thousand lines of what is there already."""
+    """Exit status, and every line it printed; shown while it runs, less what was there already and where pip looked in vain."""
     process = subprocess.Popen(command, cwd=str(ROOT), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     lines = []
@@ -205,7 +211,7 @@ def main() -> int:
         check_machine(kind)
         inside = make_environment(python)
         say(f"installing the {kind} packages into {VENV} (some minutes the first time)")
-        pip_install(inside, kind)
+        pip_install(inside, ["-e", f".[{kind},dev]"])
         if kind == "cpu":
             drop_cuda_leftovers(inside)
         say("importing vllm, deepspeed and megatron.core once")
