@@ -115,7 +115,7 @@ class _Parser:
 
     def factor(self) -> Fraction:
         token = self.take()
-        if token.isdigit():
+        if token.isascii() and token.isdigit():
             self.numbers.append(int(token))
             return Fraction(int(token))
         if token == r"\frac":

@@ -50,9 +50,7 @@ FUNCTIONS = frozenset(
     )
 )
 _DECIMAL = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
-_PLAIN = re.compile(
-    rf"(?<![A-Za-z0-9_.\\])[-\u2212]?[\u20ac\u00a3\u00a5$]?{_DECIMAL}(?:\s*[-+*/^\u00d7\u00f7]\s*{_DECIMAL})*(?:\s*\\?%)?"
-)
+_PLAIN = re.compile(rf"(?<![A-Za-z0-9_.\\])[-\u2212]?[\u20ac\u00a3\u00a5$]?{_DECIMAL}(?:\s*[-+*/^\u00d7\u00f7]\s*{_DECIMAL})*(?:\s*\\?%)?")
 _START = re.compile(r"[\s*]*(?:(?:approximately|about|simply|just|equal to|that|equals?|the number|x\s*=)\s+)*[:=]?\s*", re.IGNORECASE)
 
 

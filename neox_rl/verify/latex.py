@@ -37,7 +37,10 @@ _REPLACED: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\{,\}\s*", ","),
         (r"(?<!\\)\\[,;:> ]|~|\\(?:quad|qquad|hspace\{[^{}]*\}|phantom\{[^{}]*\})(?![a-zA-Z])", " "),
         (r"\\(?:textbf|textit|textrm|textnormal|textsf|mbox|hbox)(?=\s*\{)", r"\\text"),
-        (r"\\(?:mathrm|mathbf|mathit|mathcal|mathsf|boldsymbol|bm|operatorname|text|overline|hat)\s*\{\s*([A-Za-z])\s*\}", r"\1"),
+        (r"\\(?:mathbf|mathit|mathcal|mathsf|boldsymbol|bm|operatorname|overline|hat)\s*\{\s*([A-Za-z])\s*\}", r"\1"),
+        # A letter in roman type is the constant e or i, a label, or after a number a unit.
+        (r"\\(?:mathrm|text)\s*\{\s*([ei])\s*\}", r"\1"),
+        (r"(?<![\d})])(?<![\d})] )\\(?:mathrm|text)\s*\{\s*([A-Za-z])\s*\}", r"\1"),
         (r"\\(?:mathrm|mathbf|mathit|mathsf|operatorname)(?=\s*\{)", r"\\text"),
         (r"\\operatorname\*?", r"\\text"),
         (r"\\text\s*\{\s*,?\s*(?:and|or)\s*,?\s*\}", ", "),
@@ -91,7 +94,7 @@ def normalize(text: str) -> str:
         text = pattern.sub(new, text)
     text = _APPROX.split(text)[0] or text
     text = _MIXED.sub(_mixed, _SPACES.sub(" ", text))
-    text = text.lstrip(" ,;:\"'").rstrip(" .,;:\"")
+    text = text.lstrip(" ,;:\"'").rstrip(' .,;:"')
     return text[:-1].rstrip() if text.endswith("\\") else text
 
 
@@ -119,6 +122,7 @@ _WORD_END = re.compile(
     r"(?P<power>\^\s*\{?\s*[23]\s*\}?)?$",
     re.DOTALL,
 )
+_LETTER_END = re.compile(r"(?P<head>-?\d[\d,.]*) (?:\\text\s*\{\s*)?(?P<unit>[mgshlL])\s*\}?")
 _DEGREES_END = re.compile(r"(?P<head>.*[\d}])\s*\^\\circ\s*(?:\\text\{)?\s*[CF]?\s*\}?$", re.DOTALL)
 
 
@@ -130,7 +134,9 @@ class Quantity(NamedTuple):
 
 
 def split_unit(text: str) -> Quantity:
-    r"""``10\text{ cm}^2`` is ``10`` in ``cm^2``. A bare single letter is a variable, never a unit."""
+    r"""``10\text{ cm}^2`` is ``10`` in ``cm^2``. A letter is a variable, except for m, g, s, h and l apart from a plain number."""
+    if match := _LETTER_END.fullmatch(text):
+        return Quantity(match["head"], _UNITS[match["unit"].lower()])
     degrees = _DEGREES_END.match(text)
     if degrees and not re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text):
         return Quantity(degrees["head"].strip(), "deg")
@@ -141,6 +147,8 @@ def split_unit(text: str) -> Quantity:
         return Quantity(text, "")
     words = match["unit"].strip(" .").lower()
     known = _UNITS.get(words) or _UNITS.get(words.removeprefix("square ").removeprefix("sq ").removeprefix("cubic "))
+    if quoted and len(words) == 1 and known is None:
+        return Quantity(text, "")
     if not quoted and (len(words) < 2 or (known is None and (len(words) < 4 or words in ("sqrt", "frac")))):
         return Quantity(text, "")
     power = re.sub(r"[^\d]", "", match["power"] or "")

@@ -119,9 +119,12 @@ def main(argv: list[str]) -> None:
     os.dup2(os.open(os.devnull, os.O_RDWR), 2)
     gc.collect()
     gc.freeze()
-    os.write(responses, encode({"ready": True}))
+    ready = False
     while True:
         pid, alive = _fork(control, requests, responses, policy)
+        if not ready:
+            os.write(responses, encode({"ready": True}))
+            ready = True
         killed = _watch(control, alive, parent)
         if killed is not False:
             os.kill(pid, signal.SIGKILL)
