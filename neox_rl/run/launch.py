@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,6 +86,7 @@ class Supervisor:
     def _watch(self) -> None:
         deadlines = self.config.metarl.deadlines
         started, stop_by, asked = time.monotonic(), float("inf"), False
+        ended: float | None = None
         while self.running[RANKS].poll() is None:
             self._check_alive()
             now = time.monotonic()
@@ -95,18 +97,25 @@ class Supervisor:
                 self._ask_to_stop()
             if self.interrupts.count > 1:
                 return
+            if ended is None and ORCHESTRATOR in self.running and self.running[ORCHESTRATOR].poll() == 0:
+                ended = now  # it ends once the trainer says that it is done: the ranks have only to exit
+            if ended is not None and now - ended > deadlines.shutdown_s:
+                raise DeadlineError("the training ranks to exit after their last word", now - ended, f"log {self.paths.log(RANKS)}")
             if now > stop_by:
                 raise DeadlineError("the trainer to save after Ctrl-C", deadlines.stop_s, f"log {self.paths.log(RANKS)}")
             time.sleep(POLL_S)
         self._check_alive()
         if orchestrator := self.running.get(ORCHESTRATOR):
-            orchestrator.wait(deadlines.shutdown_s)
+            try:
+                orchestrator.wait(deadlines.shutdown_s)
+            except subprocess.TimeoutExpired as error:
+                hint = f"log {self.paths.log(ORCHESTRATOR)}"
+                raise DeadlineError("the orchestrator to end after the ranks", deadlines.shutdown_s, hint) from error
             self._check_alive()
 
     def _check_alive(self) -> None:
-        """Raises for a process that ended: with a failure, or a server or the orchestrator before the ranks."""
-        may_end = {RANKS, ORCHESTRATOR} if self.running[RANKS].poll() == 0 else set[str]()
-        fallen = [n for n, p in self.running.items() if p.poll() is not None and (p.poll() != 0 or n not in may_end)]
+        """Raises for a process that failed, and for a server that ended at all."""
+        fallen = [n for n, p in self.running.items() if p.poll() is not None and (p.poll() != 0 or n not in (RANKS, ORCHESTRATOR))]
         if not fallen:
             return
         time.sleep(1.0)  # one death brings others down: name those that fell within the same second too
