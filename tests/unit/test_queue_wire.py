@@ -207,11 +207,12 @@ def test_a_repeated_request_gets_the_same_batch_and_is_handled_once() -> None:
 def test_messages_lost_with_a_connection_arrive_once_and_in_order() -> None:
     """A proxy that swallows a quarter of the messages, both ways, stands for a network that breaks connections."""
     handler = Recorder()
-    with serving(handler) as running, lossy_proxy(running.address) as address, connected(address) as client:
+    with serving(handler) as running, lossy_proxy(running.address) as (address, healed), connected(address) as client:
         for step in range(1, 6):
             client.next_groups(Phase.RL, step)
             client.report(Phase.RL, step, {})
             client.published(step)
+        healed.set()  # nobody can repeat the very last answer: the orchestrator has ended
         client.done("end")
         assert running.result.result(timeout=10) == "end"
         assert running.server.out_of_order > 0
@@ -220,8 +221,8 @@ def test_messages_lost_with_a_connection_arrive_once_and_in_order() -> None:
 
 
 @contextmanager
-def lossy_proxy(target: str) -> Iterator[str]:
-    stop = threading.Event()
+def lossy_proxy(target: str) -> Iterator[tuple[str, threading.Event]]:
+    stop, healed = threading.Event(), threading.Event()
     front, back = zmq.Context.instance().socket(zmq.ROUTER), zmq.Context.instance().socket(zmq.DEALER)
     port = front.bind_to_random_port("tcp://127.0.0.1")
     back.connect(target)
@@ -231,17 +232,17 @@ def lossy_proxy(target: str) -> Iterator[str]:
         while not stop.is_set():
             if front.poll(5):
                 identity, *frames = front.recv_multipart()
-                if rng.random() > 0.25:
+                if healed.is_set() or rng.random() > 0.25:
                     back.send_multipart(frames)
             if back.poll(5):
                 frames = back.recv_multipart()
-                if rng.random() > 0.25:
+                if healed.is_set() or rng.random() > 0.25:
                     front.send_multipart([identity, *frames])
 
     thread = threading.Thread(target=pump)
     thread.start()
     try:
-        yield f"tcp://127.0.0.1:{port}"
+        yield f"tcp://127.0.0.1:{port}", healed
     finally:
         stop.set()
         thread.join(10)
