@@ -13,7 +13,8 @@
 The trainer numbers its messages 1, 2, 3 ... within a session. The orchestrator handles them in this order, each once: it ignores
 a number after a gap, answers a repeated last request with the answer it gave, and says in every message how far it has
 got (``acked``). The trainer repeats what is not acknowledged when it hears nothing. So a connection may break at any point and
-no message is lost, none handled twice, and no batch trained twice; only the answer to ``done`` cannot be repeated. One trainer holds the session until it is done.
+no message is lost, none handled twice, and no batch trained twice; only the answer to ``done`` cannot be repeated.
+One trainer holds the session until it is done.
 
 A malformed message is counted and answered with an error; it changes nothing. Non-finite metrics travel as null.
 """
