@@ -25,11 +25,11 @@ demo: install  ## run configs/metarl.yml: a small model learns to search by asyn
 test: install  ## the test suite (TESTS=tests/unit for a part)
 	$(BIN)/python -m pytest $(TESTS)
 
-check: install  ## ruff, mypy strict, import floors, sizes
-	$(BIN)/python -m ruff check $(SOURCES)
-	$(BIN)/python tools/check_floors.py
-	$(BIN)/python tools/check_sizes.py
-	$(BIN)/python -m mypy
+check: install  ## ruff, mypy strict, import floors, sizes; all of them, whichever fails
+	@status=0; \
+	for tool in "-m ruff check $(SOURCES)" "tools/check_floors.py" "tools/check_sizes.py" "-m mypy"; do \
+		echo "check: $$tool"; $(BIN)/python $$tool || status=1; \
+	done; exit $$status
 
 doctor:  ## versions, cores, memory, ports, GPUs, and advice
 	@if [ -x $(BIN)/python ]; then $(BIN)/python tools/doctor.py; else $(PYTHON) tools/doctor.py; fi
