@@ -19,6 +19,7 @@ MAX_ANSWER_CHARS = 2_000
 MAX_BOX_DEPTH = 3
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_UNBRACED_BOX = re.compile(r"\\boxed\s+([^\s{$\\.]+)")
 _ANSWER_TAG = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.IGNORECASE | re.DOTALL)
 _HASHES = re.compile(r"####[ \t]*([^\n]+)")
 _FINAL = re.compile(r"final\s+answer\**\s*(?:[^.\n$\\:]{0,40}?\bis\b|:)(?:\s|\*|:)*(?!the\s+final)", re.IGNORECASE)
@@ -65,7 +66,7 @@ def tail(text: str) -> str:
 
 def final_answer(text: str) -> str:
     """The final answer's text without math delimiters, empty when there is none. Reads ``tail(text)``."""
-    text = tail(text).strip()
+    text = _UNBRACED_BOX.sub(r"\\boxed{\1}", tail(text).strip())
     marked = _marked(text)
     if marked is not None:
         return _unwrap(marked)[:MAX_ANSWER_CHARS]
@@ -144,13 +145,19 @@ def _words(text: str) -> list[str]:
 def _unwrap(answer: str) -> str:
     """Without emphasis and delimiters around it; what is left of a sentence is its last formula."""
     answer = answer.strip().strip('*"').removesuffix("\\").strip()
-    if not _words(_undelimited(answer)):
-        return _undelimited(answer)
     formulas = _formulas(answer)
-    if not formulas:
+    if not formulas and _words(_undelimited(answer)):
         return answer if is_bare(answer) else leading_formula(answer) or _last_formula(answer)
+    if not formulas:
+        return _undelimited(answer)
+    if re.search(r"[A-Za-z]{2,}", _COMMAND.sub("", answer[: formulas[0].start()])):
+        return _last_formula(answer)
     outside = _MATH.sub(" ", answer)
-    if not re.search(r"[A-Za-z0-9]", _JOIN.sub(" ", outside)) or (answer.startswith(("$", "\\(", "\\[")) and len(outside.split()) <= 3):
+    if (
+        not _words(_undelimited(answer))
+        or not re.search(r"[A-Za-z0-9]", _JOIN.sub(" ", outside))
+        or (answer.startswith(("$", "\\(", "\\[")) and len(outside.split()) <= 3)
+    ):
         return _undelimited(answer)
     if len(formulas) == 1 and is_bare(answer) and not _words(outside):
         return _undelimited(answer)
@@ -174,6 +181,8 @@ def is_bare(text: str) -> bool:
     words = _words(text)
     if not re.search(r"[\d=]|\\(?!text)", text):
         return len(words) < 8
+    if re.search(r"\b(?:is|are|was|were|equals)\b", text):
+        return False
     # A unit may follow a number; a formula after words makes it a sentence.
     after = text.rpartition(words[0])[2] if words else ""
     return not words or (len(words) <= 2 and not text[:1].isalpha() and not re.search(r"[\d=]", after))

@@ -94,7 +94,7 @@ def normalize(text: str) -> str:
         text = pattern.sub(new, text)
     text = _APPROX.split(text)[0] or text
     text = _MIXED.sub(_mixed, _SPACES.sub(" ", text))
-    text = text.lstrip(" ,;:\"'").rstrip(' .,;:"')
+    text = text.lstrip(" ,;:=\"'").rstrip(' .,;:"')
     return text[:-1].rstrip() if text.endswith("\\") else text
 
 
@@ -112,8 +112,8 @@ _UNIT_WORDS = {
     "mg": "milligram milligrams", "lb": "pound pounds lbs", "oz": "ounce ounces", "s": "sec second seconds secs",
     "min": "minute minutes mins", "h": "hr hour hours hrs", "day": "days", "week": "weeks", "month": "months",
     "year": "years yr yrs", "l": "liter liters litre litres", "ml": "milliliter milliliters", "deg": "degree degrees",
-    "rad": "radian radians", "dollar": "dollars usd", "cent": "cents", "euro": "euros", "mph": "", "kmh": "km/h kph", "ms": "m/s",
-    "unit": "units", "n": "newton newtons", "j": "joule joules",
+    "rad": "radian radians", "dollar": "dollars usd", "cent": "cents", "euro": "euros", "mph": "", "am": "a.m", "pm": "p.m",
+    "kmh": "km/h kph", "ms": "m/s", "unit": "units", "n": "newton newtons", "j": "joule joules",
 }  # fmt: skip
 _UNITS = {word: unit for unit, words in _UNIT_WORDS.items() for word in (unit, *words.split())}
 _TEXT_END = re.compile(r"(?P<head>.*[\d})\]\w%])\s*\\text\s*\{(?P<unit>[^{}]*)\}\s*(?P<power>\^\s*\{?\s*\d\s*\}?)?$", re.DOTALL)

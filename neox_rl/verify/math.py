@@ -19,7 +19,7 @@ from neox_rl.verify import symbolic
 from neox_rl.verify.extract import FUNCTIONS, final_answer, tail
 from neox_rl.verify.finding import Finding
 from neox_rl.verify.guard import TooLargeError
-from neox_rl.verify.latex import Form, Number, form_of, normalize, parse_number, split_unit
+from neox_rl.verify.latex import Form, Number, form_of, normalize, parse_number, split_top, split_unit
 from neox_rl.verify.policy import DEFAULT_POLICY, MathPolicy
 
 MAX_PARTS = 40
@@ -68,7 +68,7 @@ def _readable(text: str, depth: int) -> bool:
 
 
 _CHOICE = re.compile(r"(?<![A-Za-z0-9\\'^_{])\(?([A-J])\)?(?![A-Za-z0-9'\u2019^_*+\-=/<>({])(?!\s*[=+\-*/^<>])")
-_GOLD_CHOICE = re.compile(r"\(?([A-J])\)?[.:)]?(?:\s+[A-Z][a-z]+\b.*)?", re.DOTALL)
+_GOLD_CHOICE = re.compile(r"\(?(?P<a>[A-J])\)?[.:)]?(?:\s+[A-Z][a-z]+\b.*)?|\((?P<b>[A-J])\)\s*\\?\s+[^\s=+\-*/^\\<>].*", re.DOTALL)
 
 
 def choice_of_gold(gold: str) -> str:
@@ -76,7 +76,7 @@ def choice_of_gold(gold: str) -> str:
     stripped = re.sub(r"\\text(?:bf)?\s*\{([^{}]*)\}|[$]", lambda m: m[1] or "", gold.strip())
     for candidate in (stripped, re.split(r"answer is:?\s*", stripped)[-1]):
         if match := _GOLD_CHOICE.fullmatch(candidate.strip()):
-            return match[1]
+            return str(match["a"] or match["b"])
     return ""
 
 
@@ -149,6 +149,7 @@ def _unbracketed(text: str) -> str:
 
 
 _SYMBOLS_ONLY = re.compile(r"(?:\\(?:angle|triangle|text|frac|operatorname|overline|vec|[a-zA-Z]+)|[A-Za-z]|[(){}\[\],:/'|\s])+")
+_RELATION = re.compile(r"[<>]|\\(?:leq|geq|neq)")
 _SUBSCRIPT = re.compile(r"_(?:\{[^{}]*\}|\w)")
 
 
@@ -168,36 +169,34 @@ def _value_side(text: str) -> str:
     return pair[1] if pair else text
 
 
+def _sides(text: str) -> list[str]:
+    """The sides of ``a = b = c``; the equals signs inside ``\\sum_{i=1}`` and other braces are no part of it."""
+    return split_top(text, "=")
+
+
 def _last_of_chain(text: str) -> str:
     """``x = a = b`` is ``x = b``; lists and inequalities stay."""
-    parts = re.split(r"(?<![<>!\\])=", text)
-    if len(parts) > 2 and not re.search(r"[,;<>]|\\(?:leq|geq|neq)", text):
-        name = parts[0].strip()
-        return f"{name} = {parts[-1].strip()}" if re.fullmatch(r"[A-Za-z](?:\([a-z]\))?", name) else parts[-1].strip()
+    sides = _sides(text)
+    if len(sides) > 2 and not re.search(r"[,;<>]|\\(?:leq|geq|neq)", text):
+        return f"{sides[0]} = {sides[-1]}" if re.fullmatch(r"[A-Za-z](?:\([a-z]\))?", sides[0]) else sides[-1]
     return text
 
 
 def _same_side(gold: str, pred: str) -> tuple[str, str]:
     """Drops ``x =`` where only one side has it, or both name the same thing (a function whatever its argument)."""
     a, b = _assigned(gold), _assigned(pred)
+    gold_is_formula, pred_is_formula = (len(_sides(text)) == 1 and not _RELATION.search(text) for text in (gold, pred))
     if a and b:
         heads = [re.sub(r"\([a-z]\)$", "()", name) for name, _ in (a, b)]
         return (a[1], b[1]) if heads[0] == heads[1] else (gold, pred)
-    if a and "=" not in pred and not re.search(r"[<>]|\\(?:leq|geq)", pred):
+    if a and pred_is_formula:
         return a[1], pred
-    if b and not re.search(r"[<>=]|\\(?:leq|geq)", gold):
+    if b and gold_is_formula:
         return gold, b[1]
-    # The end of a computation written out, e.g. \sqrt{4} = 2, for a gold answer that is no equation.
-    if "=" not in gold and "=" in pred and not re.search(r"[,;<>]|\\(?:leq|geq|neq)", pred) and (tail_side := _computed(pred)):
-        return gold, tail_side
+    # "m + n = 7" says 7, as the end of any computation does, for a gold answer that is no equation itself.
+    if gold_is_formula and len(_sides(pred)) > 1 and not re.search(r"[,;]", pred) and not _RELATION.search(pred):
+        return gold, _sides(pred)[-1]
     return gold, pred
-
-
-def _computed(pred: str) -> str:
-    left, _, right = pred.rpartition("=")
-    # "11a + c = 7" is an equation in unknowns, not a computation.
-    names = re.sub(r"\\(?:begin|end)\{[a-z]+\}|\\[A-Za-z]+|(?<![A-Za-z])[ei](?![A-Za-z])", "", left)
-    return "" if re.search(r"[A-Za-z]", names) else right.strip()
 
 
 _RATIO = re.compile(r"\d+(?:\s*:\s*\d+)+")
@@ -345,7 +344,7 @@ def _equal_leaves(gold: str, pred: str, policy: MathPolicy) -> bool:
         gold, pred = gold.lower(), pred.lower()
     # math-verify takes the right side of any equation between symbols for its value: x + y = 1 is not 1.
     is_relation = re.search(r"[<>]|\\(?:leq|geq|neq|in(?![a-z]))", gold + pred)
-    if ("'" in gold) != ("'" in pred) or (("=" in gold) != ("=" in pred) and not is_relation):
+    if ("'" in gold) != ("'" in pred) or ((len(_sides(gold)) > 1) != (len(_sides(pred)) > 1) and not is_relation):
         return False
     try:
         if (rounded := _rounded_leaf(gold, pred, policy)) is not None:

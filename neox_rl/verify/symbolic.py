@@ -83,7 +83,7 @@ def parse(text: str) -> Any:
     if isinstance(expr, sympy.Expr):
         percents = {u: u.args[0] for u in expr.atoms(sympy.UnevaluatedExpr)}
         expr = expr.xreplace(percents) if percents else expr
-    if expr.has(sympy.nan, sympy.zoo):
+    if expr.has(sympy.nan, sympy.zoo) or any(p.base.is_zero and p.exp.is_negative for p in expr.atoms(sympy.Pow)):
         raise UnreadableError("the formula has no value")
     return expr
 
@@ -150,6 +150,8 @@ def _is_integer_sequence(expr: Any) -> bool:
 def _equal_numbers(a: Any, b: Any) -> bool | None:
     if a.is_Rational and b.is_Rational:
         return bool(a == b)
+    if a.has(sympy.nan, sympy.zoo) or b.has(sympy.nan, sympy.zoo):
+        return None
     if a.is_infinite or b.is_infinite:
         return bool(a == b)
     x, y = a.evalf(DIGITS), b.evalf(DIGITS)
