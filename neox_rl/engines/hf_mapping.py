@@ -137,6 +137,6 @@ def _llama_layer(shape: ModelShape, layer: int) -> list[Entry]:
         Entry(f"{ours}.self_attention.linear_qkv.weight", qkv, Split.ROWS, interleave, separate),
         *_plain(f"{ours}.self_attention.linear_proj", f"{hf}.self_attn.o_proj", Split.COLUMNS),
         *_plain(f"{ours}.pre_mlp_layernorm", f"{hf}.post_attention_layernorm"),
-        Entry(f"{ours}.mlp.linear_fc1.weight", gated, Split.GATED, torch.cat, lambda full: full.chunk(2)),
+        Entry(f"{ours}.mlp.linear_fc1.weight", gated, Split.GATED, lambda parts: torch.cat(list(parts)), lambda full: full.chunk(2)),
         *_plain(f"{ours}.mlp.linear_fc2", f"{hf}.mlp.down_proj", Split.COLUMNS),
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -58,21 +58,21 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, packed_seq_params: Pack, **_: Any) -> Tensor:
         """[T, 1, heads, d] each -> [T, 1, heads x d]. Heads of query and key differ under grouped-query attention."""
         pack = packed_seq_params
-        q = Rotate.apply(query[:, 0], pack.cos, pack.sin)
-        k = Rotate.apply(key[:, 0], pack.cos, pack.sin)
+        q: Tensor = Rotate.apply(query[:, 0], pack.cos, pack.sin)  # type: ignore[no-untyped-call]
+        k: Tensor = Rotate.apply(key[:, 0], pack.cos, pack.sin)  # type: ignore[no-untyped-call]
         v = value[:, 0]
         if not pack.trivial:
-            q, k, v = (ToSlots.apply(x, pack.slots, pack.rows) for x in (q, k, v))
+            q, k, v = (ToSlots.apply(x, pack.slots, pack.rows) for x in (q, k, v))  # type: ignore[no-untyped-call]
         outputs, at = [], 0
         for count, length in pack.blocks:
             part = slice(at, at + count * length)
-            block = (x[part].view(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-            out = F.scaled_dot_product_attention(*block, is_causal=True, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1])
+            bq, bk, bv = (x[part].view(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+            out = F.scaled_dot_product_attention(bq, bk, bv, is_causal=True, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1])
             outputs.append(out.transpose(1, 2).reshape(count * length, -1))
             at += count * length
         flat = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         if not pack.trivial:
-            flat = ToRows.apply(flat, pack.rows)
+            flat = ToRows.apply(flat, pack.rows)  # type: ignore[no-untyped-call]
         return flat[:, None]
 
 
@@ -116,10 +116,10 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
                 hidden = hidden.transpose(0, 1)
         hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=pack)
         if not self.post_process:
-            return hidden
+            return cast(Tensor, hidden)
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits, _ = self.output_layer(hidden, weight=weight)
-        return logits[:, 0]
+        return cast(Tensor, logits[:, 0])
 
 
 def build_model(shape: ModelShape, config: TransformerConfig, first: bool, last: bool, recompute: bool) -> PolicyModel:

@@ -52,6 +52,9 @@ def join_world(neox: NeoXConfig, metarl: MetaRLConfig, env: RankEnv) -> World:
     except dist.DistStoreError as error:
         where = f"rank {env.rank} waited at {env.master_addr}:{env.master_port}; see the logs of the other ranks ({error})"
         raise DeadlineError(f"{env.world_size} training ranks", deadlines.ranks_start_s, where) from error
+    except dist.DistNetworkError as error:
+        place = f"MASTER_ADDR {env.master_addr}, MASTER_PORT {env.master_port}"
+        raise ConfigError(f"rank {env.rank} cannot use {place}: {error}; set master_addr and metarl.network.master_port") from error
     parallel_state.initialize_model_parallel(tp, pp, create_gloo_process_groups=False)
     # No operation of the forward pass draws random numbers (there is no dropout), so the tracker has no streams to keep.
     initialize_rng_tracker(inference_rng_tracker=True)
@@ -161,8 +164,10 @@ def build_optimizer(neox: NeoXConfig, model: DistributedDataParallel) -> Any:
         use_gloo_process_groups=False,
     )
     for inner in torch_optimizers(optimizer):
-        if isinstance(inner, torch.optim.AdamW):
-            for group in inner.param_groups:
+        for group in inner.param_groups:
+            # megatron-core leaves this product to its learning rate scheduler: without it norms and biases decay as well.
+            group["weight_decay"] *= group["wd_mult"]
+            if isinstance(inner, torch.optim.AdamW):
                 group["fused"], group["foreach"] = True, False
     return optimizer
 

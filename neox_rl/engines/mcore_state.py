@@ -69,11 +69,11 @@ def restore(state: Mapping[str, Tensor], model: torch.nn.Module, optimizers: lis
             parameter.copy_(state[f"{_MODEL}{name}"])
             if f"{_REFERENCE}{name}" in state:
                 reference.append(state[f"{_REFERENCE}{name}"].to(parameter.device))
-        for slot, parameter, values in _optimizer_slots(optimizers):
-            parameter.copy_(state[f"{_MAIN}{slot}"])
+        for slot, main, values in _optimizer_slots(optimizers):
+            main.copy_(state[f"{_MAIN}{slot}"])
             prefix = f"{_OPTIMIZER}{slot}."
             values.clear()
-            values |= {key[len(prefix) :]: tensor.to(parameter.device) for key, tensor in state.items() if key.startswith(prefix)}
+            values |= {key[len(prefix) :]: tensor.to(main.device) for key, tensor in state.items() if key.startswith(prefix)}
     torch.set_rng_state(state[f"{_RNG}cpu"])
     if torch.cuda.is_available() and f"{_RNG}cuda" in state:
         torch.cuda.set_rng_state(state[f"{_RNG}cuda"])

@@ -219,7 +219,8 @@ class MegatronCoreEngine:
         mcore_state.write_rank(temporary, self.topology.rank, state)
         self.barrier()
         if self.topology.rank == 0:
-            meta = {"format": mcore_state.FORMAT, "steps": self._steps, "layout": self._layout(), "client_state": dict(client_state)}
+            meta: dict[str, Json] = {"format": mcore_state.FORMAT, "steps": self._steps, "layout": self._layout()}
+            meta["client_state"] = dict(client_state)
             mcore_state.publish(temporary, final, meta)
         self.barrier()
         return final

@@ -15,8 +15,9 @@ LENGTHS = (9, 31, 17, 24, 5, 28, 12, 2)
 
 
 def sequences(seed: int = 0) -> list[np.ndarray[Any, Any]]:
+    """Without token 0: transformers gives the embedding of ``pad_token_id`` no gradient, wherever it stands."""
     rng = np.random.default_rng(seed)
-    return [rng.integers(0, VOCAB, n) for n in LENGTHS]
+    return [rng.integers(1, VOCAB, n) for n in LENGTHS]
 
 
 def pack(chosen: Sequence[np.ndarray[Any, Any]], size: int, all_sequences: Sequence[np.ndarray[Any, Any]]) -> MicroBatch:

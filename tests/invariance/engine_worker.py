@@ -1,13 +1,15 @@
 """One training rank of the engine tests. Runs a list of cases, an engine each, and leaves what it found in files.
 
-python engine_worker.py CASES.json OUTPUT_DIR     with RANK, WORLD_SIZE, MASTER_ADDR set; a case names its port
+python engine_worker.py CASES.json OUTPUT_DIR     with RANK, WORLD_SIZE, MASTER_ADDR set
 """
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,19 @@ from tests.invariance.engine_batches import VOCAB, loss_fn, sequences, split
 LR = 3e-3
 
 
-def build(case: dict[str, Any]) -> MegatronCoreEngine:
+def build(case: dict[str, Any], out: Path, number: int = 0) -> MegatronCoreEngine:
+    """Rank 0 takes a port at the moment of use and tells the others: one reserved earlier is taken by somebody else by then."""
+    notice = out / f"port{number}"
+    if os.environ["RANK"] == "0":
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            notice.with_suffix(".tmp").write_text(str(probe.getsockname()[1]))
+        notice.with_suffix(".tmp").rename(notice)
+    deadline = time.monotonic() + 60.0
+    while not notice.exists():
+        assert time.monotonic() < deadline, f"rank 0 did not write {notice}"
+        time.sleep(0.02)
+    os.environ["MASTER_PORT"] = notice.read_text()
     return MegatronCoreEngine(RunConfig(NeoXConfig(**case["neox"])), VOCAB)
 
 
@@ -52,9 +66,19 @@ def train(engine: MegatronCoreEngine, case: dict[str, Any], steps: range) -> lis
     return [[r.loss, r.grad_norm, r.metrics["entropy"], r.metrics["logprob"], r.tokens] for r in reports]
 
 
+def export(case: dict[str, Any], out: Path) -> None:
+    """A model with no special values: norms and biases, which start at 1 and 0, are trained away from them first, at a high rate."""
+    engine = build(case, out)
+    for step in range(3):
+        engine.step(own_microbatches(engine, case, step), loss_fn, 0.1)
+    engine.save_hf(out / "hf")
+    np.savez(out / "tensors.npz", **{name: tensor.numpy() for name, tensor in engine.named_tensors()})
+    engine.close()
+
+
 def parity(case: dict[str, Any], out: Path) -> None:
     """Logits of given weights, three steps, and the weights they lead to."""
-    engine = build(case)
+    engine = build(case, out)
     if "load_hf" in case:
         engine.load_hf(Path(case["load_hf"]))
     before = logits(engine)
@@ -72,15 +96,14 @@ def parity(case: dict[str, Any], out: Path) -> None:
 
 def resume(case: dict[str, Any], out: Path) -> None:
     """Four steps in one go, against two steps, save, another process state, load, two steps."""
-    engine = build(case)
+    engine = build(case, out)
     train(engine, case, range(2))
     engine.set_reference()
     engine.save(out / "ckpt", {"cursor": 17, "note": "é"})
     whole = train(engine, case, range(2, 4))
     tensors = {f"w.{name}": tensor.float().numpy() for name, tensor in engine.named_tensors()}
     engine.close()
-    os.environ["MASTER_PORT"] = str(case["port2"])
-    engine = build(case)
+    engine = build(case, out, 1)
     client = engine.load(out / "ckpt")
     continued = train(engine, case, range(2, 4))
     again = {f"r.{name}": tensor.float().numpy() for name, tensor in engine.named_tensors()}
@@ -95,8 +118,7 @@ def main() -> None:
     for case in cases:
         directory = out / case["name"]
         directory.mkdir(parents=True, exist_ok=True)
-        os.environ["MASTER_PORT"] = str(case["port"])
-        {"parity": parity, "resume": resume}[case["kind"]](case, directory)
+        {"export": export, "parity": parity, "resume": resume}[case["kind"]](case, directory)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,50 @@
+"""The rank of a process, whichever launcher started it."""
+
+from __future__ import annotations
+
+import pytest
+
+from neox_rl.engines.rank_env import RankEnv, rank_environment
+from neox_rl.errors import ConfigError
+
+MASTER = {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "1234"}
+TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
+MPIRUN = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}
+SRUN = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4"}
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, MPIRUN, SRUN])
+def test_every_launcher_says_the_same_in_its_own_words(launcher: dict[str, str]) -> None:
+    assert rank_environment({**launcher, **MASTER}) == RankEnv(3, 1, 4, "10.0.0.7", 1234)
+
+
+def test_a_lone_process_is_rank_0_of_1() -> None:
+    assert rank_environment({}) == RankEnv(0, 0, 1, "127.0.0.1", 29500)
+
+
+def test_torchrun_inside_a_slurm_job_wins() -> None:
+    outer = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1"}
+    assert rank_environment({**outer, **TORCHRUN}).rank == 3
+
+
+def test_the_master_is_the_environments_then_slurms_then_the_configs() -> None:
+    slurm = {**SRUN, "SLURM_LAUNCH_NODE_IPADDR": "10.1.1.1"}
+    assert rank_environment({**slurm, "MASTER_ADDR": "node0"}, "configured").master_addr == "node0"
+    assert rank_environment(slurm, "configured").master_addr == "10.1.1.1"
+    assert rank_environment(SRUN, "configured").master_addr == "configured"
+
+
+@pytest.mark.parametrize(
+    ("environ", "named"),
+    [
+        ({"RANK": "0"}, "WORLD_SIZE"),
+        ({**TORCHRUN, "RANK": "4"}, "RANK=4"),
+        ({**TORCHRUN, "RANK": "-1"}, "RANK=-1"),
+        ({**TORCHRUN, "LOCAL_RANK": "9"}, "LOCAL_RANK=9"),
+        ({**SRUN, "SLURM_NTASKS": "four"}, "SLURM_NTASKS='four'"),
+        ({**TORCHRUN, "MASTER_PORT": "x"}, "MASTER_PORT='x'"),
+    ],
+)
+def test_contradictions_are_named(environ: dict[str, str], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        rank_environment(environ)
