@@ -184,7 +184,9 @@ class DebugConfig:
     """Running one half of the system."""
 
     mode: str = key(
-        "run", "run everything; everything but the optimizer steps; train on recorded batches", choices=("run", "rollout_only", "train_only")
+        "run",
+        "run everything; everything but the optimizer steps; train on recorded batches",
+        choices=("run", "rollout_only", "train_only"),
     )
     record_batches: str = key("", "write every delivered batch to this directory")
     batches: str = key("", "train_only: directory of recorded batches")

@@ -70,7 +70,8 @@ def _leaves_of(path: Path) -> Iterator[tuple[str, Entry]]:
         if root is None:
             return
         if not isinstance(root, yaml.MappingNode):
-            raise ConfigError(f"{path}: must hold keys and values (num_layers: 3), not {root.id}")
+            kind = "a list" if isinstance(root, yaml.SequenceNode) else "a single value"
+            raise ConfigError(f"{path}: must hold keys and values (num_layers: 3), not {kind}")
         yield from _mapping(loader, root, "", path)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)

@@ -75,7 +75,7 @@ class Orchestrator:
         self._stopping = True
         self._pump.wake()
         self._board.phase("report", "stopping: the trainer saves after this step")
-        asyncio.ensure_future(self._notify())
+        self._keep(asyncio.create_task(self._notify()))
 
     async def _notify(self) -> None:
         async with self._pump.changed:
@@ -240,8 +240,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         failures.extend(leaves(ours))
     except NeoxRLError as error:
         failures.append(error)
-    for error in failures:
-        logger.error("%s: %s", type(error).__name__, error)
+    for failure in failures:
+        logger.error("%s: %s", type(failure).__name__, failure)
     return 1 if failures else 0
 
 

@@ -22,7 +22,7 @@ LAPTOP = Machine(cores=(0, 1), memory_gib=16, exists=lambda path: path.startswit
 MODELS = sorted((CONFIGS / "models").glob("*.yml"))
 JOBS = [CONFIGS / "game24.yml"]
 ALONE = sorted(path for path in CONFIGS.rglob("*.yml") if path not in (*MODELS, *JOBS))
-DOCUMENTS = [path for path in (*ROOT.glob("*.md"), *(ROOT / "neox_rl").rglob("*.md"), *CONFIGS.rglob("*"), *(ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "neox_rl").rglob("*.md"), *CONFIGS.rglob("*"), *(ROOT / "docs").rglob("*.md")]
 
 
 @pytest.mark.parametrize(

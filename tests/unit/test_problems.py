@@ -70,7 +70,7 @@ def test_integer_steps_are_a_subset_of_the_rational_ones() -> None:
 
 def test_limit_keeps_that_many_training_problems_and_all_held_out(countdown: ProblemSet) -> None:
     limited = load_problems(ProblemsConfig(limit=50), seed=1)
-    assert len(limited.train) == 50 and set(p.id for p in limited.train) < set(p.id for p in countdown.train)
+    assert len(limited.train) == 50 and {p.id for p in limited.train} < {p.id for p in countdown.train}
     assert limited.heldout == countdown.heldout
 
 

@@ -255,7 +255,7 @@ def test_an_empty_run_directory_still_makes_a_page_and_a_missing_one_is_an_error
 def test_numbers_that_were_not_finite_do_not_break_the_page(tmp_path: Path) -> None:
     paths = write_run(tmp_path / "run", rl_steps=30, sft_steps=2)
     rows = [
-        {**row, **{key: None for key in ("reward_mean", "mismatch_kl", "ess", "loss")}} if row["step"] % 2 else row
+        {**row, **dict.fromkeys(("reward_mean", "mismatch_kl", "ess", "loss"))} if row["step"] % 2 else row
         for row in read_jsonl(paths.metrics)
     ]
     paths.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
