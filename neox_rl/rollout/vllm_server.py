@@ -115,7 +115,10 @@ def core_ids(cores: str) -> tuple[int, ...]:
 
 
 def start(spec: ServerSpec, log_path: Path, base_env: Mapping[str, str]) -> GuardedProcess:
-    """Starts the server; returns before it is ready. End it with ``neox_rl.guard.stop``."""
+    """Starts the server; returns before it is ready. End it with ``neox_rl.guard.stop``.
+
+    Any exit before that is a failure, also one with status 0: so vLLM ends when its engine was killed.
+    """
     argv, env = server_command(spec, base_env)
     return guarded_popen(argv, env, log_path, core_ids(spec.cores) if spec.cores and not spec.gpus else None)
 
