@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,48 @@ def hf_reader(directory: Path) -> Iterator[HFReader]:
                 raise WeightError(f"{path} is no whole safetensors file: {error}") from error
             files |= dict.fromkeys(opened.keys(), opened)
         yield HFReader(files, directory)
+
+
+def check_config(directory: Path, ours: Mapping[str, Json]) -> None:
+    """Compares what no tensor's shape tells: a wrong rotary base or epsilon loads in silence and computes another model.
+
+    Raises WeightError naming every difference between the directory's ``config.json``, where there is one, and ours.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        return
+    theirs: dict[str, Any] = json.loads(path.read_text())
+    rope = theirs.get("rope_parameters") or {}
+    found = {
+        **theirs,
+        "rope_theta": rope.get("rope_theta", theirs.get("rope_theta", theirs.get("rotary_emb_base"))),
+        "rotary_pct": rope.get("partial_rotary_factor", theirs.get("rotary_pct", 1.0)),
+    }
+    wanted = {**ours, "rope_theta": ours.get("rope_theta", ours.get("rotary_emb_base")), "rotary_pct": ours.get("rotary_pct", 1.0)}
+    different = [
+        f"{key} {found[key]!r} there, {wanted[key]!r} here"
+        for key in _COMPARED
+        if key in wanted and found.get(key) not in (None, wanted[key])
+    ]
+    if rope.get("rope_type", "default") != "default" or theirs.get("rope_scaling"):
+        different.append(f"scaled rotary positions {rope or theirs['rope_scaling']} there, none here")
+    if different:
+        raise WeightError(f"{path} describes another model: {'; '.join(different)}; change the keys of the run")
+
+
+_COMPARED = (
+    "model_type",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "use_parallel_residual",
+    "tie_word_embeddings",
+    "rope_theta",
+    "rotary_pct",
+)
 
 
 def write_hf(directory: Path, tensors: dict[str, Tensor], config: dict[str, Json]) -> None:

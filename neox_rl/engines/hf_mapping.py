@@ -90,10 +90,15 @@ def unshard(parts: Sequence[Tensor], split: Split, vocab: int) -> Tensor:
 
 
 def fused(entry: Entry, read: Callable[[str], Tensor], shape: ModelShape) -> Tensor:
-    """The entry's full parameter from HF tensors that ``read`` fetches. Raises WeightError naming a tensor of the wrong shape."""
+    """The entry's full parameter from HF tensors that ``read`` fetches. Raises WeightError naming a tensor of the wrong shape.
+
+    A vocabulary with rows to spare, as many published checkpoints have, is cut to the tokenizer's size.
+    """
     expected, parts = shape.hf_shapes(), []
     for name in entry.hf:
         tensor = read(name)
+        if entry.split is Split.VOCAB:
+            tensor = tensor[: shape.vocab]
         if tuple(tensor.shape) != expected[name]:
             raise WeightError(f"tensor {name!r} has shape {tuple(tensor.shape)}, the config says {expected[name]}: another model?")
         parts.append(tensor)

@@ -28,7 +28,7 @@ from neox_rl.types import Json
 
 FORMAT = 1
 LATEST = "latest"
-_OPTIMIZER, _MAIN, _MODEL, _REFERENCE, _RNG = "optimizer.", "main.", "model.", "reference.", "rng."
+_OPTIMIZER, _GROUP, _MAIN, _MODEL, _REFERENCE, _RNG = "optimizer.", "group.", "main.", "model.", "reference.", "rng."
 
 
 def layout_of(topology: Topology, shape: ModelShape, sharded_optimizer: bool, precision: str) -> dict[str, Json]:
@@ -50,6 +50,10 @@ def collect(model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], ref
     for slot, parameter, values in _optimizer_slots(optimizers):
         state[f"{_MAIN}{slot}"] = parameter
         state |= {f"{_OPTIMIZER}{slot}.{key}": value for key, value in values.items() if isinstance(value, Tensor)}
+    for slot, group in _groups(optimizers):
+        # Apex and Transformer Engine count the steps of Adam here, torch for each parameter.
+        if "step" in group:
+            state[f"{_GROUP}{slot}"] = torch.as_tensor(group["step"])
     state[f"{_RNG}cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         state[f"{_RNG}cuda"] = torch.cuda.get_rng_state()
@@ -74,6 +78,9 @@ def restore(state: Mapping[str, Tensor], model: torch.nn.Module, optimizers: lis
             prefix = f"{_OPTIMIZER}{slot}."
             values.clear()
             values |= {key[len(prefix) :]: tensor.to(main.device) for key, tensor in state.items() if key.startswith(prefix)}
+    for slot, group in _groups(optimizers):
+        if f"{_GROUP}{slot}" in state:
+            group["step"] = int(state[f"{_GROUP}{slot}"])
     torch.set_rng_state(state[f"{_RNG}cpu"])
     if torch.cuda.is_available() and f"{_RNG}cuda" in state:
         torch.cuda.set_rng_state(state[f"{_RNG}cuda"])
@@ -83,11 +90,14 @@ def restore(state: Mapping[str, Tensor], model: torch.nn.Module, optimizers: lis
 def _optimizer_slots(optimizers: list[torch.optim.Optimizer]) -> list[tuple[str, Tensor, dict[str, Any]]]:
     """(stable name, parameter or main shard, its mutable state) of each optimized tensor."""
     return [
-        (f"{o}.{g}.{p}", parameter, optimizer.state[parameter])
-        for o, optimizer in enumerate(optimizers)
-        for g, group in enumerate(optimizer.param_groups)
+        (f"{slot}.{p}", parameter, optimizers[int(slot.split(".")[0])].state[parameter])
+        for slot, group in _groups(optimizers)
         for p, parameter in enumerate(group["params"])
     ]
+
+
+def _groups(optimizers: list[torch.optim.Optimizer]) -> list[tuple[str, dict[str, Any]]]:
+    return [(f"{o}.{g}", group) for o, optimizer in enumerate(optimizers) for g, group in enumerate(optimizer.param_groups)]
 
 
 def write_rank(directory: Path, rank: int, state: dict[str, Tensor]) -> None:
@@ -100,9 +110,12 @@ def write_rank(directory: Path, rank: int, state: dict[str, Tensor]) -> None:
 def publish(temporary: Path, final: Path, meta: Mapping[str, Json]) -> None:
     """Makes a whole checkpoint visible: meta last, then the rename, then the pointer."""
     (temporary / "meta.json").write_text(json.dumps(dict(meta), indent=1, allow_nan=False) + "\n")
+    replaced = final.with_suffix(".old")
+    shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
-        shutil.rmtree(final)
+        final.rename(replaced)
     temporary.rename(final)
+    shutil.rmtree(replaced, ignore_errors=True)
     pointer = final.parent / f"{LATEST}.tmp"
     pointer.write_text(final.name + "\n")
     pointer.rename(final.parent / LATEST)

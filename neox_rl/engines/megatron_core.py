@@ -7,6 +7,7 @@ step:  micro-batches -> mcore's 1F1B schedule -> logits [T, V/tp] on the last st
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from neox_rl.batch.types import MicroBatch
 from neox_rl.config.derived import hf_config
 from neox_rl.config.run import RunConfig
 from neox_rl.engines import mcore_state
-from neox_rl.engines.hf_files import hf_reader, write_hf
+from neox_rl.engines.hf_files import check_config, hf_reader, write_hf
 from neox_rl.engines.model_shape import ModelShape, model_shape
 from neox_rl.engines.packed import Pack, make_pack
 from neox_rl.engines.port import LossFn, Policy, StepReport, Topology
@@ -85,8 +86,13 @@ class MegatronCoreEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         _, grad_norm, _ = self._optimizer.step()
-        self._steps += 1
         totals = self._reduce(sums)
+        if not (math.isfinite(grad_norm) and math.isfinite(totals["loss"])):
+            what = f"optimizer step {self._steps + 1}: loss {totals['loss']}, gradient norm {grad_norm}, learning rate {lr}"
+            raise NeoxRLError(
+                f"{what}; the weights are spoiled: resume from the last checkpoint with a lower learning rate or more clipping"
+            )
+        self._steps += 1
         metrics = {name.removeprefix("metric."): value for name, value in totals.items() if name not in _COUNTED}
         return StepReport(totals["loss"], float(grad_norm), lr, int(totals["tokens"]), metrics)
 
@@ -170,6 +176,7 @@ class MegatronCoreEngine:
         return hf_config(self._config, self.shape.vocab)
 
     def load_hf(self, directory: Path) -> None:
+        check_config(directory, self.hf_config())
         with hf_reader(directory) as read:
             self._set_weights(read)
 

