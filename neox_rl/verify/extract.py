@@ -145,6 +145,7 @@ def _words(text: str) -> list[str]:
 def _unwrap(answer: str) -> str:
     """Without emphasis and delimiters around it; what is left of a sentence is its last formula."""
     answer = answer.strip().strip('*"').removesuffix("\\").strip()
+    answer = answer[1:-1] if len(answer) > 2 and answer[0] == answer[-1] == "'" else answer
     formulas = _formulas(answer)
     if not formulas and _words(_undelimited(answer)):
         return answer if is_bare(answer) else leading_formula(answer) or _last_formula(answer)

@@ -67,8 +67,9 @@ def _readable(text: str, depth: int) -> bool:
     return True
 
 
-_CHOICE = re.compile(r"(?<![A-Za-z0-9\\'^_{])\(?([A-J])\)?(?![A-Za-z0-9'\u2019^_*+\-=/<>({])(?!\s*[=+\-*/^<>])")
-_GOLD_CHOICE = re.compile(r"\(?(?P<a>[A-J])\)?[.:)]?(?:\s+[A-Z][a-z]+\b.*)?|\((?P<b>[A-J])\)\s*\\?\s+[^\s=+\-*/^\\<>].*", re.DOTALL)
+_CHOICE = re.compile(r"(?<![A-Za-z0-9\\'^_{])\(?([A-H])\)?(?![A-Za-z0-9'\u2019^_*+\-=/<>({])(?!\s*[=+\-*/^<>])")
+_DENIED = re.compile(r"\b(?:not|rather than|instead of)\s+(?:option\s+)?\(?[A-H]\)?(?![A-Za-z])")
+_GOLD_CHOICE = re.compile(r"\(?(?P<a>[A-H])\)?[.:)]?(?:\s+[A-Z][a-z]+\b.*)?|\((?P<b>[A-H])\)\s*\\?\s+[^\s=+\-*/^\\<>].*", re.DOTALL)
 
 
 def choice_of_gold(gold: str) -> str:
@@ -85,6 +86,9 @@ def choice_of_text(text: str) -> str:
     answer = normalize(final_answer(text))
     if re.fullmatch(r"[A-Za-z].{0,2}", answer) and not _CHOICE.match(answer):
         return ""
+    # "A, B, C, D" names every option and picks none; "C, not A" picks C.
+    if len(set(_CHOICE.findall(answer))) > 1 and not re.search(r"[^\W\dA-H_]", re.sub(r"\b(?:and|or)\b", "", answer)):
+        return ""
     if match := _CHOICE.match(answer) or _CHOICE.match(tail(text).strip()):
         return match[1]
     if "\\" in answer or "=" in answer or len(answer) > 400:
@@ -92,7 +96,7 @@ def choice_of_text(text: str) -> str:
     rest = re.split(r"answer is|answer:|r\u00e9ponse est|\u7b54\u6848", tail(text))
     if len(rest) > 1 and (match := _CHOICE.search(rest[-1][:40])):
         return match[1]
-    picked = _CHOICE.findall(tail(text))
+    picked = _CHOICE.findall(_DENIED.sub("", tail(text)))
     return picked[-1] if picked and len(tail(text).split()) > 1 else ""
 
 
@@ -110,7 +114,7 @@ def _words_key(text: str) -> str:
 def _spelling(text: str) -> str:
     """Without what never changes the meaning: spaces, text commands, braces around one character, signs of multiplication by a letter."""
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"\s+", "", re.sub(r"\\cdot(?![a-zA-Z])", "*", text))
+    text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", re.sub(r"\\cdot(?![a-zA-Z])", "*", text))
     return re.sub(r"([\^_])\{(\w)\}", r"\1\2", re.sub(r"\*(?=[\\A-Za-z(])", "", text))
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from neox_rl.errors import DeadlineError, WireError
+from neox_rl.errors import DeadlineError
 from neox_rl.types import Problem, Reason, Verdict
 from neox_rl.verify.extract import tail
 from neox_rl.verify.finding import Finding
@@ -42,7 +42,7 @@ _ROOT = str(Path(__file__).resolve().parents[2])
 
 
 class _Silence(Exception):
-    """No whole frame came before the deadline, or the pipe closed."""
+    """No whole frame came before the deadline, the pipe closed, or what came is no frame."""
 
 
 class _Slot:
@@ -95,6 +95,8 @@ class _Slot:
                 if frame.get("id") == self._ids:
                     return Finding(Reason(frame["reason"]), str(frame["extracted"]))
                 if "died" in frame:
+                    # The child may have died with half a request read: only an acknowledged replacement is in step again.
+                    self._replace_child()
                     return Finding(Reason.ERROR, f"worker died with status {frame['died']}")
         except _Silence:
             self._replace_child()
@@ -118,7 +120,7 @@ class _Slot:
             if len(self._buffer) >= 4:
                 (size,) = struct.unpack(">I", self._buffer[:4])
                 if size > MAX_FRAME_BYTES:
-                    raise WireError(f"frame of {size} bytes from verifier worker {self._process.pid}, at most {MAX_FRAME_BYTES}")
+                    raise _Silence
                 if len(self._buffer) >= 4 + size:
                     body, self._buffer = self._buffer[4 : 4 + size], self._buffer[4 + size :]
                     frame: dict[str, Any] = json.loads(body)

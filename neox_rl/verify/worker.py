@@ -132,8 +132,16 @@ def main(argv: list[str]) -> None:
         os.close(alive)
         if killed is None:
             os._exit(0)
+        if killed:
+            _drain(requests)
         if killed or os.waitstatus_to_exitcode(status) != RECYCLE_STATUS:
             os.write(responses, encode({"died": status, "killed": killed}))
+
+
+def _drain(requests: int) -> None:
+    """Drops what the killed child left unread: it may have died between the length and the body of a request."""
+    while select.select([requests], [], [], 0)[0] and os.read(requests, 1 << 16):
+        pass
 
 
 def _watch(control: int, alive: int, parent: int) -> bool | None:
