@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from megatron_patches import collectives, optimizers, pipeline
 from megatron_patches.registry import Patch, PatchError, check, resolve
 
-__all__ = ["PATCHES", "Patch", "PatchError", "apply"]
+__all__ = ["PATCHES", "Patch", "PatchError", "apply", "quiet"]
 
 PATCHES: tuple[Patch, ...] = (collectives.PATCH, pipeline.PATCH, optimizers.PATCH)
 
@@ -18,11 +20,17 @@ _applied: set[str] = set()
 _lock = threading.Lock()
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences what megatron-core says on a dozen occasions while it is imported and built: that it found no Transformer Engine."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"(?i).*(transformer engine|apex|full scope is deprecated|CUDA_DEVICE_MAX_CONNECTIONS)")
+        yield
+
+
 def apply() -> tuple[str, ...]:
     """Applies what this machine needs, each patch once a process; names those applied so far. Raises PatchError."""
-    with _lock, warnings.catch_warnings():
-        # The checks import megatron-core, which says on a dozen occasions that it found no Transformer Engine or Apex.
-        warnings.filterwarnings("ignore", message=r"(?i).*(transformer engine|apex|full scope is deprecated)")
+    with _lock, quiet():
         for patch in PATCHES:
             if patch.name in _applied or (patch.cpu_only and torch.cuda.is_available()):
                 continue

@@ -19,8 +19,11 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from neox_rl.engines.fused_ops import SwiGLU, rms_norm
 from neox_rl.engines.model_shape import ModelShape
 from neox_rl.engines.packed import Pack, Rotate, ToRows, ToSlots
+
+_PROJECTIONS = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 
 
 class Norm(torch.nn.Module):
@@ -44,8 +47,20 @@ class Norm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is None:
-            return F.rms_norm(x, self.size, self.weight, self.eps)
+            return rms_norm(x, self.weight, self.eps)
         return F.layer_norm(x, self.size, self.weight, self.bias, self.eps)
+
+
+class GatedMLP(MLP):  # type: ignore[misc]
+    """SwiGLU without megatron-core's chunk, product and concatenation."""
+
+    def __init__(self, config: TransformerConfig, **_: Any) -> None:
+        super().__init__(config=config, submodules=_PROJECTIONS)
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+        gate_and_up, _bias = self.linear_fc1(hidden_states)
+        output, _bias = self.linear_fc2(SwiGLU.apply(gate_and_up))  # type: ignore[no-untyped-call]
+        return output, None
 
 
 class PackedAttention(MegatronModule):  # type: ignore[misc]
@@ -136,7 +151,7 @@ def build_model(shape: ModelShape, config: TransformerConfig, first: bool, last:
                 ),
             ),
             pre_mlp_layernorm=Norm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+            mlp=GatedMLP if shape.llama else ModuleSpec(module=MLP, submodules=_PROJECTIONS),
         ),
     )
     return PolicyModel(

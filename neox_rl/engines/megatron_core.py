@@ -43,19 +43,21 @@ class MegatronCoreEngine:
     """:class:`neox_rl.engines.port.Engine` on megatron-core. Joins the world of ranks when built."""
 
     def __init__(self, config: RunConfig, vocab_size: int) -> None:
-        megatron_patches.apply()
-        # Imported after the patches, and not at all by who only reads this module's names.
-        from neox_rl.engines import mcore_setup
-
         neox = config.neox
         self.shape: ModelShape = model_shape(config, vocab_size)
-        self._config, self._neox, self._setup = config, neox, mcore_setup
-        self._world = mcore_setup.join_world(neox, config.metarl, rank_environment(os.environ, neox.master_addr))
-        top = self._world.topology
-        self._first, self._last = top.pp_rank == 0, top.pp_rank == top.pp - 1
-        self._model = mcore_setup.build_parts(neox, self.shape, self._world, self._first, self._last)
-        self._inner: Any = self._model.module
+        self._config, self._neox = config, neox
         self._dtype = torch.bfloat16 if neox.precision == "bfloat16" else torch.float32
+        megatron_patches.apply()
+        with megatron_patches.quiet():
+            # Imported after the patches, and not at all by who only reads this module's names.
+            from neox_rl.engines import mcore_setup
+
+            self._setup = mcore_setup
+            self._world = mcore_setup.join_world(neox, config.metarl, rank_environment(os.environ, neox.master_addr))
+            top = self._world.topology
+            self._first, self._last = top.pp_rank == 0, top.pp_rank == top.pp - 1
+            self._model = mcore_setup.build_parts(neox, self.shape, self._world, self._first, self._last)
+        self._inner: Any = self._model.module
         self._optimizer: Any = None
         self._steps = 0
         self._reference: list[Tensor] | None = None
