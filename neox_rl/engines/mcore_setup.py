@@ -49,12 +49,12 @@ def join_world(neox: NeoXConfig, metarl: MetaRLConfig, env: RankEnv) -> World:
             timeout=timedelta(seconds=deadlines.ranks_start_s),
             device_id=device if backend == "nccl" else None,
         )
-    except dist.DistStoreError as error:
-        where = f"rank {env.rank} waited at {env.master_addr}:{env.master_port}; see the logs of the other ranks ({error})"
-        raise DeadlineError(f"{env.world_size} training ranks", deadlines.ranks_start_s, where) from error
-    except dist.DistNetworkError as error:
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
         place = f"MASTER_ADDR {env.master_addr}, MASTER_PORT {env.master_port}"
-        raise ConfigError(f"rank {env.rank} cannot use {place}: {error}; set master_addr and metarl.network.master_port") from error
+        if env.rank == 0 and isinstance(error, dist.DistNetworkError):
+            raise ConfigError(f"rank 0 cannot listen at {place}: {error}; set master_addr and metarl.network.master_port") from error
+        where = f"rank {env.rank} met nobody else at {place}; see the logs of the other ranks ({error})"
+        raise DeadlineError(f"all {env.world_size} training ranks", deadlines.ranks_start_s, where) from error
     parallel_state.initialize_model_parallel(tp, pp, create_gloo_process_groups=False)
     # No operation of the forward pass draws random numbers (there is no dropout), so the tracker has no streams to keep.
     initialize_rng_tracker(inference_rng_tracker=True)

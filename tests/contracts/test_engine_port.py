@@ -163,6 +163,13 @@ def test_step_counters_of_an_optimizer_that_keeps_them_by_group(tmp_path: Path) 
     assert optimizer.param_groups[0]["step"] == 7
 
 
+def test_ranks_that_the_layout_does_not_divide_are_refused_before_they_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match=r"3 ranks are not a multiple of model_parallel_size 2 x pipe_parallel_size 1.*multiple of 2"):
+        build_engine(RunConfig(dataclasses.replace(NEOX, model_parallel_size=2)), VOCAB)
+
+
 def test_engines_are_found_by_name() -> None:
     with pytest.raises(ConfigError, match=r"'nemo'.*megatron-core"):
         build_engine(RunConfig(metarl=MetaRLConfig(engine="nemo")), VOCAB)
