@@ -46,7 +46,11 @@ class WarmstartConfig:
     lr: float = key(3e-3, "peak learning rate", low=0.0)
     min_lr_frac: float = key(0.05, "final learning rate as a share of the peak (cosine)", low=0.0, high=1.0)
     warmup_frac: float = key(0.03, "share of the steps with linear warm-up", low=0.0, high=1.0)
-    style: str = key("dfs", "how a search becomes a trace", choices=("dfs", "solution"))
+    style: str = key(
+        "dfs",
+        "what is shown: depth-first searches in random order, searches of mixed quality, or solutions alone",
+        choices=("dfs", "mixed", "solution"),
+    )
     choice_weight: float = key(1.0, "loss weight of tokens that choose the next step at random", low=0.0, high=1.0)
     hf_checkpoint: str = key("", "HF directory to start from instead of a random model; a relative path is from the working directory")
 

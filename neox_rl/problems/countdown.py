@@ -49,7 +49,8 @@ def arithmetic_problem(task: str, numbers: Sequence[int], target: int, max_value
     return Problem(
         id=f"{task}/{cluster}->{target}",
         task=task,
-        prompt=prompt_text(numbers, target),
+        # In the order of the multiset a small model learns multisets by heart instead of the numbers; the order is the problem's own.
+        prompt=prompt_text(random.Random(f"{task}/{cluster}->{target}").sample(numbers, len(numbers)), target),
         answer=str(target),
         cluster=cluster,
         meta={"numbers": list(numbers), "target": target, "max_value": max_value},

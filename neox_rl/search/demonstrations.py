@@ -8,12 +8,19 @@ from typing import TypeAlias
 
 from neox_rl.errors import ConfigError
 from neox_rl.ports import Tokenizer
-from neox_rl.search.dfs import dfs, solution_path
+from neox_rl.search.dfs import MIXED, dfs, solution_path
 from neox_rl.search.linearize import demonstration, linearize
 from neox_rl.types import Problem, Trace, Tree
 
 Style: TypeAlias = Callable[[Problem, random.Random], Tree]
-STYLES: Mapping[str, Style] = {"dfs": dfs, "solution": solution_path}
+
+
+def mixed(problem: Problem, rng: random.Random) -> Tree:
+    """A search by one of several searchers of mixed quality, each equally likely."""
+    return dfs(problem, rng, rng.choice(MIXED))
+
+
+STYLES: Mapping[str, Style] = {"dfs": dfs, "mixed": mixed, "solution": solution_path}
 MAX_SKIPS = 1_000
 
 

@@ -6,7 +6,8 @@ Also the tree without a search, one solution path, and what a depth-first search
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeAlias, cast
 
@@ -31,6 +32,29 @@ def nearest(moves: Sequence[Move], target: int, rng: random.Random) -> Sequence[
 ORDERS: Mapping[str, Order] = {"uniform": uniform, "nearest": nearest}
 
 
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """How a depth-first searcher goes about it: the order of inner steps, the order of leaves, and how many leaves of a state it tries.
+
+    With ``leaf_order=nearest`` no width loses the goal: a leaf that reaches it is the nearest.
+    """
+
+    order: Order = uniform
+    leaf_order: Order = uniform
+    leaf_width: int = 1 << 30
+
+
+EXHAUSTIVE = Strategy()
+"""Random order, every leaf: what a searcher without any idea of the target does."""
+MIXED: Sequence[Strategy] = (
+    EXHAUSTIVE,
+    Strategy(nearest, nearest),
+    Strategy(uniform, nearest, leaf_width=1),
+    Strategy(nearest, nearest, leaf_width=1),
+)
+"""Searchers of mixed quality, as in Stream of Search (arXiv 2404.03683, section 4): with and without a heuristic, thorough and narrow."""
+
+
 def rules(problem: Problem) -> tuple[State, int, int]:
     """``(state, target, max_value)`` of an arithmetic problem, from its ``meta``."""
     return (
@@ -40,15 +64,22 @@ def rules(problem: Problem) -> tuple[State, int, int]:
     )
 
 
-def dfs(problem: Problem, rng: random.Random, order: Order = uniform, max_nodes: int | None = None) -> Tree:
-    """Search until the first goal, until everything was tried, or until ``max_nodes`` steps were taken.
+def dfs(problem: Problem, rng: random.Random, strategy: Strategy = EXHAUSTIVE, max_nodes: int | None = None) -> Tree:
+    """Search as ``strategy`` does until the first goal, until everything was tried, or until ``max_nodes`` steps were taken.
 
     Node 0 is the root with an empty text; every other node is one step, leaves with the verdict of the comparison.
     Nodes are numbered in the order of their expansion.
     """
     root, target, max_value = rules(problem)
     nodes = [new_node(0, -1, "")]
-    stack = [(0, iter(order(legal_moves(root, max_value), target, rng)))]
+
+    def moves_from(state: State) -> Iterator[Move]:
+        moves = legal_moves(state, max_value)
+        if len(state) > 2:
+            return iter(strategy.order(moves, target, rng))
+        return iter(strategy.leaf_order(moves, target, rng)[: strategy.leaf_width])
+
+    stack = [(0, moves_from(root))]
     while stack and (max_nodes is None or len(nodes) <= max_nodes):
         parent, moves = stack[-1]
         move = next(moves, None)
@@ -58,7 +89,7 @@ def dfs(problem: Problem, rng: random.Random, order: Order = uniform, max_nodes:
         leaf = len(move.after) == 1
         nodes.append(step_node(len(nodes), parent, move.step, target if leaf else None))
         if not leaf:
-            stack.append((nodes[-1].id, iter(order(legal_moves(move.after, max_value), target, rng))))
+            stack.append((nodes[-1].id, moves_from(move.after)))
         elif move.step.result == target:
             break
     return Tree(problem.id, tuple(nodes))

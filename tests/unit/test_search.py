@@ -15,7 +15,7 @@ from neox_rl.arithmetic import reachable, state_of
 from neox_rl.errors import ConfigError
 from neox_rl.metacot import Step, prompt_text, step_text
 from neox_rl.search.demonstrations import Demonstrations
-from neox_rl.search.dfs import ORDERS, dfs, expected_nodes, rules, solution_path, tree_size
+from neox_rl.search.dfs import MIXED, ORDERS, Strategy, dfs, expected_nodes, rules, solution_path, tree_size
 from neox_rl.search.linearize import demonstration, linearize, text_of, tree_of
 from neox_rl.types import NO_VERSION, Node, Problem, Role, Tree
 
@@ -63,8 +63,8 @@ def problems(draw: st.DrawFn, max_size: int = 4) -> Problem:
 
 @given(problems(), st.integers(0, 1000), st.sampled_from(sorted(ORDERS)))
 def test_search_ends_at_its_only_goal_and_depends_on_the_seed_alone(task: Problem, seed: int, order: str) -> None:
-    tree = dfs(task, random.Random(seed), ORDERS[order])
-    assert tree == dfs(task, random.Random(seed), ORDERS[order])
+    tree = dfs(task, random.Random(seed), Strategy(ORDERS[order], ORDERS[order]))
+    assert tree == dfs(task, random.Random(seed), Strategy(ORDERS[order], ORDERS[order]))
     goals = [n.id for n in tree.nodes if n.verdict is not None and n.verdict.correct]
     assert goals == [len(tree.nodes) - 1]
     assert [n.id for n in tree.nodes] == [n.order for n in tree.nodes] == list(range(len(tree.nodes)))
@@ -181,3 +181,13 @@ def test_demonstrations_that_cannot_be_made_are_refused() -> None:
         Demonstrations(tasks, tokenizer, seed=1, style="bfs")
     with pytest.raises(ConfigError, match="at least one problem"):
         Demonstrations([], tokenizer, seed=1)
+
+
+def test_searchers_of_mixed_quality_all_reach_the_goal_and_the_narrow_informed_one_takes_the_fewest_steps() -> None:
+    tasks = [problem(numbers, target) for numbers, target in (([3, 5, 7], 26), ([2, 4, 9], 17), ([1, 6, 8], 14), ([4, 5, 6], 34))]
+    steps: list[float] = []
+    for strategy in MIXED:
+        trees = [dfs(task, random.Random(seed), strategy) for task in tasks for seed in range(50)]
+        assert all(tree.nodes[-1].verdict is not None and tree.nodes[-1].verdict.correct for tree in trees)
+        steps.append(statistics.mean(len(tree.nodes) - 1 for tree in trees))
+    assert steps[3] < min(steps[1], steps[2]) and max(steps[1], steps[2]) < steps[0]
