@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.logger import init_logger
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from neox_rl.errors import WeightError
 from neox_rl.weights.stager import Stager
@@ -68,11 +70,23 @@ class ZmqWeightTransferEngine(WeightTransferEngine[ZmqInit, ZmqUpdate]):  # type
         initialize_layerwise_reload(self.model)
         load: Callable[[Iterable[tuple[str, torch.Tensor]]], set[str]] = getattr(self.model, "load_weights")  # noqa: B009
         loaded = load(staged.tensors.items())
-        # vLLM only warns about layers that got nothing and keeps their old weights: a mixture of two policies.
-        if missing := expected - set(loaded):
-            raise WeightError(f"v{staged.version} has no weights for {sorted(missing)[:5]} ({len(missing)} in all)")
+        if missing := sorted((expected - set(loaded)) | self._partly_loaded()):
+            raise WeightError(f"v{staged.version} has no weights, or not all, for {missing[:5]} ({len(missing)} in all)")
         finalize_layerwise_reload(self.model, self.model_config)
         logger.info("v%d (%s) loaded in %.1f ms", staged.version, staged.digest, (time.perf_counter() - begin) * 1e3)
+
+    def _partly_loaded(self) -> set[str]:
+        """Layers that got some of their weights: a fused one, say, whose k came and whose q did not.
+
+        vLLM would go on with whatever memory the rest holds, and with the old weights of a layer that got nothing. Embeddings are padded
+        to a round vocabulary and never full.
+        """
+        layers = ((name, layer, get_layerwise_info(layer)) for name, layer in self.model.named_modules())
+        return {
+            name
+            for name, layer, info in layers
+            if not isinstance(layer, VocabParallelEmbedding) and 0 < info.load_numel < (info.load_numel_total or 0)
+        }
 
     def finish_weight_update(self) -> None:
         pass

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from neox_rl.errors import DeadlineError, ProcessDiedError, WireError
+from neox_rl.errors import DeadlineError, ProcessDiedError, WeightError, WireError
 from neox_rl.guard import GuardedProcess, died, stop
 from neox_rl.rollout.vllm_client import VllmGenerator
 from neox_rl.rollout.vllm_control import VllmControl
@@ -193,6 +193,25 @@ def test_a_version_with_a_bad_digest_is_never_staged_and_never_live(server: Serv
             (completion,) = await generator.sample(PROMPT, SamplingParams(8), 1, "g000001")
             assert [span.version for span in completion.spans] == [live]
             assert await server.publish(control, watcher) == live + 2 == await control.live_version()
+
+    run(story())
+
+
+def test_a_version_that_lacks_a_tensor_never_becomes_live_and_the_server_stays_paused(server: Server) -> None:
+    async def story() -> None:
+        async with VllmControl(server.spec.address) as control, Watcher(server.publisher.address) as watcher:
+            live = await control.live_version()
+            lacking = {
+                name: tensor for name, tensor in policy(live + 1).state_dict().items() if name != "model.layers.1.self_attn.k_proj.weight"
+            }
+            server.publisher.offer(make_snapshot(live + 1, lacking.items()))
+            await watcher.wait_staged(live + 1, server.spec.workers, 20.0)
+            with pytest.raises(WeightError, match=r"model\.layers\.1\.self_attn\.qkv_proj"):
+                await control.switch(live + 1, 30.0)
+            assert await control.live_version() == live
+            async with VllmGenerator([server.spec.address], 0.5) as generator:
+                with pytest.raises(DeadlineError, match="g000001"):
+                    await generator.sample(PROMPT, SamplingParams(1), 1, "g000001")
 
     run(story())
 
