@@ -68,7 +68,7 @@ class NeoXConfig:
     min_lr: float = key(0.0, "final learning rate of a decaying schedule", low=0.0)
     # checkpoints
     save: str = key("", "directory for checkpoints; empty: runs/<name>/checkpoints")
-    load: str = key("", "directory of a checkpoint to continue from; the warm start is skipped")
+    load: str = key("", "checkpoint directory of another run: start from its weights and optimizer, without a warm start")
     checkpoint_factor: int = key(0, "steps between checkpoints; 0: only at the end", low=0)
     # launch
     launcher: str = key("local", "how the ranks start", choices=("local", "pdsh", "openmpi", "slurm"))

@@ -88,6 +88,11 @@ class VllmGenerator:
         """Completions that servers are making now."""
         return sum(self._inflight.values())
 
+    @property
+    def inflight(self) -> dict[str, int]:
+        """The same by server address."""
+        return dict(self._inflight)
+
     async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> tuple[Completion, ...]:
         """See ``ports.Generator``. Also raises ServerFailedError when every attempt failed, WireError for an answer that cannot be."""
         body = request_body(prompt_ids, params, n, rollout_id)

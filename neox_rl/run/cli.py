@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--name", help="run name: shorthand for --set metarl.name=NAME")
     p.add_argument("--dry-run", action="store_true", help="print the resolved configuration and the processes, and start nothing")
+    p.add_argument("--prepare", action="store_true", help="make the run directory, print the command of each part, and start nothing")
     p.add_argument("--resume", action="store_true", help="continue runs/<name> from its last checkpoint")
     return p
 
@@ -49,12 +51,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.dry_run:
         sys.stdout.write(describe(config, Machine.here(), args.script))
         return 0
-    from neox_rl.run.launch import launch
+    from neox_rl.run.launch import commands, launch, prepare, prepare_parts
 
     try:
+        if args.prepare:
+            parts = prepare_parts(config, prepare(config, args.resume), args.script, args.resume)
+            sys.stdout.write(commands(config, parts, os.environ))
+            return 0
         return launch(config, args.script, args.resume)
     except ConfigError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write("".join(f"error: {line}\n" for line in str(error).splitlines()))
         return BAD_INPUT
     except NeoxRLError as error:
         sys.stderr.write(f"error: {error}\n")

@@ -1,4 +1,7 @@
-"""Held-out accuracy: every problem once greedily and some times sampled, with intervals over clusters."""
+"""Held-out accuracy: every problem once greedily and some times sampled, with intervals over clusters.
+
+During training the servers move on to newer versions while an evaluation runs: its row says which versions made its tokens.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from neox_rl.rollout.groups import Attempts, sampled_ids
 from neox_rl.search.analyze import analyze, summarize
 from neox_rl.telemetry.rows import EvaluationRow
 from neox_rl.telemetry.stats import cluster_mean_ci
-from neox_rl.types import Problem, SamplingParams, Trace
+from neox_rl.types import NO_VERSION, Problem, SamplingParams, Trace
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,12 @@ class Evaluator:
         made = await asyncio.gather(*(self._attempt(problem, i, mode, label) for i, problem in enumerate(problems)))
         attempts = [attempt for some in made for attempt in some]
         correct = [float(a.trace.verdict.correct) for a in attempts]
+        versions = {s.version for a in attempts for s in a.trace.segments if s.version != NO_VERSION}
         row: EvaluationRow = {
             "label": label,
             "step": step,
             "version": version,
+            "versions": [min(versions, default=version), max(versions, default=version)],
             "mode": mode,
             "accuracy": cluster_mean_ci(correct, [a.problem.cluster for a in attempts]).row(),  # type: ignore[typeddict-item]
             "num_problems": len(problems),

@@ -1,173 +1,99 @@
-"""The launcher: prepares the run directory, starts every process, watches them, ends them all, and reports.
+"""The launcher: prepares the run directory, has every process started, watched and ended, and reports.
 
     prepare -> servers, orchestrator, ranks -> watch -> stop -> report.html, summary.json, table
 
-A process that ends when it should not have ends the run at once, with an error that names it and its log. Ctrl-C asks the
-orchestrator to stop: the trainer saves after its step and the run ends; a second Ctrl-C ends it at once.
+A process that ends when it should not have ends the run at once, with an error that names it and its log. Ctrl-C asks to stop:
+the trainer saves after its step and the run ends with status 130; a second Ctrl-C ends it at once.
+
+By hand: ``deepy.py train.py CONFIG.yml --prepare`` makes the run directory and prints one command a part, to start in any order:
+
+    python -m vllm.entrypoints.openai.api_server ...                              each server, with its environment
+    python -m neox_rl.run.orchestrator --run-dir runs/NAME
+    torchrun --nproc_per_node N train.py --run-dir runs/NAME                      or mpirun -n N, srun -n N with ``python train.py``
 """
 
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 
 from neox_rl.config.derived import hf_config
 from neox_rl.config.dump import dump
+from neox_rl.config.load import load_resolved
 from neox_rl.config.machine import Machine
+from neox_rl.config.placement import num_ranks
 from neox_rl.config.run import RunConfig
-from neox_rl.errors import ConfigError, DeadlineError, NeoxRLError, ProcessDiedError
-from neox_rl.guard import GuardedProcess, died, stop
+from neox_rl.errors import ConfigError
 from neox_rl.problems.tokenizer import SymbolicTokenizer, load_tokenizer
 from neox_rl.run.endpoints import choose_endpoints, write_endpoints
-from neox_rl.run.processes import ORCHESTRATOR, RANKS, Program, programs
+from neox_rl.run.processes import RANKS, Program, programs
+from neox_rl.run.resume import has_checkpoint, hold, refuse_changes, refuse_without_checkpoint
+from neox_rl.run.supervise import Supervisor
 from neox_rl.telemetry.display import LiveDisplay
 from neox_rl.telemetry.events import EventLog
 from neox_rl.telemetry.jsonl import write_json
 from neox_rl.telemetry.paths import RunPaths
 from neox_rl.telemetry.report import write_report
+from neox_rl.telemetry.sinks import check_logging
 from neox_rl.telemetry.status import Status, read_status, write_status
 from neox_rl.telemetry.summary import write_summary
 from neox_rl.telemetry.table import print_table
 
-POLL_S = 0.2
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 INTERRUPTED = 130
 """Exit status of a run that the user stopped, as a shell has it for Ctrl-C."""
 
 
-@dataclass
-class _Interrupts:
-    """Counts Ctrl-C and SIGTERM while the run goes on."""
-
-    count: int = 0
-
-    @contextmanager
-    def caught(self) -> Iterator[None]:
-        def note(number: int, frame: FrameType | None) -> None:
-            self.count += 1
-
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-@dataclass
-class Supervisor:
-    """Starts programs, watches them, and ends every one of them however the run goes."""
-
-    config: RunConfig
-    paths: RunPaths
-    events: EventLog
-    running: dict[str, GuardedProcess] = field(default_factory=dict)
-    interrupts: _Interrupts = field(default_factory=_Interrupts)
-
-    def run(self, parts: list[Program]) -> bool:
-        """True when the ranks trained everything, False when the user stopped the run. Raises ProcessDiedError, DeadlineError."""
-        grace_s = self.config.metarl.deadlines.shutdown_s
-        try:
-            for program in parts:
-                self.running[program.name] = program.start(grace_s)
-            self._watch()
-        finally:
-            with self.events.span("shutdown"):
-                self._stop_all(grace_s)
-        return self.interrupts.count == 0
-
-    def _watch(self) -> None:
-        deadlines = self.config.metarl.deadlines
-        started, stop_by, asked = time.monotonic(), float("inf"), False
-        ended: float | None = None
-        while self.running[RANKS].poll() is None:
-            self._check_alive()
-            now = time.monotonic()
-            if read_status(self.paths.status).phase == "starting" and now - started > deadlines.ranks_start_s:
-                raise DeadlineError("the training ranks to come up", now - started, f"log {self.paths.log(RANKS)}")
-            if self.interrupts.count and not asked:
-                asked, stop_by = True, now + deadlines.stop_s
-                self._ask_to_stop()
-            if self.interrupts.count > 1:
-                return
-            if ended is None and ORCHESTRATOR in self.running and self.running[ORCHESTRATOR].poll() == 0:
-                ended = now  # it ends once the trainer says that it is done: the ranks have only to exit
-            if ended is not None and now - ended > deadlines.shutdown_s:
-                raise DeadlineError("the training ranks to exit after their last word", now - ended, f"log {self.paths.log(RANKS)}")
-            if now > stop_by:
-                raise DeadlineError("the trainer to save after Ctrl-C", deadlines.stop_s, f"log {self.paths.log(RANKS)}")
-            time.sleep(POLL_S)
-        self._check_alive()
-        if orchestrator := self.running.get(ORCHESTRATOR):
-            try:
-                orchestrator.wait(deadlines.shutdown_s)
-            except subprocess.TimeoutExpired as error:
-                hint = f"log {self.paths.log(ORCHESTRATOR)}"
-                raise DeadlineError("the orchestrator to end after the ranks", deadlines.shutdown_s, hint) from error
-            self._check_alive()
-
-    def _check_alive(self) -> None:
-        """Raises for a process that failed, and for a server that ended at all."""
-        fallen = [n for n, p in self.running.items() if p.poll() is not None and (p.poll() != 0 or n not in (RANKS, ORCHESTRATOR))]
-        if not fallen:
-            return
-        time.sleep(1.0)  # one death brings others down: name those that fell within the same second too
-        fallen += [n for n, p in self.running.items() if n not in fallen and p.poll() not in (None, 0)]
-        raise ProcessDiedError("\n".join(str(died(name, self.running[name])) for name in fallen))
-
-    def _ask_to_stop(self) -> None:
-        target = self.running.get(ORCHESTRATOR) or self.running[RANKS]
-        if target.poll() is None:
-            target.send_signal(signal.SIGINT)
-
-    def _stop_all(self, grace_s: float) -> None:
-        for process in self.running.values():
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-        for name in (RANKS, ORCHESTRATOR, *self.running):
-            if name in self.running:
-                stop(self.running[name], grace_s)
-
-
 def launch(config: RunConfig, script: str, resume: bool) -> int:
     """Runs to the end; the exit status. Raises ConfigError before anything starts, ProcessDiedError and DeadlineError later."""
+    check_logging(config.metarl.logging)
     paths = prepare(config, resume)
-    machine = Machine.here()
-    endpoints = choose_endpoints(config, _write_model(config, paths))
-    write_endpoints(paths, endpoints)
-    write_status(paths.status, Status(message="starting processes"))
-    parts = programs(config, paths, endpoints, machine, script, resume, os.environ)
-    events = EventLog(paths.event_log("launcher"), "launcher")
-    supervisor = Supervisor(config, paths, events)
-    try:
-        with supervisor.interrupts.caught(), LiveDisplay(paths.status, f"neox-rl  {paths.root}"):
-            finished = supervisor.run(parts)
-    except NeoxRLError as error:
-        write_status(paths.status, Status(phase="failed", message=str(error).splitlines()[0]))
-        _report(paths)
-        raise
-    finally:
-        events.close()
-    write_status(paths.status, Status(phase="done", message="" if finished else "stopped by the user; --resume continues"))
-    _report(paths)
-    return 0 if finished else INTERRUPTED
+    with hold(paths):
+        parts = prepare_parts(config, paths, script, resume)
+        events = EventLog(paths.event_log("launcher"), "launcher")
+        supervisor = Supervisor(config, paths, events)
+        finished: bool | None = None
+        try:
+            with supervisor.interrupts.caught(), LiveDisplay(paths.status, f"neox-rl  {paths.root}"):
+                try:
+                    finished = supervisor.run(parts)
+                    _end(paths, "done", "" if finished else "stopped by the user")
+                except BaseException as error:
+                    _end(paths, "failed", (str(error) or type(error).__name__).splitlines()[0])
+                    raise
+        finally:
+            events.close()
+            _report(paths)
+        if not finished and has_checkpoint(config, paths):
+            print(f"to continue: {shlex.join([*_command(), '--resume'])}")
+        return 0 if finished else INTERRUPTED
+
+
+def _command() -> list[str]:
+    return [Path(sys.executable).name, *sys.argv]
+
+
+def _end(paths: RunPaths, phase: str, message: str) -> None:
+    write_status(paths.status, replace(read_status(paths.status), phase=phase, message=message, eta_s=None))
 
 
 def prepare(config: RunConfig, resume: bool) -> RunPaths:
-    """The run directory with its config. An earlier run of the same name is moved aside, never overwritten."""
+    """The run directory with its config. An earlier run of the same name is moved aside, never overwritten. Raises ConfigError."""
     paths = RunPaths.of(Path(config.metarl.runs_dir) / config.metarl.name)
     if resume:
         if not paths.config.is_file():
             raise ConfigError(f"--resume: there is no run {paths.root}; leave --resume out, or give the --name of a run that is there")
+        refuse_changes(load_resolved(paths.config), config)
+        refuse_without_checkpoint(config, paths)
+        with hold(paths):
+            paths.stop.unlink(missing_ok=True)
     elif paths.root.exists():
-        paths.root.rename(_free_name(paths.root))
+        with hold(paths):
+            paths.root.rename(_free_name(paths.root))
     paths.create()
     paths.config.write_text(dump(config))
     return paths
@@ -175,6 +101,28 @@ def prepare(config: RunConfig, resume: bool) -> RunPaths:
 
 def _free_name(root: Path) -> Path:
     return next(path for n in range(1, 1 << 20) if not (path := root.with_name(f"{root.name}.{n}")).exists())
+
+
+def prepare_parts(config: RunConfig, paths: RunPaths, script: str, resume: bool) -> list[Program]:
+    """Writes what the processes read, and says what they are. Raises ConfigError for a port that is taken."""
+    endpoints = choose_endpoints(config, _write_model(config, paths))
+    write_endpoints(paths, endpoints)
+    write_status(paths.status, Status(message="starting processes"))
+    return programs(config, paths, endpoints, Machine.here(), script, resume, os.environ)
+
+
+def commands(config: RunConfig, parts: list[Program], env: Mapping[str, str]) -> str:
+    """One shell command a part, with what it needs beside the environment ``env``. The ranks are given to torchrun."""
+    lines = []
+    for part in parts:
+        argv = list(part.argv)
+        if part.name == RANKS:
+            script = next(i for i, word in enumerate(argv) if word == "--run-dir") - 1
+            argv = ["torchrun", "--nproc_per_node", str(num_ranks(config)), *argv[script:]]
+        extra = [f"{name}={value}" for name, value in part.env.items() if env.get(name) != value]
+        pinned = ["taskset", "-c", ",".join(map(str, part.cores))] if part.cores else []
+        lines.append(shlex.join([*(["env"] * bool(extra)), *extra, *pinned, *argv]))
+    return "\n".join(lines) + "\n"
 
 
 def _write_model(config: RunConfig, paths: RunPaths) -> int:
@@ -194,6 +142,10 @@ def _write_model(config: RunConfig, paths: RunPaths) -> int:
 
 
 def _report(paths: RunPaths) -> None:
-    summary = write_summary(str(paths.root))
-    write_report(paths.root)
-    print_table(paths, summary)
+    """Also of a run that failed: what is there is shown. A report that fails must not hide why the run did."""
+    try:
+        summary = write_summary(str(paths.root))
+        write_report(paths.root)
+        print_table(paths, summary)
+    except Exception as error:
+        sys.stderr.write(f"warning: no report of {paths.root}: {type(error).__name__}: {error}\n")

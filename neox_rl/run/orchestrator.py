@@ -4,7 +4,7 @@
                               -- rl:  queue.take <- deliver <- pump <- (generator, verifier) <- next_ticket
     trainer --published--> keeper -> servers switch -> live -> queue.set_live -> pump
 
-One event loop owns all state. Each background task that fails ends the process; the launcher names it.
+One event loop owns all state. A background task that fails ends the process with its error; the launcher names it.
 """
 
 from __future__ import annotations
@@ -13,26 +13,30 @@ import argparse
 import asyncio
 import logging
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, TypeVar
 
 from neox_rl.config.load import load_resolved
 from neox_rl.config.run import RunConfig
-from neox_rl.errors import NeoxRLError
+from neox_rl.errors import ConfigError, NeoxRLError
 from neox_rl.problems.sources import ProblemCursor
 from neox_rl.queue.state import TicketQueue
 from neox_rl.queue.wire import Delivery, ExperienceServer, Phase
-from neox_rl.run.evaluation import Evaluator, as_attempt
+from neox_rl.run.evaluation import Evaluator
 from neox_rl.run.parts import Parts, build_parts
-from neox_rl.run.pump import RolloutPump
+from neox_rl.run.pump import PumpCounts, RolloutPump
 from neox_rl.run.scoreboard import Scoreboard
 from neox_rl.search.demonstrations import Demonstrations
 from neox_rl.telemetry.metrics import MetricsWriter
 from neox_rl.telemetry.paths import RunPaths
+from neox_rl.telemetry.rewind import rewind
 from neox_rl.types import Group, Json, Problem, SamplingParams
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Orchestrator:
@@ -40,8 +44,8 @@ class Orchestrator:
 
     def __init__(self, config: RunConfig, paths: RunPaths, parts: Parts, writer: MetricsWriter) -> None:
         metarl = config.metarl
-        self._config, self._parts = config, parts
-        self._stopping = False
+        self._config, self._paths, self._parts = config, paths, parts
+        self._stopping = asyncio.Event()
         self._waiting = ""
         staleness = metarl.staleness
         self._queue = TicketQueue(
@@ -52,15 +56,17 @@ class Orchestrator:
             metarl.rollout.max_new_tokens, metarl.rollout.temperature, metarl.rollout.top_p, (parts.attempts.tokenizer.eos_id,)
         )
         self._pump = RolloutPump(config, self._queue, self._cursor, parts.attempts, params, parts.events, self._on_group)
-        self._board = Scoreboard(config, paths, writer, self._queue, self._pump.counts)
+        self._board = Scoreboard(config, paths, writer, self._queue, self._pump.counts, parts.attempts.tokenizer, parts.events)
         self._evaluator = Evaluator(config, parts.problems.heldout, parts.attempts, params)
         self._demonstrations = self._new_demonstrations(0, 0)
-        self._background: set[asyncio.Task[None]] = set()
+        self._tasks: asyncio.TaskGroup | None = None
+        self._background: dict[str, asyncio.Task[None]] = {}
+        self._evaluated = 0
 
     def _new_demonstrations(self, draws: int, ticket: int) -> Demonstrations:
         warmstart = self._config.metarl.warmstart
         return Demonstrations(
-            self._parts.demonstrated,
+            self._parts.problems.train,
             self._parts.attempts.tokenizer,
             self._config.metarl.seed,
             warmstart.style,
@@ -71,36 +77,26 @@ class Orchestrator:
         )
 
     def stop(self) -> None:
-        """The user asks to end: the trainer gets an empty batch next, saves and ends."""
-        self._stopping = True
-        self._pump.wake()
-        self._board.phase("report", "stopping: the trainer saves after this step")
-        self._keep(asyncio.create_task(self._notify()))
-
-    async def _notify(self) -> None:
-        async with self._pump.changed:
-            self._pump.changed.notify_all()
+        """The user asks to end: whatever the trainer waits for ends now, and it saves and ends after its step."""
+        self._stopping.set()
+        self._pump.changed.fire()
+        self._board.say("stopping: the trainer saves after this step")
 
     async def run(self, server: ExperienceServer) -> str:
-        """Serves the trainer until it is done."""
-        async with asyncio.TaskGroup() as tasks:
-            keeper = tasks.create_task(self._parts.keeper.run(self._on_live), name="versions")
-            pump: asyncio.Task[None] | None = None
+        """Serves the trainer until it is done. Raises, in an ExceptionGroup, what a background task raises."""
+        async with asyncio.TaskGroup() as self._tasks:
+            self._start("versions", self._parts.keeper.run(self._on_live))
+            if self._parts.activity is not None:
+                self._start("activity", self._parts.activity.run())
             try:
-                self._start_pump = asyncio.Event()
-
-                async def pump_when_asked() -> None:
-                    await self._start_pump.wait()
-                    await self._pump.run()
-
-                pump = tasks.create_task(pump_when_asked(), name="rollouts")
                 return await server.serve(self)
             finally:
-                keeper.cancel()
-                if pump is not None:
-                    pump.cancel()
-                for task in self._background:
+                for task in self._background.values():
                     task.cancel()
+
+    def _start(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        assert self._tasks is not None
+        self._background[name] = self._tasks.create_task(work, name=name)
 
     def close(self) -> None:
         self._board.close()
@@ -110,45 +106,69 @@ class Orchestrator:
     async def hello(self, world: int, pid: int, state: Mapping[str, Json]) -> None:
         logger.info("trainer with %d ranks, rank 0 is pid %d", world, pid)
         match state:
+            case {"sft_step": int() as sft_step, "rl_step": int() as rl_step}:
+                rewind(self._paths, sft_step, rl_step)
+            case _:
+                raise ConfigError(f"the trainer does not say which steps it has done: {str(state)[:200]}")
+        self._restore(state)
+        self._evaluated = rl_step
+        warm = sft_step < self._config.metarl.warmstart.steps
+        self._board.phase("warmstart" if warm else "rl", "" if sft_step + rl_step == 0 else f"continues after step {sft_step or rl_step}")
+
+    def _restore(self, state: Mapping[str, Json]) -> None:
+        match state:
             case {"queue": dict() as queue, "cursor": dict() as cursor, "draws": int() as draws, "ticket": int() as ticket}:
                 self._queue.restore(queue)
                 self._cursor.restore(cursor)
                 self._demonstrations = self._new_demonstrations(draws, ticket)
-                counts = state.get("counts")
-                if isinstance(counts, dict):
-                    for name, value in counts.items():
-                        setattr(self._pump.counts, name, value)
-        self._board.phase("warmstart" if self._config.metarl.warmstart.steps else "starting")
+        match state.get("counts"):
+            case {"tokens_generated": int() as tokens, "rollouts": int() as rollouts, "rollouts_refused": int() as refused}:
+                self._pump.counts.restore(PumpCounts(tokens, rollouts, refused))
 
     async def next_groups(self, phase: Phase, step: int) -> Delivery:
-        if self._stopping:
-            return Delivery(())
-        if phase is Phase.SFT:
+        groups: Sequence[Group] | None = None
+        if phase is Phase.SFT and not self._stopping.is_set():
             return Delivery(self._demonstrate(), self._state())
-        self._start_pump.set()
-        self._pump.wake()
-        async with self._pump.changed:
-            while (groups := self._queue.take(step)) is None:
-                self._waiting = self._queue.waiting_for(step)
-                await self._pump.changed.wait()
-                if self._stopping:
-                    return Delivery(())
+        if "rollouts" not in self._background:
+            self._start("rollouts", self._pump.run())
+        while not self._stopping.is_set() and (groups := self._queue.take(step)) is None:
+            self._waiting = self._queue.waiting_for(step)
+            if self._queue.num_in_flight == 0:
+                self._waiting += f"; {self._parts.keeper.waiting_for()}"
+            await self._pump.changed.wait()
+        if not groups:
+            return Delivery(())
         self._parts.events.instant("delivered", step=step, ready=self._queue.num_ready, in_flight=self._queue.num_in_flight)
+        self._board.delivered(groups)
         return Delivery(groups, self._state())
 
     async def evaluate(self, label: str, version: int) -> Mapping[str, Json]:
+        """Accuracy by mode; nothing where the user asked to stop before it was known."""
         self._board.phase("evaluate", f"held-out problems, {label}")
-        async with self._pump.changed:
-            while self._queue.live_version < version:
-                self._waiting = self._parts.keeper.waiting_for()
-                await self._pump.changed.wait()
+        while self._queue.live_version < version and not self._stopping.is_set():
+            self._waiting = self._parts.keeper.waiting_for()
+            await self._pump.changed.wait()
         self._waiting = f"the evaluation {label!r}"
         with self._parts.events.span("evaluate", label=label):
-            rows, attempts = await self._evaluator.full(label, self._queue.step, version)
+            found = await self._unless_stopped(self._evaluator.full(label, self._queue.step, version))
+        if found is None:
+            return {}
+        rows, attempts = found
         for row in rows:
             self._board.evaluation(row)
-        self._board.readable(label, self._queue.step, attempts)
+        self._board.evaluated(label, attempts, sum(row["seconds"] for row in rows))
         return {row["mode"]: row["accuracy"]["mean"] for row in rows}
+
+    async def _unless_stopped(self, work: Coroutine[Any, Any, T]) -> T | None:
+        """The result, or None once the user asks to stop: the work is abandoned."""
+        working, stopping = asyncio.ensure_future(work), asyncio.ensure_future(self._stopping.wait())
+        try:
+            await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            return working.result() if working.done() else None
+        finally:
+            working.cancel()
+            stopping.cancel()
+            await asyncio.gather(working, stopping, return_exceptions=True)
 
     async def report(self, phase: Phase, step: int, metrics: Mapping[str, Json]) -> None:
         self._board.step(phase, step, metrics)
@@ -166,24 +186,21 @@ class Orchestrator:
 
     def _on_live(self, version: int) -> None:
         self._queue.set_live(version)
-        self._pump.wake()
-        task = asyncio.create_task(self._notify())
-        self._keep(task)
+        self._pump.changed.fire()
         every = self._config.metarl.evaluation.every_steps
-        if every and version and version % every == 0 and version < self._config.neox.train_iters:
-            self._keep(asyncio.create_task(self._small_evaluation(version)))
-
-    def _keep(self, task: asyncio.Task[None]) -> None:
-        """A task that nobody awaits would be collected, and its failure never heard of."""
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
+        # Not version % every: a version that was superseded while it was staged is never live.
+        due = every and version // every > self._evaluated // every and version < self._config.neox.train_iters
+        running = self._background.get("evaluation")
+        if due and (running is None or running.done()):
+            self._evaluated = version
+            self._start("evaluation", self._small_evaluation(version))
 
     async def _small_evaluation(self, version: int) -> None:
+        """Beside training: its last tokens may be those of later versions, as the row says."""
         self._board.evaluation(await self._evaluator.small(f"step {version}", version, version))
 
     def _on_group(self, group: Group, problem: Problem) -> None:
-        if self._board.wants(group.ticket):
-            self._board.group(as_attempt(problem, group.traces[0], self._parts.attempts))
+        self._board.group(group, problem)
 
     def _demonstrate(self) -> Sequence[Group]:
         groups: list[Group] = []
@@ -196,13 +213,12 @@ class Orchestrator:
         return groups
 
     def _state(self) -> dict[str, Json]:
-        counts = self._pump.counts
         return {
             "queue": self._queue.snapshot(),
             "cursor": self._cursor.state(),
             "draws": self._demonstrations.draws,
             "ticket": self._demonstrations.ticket,
-            "counts": {name: getattr(counts, name) for name in counts.__dataclass_fields__},
+            "counts": asdict(self._pump.counts),
         }
 
 
@@ -212,7 +228,7 @@ async def serve(config: RunConfig, paths: RunPaths) -> None:
         parts = await build_parts(config, paths, stack)
         server = ExperienceServer(config.metarl.network.bind_host, parts.endpoints.experience_port)
         stack.callback(server.close)
-        orchestrator = Orchestrator(config, paths, parts, MetricsWriter(paths, config.metarl.logging))
+        orchestrator = Orchestrator(config, paths, parts, MetricsWriter(paths, config.metarl.logging, asdict(config)))
         stack.callback(orchestrator.close)
         loop, serving = asyncio.get_running_loop(), asyncio.current_task()
         assert serving is not None

@@ -19,26 +19,27 @@ from neox_rl.problems.tokenizer import SymbolicTokenizer, load_tokenizer
 from neox_rl.rollout.groups import Attempts
 from neox_rl.rollout.scripted import Script, ScriptedGenerator
 from neox_rl.rollout.vllm_client import VllmGenerator
+from neox_rl.run.activity import ServerActivity
 from neox_rl.run.endpoints import Endpoints, read_endpoints, server_specs
 from neox_rl.run.versions import Deadlines, Keeper, ScriptedKeeper, ServerKeeper
 from neox_rl.search.dfs import dfs
 from neox_rl.search.linearize import linearize, text_of
 from neox_rl.telemetry.events import EventLog
 from neox_rl.telemetry.paths import RunPaths
-from neox_rl.types import Problem, Verdict
+from neox_rl.types import Verdict
 from neox_rl.verify.reward import reward
 from neox_rl.verify.verifier import make_verifier
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What the orchestrator is made of. ``demonstrated`` are the problems of the warm start."""
+    """What the orchestrator is made of. ``activity`` watches the servers where there are any."""
 
     endpoints: Endpoints
     problems: ProblemSet
-    demonstrated: Sequence[Problem]
     attempts: Attempts
     keeper: Keeper
+    activity: ServerActivity | None
     events: EventLog
 
 
@@ -50,11 +51,11 @@ async def build_parts(config: RunConfig, paths: RunPaths, stack: AsyncExitStack)
     stack.callback(events.close)
     tokenizer = load_tokenizer(metarl.tokenizer, metarl.problems)
     problems = load_problems(metarl.problems, metarl.seed)
-    generator, keeper = await _generation(config, paths, endpoints, tokenizer, problems, events, stack)
+    generator, keeper, activity = await _generation(config, paths, endpoints, tokenizer, problems, events, stack)
     verifier = make_verifier(metarl.verify, metarl.problems.task if metarl.problems.source == "jsonl" else metarl.problems.source)
     stack.callback(verifier.close)
     attempts = Attempts(generator, verifier, tokenizer, partial(_reward, config), solution_id(tokenizer))
-    return Parts(endpoints, problems, problems.train, attempts, keeper, events)
+    return Parts(endpoints, problems, attempts, keeper, activity, events)
 
 
 def _reward(config: RunConfig, verdict: Verdict, num_tokens: int) -> float:
@@ -75,18 +76,19 @@ async def _generation(
     problems: ProblemSet,
     events: EventLog,
     stack: AsyncExitStack,
-) -> tuple[Generator, Keeper]:
+) -> tuple[Generator, Keeper, ServerActivity | None]:
     metarl = config.metarl
     if metarl.rollout.generator == "scripted":
         scripted = ScriptedGenerator(_search_script(problems, tokenizer), metarl.seed)
-        return scripted, ScriptedKeeper(scripted)
+        return scripted, ScriptedKeeper(scripted), None
     specs = server_specs(config, endpoints, paths.root / "model", Machine.here())
     generator = await stack.enter_async_context(VllmGenerator([spec.address for spec in specs], metarl.servers.request_timeout_s))
     logs = [EventLog(paths.event_log(spec.name), spec.name) for spec in specs]
     for log in logs:
         stack.callback(log.close)
     deadlines = Deadlines.of(metarl.servers, metarl.weights, metarl.deadlines)
-    return generator, ServerKeeper(specs, endpoints.weights, deadlines, events, logs)
+    activity = ServerActivity(lambda: generator.inflight, [spec.address for spec in specs], logs)
+    return generator, ServerKeeper(specs, endpoints.weights, deadlines, events, logs), activity
 
 
 def _search_script(problems: ProblemSet, tokenizer: Tokenizer) -> Script:

@@ -13,24 +13,30 @@ from neox_rl.problems.sources import ProblemCursor
 from neox_rl.queue.state import TicketQueue
 from neox_rl.rollout.groups import Attempts, rewards_differ
 from neox_rl.rollout.vllm_client import ServerFailedError
+from neox_rl.run.pulse import Pulse
 from neox_rl.telemetry.events import EventLog
 from neox_rl.types import Group, Problem, SamplingParams
 
 MAX_FAILURES = 3
 """Failed generations of one ticket before the run ends: by then it is not the server that is at fault."""
+RETRY_S = 1.0
+"""Before a ticket is handed on: a server that died ends the run meanwhile, under its own name."""
 
 
 @dataclass
 class PumpCounts:
-    """Since the start of the run, resumes included."""
+    """Since the start of the run, resumes included. Tokens and rollouts of refused groups are counted too."""
 
     tokens_generated: int = 0
     rollouts: int = 0
     rollouts_refused: int = 0
 
+    def restore(self, saved: PumpCounts) -> None:
+        self.tokens_generated, self.rollouts, self.rollouts_refused = saved.tokens_generated, saved.rollouts, saved.rollouts_refused
+
 
 class RolloutPump:
-    """``run`` issues tickets until cancelled; ``changed`` is notified after every event that may complete a batch."""
+    """``run`` issues tickets until cancelled; ``changed`` fires after every event that may complete a batch or admit a ticket."""
 
     def __init__(
         self,
@@ -41,27 +47,22 @@ class RolloutPump:
         params: SamplingParams,
         events: EventLog,
         on_group: Callable[[Group, Problem], None],
+        retry_s: float = RETRY_S,
     ) -> None:
         self._config, self._queue, self._cursor, self._attempts, self._params = config, queue, cursor, attempts, params
-        self._events, self._on_group = events, on_group
+        self._events, self._on_group, self._retry_s = events, on_group, retry_s
         self.counts = PumpCounts()
-        self.changed = asyncio.Condition()
-        self._wake = asyncio.Event()
-        self._busy_since = 0.0
-
-    def wake(self) -> None:
-        """Something happened that may admit a ticket: a version went live, or the queue was restored."""
-        self._wake.set()
+        self.changed = Pulse()
 
     async def run(self) -> None:
+        """Raises, in an ExceptionGroup, what a generation raises; a server's failure only after ``MAX_FAILURES`` of one ticket."""
         limit = self._config.metarl.rollout.max_inflight_groups or 1 << 30
         async with asyncio.TaskGroup() as tasks:
             while True:
-                self._wake.clear()
                 while self._queue.num_in_flight < limit and (ticket := self._queue.next_ticket()) is not None:
                     tasks.create_task(self._make(ticket), name=f"group {ticket}")
                     self._events.instant("admitted", ticket=ticket, live=self._queue.live_version)
-                await self._wake.wait()
+                await self.changed.wait()
 
     async def _make(self, ticket: int) -> None:
         problem = self._cursor.next()
@@ -70,15 +71,14 @@ class RolloutPump:
             group = await self._attempts.group(problem, ticket, self._params, self._config.metarl.rollout.group_size)
         except (ServerFailedError, DeadlineError) as error:
             self._events.instant("error", ticket=ticket, message=str(error))
+            await asyncio.sleep(self._retry_s)
             if self._queue.failures(ticket) + 1 >= MAX_FAILURES:
                 raise NeoxRLError(f"ticket g{ticket:06d} failed {MAX_FAILURES} times, the last time so: {error}") from error
             self._queue.fail(ticket)
         else:
             self._events.add_span("generate", started, time.monotonic_ns() - begin, ticket=ticket)
             self._accept(group, problem)
-        self._wake.set()
-        async with self.changed:
-            self.changed.notify_all()
+        self.changed.fire()
 
     def _accept(self, group: Group, problem: Problem) -> None:
         self.counts.rollouts += len(group.traces)

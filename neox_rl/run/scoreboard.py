@@ -10,25 +10,31 @@ from typing import cast
 from neox_rl.arithmetic import ARITHMETIC_TASKS
 from neox_rl.config.derived import staleness_bound
 from neox_rl.config.run import RunConfig
+from neox_rl.ports import Tokenizer
 from neox_rl.queue.state import TicketQueue
 from neox_rl.queue.wire import Phase
+from neox_rl.rollout.groups import sampled_ids
 from neox_rl.run.evaluation import Attempt
+from neox_rl.run.pace import Pace
 from neox_rl.run.pump import PumpCounts
+from neox_rl.search.analyze import SearchAnalysis, analyze, summarize
 from neox_rl.search.render import render
+from neox_rl.telemetry.events import EventLog
 from neox_rl.telemetry.metrics import MetricsWriter
 from neox_rl.telemetry.paths import RunPaths
 from neox_rl.telemetry.rollouts import RolloutRecorder, rollout_row
 from neox_rl.telemetry.rows import EvaluationRow, MetricsRow, RolloutRow
 from neox_rl.telemetry.status import Status, write_status
-from neox_rl.types import Json
+from neox_rl.types import Group, Json, Problem
 
-RATE_WINDOW_S = 30.0
+RATE_WINDOW_S, COUNT_S = 30.0, 1.0
 READABLE_PER_EVALUATION = 24
+_STATUS_FIELDS = {"loss": "loss", "reward": "reward_mean", "staleness_mean": "staleness_mean", "staleness_max": "staleness_max"}
 
 
 @dataclass
-class _Rate:
-    """Tokens a second over the last ``RATE_WINDOW_S``."""
+class Rate:
+    """Units a second over the last ``RATE_WINDOW_S``."""
 
     points: list[tuple[float, float]] = field(default_factory=list)
 
@@ -41,110 +47,132 @@ class _Rate:
 class Scoreboard:
     """The one writer of the run's metrics, evaluations, rollouts and status."""
 
-    def __init__(self, config: RunConfig, paths: RunPaths, writer: MetricsWriter, queue: TicketQueue, counts: PumpCounts) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        paths: RunPaths,
+        writer: MetricsWriter,
+        queue: TicketQueue,
+        counts: PumpCounts,
+        tokenizer: Tokenizer,
+        events: EventLog,
+    ) -> None:
         self._config, self._paths, self._writer, self._queue, self._counts = config, paths, writer, queue, counts
+        self._tokenizer, self._events = tokenizer, events
         self._recorder = RolloutRecorder(paths.rollouts, config.metarl.rollout.record_every)
-        self._generated, self._trained = _Rate(), _Rate()
+        self._generated, self._trained = Rate(), Rate()
         self._tokens_trained = 0.0
-        self._step_s: dict[Phase, float] = {}
-        self._last_report = time.monotonic()
-        self._eta: float | None = None
-        self._accuracy: float | None = None
-        self._fields: dict[str, Json] = {}
-        self._phase = "starting"
+        self._pace = Pace(config)
+        self._since, self._counted = time.monotonic(), 0.0
+        self._searches: dict[int, list[SearchAnalysis]] = {}
+        self._delivered: list[SearchAnalysis] = []
+        self._word = ""
+        total = config.metarl.warmstart.steps or config.neox.train_iters
+        self._status: dict[str, Json] = {"phase": "starting", "total_steps": total, "bound": staleness_bound(config)}
 
     def phase(self, phase: str, message: str = "") -> None:
-        self._phase = phase
-        self._last_report = time.monotonic()
-        self._write(message)
+        """A phase begins."""
+        self._events.instant("phase", phase=phase, message=message)
+        self._since = time.monotonic()
+        self._show(phase=phase, message=message)
+
+    def say(self, message: str) -> None:
+        """A word to whoever watches, until the run ends."""
+        self._word = message
+        self._show(message=message)
 
     def step(self, phase: Phase, step: int, metrics: Mapping[str, Json]) -> None:
         now = time.monotonic()
         row: dict[str, Json] = {"phase": phase.value, "step": step, "version": 0 if phase is Phase.SFT else step - 1, "time": time.time()}
         row |= metrics
         if phase is Phase.RL:
-            queue = self._queue
-            row |= {
-                "tokens_generated": self._counts.tokens_generated,
-                "staleness_bound": staleness_bound(self._config),
-                "queue_ready": queue.num_ready,
-                "queue_inflight": queue.num_in_flight,
-                "rollouts_dropped": queue.groups_dropped * self._config.metarl.rollout.group_size,
-                "rollouts_trained_twice": queue.groups_trained_twice * self._config.metarl.rollout.group_size,
-            }
-        else:
-            for name in ("reward_mean", "reward_std", "accuracy", "staleness_mean", "staleness_max", "staleness_hist", "truncated_frac"):
-                row.pop(name, None)
+            row |= self._books()
         self._writer.step(cast(MetricsRow, row))
-        took = now - self._last_report
-        self._last_report = now
-        self._step_s[phase] = 0.9 * self._step_s[phase] + 0.1 * took if phase in self._step_s else took
+        self._pace.step(phase, now - self._since)
+        self._since = now
         self._tokens_trained += float(cast(float, metrics.get("tokens_trained") or 0))
-        self._phase = "warmstart" if phase is Phase.SFT else "rl"
-        self._fields = {"step": step, "loss": metrics.get("loss")}
-        if phase is Phase.RL:
-            self._fields |= {name: metrics.get(source) for name, source in _STATUS_FIELDS.items()}
-        self._eta = self._time_left(phase, step)
-        self._write("", tokens_per_s_trained=self._trained.add(now, self._tokens_trained))
+        self._count()
+        warm = phase is Phase.SFT
+        found = {name: metrics[source] for name, source in _STATUS_FIELDS.items() if metrics.get(source) is not None}
+        self._show(
+            **found,
+            phase="warmstart" if warm else "rl",
+            message=self._word,
+            step=step,
+            total_steps=self._config.metarl.warmstart.steps if warm else self._config.neox.train_iters,
+            tokens_per_s_trained=self._trained.add(now, self._tokens_trained),
+            eta_s=self._pace.left_s(phase, step),
+        )
+
+    def _books(self) -> dict[str, Json]:
+        """What the orchestrator knows of an RL step. Counts are cumulative."""
+        queue, size = self._queue, self._config.metarl.rollout.group_size
+        books: dict[str, Json] = {
+            "tokens_generated": self._counts.tokens_generated,
+            "rollouts_generated": self._counts.rollouts,
+            "rollouts_refused": self._counts.rollouts_refused,
+            "rollouts_dropped": queue.groups_dropped * size,
+            "rollouts_trained_twice": queue.groups_trained_twice * size,
+            "staleness_bound": staleness_bound(self._config),
+            "queue_ready": queue.num_ready,
+            "queue_inflight": queue.num_in_flight,
+        }
+        if self._delivered:
+            books["search"] = {**summarize(self._delivered)}
+        return books
 
     def evaluation(self, row: EvaluationRow) -> None:
         self._writer.evaluation(row)
         if row["mode"] == "greedy":
-            self._accuracy = row["accuracy"]["mean"]
-        self._write()
+            self._show(heldout_accuracy=row["accuracy"]["mean"])
 
-    def readable(self, label: str, step: int, attempts: Sequence[Attempt]) -> None:
-        """The same held-out problems after each evaluation, so that a reader can compare."""
+    def evaluated(self, label: str, attempts: Sequence[Attempt], seconds: float) -> None:
+        """A full evaluation ended. The same held-out problems are recorded after each, so that a reader can compare."""
+        self._pace.evaluated(seconds)
+        self._since = time.monotonic()
         for attempt in attempts[:: max(1, len(attempts) // READABLE_PER_EVALUATION)]:
-            self._recorder.record(_row(attempt, label, step))
+            self._recorder.record(rollout_to_read(attempt, label, self._queue.step))
 
-    def group(self, attempt: Attempt) -> None:
-        """A rollout of the training problems."""
-        self._recorder.record(_row(attempt, "train", self._queue.step))
+    def group(self, group: Group, problem: Problem) -> None:
+        """A group of a training problem is ready."""
+        self._count()
+        if problem.task in ARITHMETIC_TASKS:
+            # Here and not all at once when the step takes its batch: the trainer would wait for it.
+            written = [sampled_ids(trace) for trace in group.traces]
+            self._searches[group.ticket] = [analyze(problem, self._tokenizer.decode(ids), len(ids)) for ids in written]
+        if self._recorder.wants(group.ticket):
+            ids = sampled_ids(group.traces[0])
+            attempt = Attempt(problem, group.traces[0], self._tokenizer.decode(ids), len(ids))
+            self._recorder.record(rollout_to_read(attempt, "train", self._queue.step))
 
-    def wants(self, ticket: int) -> bool:
-        return self._recorder.wants(ticket)
+    def delivered(self, groups: Sequence[Group]) -> None:
+        """A step took these groups."""
+        self._delivered = [analysis for group in groups for analysis in self._searches.pop(group.ticket, ())]
 
     def close(self) -> None:
         self._writer.close()
         self._recorder.close()
 
-    def _time_left(self, phase: Phase, step: int) -> float:
-        """Steps left at their measured pace; RL steps not measured yet are taken to cost as much a token as the warm start's."""
-        warmstart, rollout = self._config.metarl.warmstart, self._config.metarl.rollout
-        if phase is Phase.RL:
-            return (self._config.neox.train_iters - step) * self._step_s[phase]
-        tokens = rollout.groups_per_step * rollout.group_size * 0.75 * rollout.max_new_tokens
-        rl_step_s = self._step_s[phase] * tokens / warmstart.tokens_per_step
-        return (warmstart.steps - step) * self._step_s[phase] + self._config.neox.train_iters * rl_step_s
+    def _count(self) -> None:
+        """Counters for the timeline and the rate of generation, at most once a second: groups come by the dozen."""
+        now, queue, tokens = time.monotonic(), self._queue, self._counts.tokens_generated
+        if now - self._counted < COUNT_S:
+            return
+        self._counted = now
+        self._events.counter("queue", ready=queue.num_ready, inflight=queue.num_in_flight)
+        self._events.counter("tokens", generated=tokens)
+        if tokens:
+            self._status["tokens_per_s_generated"] = self._generated.add(now, tokens)
 
-    def _write(self, message: str = "", tokens_per_s_trained: float | None = None) -> None:
-        warm = self._phase in ("starting", "warmstart")
-        total = self._config.metarl.warmstart.steps if warm else self._config.neox.train_iters
-        rate = self._generated.add(time.monotonic(), self._counts.tokens_generated) if self._counts.tokens_generated else None
+    def _show(self, **changed: Json) -> None:
         queue = self._queue
-        fields = {k: v for k, v in self._fields.items() if v is not None}
-        status = Status(
-            phase=self._phase,
-            total_steps=total,
-            heldout_accuracy=self._accuracy,
-            tokens_per_s_generated=rate,
-            tokens_per_s_trained=tokens_per_s_trained,
-            bound=staleness_bound(self._config),
-            queue_ready=queue.num_ready,
-            queue_inflight=queue.num_in_flight,
-            version=queue.live_version if queue.live_version >= 0 else None,
-            eta_s=self._eta,
-            message=message,
-            **fields,  # type: ignore[arg-type]  # step, loss, reward, staleness: numbers by step_metrics
-        )
-        write_status(self._paths.status, status)
+        self._status |= changed | {"queue_ready": queue.num_ready, "queue_inflight": queue.num_in_flight}
+        self._status["version"] = queue.live_version if queue.live_version >= 0 else None
+        write_status(self._paths.status, Status(**self._status))  # type: ignore[arg-type]  # the fields of Status, by name
 
 
-_STATUS_FIELDS = {"reward": "reward_mean", "staleness_mean": "staleness_mean", "staleness_max": "staleness_max"}
-
-
-def _row(attempt: Attempt, label: str, step: int) -> RolloutRow:
+def rollout_to_read(attempt: Attempt, label: str, step: int) -> RolloutRow:
+    """The row of ``rollouts.jsonl``, its search laid out where it is one."""
     problem, text = attempt.problem, attempt.text
     if problem.task in ARITHMETIC_TASKS:
         lines = [asdict(line) for line in render(problem, text)]

@@ -71,7 +71,8 @@ class ServerKeeper:
 
     async def run(self, on_live: Callable[[int], None]) -> None:
         self._waiting = f"{', '.join(s.name for s in self._specs)} to start"
-        await asyncio.gather(*(wait_ready(spec, None, self._deadlines.servers_s) for spec in self._specs))
+        with self._events.span("start_servers"):
+            await asyncio.gather(*(wait_ready(spec, None, self._deadlines.servers_s) for spec in self._specs))
         controls = [VllmControl(spec.address) for spec in self._specs]
         try:
             async with Watcher(self._publisher) as watcher:

@@ -5,12 +5,21 @@ An empty tuple of groups means: stop after the last step, save, and end.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 from neox_rl.batch.record import read_batch, record_batch, recorded_steps
+from neox_rl.config.derived import staleness_bound
+from neox_rl.config.run import RunConfig
 from neox_rl.queue.wire import ExperienceClient, Phase
+from neox_rl.step.position import Position
+from neox_rl.telemetry.metrics import MetricsWriter
+from neox_rl.telemetry.paths import RunPaths
+from neox_rl.telemetry.rewind import rewind
+from neox_rl.telemetry.rows import MetricsRow
+from neox_rl.telemetry.status import Status, write_status
 from neox_rl.types import Group, Json
 
 
@@ -20,11 +29,13 @@ class Feed(Protocol):
     @property
     def state(self) -> Mapping[str, Json]: ...
 
-    def hello(self, world: int, state: Mapping[str, Json]) -> None: ...
+    def hello(self, world: int, position: Position) -> None: ...
 
     def next_groups(self, phase: Phase, step: int) -> tuple[Group, ...]: ...
 
-    def evaluate(self, label: str, version: int) -> None: ...
+    def evaluate(self, label: str, version: int) -> bool:
+        """False when the evaluation was given up, because the run is to stop."""
+        ...
 
     def report(self, phase: Phase, step: int, metrics: Mapping[str, Json]) -> None: ...
 
@@ -40,13 +51,15 @@ class LiveFeed:
 
     def __init__(self, client: ExperienceClient, record: Path | None) -> None:
         self._client, self._record = client, record
+        self.report, self.published, self.done, self.close = client.report, client.published, client.done, client.close
 
     @property
     def state(self) -> Mapping[str, Json]:
         return self._client.state
 
-    def hello(self, world: int, state: Mapping[str, Json]) -> None:
-        self._client.hello(world, state)
+    def hello(self, world: int, position: Position) -> None:
+        steps: dict[str, Json] = {"sft_step": position.sft_step, "rl_step": position.rl_step}
+        self._client.hello(world, dict(position.feed_state or {}) | steps)
 
     def next_groups(self, phase: Phase, step: int) -> tuple[Group, ...]:
         groups = self._client.next_groups(phase, step)
@@ -54,54 +67,48 @@ class LiveFeed:
             record_batch(self._record, phase.value, step, groups)
         return groups
 
-    def evaluate(self, label: str, version: int) -> None:
-        self._client.evaluate(label, version)
-
-    def report(self, phase: Phase, step: int, metrics: Mapping[str, Json]) -> None:
-        self._client.report(phase, step, metrics)
-
-    def published(self, version: int) -> None:
-        self._client.published(version)
-
-    def done(self, reason: str) -> None:
-        self._client.done(reason)
-
-    def close(self) -> None:
-        self._client.close()
+    def evaluate(self, label: str, version: int) -> bool:
+        return bool(self._client.evaluate(label, version))
 
 
 class RecordedFeed:
-    """Batches of an earlier run, in order; there is nobody to tell anything, so metrics go to ``sink``."""
+    """Batches of an earlier run, in order. There is no orchestrator, so rank 0 writes metrics and status itself.
 
-    def __init__(self, directory: Path, sink: MetricsSink) -> None:
-        self._directory, self._sink = directory, sink
+    ``paths.stop`` asks to stop: a signal would reach the ranks through their runner, which kills them at the first.
+    """
+
+    def __init__(self, config: RunConfig, paths: RunPaths) -> None:
+        self._config, self._paths, self._directory = config, paths, Path(config.metarl.debug.batches)
+        self._writer = MetricsWriter(paths, config.metarl.logging)
         self.state: Mapping[str, Json] = {}
 
-    def hello(self, world: int, state: Mapping[str, Json]) -> None:
-        return None
+    def hello(self, world: int, position: Position) -> None:
+        rewind(self._paths, position.sft_step, position.rl_step)
+        write_status(self._paths.status, Status(phase="rl" if position.rl_step else "warmstart"))
 
     def next_groups(self, phase: Phase, step: int) -> tuple[Group, ...]:
-        if step > max(recorded_steps(self._directory, phase.value), default=0):
+        if self._paths.stop.exists() or step > max(recorded_steps(self._directory, phase.value), default=0):
             return ()
         return read_batch(self._directory, phase.value, step)[0]
 
-    def evaluate(self, label: str, version: int) -> None:
-        return None
+    def evaluate(self, label: str, version: int) -> bool:
+        return True
 
     def report(self, phase: Phase, step: int, metrics: Mapping[str, Json]) -> None:
-        self._sink(phase, step, metrics)
+        sft, bound = phase is Phase.SFT, staleness_bound(self._config)
+        row: dict[str, Json] = {"phase": phase.value, "step": step, "version": 0 if sft else step - 1, "time": time.time(), **metrics}
+        if not sft:
+            row["staleness_bound"] = bound
+        self._writer.step(cast(MetricsRow, row))
+        total = self._config.metarl.warmstart.steps if sft else self._config.neox.train_iters
+        loss = cast("float | None", metrics.get("loss"))
+        write_status(self._paths.status, Status("warmstart" if sft else "rl", step, total, bound=bound, loss=loss))
 
     def published(self, version: int) -> None:
         return None
 
     def done(self, reason: str) -> None:
-        return None
+        write_status(self._paths.status, Status("report", message=reason))
 
     def close(self) -> None:
-        return None
-
-
-class MetricsSink(Protocol):
-    """Takes the metrics of a step where no orchestrator does."""
-
-    def __call__(self, phase: Phase, step: int, metrics: Mapping[str, Json]) -> None: ...
+        self._writer.close()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,17 +21,18 @@ from neox_rl.batch.pack import pack_rl, pack_sft
 from neox_rl.batch.packing import Layout
 from neox_rl.batch.types import MicroBatch, StepBatch
 from neox_rl.codec import decode_groups, encode_groups
+from neox_rl.config.derived import staleness_bound
 from neox_rl.config.run import RunConfig
 from neox_rl.engines.port import Engine, StepReport
-from neox_rl.errors import ConfigError
 from neox_rl.loss.policy import make_loss_fn, make_sft_loss_fn, needs_proximal, needs_reference
 from neox_rl.queue.wire import Phase
 from neox_rl.step.feed import Feed
 from neox_rl.step.metrics import step_metrics
+from neox_rl.step.position import Position
 from neox_rl.step.schedule import rl_lr, warmstart_lr
 from neox_rl.telemetry.events import EventLog
 from neox_rl.telemetry.paths import RunPaths
-from neox_rl.types import Group, Json
+from neox_rl.types import Group
 from neox_rl.weights.publisher import Publisher
 from neox_rl.weights.snapshot import make_snapshot
 
@@ -43,25 +44,10 @@ class Leader:
     feed: Feed
     publisher: Publisher | None
 
-
-@dataclass
-class Position:
-    """How far the run is. ``rl_step`` is also the policy version."""
-
-    sft_step: int = 0
-    rl_step: int = 0
-    feed_state: Mapping[str, Json] | None = None
-
-    def to_json(self) -> dict[str, Json]:
-        return {"sft_step": self.sft_step, "rl_step": self.rl_step, "feed": dict(self.feed_state or {})}
-
-    @classmethod
-    def from_json(cls, state: Mapping[str, Json]) -> Position:
-        match state:
-            case {"sft_step": int() as sft_step, "rl_step": int() as rl_step, "feed": dict() as feed}:
-                return cls(sft_step, rl_step, feed)
-            case _:
-                raise ConfigError(f"the checkpoint was not written by a run: its client state is {str(state)[:200]}")
+    def close(self) -> None:
+        self.feed.close()
+        if self.publisher is not None:
+            self.publisher.close()
 
 
 class TrainingLoop:
@@ -73,12 +59,13 @@ class TrainingLoop:
         topology = engine.topology
         self._layout = Layout(config.metarl.pack_tokens, topology.dp, topology.tp, config.neox.gradient_accumulation_steps)
         self._checkpoints = Path(config.neox.save) if config.neox.save else paths.checkpoints
-        self._saved = Position(-1, -1)
+        self._bound = staleness_bound(config)
+        self._saved = (-1, -1)
         self._published = 0.0
 
-    def run(self, resume_from: Path | None) -> str:
-        """Trains, from the newest checkpoint in ``resume_from`` where there is one. Returns "finished" or "stopped"."""
-        self._begin(resume_from)
+    def run(self, resume: bool) -> str:
+        """Trains, with ``resume`` from the run's newest checkpoint on. Returns "finished" or "stopped"."""
+        self._begin(resume)
         reason = "finished" if self._warm_start() and self._reinforce() else "stopped"
         self._checkpoint(force=True)
         if reason == "finished":
@@ -88,14 +75,20 @@ class TrainingLoop:
         self.engine.barrier()
         return reason
 
-    def _begin(self, resume_from: Path | None) -> None:
-        if resume_from is not None:
-            self.position = Position.from_json(self.engine.load(resume_from))
-        elif self.config.metarl.warmstart.hf_checkpoint:
-            self.engine.load_hf(Path(self.config.metarl.warmstart.hf_checkpoint))
-            self.position.sft_step = self.config.metarl.warmstart.steps
+    def _begin(self, resume: bool) -> None:
+        """Resuming goes on where the run's checkpoint was made. ``load`` takes weights and optimizer of another run: they are v0 here."""
+        load, warmstart = self.config.neox.load, self.config.metarl.warmstart
+        if resume:
+            self.position = Position.from_json(self.engine.load(self._checkpoints))
+            self._saved = (self.position.sft_step, self.position.rl_step)
+        elif load:
+            self.engine.load(Path(load))
+        elif warmstart.hf_checkpoint:
+            self.engine.load_hf(Path(warmstart.hf_checkpoint))
+        if not resume and (load or warmstart.hf_checkpoint):
+            self.position.sft_step = warmstart.steps
         if self.leader is not None:
-            self.leader.feed.hello(self.engine.topology.world_size, self.position.feed_state or {})
+            self.leader.feed.hello(self.engine.topology.world_size, self.position)
 
     def _warm_start(self) -> bool:
         for step in range(self.position.sft_step + 1, self.config.metarl.warmstart.steps + 1):
@@ -106,11 +99,11 @@ class TrainingLoop:
         return True
 
     def _reinforce(self) -> bool:
-        if needs_reference(self.config.metarl.objective):
-            self.engine.set_reference()
+        if self.position.rl_step == 0 and needs_reference(self.config.metarl.objective):
+            self.engine.set_reference()  # later checkpoints hold it: the policy then is not the reference any more
         self._publish()
-        if self.position.rl_step == 0:
-            self._evaluate("warmstart")
+        if self.position.rl_step == 0 and not self._evaluate("warmstart"):
+            return False
         for step in range(self.position.rl_step + 1, self.config.neox.train_iters + 1):
             if not self._train(Phase.RL, step):
                 return False
@@ -118,8 +111,7 @@ class TrainingLoop:
             if step % self.config.metarl.weights.publish_every == 0 or step == self.config.neox.train_iters:
                 self._publish()
             self._checkpoint(force=False)
-        self._evaluate("final")
-        return True
+        return self._evaluate("final")
 
     def _train(self, phase: Phase, step: int) -> bool:
         """One optimizer step; False when the feed asks to stop."""
@@ -134,7 +126,7 @@ class TrainingLoop:
         with self.events.span("train_step", phase=phase.value, step=step, tokens=batch.stats.trained_tokens):
             report = self._optimize(phase, step, batch)
         if self.leader is not None:
-            metrics = step_metrics(batch.stats, report, wait_s, time.monotonic() - start, self._published)
+            metrics = step_metrics(phase, batch.stats, report, self._bound, wait_s, time.monotonic() - start, self._published)
             self.leader.feed.report(phase, step, metrics)
         return True
 
@@ -199,17 +191,17 @@ class TrainingLoop:
                 self.leader.feed.published(version)
         self._published = time.monotonic() - start
 
-    def _evaluate(self, label: str) -> None:
+    def _evaluate(self, label: str) -> bool:
+        """False, on every rank, when the run is to stop instead."""
         with self.events.span("evaluate", label=label, version=self.position.rl_step):
-            if self.leader is not None:
-                self.leader.feed.evaluate(label, self.position.rl_step)
-            self.engine.barrier()
+            evaluated = self.leader is not None and self.leader.feed.evaluate(label, self.position.rl_step)
+            return self.engine.broadcast_bytes(b"\x01" if evaluated else b"\x00") == b"\x01"
 
     def _checkpoint(self, force: bool) -> None:
         here = (self.position.sft_step, self.position.rl_step)
         factor = self.config.neox.checkpoint_factor
         due = force or (factor > 0 and sum(here) % factor == 0)
-        if due and here != (self._saved.sft_step, self._saved.rl_step):
+        if due and here != self._saved:
             with self.events.span("checkpoint", step=sum(here)):
                 self.engine.save(self._checkpoints, self.position.to_json())
-            self._saved = Position(*here)
+            self._saved = here

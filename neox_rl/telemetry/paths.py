@@ -70,6 +70,16 @@ class RunPaths:
         return self.root / "timeline.json"
 
     @property
+    def lock(self) -> Path:
+        """Held by the launcher of the run."""
+        return self.root / "lock"
+
+    @property
+    def stop(self) -> Path:
+        """Asks training ranks without an orchestrator to stop."""
+        return self.root / "stop"
+
+    @property
     def logs(self) -> Path:
         return self.root / "logs"
 

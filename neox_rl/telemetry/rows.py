@@ -54,6 +54,8 @@ class MetricsRow(TypedDict, total=False):
     ess: float
     """Effective sample size of the ratios as a share of the tokens."""
     clip_frac: float
+    ratio_truncated_frac: float
+    """Tokens whose ratio was truncated at its cap; ``truncated_frac`` is of rollouts."""
     wait_s: float
     """Waiting for the batch."""
     step_s: float
@@ -64,8 +66,12 @@ class MetricsRow(TypedDict, total=False):
     """Groups."""
     pack_efficiency: float
     """Real tokens over token places in the packed micro-batches."""
+    rollouts_generated: int
+    """Cumulative, refused ones included."""
+    rollouts_refused: int
+    """Cumulative: by dynamic sampling, as it is meant to."""
     rollouts_dropped: int
-    """Cumulative: rollouts generated and never trained, for whatever reason."""
+    """Cumulative: rollouts that were accepted and then neither trained nor waiting. Not 0 means that the queue's books are wrong."""
     rollouts_trained_twice: int
     """Cumulative: tickets consumed more than once. The run stops at the first."""
     search: dict[str, float]
@@ -87,6 +93,8 @@ class EvaluationRow(TypedDict, total=False):
     step: Required[int]
     """RL steps done."""
     version: Required[int]
+    versions: list[int]
+    """Oldest and newest that made a token: an evaluation beside training may see several."""
     mode: Required[str]
     """"greedy" or "sampled"."""
     accuracy: Required[IntervalRow]

@@ -1,0 +1,67 @@
+"""What ``--resume`` needs: a run that is there, has a checkpoint, is not running, and whose config still fits it."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+from neox_rl.config.run import RunConfig
+from neox_rl.errors import ConfigError
+from neox_rl.telemetry.paths import RunPaths
+
+FIXED = (
+    *("num_layers", "hidden_size", "num_attention_heads", "num_kv_heads", "intermediate_size", "mlp_multiple_of", "seq_length"),
+    *("max_position_embeddings", "norm", "layernorm_epsilon", "rms_norm_epsilon", "rotary_pct", "rotary_emb_base", "activation"),
+    *("gpt_j_residual", "use_bias_in_norms", "use_bias_in_attn_linear", "use_bias_in_mlp", "no_weight_tying"),
+    *("make_vocab_size_divisible_by", "precision", "model_parallel_size", "pipe_parallel_size", "zero_optimization", "num_gpus"),
+    *("optimizer.type", "save", "metarl.engine", "metarl.seed", "metarl.problems", "metarl.tokenizer", "metarl.warmstart.steps"),
+    *("metarl.warmstart.style", "metarl.rollout.groups_per_step", "metarl.rollout.generator", "metarl.debug.mode"),
+)
+"""Keys that a checkpoint, the queue in it or the curves of the run depend on. All others may change between two parts of a run."""
+
+
+def refuse_changes(before: RunConfig, now: RunConfig) -> None:
+    """Raises ConfigError with a line for each key that must stay and did not."""
+    old, new = _tree(before), _tree(now)
+    changed = [(key, _at(old, key), _at(new, key)) for key in FIXED if _at(old, key) != _at(new, key)]
+    if before.metarl.objective.kl_coef == 0.0 < now.metarl.objective.kl_coef:
+        changed.append(("metarl.objective.kl_coef", 0.0, now.metarl.objective.kl_coef))  # no reference policy was kept
+    if changed:
+        lines = [f"{key} = {value!r}: the run to resume has {was!r}; set it back, or start another run" for key, was, value in changed]
+        raise ConfigError("\n".join(lines))
+
+
+def has_checkpoint(config: RunConfig, paths: RunPaths) -> bool:
+    directory = Path(config.neox.save) if config.neox.save else paths.checkpoints
+    return directory.is_dir() and any(directory.iterdir())
+
+
+def refuse_without_checkpoint(config: RunConfig, paths: RunPaths) -> None:
+    if not has_checkpoint(config, paths):
+        where, factor = config.neox.save or paths.checkpoints, config.neox.checkpoint_factor
+        raise ConfigError(f"--resume: {where} holds no checkpoint (checkpoint_factor = {factor}); start again without --resume")
+
+
+def hold(paths: RunPaths) -> TextIO:
+    """Locks the run directory as long as the returned file is open. Raises ConfigError while another launcher holds it."""
+    file = paths.lock.open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise ConfigError(f"{paths.root} is running; wait for it or stop it, or give this run another --name") from error
+    return file
+
+
+def _tree(config: RunConfig) -> dict[str, Any]:
+    return {**asdict(config.neox), "metarl": asdict(config.metarl)}
+
+
+def _at(tree: Mapping[str, Any], path: str) -> Any:
+    value: Any = tree
+    for name in path.split("."):
+        value = value[name]
+    return value

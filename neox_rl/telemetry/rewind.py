@@ -1,0 +1,40 @@
+"""Takes a run's files back to the checkpoint that it continues from, so that no step stands in them twice."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from neox_rl.telemetry.paths import RunPaths
+
+
+def rewind(paths: RunPaths, sft_step: int, rl_step: int) -> None:
+    """Cuts metrics, evaluations and recorded rollouts that come after the last finished steps of both phases.
+
+    Files are cut in place: a writer that holds one open for appending goes on at its new end. Without an RL step the warm start is
+    evaluated again, and the final evaluation always is.
+    """
+    last = {"sft": sft_step, "rl": rl_step}
+    cut(paths.metrics, lambda row: row["step"] <= last[row["phase"]])
+    cut(paths.evaluations, lambda row: 0 < rl_step >= row["step"] and row["label"] != "final")
+    cut(paths.rollouts, lambda row: 0 < rl_step >= row["step"] and row["label"] != "final")
+
+
+def cut(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Truncates a JSON-lines file before the first row that is not to be kept, or is torn. No file is an empty one."""
+    if not path.exists():
+        return
+    kept = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                if not line.endswith(b"\n") or not keep(json.loads(line)):
+                    break
+            except (ValueError, KeyError, TypeError):
+                break
+            kept += len(line)
+    if kept < path.stat().st_size:
+        os.truncate(path, kept)

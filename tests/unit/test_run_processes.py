@@ -1,0 +1,110 @@
+"""What is started, with which arguments, environment and cores; and under which addresses they meet."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from neox_rl.config.machine import Machine
+from neox_rl.config.run import RunConfig
+from neox_rl.errors import ConfigError
+from neox_rl.run.endpoints import Endpoints, choose_endpoints, read_endpoints, server_specs, write_endpoints
+from neox_rl.run.launch import commands
+from neox_rl.run.processes import ORCHESTRATOR, RANKS, Program, programs
+from tests.unit.small_run import small_config, small_paths
+
+LAPTOP = Machine(cores=(0, 1, 2, 3), memory_gib=16)
+NODE = Machine(cores=tuple(range(16)), num_gpus=4)
+ADDRESSES = Endpoints("127.0.0.1", 5001, 5002, 5003, ("http://127.0.0.1:5004",), 99)
+ENV = {"PATH": "/bin", "HOME": "/nowhere"}
+
+
+def parts(config: RunConfig, machine: Machine = LAPTOP, endpoints: Endpoints = ADDRESSES, resume: bool = False) -> dict[str, Program]:
+    return {p.name: p for p in programs(config, small_paths(config), endpoints, machine, "train.py", resume, ENV)}
+
+
+def with_servers(root: Path) -> RunConfig:
+    return small_config(root, rollout={"generator": "vllm"})
+
+
+def test_one_program_a_server_then_the_orchestrator_then_the_ranks(tmp_path: Path) -> None:
+    found = parts(with_servers(tmp_path))
+    assert list(found) == ["server-0", ORCHESTRATOR, RANKS]
+    server = found["server-0"]
+    assert server.cores == (0,) and server.argv[server.argv.index("--port") + 1] == "5004"
+    assert server.env["OMP_NUM_THREADS"] == "1" and server.env["HOME"] == "/nowhere"
+    assert found[ORCHESTRATOR].cores == (1, 2) and found[RANKS].cores is None, "each rank binds itself to its own core"
+    assert all(p.log.parent.name == "logs" and p.log.stem == p.name for p in found.values())
+
+
+def test_modes_leave_out_what_they_do_not_need(tmp_path: Path) -> None:
+    assert list(parts(small_config(tmp_path))) == [ORCHESTRATOR, RANKS]
+    assert list(parts(small_config(tmp_path, debug={"mode": "train_only", "batches": "b"}))) == [RANKS]
+
+
+def test_ranks_run_under_deepspeed_with_the_port_of_this_run(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    argv = list(parts(RunConfig(replace(config.neox, num_gpus=2), config.metarl), resume=True)[RANKS].argv)
+    assert argv[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
+    assert argv[argv.index("--master_port") + 1] == "5003" and argv[argv.index("--num_gpus") + 1] == "2"
+    assert argv[-4:] == ["train.py", "--run-dir", str(tmp_path / "small"), "--resume"]
+    slurm = RunConfig(replace(config.neox, launcher="slurm", hostfile="hosts", master_addr="10.0.0.1"), config.metarl)
+    argv = list(parts(slurm)[RANKS].argv)
+    assert "--no_ssh" not in argv and argv[argv.index("--launcher") + 1] == "slurm" and argv[argv.index("--hostfile") + 1] == "hosts"
+
+
+def test_gpus_go_to_the_ranks_first_and_a_cpu_rank_gets_one_thread(tmp_path: Path) -> None:
+    config = with_servers(tmp_path)
+    found = parts(RunConfig(replace(config.neox, num_gpus=2), config.metarl), NODE)
+    assert found[RANKS].env["CUDA_VISIBLE_DEVICES"] == "0,1" and "DS_ACCELERATOR" not in found[RANKS].env
+    assert found["server-0"].env["CUDA_VISIBLE_DEVICES"] == "2" and found["server-0"].cores is None
+    cpu = parts(config)[RANKS].env
+    assert (cpu["DS_ACCELERATOR"], cpu["OMP_NUM_THREADS"]) == ("cpu", "1")
+
+
+def test_each_part_can_be_started_by_hand(tmp_path: Path) -> None:
+    config = with_servers(tmp_path)
+    server, orchestrator, ranks = commands(config, list(parts(config).values()), ENV).splitlines()
+    assert server.startswith("env ") and "taskset -c 0" in server and "vllm.entrypoints.openai.api_server" in server
+    assert orchestrator.endswith(f"-m neox_rl.run.orchestrator --run-dir {tmp_path}/small")
+    assert ranks.endswith(f"torchrun --nproc_per_node 1 train.py --run-dir {tmp_path}/small")
+
+
+def test_free_ports_differ_and_configured_ones_stay(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    config = small_config(tmp_path, rollout={"generator": "vllm"}, servers={"num_servers": 3}, network={"weights_port": port})
+    found = choose_endpoints(config, 99)
+    ports = [found.experience_port, found.weights_port, found.master_port, *(int(s.rpartition(":")[2]) for s in found.servers)]
+    assert len(set(ports)) == 6 and found.weights_port == port
+
+
+def test_a_taken_port_is_named_before_anything_starts(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"network\.master_port = {port}: cannot bind .* choose a free port, or 0"):
+            choose_endpoints(small_config(tmp_path, network={"master_port": port}), 99)
+
+
+def test_endpoints_are_read_as_they_were_written(tmp_path: Path) -> None:
+    paths = small_paths(small_config(tmp_path))
+    with pytest.raises(ConfigError, match="start the run with deepy"):
+        read_endpoints(paths.endpoints)
+    write_endpoints(paths, ADDRESSES)
+    assert read_endpoints(paths.endpoints) == ADDRESSES
+
+
+def test_servers_that_run_elsewhere_are_known_but_not_started(tmp_path: Path) -> None:
+    elsewhere = ("http://10.0.0.4:8000", "http://10.0.0.5:8000")
+    config = small_config(tmp_path, rollout={"generator": "vllm"}, servers={"num_servers": 0, "addresses": elsewhere})
+    endpoints = choose_endpoints(config, 99)
+    assert endpoints.servers == elsewhere and list(parts(config, endpoints=endpoints)) == [ORCHESTRATOR, RANKS]
+    specs = server_specs(config, endpoints, tmp_path, LAPTOP)
+    assert [(s.name, s.address) for s in specs] == [("server-0", elsewhere[0]), ("server-1", elsewhere[1])]

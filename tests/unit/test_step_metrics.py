@@ -1,0 +1,49 @@
+"""The trainer's half of a metrics row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from neox_rl.batch.types import BatchStats
+from neox_rl.engines.port import StepReport
+from neox_rl.queue.wire import Phase
+from neox_rl.step.metrics import step_metrics
+from neox_rl.telemetry.rows import MetricsRow
+
+SUMS = {"tokens": 10.0, "ratio/tokens": 10.0, "ratio_square/tokens": 10.0, "truncated_frac/tokens": 5.0, "mismatch_kl/fresh_tokens": 0.0}
+
+
+def stats(staleness: Mapping[int, int], masked: int) -> BatchStats:
+    total = sum(staleness.values())
+    return BatchStats(2, 4, 60, total, masked, masked, total - masked, staleness, 0.5, 0.5, 0.5, 1, 12.0, 20, 0.25, 0.9)
+
+
+def row(phase: Phase = Phase.RL, staleness: Mapping[int, int] | None = None, masked: int = 0) -> dict[str, Any]:
+    report = StepReport(0.1, 1.0, 1e-4, 10, SUMS | {"fresh_tokens": 4.0})
+    return step_metrics(phase, stats(staleness or {0: 10}, masked), report, 2, 0.5, 0.25, 0.01)
+
+
+def test_masked_tokens_do_not_count_as_trained_staleness_but_stand_in_the_histogram() -> None:
+    found = row(staleness={0: 6, 2: 2, 5: 4}, masked=4)
+    assert found["staleness_max"] == 2 and found["staleness_mean"] == pytest.approx(0.5)
+    assert found["staleness_hist"] == {"0": 6, "2": 2, "5": 4} and found["tokens_masked_stale"] == 4
+
+
+def test_old_tokens_that_are_kept_with_a_truncated_ratio_do_count() -> None:
+    assert row(staleness={0: 6, 5: 4})["staleness_max"] == 5
+
+
+def test_the_share_of_truncated_ratios_is_not_taken_for_that_of_truncated_rollouts() -> None:
+    found = row()
+    assert found["truncated_frac"] == 0.25, "rollouts that ran into their budget"
+    assert found["ratio_truncated_frac"] == 0.5 and found["ratio_mean"] == 1.0 and found["ess"] == 1.0
+
+
+def test_names_are_those_of_the_row_and_a_warm_start_has_no_rollouts() -> None:
+    known = {*MetricsRow.__annotations__, "zero_variance_groups", "fresh_tokens"}
+    assert row().keys() <= known
+    warm = row(Phase.SFT)
+    assert not {"reward_mean", "staleness_max", "truncated_frac", "publish_s"} & warm.keys() and warm["loss"] == 0.1
