@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from neox_rl.ports import Generator, Tokenizer, Verifier
 from neox_rl.types import Completion, Finish, Group, Problem, Reason, Role, SamplingParams, Segment, Trace, Verdict
 
-Reward = Callable[[Verdict, int], float]
-"""(verdict, completion tokens) -> reward."""
+Reward = Callable[[Problem, Verdict, str, int], float]
+"""(problem, verdict, completion as text, its tokens) -> reward."""
 CUT_OFF = Verdict(correct=False, extracted="", reason=Reason.NO_ANSWER, ms=0.0)
 """A completion that the token budget ended has no final answer, whatever its text holds so far."""
 
@@ -42,7 +42,7 @@ class Attempts:
             id=id,
             problem_id=problem.id,
             segments=(Segment(prompt, Role.PROMPT), *segments(completion, self.solution_id)),
-            reward=self.reward(verdict, len(completion.ids)),
+            reward=self.reward(problem, verdict, self.tokenizer.decode(completion.ids), len(completion.ids)),
             finish=completion.finish,
             verdict=verdict,
         )

@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
 
+from neox_rl.arithmetic import ARITHMETIC_TASKS
 from neox_rl.config.machine import Machine
 from neox_rl.config.run import RunConfig
 from neox_rl.errors import ConfigError
@@ -24,9 +25,10 @@ from neox_rl.run.endpoints import Endpoints, read_endpoints, server_specs
 from neox_rl.run.versions import Deadlines, Keeper, ScriptedKeeper, ServerKeeper
 from neox_rl.search.dfs import dfs
 from neox_rl.search.linearize import linearize, text_of
+from neox_rl.search.replay import num_wrong_steps
 from neox_rl.telemetry.events import EventLog
 from neox_rl.telemetry.paths import RunPaths
-from neox_rl.types import Verdict
+from neox_rl.types import Problem, Verdict
 from neox_rl.verify.reward import reward
 from neox_rl.verify.verifier import make_verifier
 
@@ -58,8 +60,10 @@ async def build_parts(config: RunConfig, paths: RunPaths, stack: AsyncExitStack)
     return Parts(endpoints, problems, attempts, keeper, activity, events)
 
 
-def _reward(config: RunConfig, verdict: Verdict, num_tokens: int) -> float:
-    return reward(verdict, num_tokens, config.metarl.rollout.max_new_tokens, config.metarl.reward)
+def _reward(config: RunConfig, problem: Problem, verdict: Verdict, text: str, num_tokens: int) -> float:
+    charged = config.metarl.reward.wrong_step_cost > 0 and problem.task in ARITHMETIC_TASKS
+    wrong_steps = num_wrong_steps(problem, text) if charged else 0
+    return reward(verdict, num_tokens, config.metarl.rollout.max_new_tokens, config.metarl.reward, wrong_steps)
 
 
 def solution_id(tokenizer: Tokenizer) -> int | None:

@@ -16,8 +16,9 @@ Style: TypeAlias = Callable[[Problem, random.Random], Tree]
 
 
 def mixed(problem: Problem, rng: random.Random) -> Tree:
-    """A search by one of several searchers of mixed quality, each equally likely."""
-    return dfs(problem, rng, rng.choice(MIXED))
+    """A search by one of several searchers of mixed quality: what a collection of demonstrations from many hands looks like."""
+    (strategy,) = rng.choices(list(MIXED), weights=list(MIXED.values()))
+    return dfs(problem, rng, strategy)
 
 
 STYLES: Mapping[str, Style] = {"dfs": dfs, "mixed": mixed, "solution": solution_path}

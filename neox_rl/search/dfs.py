@@ -46,13 +46,13 @@ class Strategy:
 
 EXHAUSTIVE = Strategy()
 """Random order, every leaf: what a searcher without any idea of the target does."""
-MIXED: Sequence[Strategy] = (
-    EXHAUSTIVE,
-    Strategy(nearest, nearest),
-    Strategy(uniform, nearest, leaf_width=1),
-    Strategy(nearest, nearest, leaf_width=1),
-)
-"""Searchers of mixed quality, as in Stream of Search (arXiv 2404.03683, section 4): with and without a heuristic, thorough and narrow."""
+MIXED: Mapping[Strategy, int] = {
+    EXHAUSTIVE: 4,
+    Strategy(nearest, nearest): 2,
+    Strategy(uniform, nearest, leaf_width=1): 2,
+    Strategy(nearest, nearest, leaf_width=1): 1,
+}
+"""Searchers of mixed quality and how often each is met, as in Stream of Search (arXiv 2404.03683, section 4): the better, the rarer."""
 
 
 def rules(problem: Problem) -> tuple[State, int, int]:

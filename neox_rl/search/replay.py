@@ -63,6 +63,11 @@ class _Frame:
     sound: bool
 
 
+def num_wrong_steps(problem: Problem, text: str) -> int:
+    """Steps whose arithmetic is false, whose numbers are not at hand, or that the rules forbid."""
+    return sum(played.flaw in STEP_FLAWS for played in replay(problem, text))
+
+
 def replay(problem: Problem, text: str) -> Iterator[Played]:
     """The events of ``text``, the completion after the prompt, replayed with a stack of states.
 

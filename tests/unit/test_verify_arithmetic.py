@@ -178,3 +178,11 @@ def test_reward_of_a_verdict() -> None:
     assert reward(right, 0, 100, config) == 1.0
     assert reward(right, 50, 100, config) == 0.75
     assert reward(right, 10_000, 100, config) == -0.5, "a long correct answer is never worth less than a wrong one"
+
+
+def test_reward_charges_false_steps_whatever_the_verdict_and_at_most_five() -> None:
+    config = RewardConfig(wrong_step_cost=0.1)
+    right, wrong = Verdict(True, "", Reason.MATCH, 0.0), Verdict(False, "", Reason.MISMATCH, 0.0)
+    assert reward(right, 1, 10, config, num_wrong_steps=2) == pytest.approx(0.8)
+    assert reward(wrong, 1, 10, config, num_wrong_steps=2) == pytest.approx(-0.2)
+    assert reward(right, 1, 10, config, num_wrong_steps=500) == pytest.approx(0.5)
