@@ -33,6 +33,7 @@ from neox_rl.engines.port import LossFn, Policy, StepReport, Topology
 from neox_rl.engines.rank_env import rank_environment
 from neox_rl.engines.weight_parts import WeightParts
 from neox_rl.errors import NeoxRLError
+from neox_rl.loss.metrics import is_max
 from neox_rl.loss.vocab_parallel import token_logprobs_and_entropy
 from neox_rl.types import Json
 
@@ -79,7 +80,8 @@ class MegatronCoreEngine:
                 **{f"metric.{k}": v for k, v in metrics.items()},
             }
             for name, term in counted.items():
-                sums[name] = sums.get(name, 0.0) + term.detach().to(self._world.device, torch.float64)
+                found = term.detach().to(self._world.device, torch.float64)
+                sums[name] = found if name not in sums else sums[name].maximum(found) if is_max(name) else sums[name] + found
             return value, value.new_zeros((), dtype=torch.int), {}
 
         self._model.zero_grad_buffer()
@@ -158,7 +160,7 @@ class MegatronCoreEngine:
         return tokens, targets, make_pack(batch.cu_seqlens, positions, self.shape.rotary_dim, self.shape.rotary_base, self._dtype)
 
     def _reduce(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        """Sums over data-parallel ranks, known to every stage. The names come from the last stage."""
+        """Sums over data-parallel ranks (maxima of what ``is_max`` says), known to every stage. The names come from the last stage."""
         world, names = self._world, sorted(sums)
         if world.topology.pp > 1:
             names = json.loads(broadcast(json.dumps(names).encode() if self._last else None, world.pp, world.topology.pp - 1, world.device))
@@ -166,7 +168,10 @@ class MegatronCoreEngine:
             torch.stack([sums[name] for name in names]) if self._last else torch.empty(len(names), dtype=torch.float64, device=world.device)
         )
         if self._last:
+            largest, most = values.clone(), torch.tensor([is_max(name) for name in names], device=world.device)
             dist.all_reduce(values, group=world.dp)
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=world.dp)
+            values = torch.where(most, largest, values)
         if world.topology.pp > 1:
             dist.broadcast(values, group=world.pp, group_src=world.topology.pp - 1)
         return dict(zip(names, values.tolist(), strict=True))

@@ -63,7 +63,7 @@ def launch(config: RunConfig, script: str, resume: bool) -> int:
                     finished = supervisor.run(parts)
                     _end(paths, "done", "" if finished else "stopped by the user")
                 except BaseException as error:
-                    _end(paths, "failed", (str(error) or type(error).__name__).splitlines()[0])
+                    _end(paths, "failed", (str(error) or type(error).__name__).splitlines()[0].removesuffix(", which ends:"))
                     raise
         finally:
             events.close()

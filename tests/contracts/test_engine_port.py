@@ -53,6 +53,15 @@ def test_loss_tokens_and_rate_are_reported_as_given(engine: Engine) -> None:
     assert report.metrics.keys() == {"entropy", "logprob"}
 
 
+def test_metrics_add_up_over_micro_batches_but_for_a_largest(engine: Engine) -> None:
+    found = iter([3.0, 2.0])
+
+    def loss(logprobs: torch.Tensor, entropy: torch.Tensor, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return logprobs.sum(), {"gap/tokens": torch.tensor(1.0), "gap_max": torch.tensor(next(found))}
+
+    assert engine.step(split(sequences(), 2), loss, 0.0).metrics == {"gap/tokens": 2.0, "gap_max": 3.0}
+
+
 def test_a_rate_of_zero_changes_nothing(engine: Engine) -> None:
     before = weights(engine)
     engine.step(split(sequences(), 1), loss_fn, 0.0)

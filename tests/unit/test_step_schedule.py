@@ -33,6 +33,4 @@ def test_rates_of_the_two_phases_come_from_their_own_keys() -> None:
     assert warmstart_lr(WarmstartConfig(steps=100, lr=3e-3, min_lr_frac=0.1, warmup_frac=0.0), 100) == pytest.approx(3e-4)
     optimizer = {"type": "Adam", "params": {"lr": "2e-4"}}
     neox = NeoXConfig(train_iters=10, warmup=0.2, lr_decay_style="linear", min_lr=1e-5, optimizer=optimizer)
-        train_iters=10, warmup=0.2, lr_decay_style="linear", min_lr=1e-5, optimizer={"type": "Adam", "params": {"lr": "2e-4"}}
-    )
     assert [rl_lr(neox, s) for s in (1, 2, 10)] == pytest.approx([1e-4, 2e-4, 1e-5])

@@ -1,0 +1,96 @@
+"""Whole runs as a user starts them: ``deepy.py`` in a process of its own, everything it starts, and whether anything is left of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from neox_rl.telemetry.jsonl import read_json, read_jsonl
+from neox_rl.telemetry.paths import RunPaths
+from neox_rl.telemetry.status import read_status
+
+ROOT = Path(__file__).resolve().parents[2]
+MARK = "NEOX_RL_TEST_RUN"
+"""In the environment of everything that a run starts: how a test finds it again without looking at names."""
+
+
+class Run:
+    """One start of a debug config. ``settings`` as for ``--set``, without ``metarl.``."""
+
+    def __init__(self, runs_dir: Path, name: str, *settings: str, config: str = "fake_generator", flags: tuple[str, ...] = ()) -> None:
+        self.paths, self.mark = RunPaths.of(runs_dir / name), f"{runs_dir}/{name}/{time.monotonic_ns()}"
+        sets = [f"metarl.runs_dir={runs_dir}", f"metarl.name={name}", *settings]
+        argv = [sys.executable, "deepy.py", "train.py", f"configs/debug/{config}.yml"]
+        argv += [word for setting in sets for word in ("--set", setting)]
+        self.output = runs_dir / f"{name}-{time.monotonic_ns()}.out"
+        with self.output.open("wb") as output:
+            env = os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1"}
+            self.process = subprocess.Popen(
+                [*argv, *flags], cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+            )
+
+    def wait(self, deadline_s: float = 150.0) -> int:
+        try:
+            return self.process.wait(deadline_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"not done after {deadline_s} s; it said:\n{self.said()}") from None
+
+    def kill(self) -> None:
+        """For a test that failed: the guardians end the rest."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+    def said(self) -> str:
+        return self.output.read_text(errors="replace")
+
+    def until(self, reached: Callable[[], bool], what: str, deadline_s: float = 120.0) -> None:
+        end = time.monotonic() + deadline_s
+        while not reached():
+            if self.process.poll() is not None or time.monotonic() > end:
+                self.kill()
+                raise AssertionError(f"the run ended or took too long before {what}; it said:\n{self.said()}")
+            time.sleep(0.1)
+
+    def until_step(self, phase: str, step: int) -> None:
+        self.until(lambda: (status := read_status(self.paths.status)).phase == phase and status.step >= step, f"{phase} step {step}")
+
+    def processes(self) -> list[psutil.Process]:
+        """What the run has started and is alive, the launcher included."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def one(self, *words: str) -> psutil.Process:
+        """The started process whose command line has all these words and whose parent has them not: no guardian, no wrapper."""
+        matching = [p for p in self.processes() if all(any(word in part for part in p.cmdline()) for word in words)]
+        assert matching, f"no process of the run has {words} in its command line"
+        return max(matching, key=lambda p: p.create_time())
+
+    def gone(self, deadline_s: float = 15.0) -> bool:
+        """Whether nothing of the run is left, once it has had a moment to go."""
+        end = time.monotonic() + deadline_s
+        while (left := self.processes()) and time.monotonic() < end:
+            time.sleep(0.2)
+        return not left
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return read_jsonl(self.paths.metrics)
+
+    def steps(self) -> list[tuple[str, int]]:
+        return [(row["phase"], row["step"]) for row in self.metrics()]
+
+    def summary(self) -> dict[str, Any]:
+        return read_json(self.paths.summary)

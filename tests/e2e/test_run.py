@@ -1,0 +1,137 @@
+"""Whole runs with the scripted generator: real launcher, orchestrator and training ranks, no vLLM."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from neox_rl.telemetry.events import read_events
+from neox_rl.telemetry.jsonl import read_jsonl
+from tests.e2e.runs import Run
+
+SFT, RL = 4, 4
+SHORT = (f"metarl.warmstart.steps={SFT}", f"train_iters={RL}", "metarl.evaluation.num_problems=8", "metarl.evaluation.every_steps=2")
+LONG = ("train_iters=100000", "metarl.warmstart.steps=2", "metarl.evaluation.num_problems=4")
+STEPS = [*(("sft", s) for s in range(1, SFT + 1)), *(("rl", s) for s in range(1, RL + 1))]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def finished(runs: Path) -> Run:
+    """One run to the end, which several tests look at. Its batches are recorded."""
+    run = Run(runs, "whole", *SHORT, f"metarl.debug.record_batches={runs}/batches", "metarl.logging.tensorboard=true")
+    assert run.wait() == 0, run.said()
+    return run
+
+
+def test_a_run_ends_with_every_step_once_and_its_books_in_order(finished: Run) -> None:
+    assert finished.steps() == STEPS and finished.gone()
+    summary = finished.summary()
+    assert (summary["phase"], summary["steps"], summary["warmstart_steps"], summary["max_staleness_bound"]) == ("done", RL, SFT, 2)
+    assert summary["max_staleness_seen"] <= 2 and summary["rollouts_dropped"] == summary["rollouts_trained_twice"] == 0
+    assert summary["heldout_accuracy_warmstart"]["n"] == summary["heldout_accuracy_final"]["n"] == 8
+    assert summary["tokens_generated"] >= summary["tokens_trained"] + summary["tokens_masked_stale"] > 0
+    labels = [row["label"] for row in read_jsonl(finished.paths.evaluations) if row["mode"] == "greedy"]
+    assert labels[0] == "warmstart" and labels[-1] == "final"
+
+
+def test_it_leaves_a_report_events_of_every_process_and_tensorboard_files(finished: Run) -> None:
+    assert finished.paths.report.stat().st_size > 10_000 and list(finished.paths.tensorboard.iterdir())
+    assert {e.process for e in read_events(finished.paths.events)} == {"launcher", "orchestrator", "trainer-0"}
+    assert "after RL" in finished.said() and str(finished.paths.report) in finished.said()
+
+
+def test_the_exported_model_loads_in_transformers(finished: Run) -> None:
+    directory = finished.paths.root / "model"
+    tokenizer, model = AutoTokenizer.from_pretrained(directory), AutoModelForCausalLM.from_pretrained(directory)
+    prompt = read_jsonl(finished.paths.rollouts)[0]["prompt"]
+    ids = tokenizer(prompt, return_tensors="pt")
+    assert model.config.vocab_size == len(tokenizer) and tokenizer.decode(ids["input_ids"][0]).split() == prompt.split()
+    assert model(**ids).logits.shape[-1] == len(tokenizer)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on_and_resume_goes_on(runs: Path) -> None:
+    """Stopped in the warm start, resumed, stopped in RL, resumed to the end: each step once."""
+    settings = ("metarl.warmstart.steps=300", "train_iters=40", "metarl.evaluation.num_problems=4")
+    run = Run(runs, "stopped", *settings)
+    run.until_step("warmstart", 3)
+    run.process.send_signal(signal.SIGINT)
+    assert run.wait() == 130 and "to continue: " in run.said() and "--resume" in run.said() and run.gone()
+    stopped = len(run.steps())
+    assert 3 <= stopped < 300 and list(run.paths.checkpoints.iterdir())
+
+    refused = Run(runs, "stopped", *settings, "metarl.rollout.groups_per_step=8", flags=("--resume",))
+    assert refused.wait() == 2 and "metarl.rollout.groups_per_step = 8: the run to resume has 4" in refused.said()
+
+    run = Run(runs, "stopped", *settings, flags=("--resume",))
+    run.until_step("rl", 3)
+    run.process.send_signal(signal.SIGINT)
+    assert run.wait() == 130 and run.gone()
+    half_way = run.metrics()[-1]
+
+    run = Run(runs, "stopped", *settings, flags=("--resume",))
+    assert run.wait() == 0, run.said()
+    assert run.steps() == [*(("sft", s) for s in range(1, 301)), *(("rl", s) for s in range(1, 41))]
+    last = run.metrics()[-1]
+    assert last["rollouts_generated"] > half_way["rollouts_generated"] and last["rollouts_trained_twice"] == last["rollouts_dropped"] == 0
+    assert [row["label"] for row in read_jsonl(run.paths.evaluations) if row["mode"] == "greedy"] == ["warmstart", "final"]
+
+
+@pytest.fixture
+def long_run(runs: Path, request: pytest.FixtureRequest) -> Iterator[Run]:
+    run = Run(runs, f"long-{request.node.name.split('[')[-1].strip(']')}", *LONG)
+    run.until_step("rl", 2)
+    yield run
+    run.kill()
+
+
+@pytest.mark.parametrize(
+    ("victim", "words"),
+    [("orchestrator", ("neox_rl.run.orchestrator",)), ("trainer", ("train.py", "--run-dir", "--local_rank"))],
+    ids=["orchestrator", "rank"],
+)
+def test_a_killed_process_ends_the_run_with_its_name_and_log_and_leaves_nothing(long_run: Run, victim: str, words: tuple[str, ...]) -> None:
+    begin = time.monotonic()
+    os.kill(long_run.one(*words).pid, signal.SIGKILL)
+    assert long_run.wait(60.0) == 1 and long_run.gone()
+    assert time.monotonic() - begin < 30.0
+    error = long_run.said().split("error: ")[1]
+    assert error.startswith(victim) and str(long_run.paths.log(victim)) in error
+    summary: dict[str, Any] = long_run.summary()
+    assert summary["phase"] == "failed" and summary["steps"] >= 2
+    assert "This run failed" in long_run.paths.report.read_text()
+
+
+def test_nothing_is_left_of_a_run_whose_launcher_was_killed(long_run: Run) -> None:
+    assert len(long_run.processes()) >= 4
+    long_run.process.kill()
+    long_run.process.wait()
+    assert long_run.gone(40.0), [p.cmdline() for p in long_run.processes()]
+
+
+@pytest.mark.parametrize(("tp", "ranks"), [(2, 2), (1, 2)], ids=["tp2", "dp2"])
+def test_two_ranks_train_and_export_as_one_does(runs: Path, tp: int, ranks: int) -> None:
+    settings = (*SHORT, f"num_gpus={ranks}", f"model_parallel_size={tp}")
+    run = Run(runs, f"tp{tp}-of-{ranks}", *settings)
+    assert run.wait(200.0) == 0, run.said()
+    assert run.steps() == STEPS and run.summary()["phase"] == "done" and run.gone()
+    assert AutoModelForCausalLM.from_pretrained(run.paths.root / "model").config.hidden_size == 64
+
+
+def test_training_alone_on_recorded_batches_from_another_runs_model(runs: Path, finished: Run) -> None:
+    """``hf_checkpoint`` stands for the warm start; the batches are those of the whole run."""
+    settings = (f"metarl.debug.batches={runs}/batches", f"train_iters={RL}", f"metarl.warmstart.hf_checkpoint={finished.paths.root}/model")
+    run = Run(runs, "train-only", *settings, config="train_only")
+    assert run.wait() == 0, run.said()
+    assert run.steps() == [("rl", s) for s in range(1, RL + 1)] and run.summary()["steps"] == RL

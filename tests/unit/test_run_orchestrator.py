@@ -1,0 +1,206 @@
+"""The orchestrator in this process, over its real socket, with the scripted generator: who waits, who stops, who fails."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from neox_rl.config.dump import dump
+from neox_rl.config.run import RunConfig
+from neox_rl.errors import NeoxRLError
+from neox_rl.problems.tokenizer import load_tokenizer
+from neox_rl.queue.wire import ExperienceClient, ExperienceServer, Phase
+from neox_rl.run.endpoints import choose_endpoints, write_endpoints
+from neox_rl.run.orchestrator import Orchestrator, leaves
+from neox_rl.run.parts import build_parts
+from neox_rl.telemetry.jsonl import read_jsonl
+from neox_rl.telemetry.metrics import MetricsWriter
+from neox_rl.telemetry.status import read_status
+from neox_rl.types import Json
+from tests.unit.small_run import small_config, small_paths
+
+FRESH: dict[str, Json] = {"sft_step": 0, "rl_step": 0}
+METRICS: dict[str, Json] = {"loss": 0.5, "tokens_trained": 10, "reward_mean": 0.5, "staleness_max": 0}
+
+
+class Run:
+    """The orchestrator on a thread of its own; ``failure`` is what ended it, None when the trainer did."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config, self.paths = config, small_paths(config)
+        self.paths.config.write_text(dump(config))
+        self.endpoints = choose_endpoints(config, load_tokenizer(config.metarl.tokenizer, config.metarl.problems).vocab_size)
+        write_endpoints(self.paths, self.endpoints)
+        self.up = threading.Event()
+        self.failure: BaseException | None = None
+        self.thread = threading.Thread(target=self._main, daemon=True)
+        self.thread.start()
+        assert self.up.wait(20.0)
+
+    def _main(self) -> None:
+        try:
+            asyncio.run(self._serve())
+        except BaseException as error:
+            self.failure = error
+        finally:
+            self.up.set()
+
+    async def _serve(self) -> None:
+        async with AsyncExitStack() as stack:
+            parts = await build_parts(self.config, self.paths, stack)
+            server = ExperienceServer("127.0.0.1", self.endpoints.experience_port)
+            stack.callback(server.close)
+            self.it = Orchestrator(self.config, self.paths, parts, MetricsWriter(self.paths, self.config.metarl.logging))
+            stack.callback(self.it.close)
+            self.parts, self.loop = parts, asyncio.get_running_loop()
+            self.up.set()
+            await self.it.run(server)
+
+    def call(self, function: Callable[..., Any], *args: Any) -> None:
+        self.loop.call_soon_threadsafe(function, *args)
+
+    def ended(self) -> list[BaseException]:
+        self.thread.join(10.0)
+        assert not self.thread.is_alive()
+        if self.failure is None:
+            return []
+        return list(leaves(self.failure)) if isinstance(self.failure, BaseExceptionGroup) else [self.failure]
+
+
+@contextmanager
+def client_of(run: Run) -> Iterator[ExperienceClient]:
+    client = ExperienceClient(run.endpoints.experience, 20.0)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def test_a_whole_run_with_its_files(tmp_path: Path) -> None:
+    run = Run(small_config(tmp_path, train_iters=3, evaluation={"every_steps": 1}))
+    with client_of(run) as client:
+        client.hello(1, FRESH)
+        assert sum(t.num_tokens for g in client.next_groups(Phase.SFT, 1) for t in g.traces) >= 128
+        client.report(Phase.SFT, 1, METRICS)
+        client.published(0)
+        assert set(client.evaluate("warmstart", 0)) == {"greedy", "sampled"}
+        for step in (1, 2, 3):
+            assert len(client.next_groups(Phase.RL, step)) == 2
+            client.published(step)
+            client.report(Phase.RL, step, METRICS)
+        client.evaluate("final", 3)
+        client.done("finished")
+    assert run.ended() == []
+    rows = read_jsonl(run.paths.metrics)
+    assert [(row["phase"], row["step"]) for row in rows] == [("sft", 1), ("rl", 1), ("rl", 2), ("rl", 3)]
+    last = rows[-1]
+    assert (last["rollouts_generated"], last["rollouts_dropped"], last["rollouts_trained_twice"], last["staleness_bound"]) == (12, 0, 0, 2)
+    assert last["search"]["outputs"] == 4.0 and last["tokens_generated"] > 0
+    labels = [(row["label"], row["mode"]) for row in read_jsonl(run.paths.evaluations)]
+    assert labels[:2] == [("warmstart", "greedy"), ("warmstart", "sampled")] and ("final", "sampled") in labels
+    status = read_status(run.paths.status)
+    assert (status.phase, status.message, status.version, status.step, status.total_steps) == ("report", "finished", 3, 3, 3)
+    names = {row["name"] for row in read_jsonl(run.paths.event_log("orchestrator"))}
+    assert {"phase", "admitted", "generate", "delivered", "evaluate", "queue", "tokens"} <= names
+
+
+def test_the_small_evaluation_says_which_versions_it_saw(tmp_path: Path) -> None:
+    run = Run(small_config(tmp_path, train_iters=4, evaluation={"every_steps": 2}))
+    with client_of(run) as client:
+        client.hello(1, {"sft_step": 2, "rl_step": 0})
+        client.published(0)
+        for step in (1, 2, 3):
+            client.next_groups(Phase.RL, step)
+            client.published(step)
+        client.evaluate("other", 3)
+        client.done("stopped")
+    small = [row for row in read_jsonl(run.paths.evaluations) if row["label"].startswith("step")]
+    assert run.ended() == [] and [(row["label"], row["mode"]) for row in small] == [("step 2", "greedy")]
+    assert small[0]["versions"][0] == 2 and len(small[0]["per_problem"]) == 2
+
+
+@pytest.mark.parametrize("waits_for", ["a version", "rollouts"])
+def test_stop_ends_whatever_the_trainer_waits_for(tmp_path: Path, waits_for: str) -> None:
+    run = Run(small_config(tmp_path))
+    with client_of(run) as client:
+        client.hello(1, {"sft_step": 2, "rl_step": 0})
+        threading.Timer(0.3, run.call, [run.it.stop]).start()
+        if waits_for == "a version":  # that is never published
+            assert client.evaluate("warmstart", 0) == {}
+        assert client.next_groups(Phase.RL, 1) == () and client.next_groups(Phase.SFT, 1) == ()
+        assert client.state == {"sft_step": 2, "rl_step": 0}, "the state of the last batch stays"
+        client.done("stopped")
+    assert run.ended() == []
+
+
+def test_a_background_task_that_fails_ends_the_run_with_its_error(tmp_path: Path) -> None:
+    run = Run(small_config(tmp_path))
+
+    async def breaks(*args: Any) -> None:
+        raise NeoxRLError("the servers are gone")
+
+    run.parts.attempts.generator.sample = breaks  # type: ignore[method-assign]
+    with client_of(run) as client:
+        client.hello(1, {"sft_step": 2, "rl_step": 0})
+        client.published(0)
+        threading.Thread(target=lambda: _silently(client), daemon=True).start()
+        failures = run.ended()
+    assert "the servers are gone" in map(str, failures)
+
+
+def _silently(client: ExperienceClient) -> None:
+    try:
+        client.next_groups(Phase.RL, 1)
+    except Exception:
+        return  # it hears of the failure or of silence; this test is about the orchestrator
+
+
+def test_a_resumed_run_goes_on_with_tickets_problems_and_counts(tmp_path: Path) -> None:
+    config = small_config(tmp_path, train_iters=4)
+    run = Run(config)
+    with client_of(run) as client:
+        client.hello(1, {"sft_step": 2, "rl_step": 0})
+        client.published(0)
+        tickets = [group.ticket for group in client.next_groups(Phase.RL, 1)]
+        state = json.loads(json.dumps(client.state))
+        client.report(Phase.RL, 1, METRICS)
+        client.published(1)
+        client.next_groups(Phase.RL, 2)
+        client.report(Phase.RL, 2, METRICS)
+        client.done("stopped")
+    assert run.ended() == []
+    run = Run(config)
+    with client_of(run) as client:
+        client.hello(1, state | {"sft_step": 2, "rl_step": 1})
+        assert [(row["phase"], row["step"]) for row in read_jsonl(run.paths.metrics)] == [("rl", 1)], "step 2 is done again"
+        client.published(1)
+        for step in (2, 3, 4):
+            tickets += [group.ticket for group in client.next_groups(Phase.RL, step)]
+            client.published(step)
+            client.report(Phase.RL, step, METRICS)
+        client.done("finished")
+    assert run.ended() == [] and sorted(tickets) == list(range(8))
+    last = read_jsonl(run.paths.metrics)[-1]
+    assert (last["rollouts_dropped"], last["rollouts_trained_twice"]) == (0, 0) and last["rollouts_generated"] >= 16
+
+
+def test_another_seed_on_resume_is_refused_and_the_trainer_is_told(tmp_path: Path) -> None:
+    run = Run(small_config(tmp_path))
+    with client_of(run) as client:
+        client.hello(1, {"sft_step": 2, "rl_step": 0})
+        client.published(0)
+        client.next_groups(Phase.RL, 1)
+        state = dict(client.state)
+        client.done("stopped")
+    assert run.ended() == []
+    run = Run(small_config(tmp_path, problems={"max_number": 7}))
+    with client_of(run) as client, pytest.raises(NeoxRLError, match="does not fit seed"):
+        client.hello(1, state | {"sft_step": 2, "rl_step": 1})
+    assert "does not fit seed" in str(run.ended()[0])
