@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.logger import init_logger
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
@@ -73,7 +73,15 @@ class ZmqWeightTransferEngine(WeightTransferEngine[ZmqInit, ZmqUpdate]):  # type
         if missing := sorted((expected - set(loaded)) | self._partly_loaded()):
             raise WeightError(f"v{staged.version} has no weights, or not all, for {missing[:5]} ({len(missing)} in all)")
         finalize_layerwise_reload(self.model, self.model_config)
+        self._refresh_tied_heads()
         logger.info("v%d (%s) loaded in %.1f ms", staged.version, staged.digest, (time.perf_counter() - begin) * 1e3)
+
+    def _refresh_tied_heads(self) -> None:
+        """An output layer that shares the embedding's memory receives no weights of its own, so vLLM does not process it again: on a CPU it
+        would go on with the packed copy that it made of the old weights."""
+        for layer in self.model.modules():
+            if isinstance(layer, ParallelLMHead) and self.model_config.hf_config.tie_word_embeddings:
+                layer.quant_method.process_weights_after_loading(layer)
 
     def _partly_loaded(self) -> set[str]:
         """Layers that got some of their weights: a fused one, say, whose k came and whose q did not.
