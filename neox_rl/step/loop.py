@@ -27,7 +27,7 @@ from neox_rl.engines.port import Engine, StepReport
 from neox_rl.loss.policy import make_loss_fn, make_sft_loss_fn, needs_proximal, needs_reference
 from neox_rl.queue.wire import Phase
 from neox_rl.step.feed import Feed
-from neox_rl.step.metrics import step_metrics
+from neox_rl.step.metrics import check_mismatch, step_metrics
 from neox_rl.step.position import Position
 from neox_rl.step.schedule import rl_lr, warmstart_lr
 from neox_rl.telemetry.events import EventLog
@@ -125,9 +125,11 @@ class TrainingLoop:
         start = time.monotonic()
         with self.events.span("train_step", phase=phase.value, step=step, tokens=batch.stats.trained_tokens):
             report = self._optimize(phase, step, batch)
+        metrics = step_metrics(phase, batch.stats, report, self._bound, wait_s, time.monotonic() - start, self._published)
         if self.leader is not None:
-            metrics = step_metrics(phase, batch.stats, report, self._bound, wait_s, time.monotonic() - start, self._published)
             self.leader.feed.report(phase, step, metrics)
+        if self.config.metarl.debug.mode == "run" and self.config.metarl.rollout.generator == "vllm":
+            check_mismatch(metrics.get("mismatch_kl"), self.config.metarl.weights.max_mismatch_kl, step)
         return True
 
     def _next_groups(self, phase: Phase, step: int) -> Sequence[Group]:

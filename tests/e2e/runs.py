@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ class Run:
         sets = [f"metarl.runs_dir={runs_dir}", f"metarl.name={name}", *settings]
         argv = [sys.executable, "deepy.py", "train.py", f"configs/debug/{config}.yml"]
         argv += [word for setting in sets for word in ("--set", setting)]
+        self.seen: set[psutil.Process] = set()
         self.output = runs_dir / f"{name}-{time.monotonic_ns()}.out"
         with self.output.open("wb") as output:
             env = os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1"}
@@ -65,19 +67,25 @@ class Run:
         self.until(lambda: (status := read_status(self.paths.status)).phase == phase and status.step >= step, f"{phase} step {step}")
 
     def processes(self) -> list[psutil.Process]:
-        """What the run has started and is alive, the launcher included."""
-        found = []
+        """What the run has started and is alive, the launcher included.
+
+        By environment and by descent, and what was found once is remembered: vLLM's processes overwrite theirs with a title.
+        """
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
+                if process.environ().get(MARK) == self.mark:
+                    self.seen |= {process, *process.children(recursive=True)}
+        return [process for process in self.seen if _alive(process)]
 
     def one(self, *words: str) -> psutil.Process:
-        """The started process whose command line has all these words and whose parent has them not: no guardian, no wrapper."""
+        """The youngest process whose command line has all these words: not its guardian, not a wrapper around it."""
         matching = [p for p in self.processes() if all(any(word in part for part in p.cmdline()) for word in words)]
         assert matching, f"no process of the run has {words} in its command line"
         return max(matching, key=lambda p: p.create_time())
+
+    def kill_one(self, *words: str) -> None:
+        """``kill -9`` for the process that :meth:`one` finds."""
+        self.one(*words).send_signal(signal.SIGKILL)
 
     def gone(self, deadline_s: float = 15.0) -> bool:
         """Whether nothing of the run is left, once it has had a moment to go."""
@@ -94,3 +102,10 @@ class Run:
 
     def summary(self) -> dict[str, Any]:
         return read_json(self.paths.summary)
+
+
+def _alive(process: psutil.Process) -> bool:
+    """Whether this very process runs: a later one with its number is another."""
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False

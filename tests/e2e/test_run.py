@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -103,7 +102,7 @@ def long_run(runs: Path, request: pytest.FixtureRequest) -> Iterator[Run]:
 )
 def test_a_killed_process_ends_the_run_with_its_name_and_log_and_leaves_nothing(long_run: Run, victim: str, words: tuple[str, ...]) -> None:
     begin = time.monotonic()
-    os.kill(long_run.one(*words).pid, signal.SIGKILL)
+    long_run.kill_one(*words)
     assert long_run.wait(60.0) == 1 and long_run.gone()
     assert time.monotonic() - begin < 30.0
     error = long_run.said().split("error: ")[1]
