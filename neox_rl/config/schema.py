@@ -133,6 +133,9 @@ class WeightsConfig:
     """How new weights reach the servers."""
 
     publish_every: int = key(1, "optimizer steps between publishes", low=1)
+    max_mismatch_kl: float = key(
+        0.5, "the run stops when trainer and servers differ by more at the same version, in nats a token; 0: not checked", low=0.0
+    )
     stage_timeout_s: float = key(120.0, "deadline for a server to stage a published version", low=1.0)
     switch_timeout_s: float = key(60.0, "deadline for pause, load and resume", low=1.0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from neox_rl.batch.types import BatchStats
 from neox_rl.engines.port import StepReport
+from neox_rl.errors import WeightError
 from neox_rl.loss.metrics import finalize
 from neox_rl.queue.wire import Phase
 from neox_rl.types import Json
@@ -47,3 +48,16 @@ def _rollout_metrics(stats: BatchStats, bound: int) -> dict[str, Json]:
         "staleness_hist": {str(age): count for age, count in stats.staleness.items()},
         "zero_variance_groups": stats.zero_variance_groups,
     }
+
+
+def check_mismatch(mismatch_kl: Json, limit: float, step: int) -> None:
+    """Raises WeightError when trainer and servers, at one version, are not one policy. ``mismatch_kl`` None: no token of that version.
+
+    Rounding alone stays far below any sensible limit (1e-12 in fp32, 1e-3 in bf16). Beyond it the servers hold other weights or another
+    model than the trainer, and every importance ratio is noise: the run would go on, and learn nothing, without a word.
+    """
+    if isinstance(mismatch_kl, float) and limit > 0 and mismatch_kl > limit:
+        raise WeightError(
+            f"step {step}: mismatch KL {mismatch_kl:.3g} between trainer and servers at the same version is above "
+            f"weights.max_mismatch_kl = {limit:g}: the servers generate with another policy; compare model/config.json with the NeoX keys, and servers.dtype"
+        )

@@ -9,8 +9,9 @@ import pytest
 
 from neox_rl.batch.types import BatchStats
 from neox_rl.engines.port import StepReport
+from neox_rl.errors import WeightError
 from neox_rl.queue.wire import Phase
-from neox_rl.step.metrics import step_metrics
+from neox_rl.step.metrics import check_mismatch, step_metrics
 from neox_rl.telemetry.rows import MetricsRow
 
 SUMS = {"tokens": 10.0, "ratio/tokens": 10.0, "ratio_square/tokens": 10.0, "truncated_frac/tokens": 5.0, "mismatch_kl/fresh_tokens": 0.0}
@@ -47,3 +48,11 @@ def test_names_are_those_of_the_row_and_a_warm_start_has_no_rollouts() -> None:
     assert row().keys() <= known
     warm = row(Phase.SFT)
     assert not {"reward_mean", "staleness_max", "truncated_frac", "publish_s"} & warm.keys() and warm["loss"] == 0.1
+
+
+def test_a_policy_in_the_servers_that_is_not_the_trainer_s_stops_the_run() -> None:
+    for harmless in (None, float("nan"), 1e-12, 0.5):
+        check_mismatch(harmless, 0.5, 3)
+    check_mismatch(9.0, 0.0, 3)
+    with pytest.raises(WeightError, match=r"step 3: mismatch KL 8.7 .* above weights.max_mismatch_kl = 0.5"):
+        check_mismatch(8.7, 0.5, 3)
