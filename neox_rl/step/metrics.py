@@ -59,5 +59,6 @@ def check_mismatch(mismatch_kl: Json, limit: float, step: int) -> None:
     if isinstance(mismatch_kl, float) and limit > 0 and mismatch_kl > limit:
         raise WeightError(
             f"step {step}: mismatch KL {mismatch_kl:.3g} between trainer and servers at the same version is above "
-            f"weights.max_mismatch_kl = {limit:g}: the servers generate with another policy; compare model/config.json with the NeoX keys, and servers.dtype"
+            f"weights.max_mismatch_kl = {limit:g}: the servers generate with another policy; compare model/config.json with the NeoX keys, "
+            f"and servers.dtype with precision"
         )
