@@ -186,10 +186,10 @@ class TrainingLoop:
         start = time.monotonic()
         version = self.position.rl_step
         with self.events.span("publish", version=version):
-            snapshot = make_snapshot(version, self.engine.named_tensors())
+            tensors = list(self.engine.named_tensors())  # every rank takes part in the gather, rank 0 alone gets something
             if self.leader is not None:
                 if self.leader.publisher is not None:
-                    self.leader.publisher.offer(snapshot)
+                    self.leader.publisher.offer(make_snapshot(version, tensors))
                 self.leader.feed.published(version)
         self._published = time.monotonic() - start
 
