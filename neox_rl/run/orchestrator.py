@@ -36,6 +36,8 @@ from neox_rl.telemetry.rewind import rewind
 from neox_rl.types import Group, Json, Problem, SamplingParams
 
 logger = logging.getLogger(__name__)
+MAX_ERRORS = 3
+"""Errors in the log: a server that is gone fails every ticket in flight."""
 T = TypeVar("T")
 
 
@@ -256,8 +258,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         failures.extend(leaves(ours))
     except NeoxRLError as error:
         failures.append(error)
-    for failure in failures:
+    for failure in failures[:MAX_ERRORS]:
         logger.error("%s: %s", type(failure).__name__, failure)
+    if len(failures) > MAX_ERRORS:
+        logger.error("and %d more like these", len(failures) - MAX_ERRORS)
     return 1 if failures else 0
 
 

@@ -20,7 +20,7 @@ from neox_rl.types import Group, Problem, SamplingParams
 MAX_FAILURES = 3
 """Failed generations of one ticket before the run ends: by then it is not the server that is at fault."""
 RETRY_S = 1.0
-"""Before a ticket is handed on: a server that died ends the run meanwhile, under its own name."""
+"""Before a ticket is handed on, twice as long each time: a server that died has ended by then, and the run names it."""
 
 
 @dataclass
@@ -71,8 +71,9 @@ class RolloutPump:
             group = await self._attempts.group(problem, ticket, self._params, self._config.metarl.rollout.group_size)
         except (ServerFailedError, DeadlineError) as error:
             self._events.instant("error", ticket=ticket, message=str(error))
-            await asyncio.sleep(self._retry_s)
-            if self._queue.failures(ticket) + 1 >= MAX_FAILURES:
+            failures = self._queue.failures(ticket)
+            await asyncio.sleep(self._retry_s * 2**failures)
+            if failures + 1 >= MAX_FAILURES:
                 raise NeoxRLError(f"ticket g{ticket:06d} failed {MAX_FAILURES} times, the last time so: {error}") from error
             self._queue.fail(ticket)
         else:

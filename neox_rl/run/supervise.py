@@ -129,6 +129,8 @@ class Supervisor:
         return [n for n, p in self.running.items() if p.poll() is not None and (p.poll() != 0 or n not in may_end)]
 
     def _ask_to_stop(self) -> None:
+        if read_status(self.paths.status).phase == "report":
+            return  # all is trained and saved: a signal would only hit processes that are ending
         if orchestrator := self.running.get(ORCHESTRATOR):
             if orchestrator.poll() is None:
                 orchestrator.send_signal(signal.SIGINT)
