@@ -76,7 +76,7 @@ class RewardConfig:
     correct: float = key(1.0, "reward of a correct answer")
     wrong: float = key(0.0, "reward of any other verdict")
     wrong_step_cost: float = key(
-        0.0, "subtracted for each search step that is false or not legal, up to five (arithmetic problems)", low=0.0
+        0.0, "subtracted for each search step that is false or not legal, false claims included, up to five (arithmetic problems)", low=0.0
     )
     token_cost: float = key(0.0, "subtracted from a correct answer's reward per token, as a share of max_new_tokens", low=0.0)
 

@@ -37,6 +37,7 @@ class Flaw(StrEnum):
 
 
 STEP_FLAWS = frozenset((Flaw.OPERAND, Flaw.ARITHMETIC, Flaw.ILLEGAL))
+CHARGED_FLAWS = STEP_FLAWS | {Flaw.COMPARISON, Flaw.FALSE_GOAL}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +65,8 @@ class _Frame:
 
 
 def num_wrong_steps(problem: Problem, text: str) -> int:
-    """Steps whose arithmetic is false, whose numbers are not at hand, or that the rules forbid."""
-    return sum(played.flaw in STEP_FLAWS for played in replay(problem, text))
+    """Steps whose arithmetic is false, whose numbers are not at hand, or that the rules forbid, and leaves compared falsely."""
+    return sum(played.flaw in CHARGED_FLAWS for played in replay(problem, text))
 
 
 def replay(problem: Problem, text: str) -> Iterator[Played]:
