@@ -24,17 +24,25 @@ def rewind(paths: RunPaths, sft_step: int, rl_step: int) -> None:
 
 
 def cut(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Truncates a JSON-lines file before the first row that is not to be kept, or is torn. No file is an empty one."""
+    """Truncates a JSON-lines file before the first row that is not to be kept, or before a last line that was not finished.
+
+    A line that is no such row (blank, or torn by an earlier crash) says nothing about the rows behind it: it stays, and they do.
+    No file is an empty one.
+    """
     if not path.exists():
         return
     kept = 0
     with path.open("rb") as file:
         for line in file:
-            try:
-                if not line.endswith(b"\n") or not keep(json.loads(line)):
-                    break
-            except (ValueError, KeyError, TypeError):
+            if not line.endswith(b"\n") or not _stays(line, keep):
                 break
             kept += len(line)
     if kept < path.stat().st_size:
         os.truncate(path, kept)
+
+
+def _stays(line: bytes, keep: Callable[[dict[str, Any]], bool]) -> bool:
+    try:
+        return keep(json.loads(line))
+    except (ValueError, KeyError, TypeError):
+        return True

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from neox_rl.telemetry.jsonl import JsonlWriter, read_jsonl
 from neox_rl.telemetry.paths import RunPaths
 from neox_rl.telemetry.rewind import cut, rewind
@@ -49,3 +51,27 @@ def test_a_torn_row_is_cut_and_a_missing_file_stays_missing(tmp_path: Path) -> N
     cut(file, lambda row: True)
     cut(tmp_path / "none.jsonl", lambda row: True)
     assert file.read_text() == '{"a": 1}\n' and not (tmp_path / "none.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics", "evaluations", "rollouts"])
+def test_two_resumes_after_crashes_in_the_middle_of_a_row_lose_no_earlier_row(tmp_path: Path, name: str) -> None:
+    paths = RunPaths.of(tmp_path)
+    file: Path = getattr(paths, name)
+    row: dict[str, object] = {"phase": "rl", "label": "train"}
+    write(file, [row | {"step": step} for step in range(1, 11)])
+    for checkpoint in (8, 12, 12):
+        with file.open("a") as torn:
+            torn.write('{"phase":"rl","label":"tr')
+        writer = JsonlWriter(file)  # opened before the checkpoint is known, as by a process that starts
+        rewind(paths, sft_step=0, rl_step=checkpoint)
+        for step in range(checkpoint + 1, 15):
+            writer.write(row | {"step": step})
+        writer.close()
+        assert [found["step"] for found in read_jsonl(file)] == list(range(1, 15))
+
+
+def test_a_line_torn_in_the_middle_of_a_file_costs_only_itself(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"step": 1}\n{"st\n\n{"step": 2}\n{"step": 3}\n')
+    cut(file, lambda row: row["step"] <= 2)
+    assert [row["step"] for row in read_jsonl(file)] == [1, 2]
