@@ -6,6 +6,7 @@ Everything a model wrote is hostile text: the template escapes all of it, and th
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -195,7 +196,11 @@ def _versions(spans: Sequence[Mapping[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Make report.html of a run again.")
     parser.add_argument("run_dir", type=Path)
-    print(write_report(parser.parse_args(argv).run_dir))
+    try:
+        print(write_report(parser.parse_args(argv).run_dir))
+    except FileNotFoundError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
     return 0
 
 

@@ -21,7 +21,7 @@ from neox_rl.telemetry.events import Event
 from neox_rl.telemetry.jsonl import JsonlWriter, read_jsonl, write_json
 from neox_rl.telemetry.layout import choose_pairs, lay_out
 from neox_rl.telemetry.paths import RunPaths
-from neox_rl.telemetry.report import write_report
+from neox_rl.telemetry.report import main, write_report
 from neox_rl.telemetry.rundata import load_run
 from neox_rl.telemetry.shares import time_shares
 from neox_rl.telemetry.status import Status, write_status
@@ -270,6 +270,11 @@ def test_the_report_can_be_made_again_from_the_command_line(tmp_path: Path) -> N
     )  # fmt: skip
     assert done.stdout.strip() == str(paths.report)
     assert paths.report.exists()
+
+
+def test_a_report_of_a_run_that_is_not_there_says_so_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "nowhere")]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'nowhere'} is no run directory; give the directory that holds metrics.jsonl\n"
 
 
 # --- the terminal
