@@ -51,6 +51,7 @@ class Publisher:
         self.address = f"tcp://{bind_host}:{port}"
         self.malformed = 0
         self._lock = threading.Lock()
+        self._died: Exception | None = None
         self._offered: Snapshot | None = None
         self._newest: Snapshot | None = None
         self._peers = _Peers()
@@ -62,10 +63,12 @@ class Publisher:
         self._thread.start()
 
     def offer(self, snapshot: Snapshot) -> None:
-        """Makes ``snapshot`` the newest. Returns at once; versions must rise."""
+        """Makes ``snapshot`` the newest. Returns at once; versions must rise. Raises WireError, also when the thread has died."""
         with self._lock:
             if self._wake.closed:
                 raise WireError(f"v{snapshot.version} offered to a closed publisher")
+            if self._died is not None:
+                raise WireError(f"v{snapshot.version} cannot be offered: the publisher's thread ended with {self._died!r}") from self._died
             if self._offered is not None and snapshot.version <= self._offered.version:
                 raise WireError(f"v{snapshot.version} offered after v{self._offered.version}: versions must rise")
             self._offered = snapshot
@@ -82,6 +85,13 @@ class Publisher:
         self._context.destroy(linger=0)
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:  # whatever it was, the trainer must hear of it, or the servers would wait for versions for ever
+            logger.exception("%s publishes nothing more", self.address)
+            self._died = error
+
+    def _serve(self) -> None:
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
         poller.register(self._woken, zmq.POLLIN)

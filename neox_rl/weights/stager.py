@@ -1,7 +1,8 @@
 """Fetches and verifies new versions in a thread of the vLLM worker, while generation goes on.
 
-At most ``KEEP`` verified versions are held, the newest ones: the orchestrator switches to a version that every worker has acked, and by
-then the next one may have arrived.
+An ack is a promise: the version is held until it or a newer one is taken, however many come after it. The orchestrator switches to a
+version that every worker has acked, and a fast worker may have staged several more by then. Admission bounds how many those are: the
+trainer is never more than admission_slack + 1 versions ahead of the live one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from neox_rl.weights.snapshot import read_snapshot
 from neox_rl.weights.wire import FETCH, RESEND_S, STAGED, control, prepare
 
 logger = logging.getLogger(__name__)
-KEEP = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Staged:
 
 
 class Stager:
-    """Keeps the newest versions that the publisher at ``address`` offers. ``who`` is ``<server>/<rank>``, the name in the acks."""
+    """Stages what the publisher at ``address`` offers. ``who`` is ``<server>/<rank>``, the name in the acks."""
 
     def __init__(self, address: str, who: str, resend_s: float = RESEND_S) -> None:
         self.address, self.who = address, who
@@ -41,6 +41,7 @@ class Stager:
         self._changed = threading.Condition()
         self._held: dict[int, Staged] = {}
         self._failure = ""
+        self._died: Exception | None = None
         self._have = -1
         self._closing = False
         self._context = zmq.Context()
@@ -50,13 +51,16 @@ class Stager:
     def take(self, version: int, deadline_s: float) -> Staged:
         """Hands over ``version`` and forgets it and every older one.
 
-        Raises WeightError when it was superseded, DeadlineError naming version and publisher when it does not come in time.
+        Raises WeightError when it was superseded or the thread died, DeadlineError naming version and publisher when it does not come in
+        time.
         """
         end = time.monotonic() + deadline_s
         with self._changed:
             while version not in self._held:
                 if self._held and min(self._held) > version:
                     raise WeightError(f"{self.who}: v{version} is gone, staged are {sorted(self._held)}: switch to one of these")
+                if self._died is not None:
+                    raise WeightError(f"{self.who} cannot stage v{version}: its thread ended with {self._died!r}") from self._died
                 left = end - time.monotonic()
                 if left <= 0 or self._closing:
                     hint = self._failure or f"staged are {sorted(self._held)}; is the publisher there?"
@@ -87,6 +91,11 @@ class Stager:
                         self._ask(socket)
         except zmq.ContextTerminated:
             pass
+        except Exception as error:  # whatever it was, take() must not wait for a thread that is gone
+            logger.exception("%s stages nothing more from %s", self.who, self.address)
+            with self._changed:
+                self._died = error
+                self._changed.notify_all()
         finally:
             socket.close(linger=0)
 
@@ -112,6 +121,5 @@ class Stager:
         with self._changed:
             self._have, self._failure = version, ""
             self._held[version] = Staged(version, digest, tensors)
-            self._held = {held: self._held[held] for held in sorted(self._held)[-KEEP:]}
             self._changed.notify_all()
         return True

@@ -2,7 +2,7 @@
 
     worker    -> publisher   fetch  {have, who}            the newest version > have, as soon as there is one
     publisher -> worker      snapshot                      see ``neox_rl.weights.snapshot``
-    worker    -> publisher   staged {version, who, digest} every byte of ``version`` is verified and held
+    worker    -> publisher   staged {version, who, digest} every byte of ``version`` is verified, and held until a switch
     watcher   -> publisher   watch  {}                     tell me what is and what comes
     publisher -> watcher     offered {version, digest}, staged {version, who, digest}
 

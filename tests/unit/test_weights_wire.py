@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
@@ -72,20 +73,69 @@ def test_a_version_is_held_until_it_or_a_newer_one_is_taken(stack: ExitStack, pu
     assert worker.take(1, 1.0).version == 1
 
 
-def test_at_most_two_versions_are_held_and_a_lost_one_is_named(stack: ExitStack, publisher: Publisher) -> None:
+def test_a_version_older_than_what_is_staged_is_named_as_gone(stack: ExitStack, publisher: Publisher) -> None:
+    publisher.offer(snapshot(3))
     worker = stager(stack, publisher.address, "a/0")
-    for version in range(4):
-        publisher.offer(snapshot(version))
-        wait_for(lambda version=version: version in worker._held)
-    assert sorted(worker._held) == [2, 3]
-    with pytest.raises(WeightError, match=r"v1 is gone, staged are \[2, 3\]"):
+    wait_for(lambda: 3 in worker._held)
+    with pytest.raises(WeightError, match=r"v1 is gone, staged are \[3\]"):
         worker.take(1, 5.0)
+
+
+class SlowStager(Stager):
+    """Reads one snapshot for each ``release()`` of its gate."""
+
+    def __init__(self, address: str, who: str) -> None:
+        self.gate = threading.Semaphore(0)
+        super().__init__(address, who, resend_s=RESEND_S)
+
+    def _receive(self, socket: zmq.SyncSocket) -> bool:
+        self.gate.acquire(timeout=10.0)
+        return super()._receive(socket)
+
+
+def test_a_fast_worker_still_holds_the_version_that_a_slow_one_acks_last(stack: ExitStack, publisher: Publisher) -> None:
+    async def story() -> None:
+        async with Watcher(publisher.address) as watcher:
+            fast = stager(stack, publisher.address, "fast/0")
+            slow = stack.enter_context(closing(SlowStager(publisher.address, "slow/0")))
+            wait_for(lambda: len(publisher._peers.waiting) == 2)
+            for version in range(1, 5):
+                publisher.offer(snapshot(version))
+                assert await watcher.wait_staged(version, {"fast/0"}, 5.0) == version
+            slow.gate.release()
+            assert await watcher.wait_staged(1, {"fast/0", "slow/0"}, 5.0) == 1
+            assert [worker.take(1, 1.0).version for worker in (fast, slow)] == [1, 1]
+            slow.gate.release()
+            assert await watcher.wait_staged(2, {"fast/0", "slow/0"}, 5.0) == 4
+            assert [worker.take(4, 1.0).version for worker in (fast, slow)] == [4, 4]
+            slow.gate.release()
+
+    asyncio.run(story())
 
 
 def test_a_version_that_does_not_come_is_named_with_its_publisher(stack: ExitStack, publisher: Publisher) -> None:
     worker = stager(stack, publisher.address, "a/0")
     with pytest.raises(DeadlineError, match=f"a/0 to stage v7 from {publisher.address}"):
         worker.take(7, 0.05)
+
+
+def test_a_stager_whose_thread_died_says_of_what(stack: ExitStack) -> None:
+    worker = stager(stack, "tcp://127.0.0.1:no-port", "a/0")
+    begin = time.monotonic()
+    with pytest.raises(WeightError, match="a/0 cannot stage v1: its thread ended with ZMQError"):
+        worker.take(1, 30.0)
+    assert time.monotonic() - begin < 10.0
+
+
+def test_a_publisher_whose_thread_died_says_of_what_and_still_closes(stack: ExitStack) -> None:
+    publisher = stack.enter_context(closing(Publisher()))
+    stager(stack, publisher.address, "a/0")
+    wait_for(lambda: bool(publisher._peers.waiting))
+    good = snapshot(1)
+    publisher.offer(Snapshot(1, good.digest, good.manifest, (1.5,)))  # type: ignore[arg-type]
+    wait_for(lambda: not publisher._thread.is_alive())
+    with pytest.raises(WireError, match=r"v2 .*thread ended with TypeError"):
+        publisher.offer(snapshot(2))
 
 
 def test_corrupted_bytes_are_refused_never_acked_and_asked_for_again(stack: ExitStack, publisher: Publisher) -> None:
