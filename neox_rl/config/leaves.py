@@ -103,7 +103,7 @@ def _typed(leaf: Leaf, value: object) -> Any:
         case type() as kind, int() | float() if kind is float:
             return float(value) if math.isfinite(value) else MISSING
         case type() as kind, str() if kind is float:
-            return numbers(value) * 1.0 if NUMBER.fullmatch(value) else MISSING
+            return float(value) if NUMBER.fullmatch(value) and math.isfinite(float(value)) else MISSING
         case type() as kind, str() if kind is str:
             return value
         case kind, str() if kind == tuple[str, ...]:
