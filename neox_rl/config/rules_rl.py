@@ -173,12 +173,6 @@ def stale_samples_are_corrected(config: RunConfig, machine: Machine) -> Iterator
         )
 
 
-def kl_term_pulls(config: RunConfig, machine: Machine) -> Iterator[str]:
-    o = config.metarl.objective
-    if o.kl_coef > 0 and o.kl_estimator == "k1":
-        yield "metarl.objective.kl_estimator = k1: as a loss term its gradient has mean zero on-policy and pulls nowhere; use k2 or k3"
-
-
 def policy_has_a_start(config: RunConfig, machine: Machine) -> Iterator[str]:
     m = config.metarl
     if not m.warmstart.steps and not warmstart_skipped(config) and m.debug.mode == "run" and m.rollout.generator == "vllm":
@@ -209,4 +203,4 @@ RL_RULES = (
     publishing_keeps_up,
     clips_are_sensible,
 )
-RL_WARNINGS = (stale_samples_are_corrected, kl_term_pulls, policy_has_a_start)
+RL_WARNINGS = (stale_samples_are_corrected, policy_has_a_start)

@@ -186,9 +186,6 @@ CASES = (
     ),
     Case("clips_are_sensible", "metarl.objective.ratio_cap=0.5", "truncates on-policy tokens too", "metarl.objective.ratio_cap=2"),
     Case("stale_samples_are_corrected", "metarl.objective.loss=reinforce", "tokens may be 2 steps old", "metarl.objective.loss=tis"),
-    Case(
-        "kl_term_pulls", "metarl.objective.kl_coef=0.1 metarl.objective.kl_estimator=k1", "use k2 or k3", "metarl.objective.kl_estimator=k3"
-    ),
     Case("policy_has_a_start", "metarl.warmstart.steps=0", "RL starts from random weights", "metarl.warmstart.steps=100"),
     Case("name_is_a_file_name", "metarl.name=../x", "metarl.name = '../x'", "metarl.name=x-1.2_b"),
     Case("name_is_a_file_name", "metarl.name=''", "metarl.name = ''", "metarl.name=x"),
