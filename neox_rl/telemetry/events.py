@@ -12,7 +12,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +35,6 @@ SPANS: Final[dict[str, str]] = {
     # orchestrator
     "demonstrate": "building demonstrations",
     "generate": "rollouts in flight",
-    "verify": "checking answers",
     "switch": "servers change to a new version",
     # server
     "generating": "at least one request in flight",
@@ -53,6 +52,8 @@ INSTANTS: Final[dict[str, str]] = {
 }
 COUNTERS: Final[dict[str, str]] = {"queue": "groups ready and in flight", "tokens": "tokens generated so far"}
 _VOCABULARY: Final = {"span": SPANS, "instant": INSTANTS, "counter": COUNTERS}
+ONCE_A_PART: Final = ("start_ranks", "start_servers", "build")
+"""Spans that a process has once each time the run is started or resumed; no other event of a part is older than its start_ranks."""
 FLUSH_S: Final = 1.0
 
 
@@ -159,3 +160,21 @@ def _event(row: dict[str, Any]) -> Event | None:
     if not (isinstance(t_ns, int) and isinstance(dur_ns, int)) or dur_ns < 0:
         return None
     return Event(process, str(kind), name, t_ns, dur_ns, fields)
+
+
+def parts_of(events: Sequence[Event]) -> list[list[Event]]:
+    """Events in order of time, cut where the run was started again: at each start of the ranks by the launcher.
+
+    A launcher that was killed early left no such event. Then a process that starts for the second time in a part begins the next.
+    """
+    parts: list[list[Event]] = []
+    begun: set[tuple[str, str]] = set()
+    for event in events:
+        start = (event.process, event.name)
+        if not parts or (event.name in ONCE_A_PART and (event.name == "start_ranks" or start in begun)):
+            parts.append([])
+            begun.clear()
+        if event.name in ONCE_A_PART:
+            begun.add(start)
+        parts[-1].append(event)
+    return parts

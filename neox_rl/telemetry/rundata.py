@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from neox_rl.telemetry.events import Event, read_events
+from neox_rl.telemetry.events import Event, parts_of, read_events
 from neox_rl.telemetry.jsonl import read_json, read_jsonl
 from neox_rl.telemetry.paths import RunPaths
 from neox_rl.telemetry.stats import Interval, paired_difference_ci
@@ -66,9 +66,12 @@ class RunData:
 
     @cached_property
     def wall_s(self) -> float | None:
-        """From the first event to the end of the last; without events, from the first metrics row to the last."""
+        """From the first event to the end of the last, summed over the parts of a run that was resumed.
+
+        Without events, from the first metrics row to the last, pauses included.
+        """
         if self.events:
-            return (max(e.end_ns for e in self.events) - min(e.t_ns for e in self.events)) / 1e9
+            return sum(max(e.end_ns for e in part) - min(e.t_ns for e in part) for part in parts_of(self.events)) / 1e9
         times = [row["time"] for row in self.metrics + self.evaluations]
         return max(times) - min(times) if times else None
 

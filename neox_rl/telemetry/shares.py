@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from neox_rl.telemetry.events import Event
+from neox_rl.telemetry.events import Event, parts_of
 
 PRECEDENCE = (
-    "paused", "switch", "checkpoint", "publish", "evaluate", "train_step", "verify", "generate", "generating", "demonstrate", "build",
+    "paused", "switch", "checkpoint", "publish", "evaluate", "train_step", "generate", "generating", "demonstrate", "build",
     "wait_batch", "start_servers", "start_ranks", "shutdown",
 )  # fmt: skip
 """Of the spans open at one moment, the first named here gets the moment; so shares of one process add up to its time."""
@@ -16,16 +16,17 @@ IDLE = "idle"
 
 
 def time_shares(events: Sequence[Event]) -> dict[str, dict[str, float]]:
-    """Seconds a process spent in each kind of span, ``idle`` for none, over the time from the run's first event to its last.
+    """Seconds a process spent in each kind of span, ``idle`` for none, over the time that the run was running.
 
     Spans of one process may overlap (hundreds of rollouts are in flight at once): every moment is counted once, for the
-    span that PRECEDENCE puts first.
+    span that PRECEDENCE puts first. Time between two parts of a resumed run is nobody's.
     """
-    if not events:
-        return {}
-    start, end = min(e.t_ns for e in events), max(e.end_ns for e in events)
-    processes = sorted({e.process for e in events if e.kind == "span"})
-    return {p: _shares([e for e in events if e.process == p and e.kind == "span"], start, end) for p in processes}
+    totals: dict[str, Counter[str]] = {p: Counter() for p in sorted({e.process for e in events if e.kind == "span"})}
+    for part in parts_of(events):
+        start, end = min(e.t_ns for e in part), max(e.end_ns for e in part)
+        for process, seconds in totals.items():
+            seconds.update(_shares([e for e in part if e.process == process and e.kind == "span"], start, end))
+    return {process: dict(seconds) for process, seconds in totals.items()}
 
 
 def _shares(spans: Sequence[Event], start: int, end: int) -> dict[str, float]:

@@ -223,6 +223,5 @@ def _write_events(paths: RunPaths, rl_steps: int, rng: random.Random) -> None:
         server.add_span("paused", t + 3_300_000_000, 18_000_000 + rng.randrange(9_000_000), version=step + 1)
         orchestrator.add_span("generate", t, 3_000_000_000, rollout=step)
         orchestrator.add_span("generate", t + 400_000_000, 2_000_000_000, rollout=step)
-        orchestrator.add_span("verify", t + 2_900_000_000, 200_000_000)
     for log in (trainer, server, orchestrator):
         log.close()

@@ -17,7 +17,7 @@ from rich.console import Console
 from synthetic_run import START_NS, rollout_row, write_run
 
 from neox_rl.telemetry.display import LiveDisplay, View, clock, sparkline
-from neox_rl.telemetry.events import Event
+from neox_rl.telemetry.events import Event, EventLog
 from neox_rl.telemetry.jsonl import JsonlWriter, read_jsonl, write_json
 from neox_rl.telemetry.layout import choose_pairs, lay_out
 from neox_rl.telemetry.paths import RunPaths
@@ -116,6 +116,28 @@ def test_of_overlapping_spans_the_rarer_one_counts() -> None:
 
     found = time_shares([span("generating", 0, 10), span("generating", 2, 6), span("paused", 4, 1), span("generating", 12, 1)])
     assert found == {"p": {"generating": 10.0, "paused": 1.0, "idle": 2.0}}
+
+
+def started(paths: RunPaths, hour: int, launched: bool = True) -> None:
+    """Ten seconds of a run, ``hour`` hours in."""
+    t = START_NS + hour * 3600 * 10**9
+    rows = [("launcher", "start_ranks", 0, 4), ("orchestrator", "start_servers", 1, 3)]
+    rows += [("trainer-0", "build", 2, 2), ("trainer-0", "train_step", 5, 5)]
+    for process, name, start, seconds in rows[0 if launched else 1 :]:
+        log = EventLog(paths.event_log(process), process)
+        log.add_span(name, t + start * 10**9, seconds * 10**9)
+        log.close()
+
+
+@pytest.mark.parametrize("killed_early", [0, 1, 2])
+def test_the_time_between_a_stop_and_a_resume_is_not_time_of_the_run(tmp_path: Path, killed_early: int) -> None:
+    paths = RunPaths.of(tmp_path).create()
+    for hour in range(4):
+        started(paths, hour, launched=hour != killed_early)
+    run = load_run(paths.root)
+    assert run.wall_s == 39.0, "a part whose launcher left no event begins a second later"
+    shares = time_shares(run.events)["trainer-0"]
+    assert shares == {"build": 8.0, "train_step": 20.0, "idle": 11.0}
 
 
 # --- rollouts for a reader
