@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
@@ -16,6 +16,8 @@ from neox_rl.errors import ConfigError
 
 BLOCK = "metarl"
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+LARGEST = sys.float_info.max
+"""NaN is not below it, nor is an integer that no float holds."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +103,9 @@ def _typed(leaf: Leaf, value: object) -> Any:
         case type() as kind, int() if kind in (int, str):
             return kind(value)
         case type() as kind, int() | float() if kind is float:
-            return float(value) if math.isfinite(value) else MISSING
+            return float(value) if abs(value) <= LARGEST else MISSING
         case type() as kind, str() if kind is float:
-            return float(value) if NUMBER.fullmatch(value) and math.isfinite(float(value)) else MISSING
+            return float(value) if NUMBER.fullmatch(value) and abs(float(value)) <= LARGEST else MISSING
         case type() as kind, str() if kind is str:
             return value
         case kind, str() if kind == tuple[str, ...]:

@@ -97,6 +97,7 @@ def test_an_unknown_key_is_named_with_its_place_and_the_key_that_was_meant(tmp_p
         ("metarl: {rollout: {group_size: 4.0}}", "= 4.0|must be an integer"),
         ("metarl: {rollout: {top_p: 1.5}}", "= 1.5|must be a number >= 0 and <= 1"),
         ("metarl: {rollout: {top_p: .nan}}", "= nan|must be a number"),
+        (f"min_lr: 1{'0' * 400}", "= 1000|must be a number"),
         ("min_lr: 1e400", "= '1e400'|must be a number"),
         ("metarl: {rollout: {top_p: high}}", "= 'high'|must be a number"),
         ("metarl: {rollout: {generator: vlm}}", "= 'vlm'|one of vllm, scripted|did you mean vllm?"),
