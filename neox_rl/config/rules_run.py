@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Iterator
 
@@ -13,9 +14,9 @@ from neox_rl.errors import ConfigError
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 ADDRESS = re.compile(r"http://[A-Za-z0-9.\-\[\]:]+:\d{1,5}")
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-WILDCARD = ("0.0.0.0", "::")
-"""Addresses to bind to, but not to connect to: every process connects to the host that the others bind."""
+HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
+WILDCARD = "0.0.0.0"
+"""An address to bind to, but not to connect to: every process connects to the host that the others bind."""
 SERVER_GIB = 2.5
 """Resident memory of one vLLM server's processes beside its KV cache."""
 RANK_GIB = 0.6
@@ -149,17 +150,54 @@ def ports_are_free_of_one_another(config: RunConfig, machine: Machine) -> Iterat
             users[p] = key
 
 
+def host_can_be_bound(config: RunConfig, machine: Machine) -> Iterator[str]:
+    """The sockets are IPv4, and the same text is bound and connected to: no ``*``, no ``::1``."""
+    host = config.metarl.network.bind_host
+    if not HOST.fullmatch(host):
+        yield (
+            f"metarl.network.bind_host = {host!r}: must be an IPv4 address or a host name, without port; for example 127.0.0.1, or this"
+            " node's address"
+        )
+
+
+def servers_elsewhere_reach_the_publisher(config: RunConfig, machine: Machine) -> Iterator[str]:
+    """They fetch the weights from the host that the trainer binds, as it is written."""
+    m = config.metarl
+    if m.rollout.generator != "vllm" or m.debug.mode == "train_only" or not is_unreachable(host := m.network.bind_host):
+        return
+    for address in m.servers.addresses:
+        if ADDRESS.fullmatch(address) and not is_loopback(address.removeprefix("http://").rpartition(":")[0]):
+            yield (
+                f"metarl.network.bind_host = {host}: the server {address} fetches weights from this host, and cannot reach it there; set"
+                " this node's address"
+            )
+            return
+
+
+def is_loopback(host: str) -> bool:
+    """Whether ``host`` means the machine that uses it. Names other than localhost are not looked up."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def is_unreachable(host: str) -> bool:
+    """Whether another machine cannot connect to what is bound to ``host``, under this name."""
+    return is_loopback(host) or host == WILDCARD
+
+
 def several_nodes_are_reachable(config: RunConfig, machine: Machine) -> Iterator[str]:
     n, net = config.neox, config.metarl.network
     if config_is_local(config):
         return
     why = f"launcher {n.launcher}" + (" with a hostfile" if n.hostfile else "")
-    if n.master_addr in LOOPBACK:
+    if is_loopback(n.master_addr):
         yield (
             f"master_addr = {n.master_addr}: {why} starts ranks on other nodes, which cannot reach a loopback address; set the address of"
             " the first node"
         )
-    if net.bind_host in (*LOOPBACK, *WILDCARD):
+    if is_unreachable(net.bind_host):
         yield (
             f"metarl.network.bind_host = {net.bind_host}: {why} starts ranks on other nodes, which need an address to connect to; set this"
             " node's address"
@@ -180,7 +218,7 @@ def inner_deadlines_come_first(config: RunConfig, machine: Machine) -> Iterator[
 
 def sockets_are_private(config: RunConfig, machine: Machine) -> Iterator[str]:
     host = config.metarl.network.bind_host
-    if host not in LOOPBACK:
+    if not is_loopback(host):
         yield (
             f"metarl.network.bind_host = {host}: sockets carry no password, so whoever reaches this interface can send weights and"
             " rollouts; keep it in a private network"
@@ -234,6 +272,8 @@ RUN_RULES = (
     gpus_fit,
     debug_mode_is_complete,
     ports_are_free_of_one_another,
+    host_can_be_bound,
+    servers_elsewhere_reach_the_publisher,
     several_nodes_are_reachable,
     inner_deadlines_come_first,
 )

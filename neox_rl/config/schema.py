@@ -116,7 +116,11 @@ class ServersConfig:
 
     num_servers: int = key(1, "servers that the run starts", low=0)
     tensor_parallel_size: int = key(1, "TP of each server", low=1)
-    addresses: tuple[str, ...] = key((), "http://host:port of servers that run elsewhere, instead of starting any")
+    addresses: tuple[str, ...] = key(
+        (),
+        "http://host:port of servers that run elsewhere, instead of starting any. Start them with the flags that --prepare prints for"
+        " num_servers: 1, --model a copy of runs/<name>/model, and network.bind_host an address that they reach",
+    )
     cores: str = key("auto", "CPU cores: auto, or one set a server as in '0;1' or '0|1;2|3' (| between TP ranks)")
     gpus: str = key("auto", "GPU ids: auto (those after the training ranks'), or one set a server as in '4,5;6,7'")
     max_num_seqs: int = key(256, "sequences that one server decodes at once", low=1)
@@ -174,6 +178,7 @@ class DeadlinesConfig:
     """How long each wait may last. Every wait names what it waited for when this passes."""
 
     batch_s: float = key(600.0, "the trainer waits for a batch", low=1.0)
+    evaluate_s: float = key(1800.0, "the trainer waits for a whole evaluation, before and after RL", low=1.0)
     ranks_start_s: float = key(300.0, "the launcher waits for the training ranks to come up", low=1.0)
     publish_s: float = key(180.0, "the orchestrator waits for a version that the trainer promised", low=1.0)
     stop_s: float = key(120.0, "after Ctrl-C the trainer gets this long to finish its step and save", low=1.0)
