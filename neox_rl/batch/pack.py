@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import DTypeLike
 
+from neox_rl.ages import NO_AGE, beyond, check_bound, count_ages, token_ages
 from neox_rl.batch.advantages import group_advantages, zero_variance
 from neox_rl.batch.packing import Layout, Plan, plan
 from neox_rl.batch.types import PADDING, BatchStats, Floats, Ints, MicroBatch, StepBatch
@@ -54,7 +55,8 @@ def pack_rl(
     """The batch that ``step`` (1-indexed) trains on policy version ``step - 1``.
 
     Raises StalenessError for a ticket that comes twice, a token from a version after ``step - 1``, or, in mode strict, one
-    more than S = admission_slack + delivery_slack versions before it. Raises ValueError for a loss token that no policy
+    more than S = admission_slack + delivery_slack versions before it. In both modes the packed result is checked again: no token beyond
+    S has a loss weight, unless stale_tokens is truncate. Raises ValueError for a loss token that no policy
     sampled, and ConfigError for a sequence longer than ``layout.pack_tokens``.
     """
     _check_tickets(groups)
@@ -62,9 +64,9 @@ def pack_rl(
     for sequence in sequences:
         if bool(((sequence.mask > 0) & (sequence.versions == NO_VERSION)).any()):
             raise ValueError(f"trace {sequence.trace.id} puts a loss on tokens that no policy sampled: mask them, or train them with sft")
-    ages = [_ages(sequence, step - 1) for sequence in sequences]
+    ages = [_shift(token_ages(sequence.trace, step), NO_AGE) for sequence in sequences]
     bound = staleness.admission_slack + staleness.delivery_slack
-    stale = [age > bound for age in ages]
+    stale = [beyond(age, bound) for age in ages]
     if staleness.mode == "strict":
         for sequence, age in zip(sequences, ages, strict=True):
             if int(age.max(initial=0)) > bound:
@@ -78,11 +80,13 @@ def pack_rl(
     advantages = [a for group in groups for a in group_advantages([t.reward for t in group.traces], objective.baseline)]
     sequences = [replace(s, weight=w, advantage=a) for s, w, a in zip(sequences, weights, advantages, strict=True)]
     layout_plan = plan([len(s.tokens) for s in sequences], layout)
+    microbatches = _microbatches(sequences, layout_plan)
+    trained = _trained_ages(microbatches, step)
+    if staleness.stale_tokens == "mask":
+        check_bound(trained, bound, step)
     num_stale = sum(int(old.sum()) for old in stale)
-    masked = num_stale if staleness.stale_tokens == "mask" else 0
-    histogram = Counter(int(a) for age in ages for a in age[age >= 0])
-    stats = _stats(groups, sequences, layout_plan, num_stale, masked, dict(sorted(histogram.items())))
-    return StepBatch(step, _microbatches(sequences, layout_plan), stats)
+    stats = _stats(groups, sequences, layout_plan, num_stale, count_ages(ages), trained)
+    return StepBatch(step, microbatches, stats)
 
 
 def pack_sft(groups: Sequence[Group], step: int, *, layout: Layout) -> StepBatch:
@@ -90,7 +94,7 @@ def pack_sft(groups: Sequence[Group], step: int, *, layout: Layout) -> StepBatch
     sequences = _sequences(groups)
     sequences = [replace(s, weight=w) for s, w in zip(sequences, _loss_weights(sequences, "token_mean", 0), strict=True)]
     layout_plan = plan([len(s.tokens) for s in sequences], layout)
-    stats = _stats(groups, sequences, layout_plan, 0, 0, {})
+    stats = _stats(groups, sequences, layout_plan, 0, {}, {})
     return StepBatch(step, _microbatches(sequences, layout_plan), stats)
 
 
@@ -123,14 +127,6 @@ def _sequence(trace: Trace) -> _Sequence:
 
 def _shift(array: Array, end: int) -> Array:
     return np.append(array[1:], np.array([end], dtype=array.dtype))
-
-
-def _ages(sequence: _Sequence, version: int) -> Ints:
-    """Staleness [len] of the loss tokens when ``version`` is trained; -1 for all other tokens."""
-    newest = int(sequence.versions.max())
-    if newest > version:
-        raise StalenessError(f"trace {sequence.trace.id} holds a token of version {newest}, but version {version} is being trained")
-    return np.where(sequence.mask > 0, version - sequence.versions, -1)
 
 
 def _loss_weights(sequences: Sequence[_Sequence], aggregation: str, max_new_tokens: int) -> list[Floats]:
@@ -184,22 +180,35 @@ def _microbatch(members: Mapping[int, _Sequence], length: int, longest: int) -> 
     )
 
 
+def _trained_ages(microbatches: Sequence[Sequence[MicroBatch]], step: int) -> dict[int, int]:
+    """Tokens by staleness, counted where gradient is made: those with a loss weight in the packed micro-batches themselves."""
+    return count_ages(step - 1 - micro.versions[micro.loss_weight != 0] for rank in microbatches for micro in rank)
+
+
 def _stats(
-    groups: Sequence[Group], sequences: Sequence[_Sequence], layout_plan: Plan, stale: int, masked: int, staleness: dict[int, int]
+    groups: Sequence[Group],
+    sequences: Sequence[_Sequence],
+    layout_plan: Plan,
+    stale: int,
+    staleness: Mapping[int, int],
+    trained_staleness: Mapping[int, int],
 ) -> BatchStats:
     rewards = np.array([s.trace.reward for s in sequences])
     lengths = np.array([int((s.mask > 0).sum()) for s in sequences])
     num_tokens = sum(len(s.tokens) for s in sequences)
+    loss_tokens = int(lengths.sum())
+    trained_tokens = sum(int((s.weight != 0).sum()) for s in sequences)
     slots = layout_plan.length * sum(len(rank) for rank in layout_plan.bins)
     return BatchStats(
         num_groups=len(groups),
         num_sequences=len(sequences),
         num_tokens=num_tokens,
-        loss_tokens=int(lengths.sum()),
+        loss_tokens=loss_tokens,
         stale_tokens=stale,
-        masked_tokens=masked,
-        trained_tokens=int(lengths.sum()) - masked,
+        masked_tokens=loss_tokens - trained_tokens,
+        trained_tokens=trained_tokens,
         staleness=staleness,
+        trained_staleness=trained_staleness,
         reward_mean=float(rewards.mean()),
         reward_std=float(rewards.std()),
         correct_frac=float(np.mean([s.trace.verdict.correct for s in sequences])),

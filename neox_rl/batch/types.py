@@ -78,9 +78,11 @@ class BatchStats:
     """Loss tokens older than the bound, whether masked or kept with a truncated ratio."""
     masked_tokens: int
     trained_tokens: int
-    """loss_tokens - masked_tokens."""
+    """Those with a loss weight: loss_tokens - masked_tokens."""
     staleness: Mapping[int, int]
     """Histogram over loss tokens, before masking: {staleness in optimizer steps: tokens}. Empty for demonstrations."""
+    trained_staleness: Mapping[int, int]
+    """The same over the tokens with a loss weight in the packed micro-batches. Empty for demonstrations."""
     reward_mean: float
     reward_std: float
     correct_frac: float
@@ -93,11 +95,6 @@ class BatchStats:
     """Share of sequences that ended for their token budget."""
     packing_efficiency: float
     """num_tokens over all slots of all micro-batches, in (0, 1]."""
-
-    @property
-    def max_staleness(self) -> int:
-        """Largest staleness among the tokens; 0 when there is none."""
-        return max(self.staleness, default=0)
 
 
 @dataclass(frozen=True, slots=True)

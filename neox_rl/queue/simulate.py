@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
+from neox_rl.ages import beyond, count_ages, token_ages
 from neox_rl.errors import NeoxRLError
 from neox_rl.queue import staleness
-from neox_rl.queue.consumption import consumption_report, mask_stale
 from neox_rl.queue.state import Mode, TicketQueue
 from neox_rl.types import Finish, Group, Reason, Role, Segment, Trace, Verdict
 
@@ -199,14 +199,15 @@ class Simulation:
             self._at(self._now + self.scenario.publish_delay_steps, lambda: self._live(step))
 
     def _count(self, batch: tuple[Group, ...], step: int) -> None:
-        if self._masks:
-            batch = mask_stale(batch, step, self.queue.bound)
-        report, outcome = consumption_report(batch, step, self.queue.bound), self.outcome
-        outcome.tokens_consumed += report.tokens
-        outcome.tokens_beyond += report.beyond
-        outcome.tokens_masked += report.masked
-        outcome.max_staleness = max(outcome.max_staleness, report.max_staleness)
-        self._lengths += [(_num_sampled(g), sum(len(s.ids) for t in g.traces for s in t.segments if s.mask > 0)) for g in batch]
+        outcome, bound = self.outcome, self.queue.bound
+        for trace in (t for group in batch for t in group.traces):
+            ages = token_ages(trace, step)
+            trained = count_ages([ages[~beyond(ages, bound)] if self._masks else ages])
+            outcome.tokens_consumed += len(ages)
+            outcome.tokens_beyond += sum(tokens for age, tokens in trained.items() if age > bound)
+            outcome.tokens_masked += len(ages) - sum(trained.values())
+            outcome.max_staleness = max([outcome.max_staleness, *trained])
+            self._lengths.append((len(ages), sum(trained.values())))
 
 
 def _num_sampled(group: Group) -> int:

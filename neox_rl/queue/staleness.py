@@ -28,16 +28,6 @@ def bound(admission_slack: int, delivery_slack: int) -> int:
     return admission_slack + delivery_slack
 
 
-def due_step(ticket: int, groups_per_step: int) -> int:
-    """The step (1-indexed) that a ticket is meant for. It may be trained earlier by at most eta steps, being ready early."""
-    return ticket // groups_per_step + 1
-
-
-def deadline_step(ticket: int, groups_per_step: int, delivery_slack: int) -> int:
-    """The last step that may train a ticket in strict mode: that step waits for it."""
-    return due_step(ticket, groups_per_step) + delivery_slack
-
-
 def oldest_version(ticket: int, groups_per_step: int, admission_slack: int) -> int:
     """The version that must be live before a ticket is admitted: none of its tokens is older. At least 0: v0 must be live."""
     return max(0, ticket // groups_per_step - admission_slack)
@@ -51,11 +41,3 @@ def admissible(ticket: int, live_version: int, groups_per_step: int, admission_s
 def num_due(step: int, groups_per_step: int, delivery_slack: int) -> int:
     """Rule 3: in strict mode every ticket below this number must have been trained once ``step`` is taken."""
     return max(0, groups_per_step * (step - delivery_slack))
-
-
-def max_tickets_open(groups_per_step: int, admission_slack: int) -> int:
-    """The most tickets in flight or ready at once: B (eta + 1).
-
-    Live v <= steps taken t, and rule 1 admits at most B (v + eta + 1) tickets, of which B t are trained.
-    """
-    return groups_per_step * (admission_slack + 1)

@@ -21,7 +21,6 @@ from neox_rl.batch.pack import pack_rl, pack_sft
 from neox_rl.batch.packing import Layout
 from neox_rl.batch.types import MicroBatch, StepBatch
 from neox_rl.codec import decode_groups, encode_groups
-from neox_rl.config.derived import staleness_bound
 from neox_rl.config.run import RunConfig
 from neox_rl.engines.port import Engine, StepReport
 from neox_rl.loss.policy import make_loss_fn, make_sft_loss_fn, needs_proximal, needs_reference
@@ -59,7 +58,6 @@ class TrainingLoop:
         topology = engine.topology
         self._layout = Layout(config.metarl.pack_tokens, topology.dp, topology.tp, config.neox.gradient_accumulation_steps)
         self._checkpoints = Path(config.neox.save) if config.neox.save else paths.checkpoints
-        self._bound = staleness_bound(config)
         self._saved = (-1, -1)
         self._published = 0.0
 
@@ -125,7 +123,7 @@ class TrainingLoop:
         start = time.monotonic()
         with self.events.span("train_step", phase=phase.value, step=step, tokens=batch.stats.trained_tokens):
             report = self._optimize(phase, step, batch)
-        metrics = step_metrics(phase, batch.stats, report, self._bound, wait_s, time.monotonic() - start, self._published)
+        metrics = step_metrics(phase, batch.stats, report, wait_s, time.monotonic() - start, self._published)
         if self.leader is not None:
             self.leader.feed.report(phase, step, metrics)
         if self.config.metarl.debug.mode == "run" and self.config.metarl.rollout.generator == "vllm":

@@ -13,10 +13,8 @@ _RENAMED = {"ratio": "ratio_mean", "truncated_frac": "ratio_truncated_frac"}
 """Names of the loss that would say too little beside the others of a row, or be taken for one of them."""
 
 
-def step_metrics(
-    phase: Phase, stats: BatchStats, report: StepReport, bound: int, wait_s: float, step_s: float, publish_s: float
-) -> dict[str, Json]:
-    """``publish_s`` is the time of the last publish before this report; ``bound`` is S."""
+def step_metrics(phase: Phase, stats: BatchStats, report: StepReport, wait_s: float, step_s: float, publish_s: float) -> dict[str, Json]:
+    """``publish_s`` is the time of the last publish before this report."""
     metrics: dict[str, Json] = {
         "loss": report.loss,
         "grad_norm": report.grad_norm,
@@ -29,22 +27,20 @@ def step_metrics(
         "step_s": step_s,
     }
     if phase is Phase.RL:
-        metrics |= _rollout_metrics(stats, bound) | {"publish_s": publish_s}
+        metrics |= _rollout_metrics(stats) | {"publish_s": publish_s}
     return metrics | {_RENAMED.get(name, name): value for name, value in finalize(report.metrics).items() if name != "tokens"}
 
 
-def _rollout_metrics(stats: BatchStats, bound: int) -> dict[str, Json]:
-    # The histogram is over all sampled tokens. Where stale ones are masked, those beyond the bound get no gradient.
-    ages = {age: count for age, count in stats.staleness.items() if age <= bound or not stats.masked_tokens}
-    tokens = sum(ages.values())
+def _rollout_metrics(stats: BatchStats) -> dict[str, Json]:
+    trained, tokens = stats.trained_staleness, stats.trained_tokens
     return {
         "reward_mean": stats.reward_mean,
         "reward_std": stats.reward_std,
         "accuracy": stats.correct_frac,
         "truncated_frac": stats.truncated_frac,
         "tokens_masked_stale": stats.masked_tokens,
-        "staleness_mean": sum(age * count for age, count in ages.items()) / tokens if tokens else 0.0,
-        "staleness_max": max(ages, default=0),
+        "staleness_mean": sum(age * count for age, count in trained.items()) / tokens if tokens else 0.0,
+        "staleness_max": max(trained, default=0),
         "staleness_hist": {str(age): count for age, count in stats.staleness.items()},
         "zero_variance_groups": stats.zero_variance_groups,
     }

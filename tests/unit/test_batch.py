@@ -196,6 +196,7 @@ def test_tokens_beyond_the_bound_lose_their_gradient_and_nothing_else_changes() 
     young = pack([group(trace([4, 4, 4]), trace([4, 4], 0.0))])
     mixed = pack([group(trace([1, 2, 4]), trace([4, 4], 0.0))])
     assert mixed.stats.staleness == {0: 3, 2: 1, 3: 1}
+    assert mixed.stats.trained_staleness == {0: 3, 2: 1}
     assert (mixed.stats.loss_tokens, mixed.stats.masked_tokens, mixed.stats.trained_tokens) == (5, 1, 4)
     (a,), (b,) = every(young), every(mixed)
     assert np.array_equal(a.advantages, b.advantages)
@@ -206,13 +207,23 @@ def test_tokens_beyond_the_bound_lose_their_gradient_and_nothing_else_changes() 
 def test_truncate_keeps_stale_tokens_and_counts_them() -> None:
     batch = pack([group(trace([1, 4]))], stale_tokens="truncate")
     assert (batch.stats.stale_tokens, batch.stats.masked_tokens, batch.stats.trained_tokens) == (1, 0, 2)
-    assert np.count_nonzero(every(batch)[0].loss_weight) == 2
+    assert np.count_nonzero(every(batch)[0].loss_weight) == 2 and batch.stats.trained_staleness == {0: 1, 3: 1}
 
 
 def test_strict_trains_up_to_the_bound_and_stops_beyond_it() -> None:
-    assert pack([group(trace([2, 4]))], mode="strict").stats.max_staleness == 2
+    assert pack([group(trace([2, 4]))], mode="strict").stats.trained_staleness == {0: 1, 2: 1}
     with pytest.raises(StalenessError, match=r"g000000/r0 .* 3 versions old at step 5, the bound is 2"):
         pack([group(trace([1, 4]))], mode="strict")
+
+
+@pytest.mark.parametrize("mode", ["token", "strict"])
+def test_an_old_token_that_reaches_the_packed_batch_stops_the_run(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """The check reads the micro-batches, so that an error anywhere in masking is seen."""
+    monkeypatch.setattr("neox_rl.batch.pack.beyond", lambda ages, bound: np.zeros_like(ages, dtype=bool))
+    monkeypatch.setattr("neox_rl.batch.pack.token_ages", lambda trace, step: np.zeros(trace.num_tokens, dtype=np.int64))
+    with pytest.raises(StalenessError, match=r"step 5 would train 1 of 2 tokens beyond the staleness bound S = 2 \(oldest: 3 steps\)"):
+        pack([group(trace([1, 4]))], mode=mode)
+    assert pack([group(trace([1, 4]))], stale_tokens="truncate").stats.trained_staleness == {0: 1, 3: 1}
 
 
 @pytest.mark.parametrize("mode", ["token", "strict"])

@@ -10,9 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from neox_rl.batch.pack import pack_rl
+from neox_rl.batch.packing import Layout
+from neox_rl.batch.types import BatchStats
+from neox_rl.config.schema import ObjectiveConfig, StalenessConfig
 from neox_rl.errors import ConfigError, StalenessError
 from neox_rl.queue import staleness
-from neox_rl.queue.consumption import TrainedOnce, check_bound, consumption_report, mask_stale
+from neox_rl.queue.consumption import TrainedOnce
 from neox_rl.queue.state import Mode, TicketQueue
 from neox_rl.types import Finish, Group, Reason, Role, Segment, Trace, Verdict
 
@@ -39,7 +43,6 @@ def issue_all(queue: TicketQueue) -> list[int]:
 def test_a_ticket_is_admitted_eta_versions_before_its_step_and_never_before_v0_is_live() -> None:
     assert [staleness.admissible(k, 0, groups_per_step=2, admission_slack=1) for k in range(5)] == [True] * 4 + [False]
     assert not staleness.admissible(0, -1, groups_per_step=2, admission_slack=5)
-    assert (staleness.due_step(5, 2), staleness.deadline_step(5, 2, delivery_slack=1)) == (3, 4)
     assert staleness.num_due(step=1, groups_per_step=2, delivery_slack=4) == 0
 
 
@@ -47,7 +50,7 @@ def test_a_ticket_is_admitted_eta_versions_before_its_step_and_never_before_v0_i
 def test_open_tickets_never_exceed_the_bound(B: int, eta: int, live: int) -> None:
     admitted = sum(staleness.admissible(k, live, B, eta) for k in range(B * 60))
     assert admitted == (B * (live + eta + 1) if live >= 0 else 0)
-    assert admitted - B * max(live, 0) <= staleness.max_tickets_open(B, eta)
+    assert admitted - B * max(live, 0) <= B * (eta + 1)
 
 
 # The state machine
@@ -201,30 +204,6 @@ def test_a_checkpoint_that_does_not_add_up_is_refused(change: dict[str, object],
 # Consumption
 
 
-def test_consumption_counts_tokens_by_the_versions_of_their_spans() -> None:
-    group = make_group(0, [3, 4, 6])
-    report = consumption_report([group], step=7, bound=2)
-    assert (report.by_staleness, report.tokens, report.beyond, report.masked, report.max_staleness) == ({0: 3, 2: 3, 3: 3}, 9, 3, 0, 3)
-    with pytest.raises(StalenessError, match="3 of 9 tokens beyond the staleness bound S = 2"):
-        check_bound(report)
-
-
-def test_masking_takes_the_gradient_of_older_tokens_and_nothing_else() -> None:
-    group, fresh = make_group(0, [3, 4, 6]), make_group(1, [6])
-    masked, same = mask_stale([group, fresh], step=7, bound=2)
-    assert same is fresh
-    assert [s.mask for s in masked.traces[0].segments] == [0.0, 0.0, 1.0, 1.0]
-    assert (masked.traces[0].reward, masked.traces[0].num_tokens) == (group.traces[0].reward, group.traces[0].num_tokens)
-    report = consumption_report([masked], step=7, bound=2)
-    assert (report.masked, report.beyond, report.max_staleness) == (3, 0, 2)
-    check_bound(report)
-
-
-def test_tokens_of_a_version_yet_to_be_made_stop_the_run() -> None:
-    with pytest.raises(StalenessError, match="v7, which does not exist yet"):
-        consumption_report([make_group(0, [7])], step=7, bound=2)
-
-
 def test_a_ticket_that_comes_again_stops_the_run() -> None:
     guard = TrainedOnce()
     guard.add([make_group(4, [0])], step=1)
@@ -235,6 +214,12 @@ def test_a_ticket_that_comes_again_stops_the_run() -> None:
 
 
 # Any order of events
+
+
+def pack_as_the_trainer_does(queue: TicketQueue, batch: Sequence[Group], step: int) -> BatchStats:
+    """Raises StalenessError where the trainer would stop the run."""
+    slack = StalenessConfig(mode=queue.mode, admission_slack=queue.admission_slack, delivery_slack=queue.delivery_slack)
+    return pack_rl(batch, step, staleness=slack, objective=ObjectiveConfig(), max_new_tokens=8, layout=Layout(pack_tokens=64)).stats
 
 
 class QueueMachine(RuleBasedStateMachine):
@@ -285,10 +270,9 @@ class QueueMachine(RuleBasedStateMachine):
         if batch is not None:
             assert len(batch) == self.queue.groups_per_step
             self.trained += [g.ticket for g in batch]
-            report = consumption_report(batch, step, self.queue.bound)
-            if self.queue.mode is Mode.STRICT:
-                check_bound(report)
-            check_bound(consumption_report(mask_stale(batch, step, self.queue.bound), step, self.queue.bound))
+            stats = pack_as_the_trainer_does(self.queue, batch, step)
+            assert max(stats.trained_staleness, default=0) <= self.queue.bound
+            assert self.queue.mode is Mode.TOKEN or stats.masked_tokens == 0
         else:
             assert self.queue.waiting_for(step) != "nothing"
 
@@ -305,7 +289,7 @@ class QueueMachine(RuleBasedStateMachine):
         assert len(self.trained) == len(set(self.trained)) == queue.counts.trained
         assert (queue.groups_dropped, queue.groups_trained_twice) == (0, 0)
         assert queue.num_in_flight == len(self.started)
-        assert queue.num_in_flight + queue.num_ready <= staleness.max_tickets_open(queue.groups_per_step, queue.admission_slack)
+        assert queue.num_in_flight + queue.num_ready <= queue.groups_per_step * (queue.admission_slack + 1)
 
     def teardown(self) -> None:
         """No deadlock: whatever came before, once servers and trainer go on, the run ends with every ticket trained."""

@@ -17,24 +17,26 @@ from neox_rl.telemetry.rows import MetricsRow
 SUMS = {"tokens": 10.0, "ratio/tokens": 10.0, "ratio_square/tokens": 10.0, "truncated_frac/tokens": 5.0, "mismatch_kl/fresh_tokens": 0.0}
 
 
-def stats(staleness: Mapping[int, int], masked: int) -> BatchStats:
-    total = sum(staleness.values())
-    return BatchStats(2, 4, 60, total, masked, masked, total - masked, staleness, 0.5, 0.5, 0.5, 1, 12.0, 20, 0.25, 0.9)
+def stats(staleness: Mapping[int, int], trained: Mapping[int, int]) -> BatchStats:
+    total, kept = sum(staleness.values()), sum(trained.values())
+    return BatchStats(2, 4, 60, total, total - kept, total - kept, kept, staleness, trained, 0.5, 0.5, 0.5, 1, 12.0, 20, 0.25, 0.9)
 
 
-def row(phase: Phase = Phase.RL, staleness: Mapping[int, int] | None = None, masked: int = 0) -> dict[str, Any]:
+def row(phase: Phase = Phase.RL, staleness: Mapping[int, int] | None = None, trained: Mapping[int, int] | None = None) -> dict[str, Any]:
     report = StepReport(0.1, 1.0, 1e-4, 10, SUMS | {"fresh_tokens": 4.0})
-    return step_metrics(phase, stats(staleness or {0: 10}, masked), report, 2, 0.5, 0.25, 0.01)
+    staleness = staleness or {0: 10}
+    return step_metrics(phase, stats(staleness, staleness if trained is None else trained), report, 0.5, 0.25, 0.01)
 
 
 def test_masked_tokens_do_not_count_as_trained_staleness_but_stand_in_the_histogram() -> None:
-    found = row(staleness={0: 6, 2: 2, 5: 4}, masked=4)
+    found = row(staleness={0: 6, 2: 2, 5: 4}, trained={0: 6, 2: 2})
     assert found["staleness_max"] == 2 and found["staleness_mean"] == pytest.approx(0.5)
     assert found["staleness_hist"] == {"0": 6, "2": 2, "5": 4} and found["tokens_masked_stale"] == 4
 
 
 def test_old_tokens_that_are_kept_with_a_truncated_ratio_do_count() -> None:
     assert row(staleness={0: 6, 5: 4})["staleness_max"] == 5
+    assert row(staleness={0: 6, 5: 4, 7: 1}, trained={0: 6, 5: 4})["staleness_max"] == 5, "also where some are masked"
 
 
 def test_the_share_of_truncated_ratios_is_not_taken_for_that_of_truncated_rollouts() -> None:
