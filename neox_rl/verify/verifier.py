@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import Protocol
 
+from neox_rl.arithmetic import ARITHMETIC_TASKS
 from neox_rl.config.schema import VerifyConfig
 from neox_rl.errors import ConfigError
 from neox_rl.ports import Verifier
@@ -15,8 +17,7 @@ from neox_rl.verify.finding import Finding
 from neox_rl.verify.policy import DEFAULT_POLICY, MathPolicy
 from neox_rl.verify.pool import VerifierPool
 
-ARITHMETIC_TASKS = ("countdown", "game24")
-TASKS = (*ARITHMETIC_TASKS, "math")
+TASKS = (*sorted(ARITHMETIC_TASKS), "math")
 
 
 class TaskVerifier(Verifier, Protocol):
@@ -66,3 +67,14 @@ def make_verifier(config: VerifyConfig, task: str, policy: MathPolicy = DEFAULT_
     if task == "math":
         return VerifierPool(config.workers, config.deadline_s, policy)
     raise ConfigError(f"task {task!r} has no verifier; known tasks: {', '.join(TASKS)}")
+
+
+def readable_gold(verifier: TaskVerifier, problems: Sequence[Problem]) -> tuple[tuple[Problem, ...], tuple[str, ...]]:
+    """The problems whose gold answer the verifier can read, in order, and the ids of all others.
+
+    No attempt at those others can ever be right: trained on, they would punish good reasoning; evaluated, lower every accuracy.
+    An answer that takes longer to read than the deadline counts as unreadable.
+    """
+    readable = [verifier.check_gold(problem).correct for problem in problems]
+    kept = tuple(p for p, good in zip(problems, readable, strict=True) if good)
+    return kept, tuple(p.id for p, good in zip(problems, readable, strict=True) if not good)

@@ -11,12 +11,15 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from neox_rl.types import Problem, Reason
+from neox_rl.config.schema import VerifyConfig
+from neox_rl.types import Json, Problem, Reason
 from neox_rl.verify.pool import VerifierPool
+from neox_rl.verify.verifier import make_verifier, readable_gold
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -148,6 +151,20 @@ def test_answers_are_never_executed(pool: VerifierPool, tmp_path: Path) -> None:
 def test_gold_answers_are_checked_when_problems_are_loaded(pool: VerifierPool) -> None:
     assert pool.check_gold(problem(r"\frac{1}{2}")).correct
     assert pool.check_gold(problem("0/0")).reason is Reason.BAD_GOLD
+
+
+def test_problems_with_a_gold_answer_that_cannot_be_read_are_told_apart(pool: VerifierPool) -> None:
+    problems = [replace(problem(gold), id=gold) for gold in ("5", "0/0", r"\sqrt{2}", "")]
+    kept, dropped = readable_gold(pool, problems)
+    assert [p.id for p in kept] == ["5", r"\sqrt{2}"] and dropped == ("0/0", "")
+    assert readable_gold(pool, []) == ((), ())
+
+
+def test_a_game_with_another_answer_than_its_target_is_not_readable() -> None:
+    meta: dict[str, Json] = {"numbers": [3, 5, 7], "target": 26}
+    games = [Problem(f"g{i}", "countdown", "", answer, "c", meta) for i, answer in enumerate(("26", "", "27"))]
+    kept, dropped = readable_gold(make_verifier(VerifyConfig(), "countdown"), games)
+    assert [p.id for p in kept] == ["g0", "g1"] and dropped == ("g2",)
 
 
 def test_close_leaves_no_process() -> None:
