@@ -17,6 +17,9 @@ from neox_rl.rollout.vllm_server import ServerSpec
 from neox_rl.telemetry.jsonl import read_json, write_json
 from neox_rl.telemetry.paths import RunPaths
 
+SEED_STEP, SEEDS = 1_000_003, 1 << 32
+"""Servers of one seed would draw the same random numbers for their requests: correlated rollouts."""
+
 
 @dataclass(frozen=True)
 class Endpoints:
@@ -55,7 +58,12 @@ def choose_endpoints(config: RunConfig, vocab_size: int) -> Endpoints:
 
 
 def _reserve(host: str, wanted: dict[str, int]) -> list[int]:
-    """All at once, so that no free port is found twice."""
+    """All at once, so that no free port is found twice. Raises ConfigError."""
+    try:
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+    except OSError as error:
+        raise ConfigError(f"network.bind_host = {host!r}: {error.strerror}; give an IPv4 address or name of this machine") from error
     with ExitStack() as stack:
         ports: list[int] = []
         for key, port in wanted.items():
@@ -102,7 +110,7 @@ def server_specs(config: RunConfig, endpoints: Endpoints, model_dir: Path, machi
                 max_num_seqs=servers.max_num_seqs,
                 tensor_parallel_size=servers.tensor_parallel_size,
                 enforce_eager=servers.enforce_eager,
-                seed=config.metarl.seed,
+                seed=(config.metarl.seed + i * SEED_STEP) % SEEDS,
                 cores="|".join(",".join(map(str, rank)) for rank in where.servers[i]) if started else "",
                 gpus=",".join(map(str, where.server_gpus[i])) if started and where.server_gpus else "",
                 kv_cache_gib=servers.kv_cache_gib,

@@ -93,6 +93,18 @@ def test_a_taken_port_is_named_before_anything_starts(tmp_path: Path) -> None:
             choose_endpoints(small_config(tmp_path, network={"master_port": port}), 99)
 
 
+def test_a_host_that_is_not_here_is_named(tmp_path: Path) -> None:
+    for host in ("no-such-host.invalid", "192.0.2.1"):
+        with pytest.raises(ConfigError, match=rf"network\.bind_host = '{host}': .*; give an IPv4 address or name of this machine"):
+            choose_endpoints(small_config(tmp_path, network={"bind_host": host}), 99)
+
+
+def test_each_server_draws_its_own_random_numbers(tmp_path: Path) -> None:
+    config = small_config(tmp_path, rollout={"generator": "vllm"}, servers={"num_servers": 3})
+    specs = server_specs(config, choose_endpoints(config, 99), tmp_path, NODE)
+    assert specs[0].seed == config.metarl.seed and len({spec.seed for spec in specs}) == 3
+
+
 def test_endpoints_are_read_as_they_were_written(tmp_path: Path) -> None:
     paths = small_paths(small_config(tmp_path))
     with pytest.raises(ConfigError, match="start the run with deepy"):
