@@ -58,7 +58,7 @@ def join_world(neox: NeoXConfig, metarl: MetaRLConfig, env: RankEnv) -> World:
     parallel_state.initialize_model_parallel(tp, pp, create_gloo_process_groups=False)
     # No operation of the forward pass draws random numbers (there is no dropout), so the tracker has no streams to keep.
     initialize_rng_tracker(inference_rng_tracker=True)
-    longest_wait = max(deadlines.batch_s, deadlines.publish_s, deadlines.ranks_start_s) + CONTROL_SLACK_S
+    longest_wait = max(deadlines.batch_s, deadlines.evaluate_s, deadlines.publish_s, deadlines.ranks_start_s) + CONTROL_SLACK_S
     topology = Topology(
         rank=env.rank,
         world_size=env.world_size,

@@ -228,12 +228,15 @@ class ExperienceServer:
 class ExperienceClient:
     """The trainer's end; blocking, one thread. Every wait ends with an answer or with a DeadlineError naming what was waited for.
 
-    ``deadline_s`` is for one answer. ``silence_s``: once greeted, an orchestrator that says nothing for this long is
-    taken for dead, long before the deadline.
+    ``deadline_s`` is for one answer, ``evaluate_s`` for that of an evaluation. ``silence_s``: once greeted, an orchestrator
+    that says nothing for this long is taken for dead, long before the deadline.
     """
 
-    def __init__(self, address: str, deadline_s: float, silence_s: float = SILENCE_S, resend_s: float = RESEND_S) -> None:
+    def __init__(
+        self, address: str, deadline_s: float, evaluate_s: float | None = None, silence_s: float = SILENCE_S, resend_s: float = RESEND_S
+    ) -> None:
         self._address, self._deadline_s, self._silence_s, self._resend_s = address, deadline_s, silence_s, resend_s
+        self._evaluate_s = deadline_s if evaluate_s is None else evaluate_s
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, LINGER_MS)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
@@ -304,10 +307,11 @@ class ExperienceClient:
     def _request(self, expected: str, what: str, kind: str, **body: Json) -> list[bytes]:
         self._post(kind, **body)
         start = heard = sent = time.monotonic()
+        limit_s = self._evaluate_s if kind == "evaluate" else self._deadline_s
         waiting_for = ""
         while True:
             now = time.monotonic()
-            if now - start > self._deadline_s:
+            if now - start > limit_s:
                 raise DeadlineError(what, now - start, f"the orchestrator last waited for {waiting_for}" if waiting_for else self._hint())
             if self._greeted and now - heard > self._silence_s:
                 raise DeadlineError(f"a word from the orchestrator at {self._address} about {what}", now - heard, self._hint())

@@ -11,12 +11,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from neox_rl.arithmetic import ARITHMETIC_TASKS
+from neox_rl.config.placement import num_servers
 from neox_rl.config.run import RunConfig
+from neox_rl.errors import DeadlineError, NeoxRLError
 from neox_rl.rollout.groups import Attempts, sampled_ids
+from neox_rl.rollout.vllm_client import ServerFailedError
+from neox_rl.run.pump import MAX_FAILURES, RETRY_S
 from neox_rl.search.analyze import analyze, summarize
 from neox_rl.telemetry.rows import EvaluationRow
 from neox_rl.telemetry.stats import cluster_mean_ci
 from neox_rl.types import NO_VERSION, Problem, SamplingParams, Trace
+
+FILL = 2
+"""Completions asked for at once, as a multiple of what the servers decode at once: enough that none idles, few enough to wait little."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +39,15 @@ class Attempt:
 class Evaluator:
     """Evaluates the servers' live policy. ``params`` fixes the stop tokens and the budget; each mode sets its temperature."""
 
-    def __init__(self, config: RunConfig, problems: Sequence[Problem], attempts: Attempts, params: SamplingParams) -> None:
+    def __init__(
+        self, config: RunConfig, problems: Sequence[Problem], attempts: Attempts, params: SamplingParams, retry_s: float = RETRY_S
+    ) -> None:
         evaluation = config.metarl.evaluation
         self._samples, self._seed = evaluation.samples, config.metarl.seed
         self._problems = tuple(problems[: evaluation.num_problems or None])
         self._small = self._problems[: evaluation.small_problems]
-        self._attempts, self._params = attempts, params
+        self._attempts, self._params, self._retry_s = attempts, params, retry_s
+        self._limit = FILL * config.metarl.servers.max_num_seqs * max(1, num_servers(config))
 
     async def full(self, label: str, step: int, version: int) -> tuple[list[EvaluationRow], list[Attempt]]:
         """Rows for greedy and (where the config asks for samples) sampled attempts, and the greedy attempts."""
@@ -54,7 +64,8 @@ class Evaluator:
         self, problems: Sequence[Problem], mode: str, label: str, step: int, version: int
     ) -> tuple[EvaluationRow, list[Attempt]]:
         start = time.monotonic()
-        made = await asyncio.gather(*(self._attempt(problem, i, mode, label) for i, problem in enumerate(problems)))
+        room = asyncio.Semaphore(max(1, self._limit // (1 if mode == "greedy" else self._samples)))
+        made = await asyncio.gather(*(self._attempt(problem, i, mode, label, room) for i, problem in enumerate(problems)))
         attempts = [attempt for some in made for attempt in some]
         correct = [float(a.trace.verdict.correct) for a in attempts]
         versions = {s.version for a in attempts for s in a.trace.segments if s.version != NO_VERSION}
@@ -74,11 +85,25 @@ class Evaluator:
         }
         return row, attempts
 
-    async def _attempt(self, problem: Problem, index: int, mode: str, label: str) -> list[Attempt]:
-        greedy = mode == "greedy"
-        params = replace(self._params, temperature=0.0) if greedy else replace(self._params, seed=self._seed + index)
-        traces = await self._attempts.attempt(problem, f"{label}/{mode}/{problem.id}", params, 1 if greedy else self._samples)
+    async def _attempt(self, problem: Problem, index: int, mode: str, label: str, room: asyncio.Semaphore) -> list[Attempt]:
+        if mode == "greedy":
+            params, size = replace(self._params, temperature=0.0), 1
+        else:
+            # A server gives the j-th sample of a request the seed + j: no two problems may share one.
+            params, size = replace(self._params, seed=self._seed + index * self._samples), self._samples
+        async with room:
+            traces = await self._try(problem, f"{label}/{mode}/{problem.id}", params, size)
         return [as_attempt(problem, trace, self._attempts) for trace in traces]
+
+    async def _try(self, problem: Problem, name: str, params: SamplingParams, size: int) -> tuple[Trace, ...]:
+        """As often as the pump tries a ticket: one lost connection must not cost the run its evaluation."""
+        for failures in range(MAX_FAILURES):
+            try:
+                return await self._attempts.attempt(problem, name, params, size)
+            except (ServerFailedError, DeadlineError) as error:
+                last = error
+                await asyncio.sleep(self._retry_s * 2**failures)
+        raise NeoxRLError(f"the evaluation's {name} failed {MAX_FAILURES} times, the last time so: {last}") from last
 
 
 def as_attempt(problem: Problem, trace: Trace, attempts: Attempts) -> Attempt:

@@ -77,6 +77,6 @@ def _leader(config: RunConfig, paths: RunPaths, endpoints: dict[str, Any]) -> Le
     metarl = config.metarl
     if metarl.debug.mode == "train_only":
         return Leader(RecordedFeed(config, paths), None)
-    client = ExperienceClient(str(endpoints["experience"]), metarl.deadlines.batch_s)
+    client = ExperienceClient(str(endpoints["experience"]), metarl.deadlines.batch_s, metarl.deadlines.evaluate_s)
     record = Path(metarl.debug.record_batches) if metarl.debug.record_batches else None
     return Leader(LiveFeed(client, record), Publisher(metarl.network.bind_host, int(endpoints["weights_port"])))

@@ -48,6 +48,7 @@ class Recorder:
 
     async def evaluate(self, label: str, version: int) -> Mapping[str, Json]:
         self.calls.append(("evaluate", label, version))
+        await asyncio.sleep(self.delay_s)
         return {"accuracy": 0.25, "none": float("nan")}
 
     async def report(self, phase: Phase, step: int, metrics: Mapping[str, Json]) -> None:
@@ -175,6 +176,18 @@ def test_no_orchestrator_is_a_deadline_naming_the_address() -> None:
         pytest.raises(DeadlineError, match=rf"the orchestrator to answer on tcp://127.0.0.1:{port}.*see the orchestrator's log"),
     ):
         client.hello(world=1)
+
+
+def test_an_evaluation_has_a_deadline_of_its_own() -> None:
+    with serving(Recorder(delay_s=1.2)) as running:
+        client = ExperienceClient(running.address, 0.5, 5.0)
+        try:
+            client.hello(world=1)
+            assert client.evaluate("final", 3)["accuracy"] == 0.25
+            with pytest.raises(DeadlineError, match="for the batch of rl step 1"):
+                client.next_groups(Phase.RL, 1)
+        finally:
+            client.close()
 
 
 def test_a_deadline_names_the_batch_and_the_tickets_it_waits_for() -> None:
