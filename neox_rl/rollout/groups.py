@@ -33,24 +33,23 @@ class Attempts:
         """``size`` verified rollouts of ``problem``, ids ``<name>/r<i>``. Raises what the generator raises."""
         prompt = self.tokenizer.encode(problem.prompt)
         completions = await self.generator.sample(prompt, params, size, name)
-        verdicts = await asyncio.gather(*(self._verdict(problem, c) for c in completions))
-        pairs = zip(completions, verdicts, strict=True)
-        return tuple(self._trace(f"{name}/r{i}", problem, prompt, c, v) for i, (c, v) in enumerate(pairs))
+        texts = [self.tokenizer.decode(completion.ids) for completion in completions]
+        verdicts = await asyncio.gather(*(self._verdict(problem, c, text) for c, text in zip(completions, texts, strict=True)))
+        rows = zip(completions, texts, verdicts, strict=True)
+        return tuple(self._trace(f"{name}/r{i}", problem, prompt, *row) for i, row in enumerate(rows))
 
-    def _trace(self, id: str, problem: Problem, prompt: tuple[int, ...], completion: Completion, verdict: Verdict) -> Trace:
+    def _trace(self, id: str, problem: Problem, prompt: tuple[int, ...], completion: Completion, text: str, verdict: Verdict) -> Trace:
         return Trace(
             id=id,
             problem_id=problem.id,
             segments=(Segment(prompt, Role.PROMPT), *segments(completion, self.solution_id)),
-            reward=self.reward(problem, verdict, self.tokenizer.decode(completion.ids), len(completion.ids)),
+            reward=self.reward(problem, verdict, text, len(completion.ids)),
             finish=completion.finish,
             verdict=verdict,
         )
 
-    async def _verdict(self, problem: Problem, completion: Completion) -> Verdict:
-        if completion.finish is not Finish.STOP:
-            return CUT_OFF
-        return await self.verifier.check(problem, self.tokenizer.decode(completion.ids))
+    async def _verdict(self, problem: Problem, completion: Completion, text: str) -> Verdict:
+        return await self.verifier.check(problem, text) if completion.finish is Finish.STOP else CUT_OFF
 
 
 def segments(completion: Completion, solution_id: int | None) -> Iterator[Segment]:
