@@ -70,6 +70,7 @@ class NeoXConfig:
     save: str = key("", "directory for checkpoints; empty: runs/<name>/checkpoints")
     load: str = key("", "checkpoint directory of another run: start from its weights and optimizer, without a warm start")
     checkpoint_factor: int = key(0, "steps between checkpoints; 0: only at the end", low=0)
+    keep_last_n_checkpoints: int = key(0, "newest checkpoints that are kept; 0 or null: all", low=0)
     # launch
     launcher: str = key("local", "how the ranks start", choices=("local", "pdsh", "openmpi", "slurm"))
     hostfile: str = key("", "DeepSpeed host file; empty: this node")

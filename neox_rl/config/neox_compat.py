@@ -35,7 +35,7 @@ NOT_READ: Mapping[str, str] = {
         ("log_interval", "steps_per_print", "log_dir", "tensorboard_dir", "wall_clock_breakdown", "eval_interval", "eval_iters"), LOG
     ),
     **dict.fromkeys(("use_wandb", "wandb_group", "wandb_team", "wandb_project", "wandb_host", "wandb_run_name", "log_grad_norm"), LOG),
-    **dict.fromkeys(("keep_last_n_checkpoints", "extra_save_iters", "checkpoint_validation_with_forward_pass", "finetune"), CHECKPOINT),
+    **dict.fromkeys(("extra_save_iters", "checkpoint_validation_with_forward_pass", "finetune"), CHECKPOINT),
     "checkpoint_scale": CHECKPOINT,
     **dict.fromkeys(("init_method", "output_layer_init_method", "init_method_std"), INITIAL),
     **dict.fromkeys(("lr_decay_iters", "override_lr_scheduler", "use_checkpoint_lr_scheduler"), SCHEDULE),

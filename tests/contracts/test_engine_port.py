@@ -103,6 +103,15 @@ def test_checkpoint_is_whole_or_not_there(engine: Engine, tmp_path: Path) -> Non
     assert engine.load(path) == {"cursor": [3]}
 
 
+def test_as_many_checkpoints_are_kept_as_asked_for(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_neox", dataclasses.replace(NEOX, keep_last_n_checkpoints=2))
+    saved = []
+    for _ in range(3):
+        saved.append(engine.save(tmp_path, {}).name)
+        engine.step(split(sequences(), 1), loss_fn, 0.0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["latest", *saved[1:]])
+
+
 def test_checkpoint_of_another_layout_is_refused_by_name(engine: Engine, tmp_path: Path) -> None:
     path = engine.save(tmp_path, {})
     meta = json.loads((path / "meta.json").read_text())

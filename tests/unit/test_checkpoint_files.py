@@ -1,0 +1,102 @@
+"""Checkpoints as files: whatever a crash leaves, a whole one is found; old ones go when they are asked to."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from neox_rl.engines import mcore_state
+from neox_rl.errors import WeightError
+
+
+def save(directory: Path, step: int, label: str = "first") -> Path:
+    final = directory / f"step{step:06d}"
+    temporary = directory / f"{final.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    mcore_state.publish(temporary, final, {"label": label})
+    return final
+
+
+def label(directory: Path) -> str:
+    meta = json.loads((mcore_state.find(directory) / "meta.json").read_text())
+    return str(meta["label"])
+
+
+class CrashError(Exception):
+    """The process is gone."""
+
+
+@pytest.mark.parametrize("survives", range(8))
+def test_a_crash_anywhere_in_saving_a_step_again_leaves_a_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, survives: int
+) -> None:
+    save(tmp_path, 4)
+    left = survives
+
+    def crashing(action: Callable[..., Any]) -> Callable[..., Any]:
+        def act(*args: Any, **options: Any) -> Any:
+            nonlocal left
+            if left == 0:
+                raise CrashError
+            left -= 1
+            return action(*args, **options)
+
+        return act
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", crashing(Path.rename))
+        patch.setattr(mcore_state.os, "fsync", crashing(mcore_state.os.fsync))
+        with pytest.raises(CrashError):
+            save(tmp_path, 4, "again")
+    assert label(tmp_path) in ("first", "again")
+    save(tmp_path, 4, "after")
+    assert label(tmp_path) == "after"
+    assert not (tmp_path / "step000004.old").exists()
+
+
+def test_nothing_is_deleted_while_the_replaced_one_is_the_only_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    final = save(tmp_path, 4)
+    final.rename(tmp_path / "step000004.old")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(CrashError))
+        with pytest.raises(CrashError):
+            save(tmp_path, 4, "again")
+    assert mcore_state.find(tmp_path) == tmp_path / "step000004.old"
+
+
+def test_the_pointer_decides_and_without_it_the_newest_whole_one(tmp_path: Path) -> None:
+    newest, pointed = save(tmp_path, 10_000_000), save(tmp_path, 9)
+    (tmp_path / "step99999999.tmp").mkdir()
+    (tmp_path / "step99999999").mkdir()
+    assert mcore_state.find(tmp_path) == pointed
+    assert mcore_state.find(newest) == newest
+    for spoil in (lambda: (tmp_path / "latest").write_text(""), (tmp_path / "latest").unlink):
+        spoil()
+        assert mcore_state.find(tmp_path) == newest
+
+
+def test_what_was_cut_short_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "step000003.tmp").mkdir()
+    (tmp_path / "step000003.tmp" / "meta.json").write_text("{}")
+    with pytest.raises(WeightError, match=r"neither a checkpoint \(meta.json\) nor a file 'latest'"):
+        mcore_state.find(tmp_path)
+    (tmp_path / "latest").write_text("step000003\n")
+    with pytest.raises(WeightError, match="names step000003, which is no checkpoint"):
+        mcore_state.find(tmp_path)
+
+
+@pytest.mark.parametrize(("keep", "left"), [(0, [1, 2, 3, 8, 5]), (1, [5]), (2, [8, 5]), (3, [3, 8, 5]), (9, [1, 2, 3, 8, 5])])
+def test_the_newest_and_the_highest_steps_are_kept(tmp_path: Path, keep: int, left: list[int]) -> None:
+    """Step 8 is from before a return to step 3: it counts among the others, and never in the place of the newest."""
+    for step in (1, 2, 3, 8, 5):
+        newest = save(tmp_path, step)
+    (tmp_path / "notes").mkdir()
+    mcore_state.prune(newest, keep)
+    assert {path.name for path in tmp_path.iterdir()} == {"latest", "notes", *(f"step{step:06d}" for step in left)}
+    assert mcore_state.find(tmp_path) == newest
