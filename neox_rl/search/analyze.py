@@ -89,6 +89,7 @@ def summarize(analyses: Sequence[SearchAnalysis]) -> dict[str, float]:
     outputs, nodes = len(analyses), total["num_nodes"]
     rates = {
         "outputs": float(outputs),
+        "wrong_nodes_per_output": _ratio(total["num_wrong"], outputs),
         "wrong_nodes_frac": _ratio(total["num_wrong"], nodes),
         "repeated_nodes_frac": _ratio(total["num_repeated"], nodes),
         "wrong_comparisons_frac": _ratio(total["num_wrong_comparisons"], total["num_leaves"]),

@@ -161,7 +161,10 @@ class SearchMetric:
 
 _M = SearchMetric
 SEARCH_METRICS: Final[dict[str, SearchMetric]] = {
-    "wrong_nodes_frac": _M("Wrong steps", "steps with false arithmetic, with numbers that are not at hand, or beyond the rules", "lower"),
+    "wrong_nodes_per_output": _M(
+        "Wrong steps an attempt", "steps with false arithmetic, with numbers that are not at hand, or beyond the rules", "lower", ""
+    ),
+    "wrong_nodes_frac": _M("Wrong steps", "their share of all steps", "lower"),
     "wrong_comparisons_frac": _M("Wrong comparisons", "leaves called too low or too high when they were not", "lower"),
     "false_goals_per_output": _M("False goal claims", "how often an attempt says it reached the target when it had not", "lower", ""),
     "reached_goal_frac": _M("Goal reached", "attempts whose search truly finds the target, by right steps only", "higher"),

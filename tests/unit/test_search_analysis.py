@@ -111,7 +111,7 @@ def test_a_policy_without_any_event_is_counted_too() -> None:
 def test_summary_gives_rates_over_all_outputs() -> None:
     wrong = f"{step(7, '*', 3, 22)} {step(22, '+', 5, 27)} {GOAL} {SOLUTION} 3"
     summary = summarize([look(GOOD), look(wrong), look("")])
-    assert summary["wrong_nodes_frac"] == pytest.approx(1 / 4)
+    assert summary["wrong_nodes_per_output"] == pytest.approx(1 / 3) and summary["wrong_nodes_frac"] == pytest.approx(1 / 4)
     assert summary["false_goals_per_output"] == summary["first_on_path_frac"] == summary["reached_goal_frac"] == pytest.approx(1 / 3)
     assert summary["answer_frac"] == pytest.approx(2 / 3) and summary["mean_nodes_to_goal"] == 2
     assert summary["search_effort"] == pytest.approx(2 / look(GOOD).expected_nodes)

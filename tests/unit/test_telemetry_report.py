@@ -321,7 +321,7 @@ def test_the_table_compares_before_and_after_and_ends_with_the_paths(finished: R
         str(finished.report),
     ):
         assert part in text
-    assert re.search(r"Wrong steps +21\.0 % +10\.0 % +-11\.0 points", text)
+    assert re.search(r"Wrong steps an attempt +3\.23 +1\.23 +-2\.00 *\n +Wrong steps +21\.0 % +10\.0 % +-11\.0 points", text)
 
 
 def test_a_pipe_gets_a_plain_line_at_each_phase_and_every_ten_seconds() -> None:
