@@ -127,7 +127,7 @@ class TrainingLoop:
         if self.leader is not None:
             self.leader.feed.report(phase, step, metrics)
         if self.config.metarl.debug.mode == "run" and self.config.metarl.rollout.generator == "vllm":
-            check_mismatch(metrics.get("mismatch_kl"), self.config.metarl.weights.max_mismatch_kl, step)
+            check_mismatch(metrics, self.config.metarl.weights.max_mismatch_kl, step)
         return True
 
     def _next_groups(self, phase: Phase, step: int) -> Sequence[Group]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from neox_rl.batch.types import BatchStats
 from neox_rl.engines.port import StepReport
 from neox_rl.errors import WeightError
@@ -11,6 +13,8 @@ from neox_rl.types import Json
 
 _RENAMED = {"ratio": "ratio_mean", "truncated_frac": "ratio_truncated_frac"}
 """Names of the loss that would say too little beside the others of a row, or be taken for one of them."""
+MIN_FRESH_TOKENS = 256
+"""Tokens of the version that is trained, before their mean is a measure of anything."""
 
 
 def step_metrics(phase: Phase, stats: BatchStats, report: StepReport, wait_s: float, step_s: float, publish_s: float) -> dict[str, Json]:
@@ -46,13 +50,17 @@ def _rollout_metrics(stats: BatchStats) -> dict[str, Json]:
     }
 
 
-def check_mismatch(mismatch_kl: Json, limit: float, step: int) -> None:
-    """Raises WeightError when trainer and servers, at one version, are not one policy. ``mismatch_kl`` None: no token of that version.
+def check_mismatch(metrics: Mapping[str, Json], limit: float, step: int) -> None:
+    """Raises WeightError when trainer and servers, at one version, are not one policy. Too few tokens of that version say nothing:
+    in a step of old groups one unlucky token among three would end the run.
 
     Rounding alone stays far below any sensible limit (1e-12 in fp32, 1e-3 in bf16). Beyond it the servers hold other weights or another
     model than the trainer, and every importance ratio is noise: the run would go on, and learn nothing, without a word.
     """
-    if isinstance(mismatch_kl, float) and limit > 0 and mismatch_kl > limit:
+    mismatch_kl, fresh_tokens = metrics.get("mismatch_kl"), metrics.get("fresh_tokens")
+    if not isinstance(mismatch_kl, float) or not isinstance(fresh_tokens, int | float):
+        return
+    if mismatch_kl > limit > 0 and fresh_tokens >= MIN_FRESH_TOKENS:
         raise WeightError(
             f"step {step}: mismatch KL {mismatch_kl:.3g} between trainer and servers at the same version is above "
             f"weights.max_mismatch_kl = {limit:g}: the servers generate with another policy; compare model/config.json with the NeoX keys, "

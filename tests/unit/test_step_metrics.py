@@ -11,7 +11,7 @@ from neox_rl.batch.types import BatchStats
 from neox_rl.engines.port import StepReport
 from neox_rl.errors import WeightError
 from neox_rl.queue.wire import Phase
-from neox_rl.step.metrics import check_mismatch, step_metrics
+from neox_rl.step.metrics import MIN_FRESH_TOKENS, check_mismatch, step_metrics
 from neox_rl.telemetry.rows import MetricsRow
 
 SUMS = {"tokens": 10.0, "ratio/tokens": 10.0, "ratio_square/tokens": 10.0, "truncated_frac/tokens": 5.0, "mismatch_kl/fresh_tokens": 0.0}
@@ -54,7 +54,12 @@ def test_names_are_those_of_the_row_and_a_warm_start_has_no_rollouts() -> None:
 
 def test_a_policy_in_the_servers_that_is_not_the_trainer_s_stops_the_run() -> None:
     for harmless in (None, float("nan"), 1e-12, 0.5):
-        check_mismatch(harmless, 0.5, 3)
-    check_mismatch(9.0, 0.0, 3)
+        check_mismatch({"mismatch_kl": harmless, "fresh_tokens": 1e4}, 0.5, 3)
+    check_mismatch({"mismatch_kl": 9.0, "fresh_tokens": 1e4}, 0.0, 3)
     with pytest.raises(WeightError, match=r"step 3: mismatch KL 8.7 .* above weights.max_mismatch_kl = 0.5"):
-        check_mismatch(8.7, 0.5, 3)
+        check_mismatch({"mismatch_kl": 8.7, "fresh_tokens": float(MIN_FRESH_TOKENS)}, 0.5, 3)
+
+
+def test_a_handful_of_fresh_tokens_does_not_stop_a_run() -> None:
+    check_mismatch({"mismatch_kl": 8.7, "fresh_tokens": MIN_FRESH_TOKENS - 1.0}, 0.5, 3)
+    check_mismatch({"mismatch_kl": 8.7}, 0.5, 3)
