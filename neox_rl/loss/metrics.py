@@ -28,7 +28,7 @@ reference_kl        the configured estimator of KL(current || reference), when k
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -39,15 +39,6 @@ from neox_rl.loss.inputs import MAX_LOG_RATIO, TokenInputs, ratio
 def is_max(name: str) -> bool:
     """Whether a metric is reduced by maximum and not by summation."""
     return name.endswith("_max")
-
-
-def merge(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """The metrics of several micro-batches or ranks as one."""
-    total: dict[str, float] = {}
-    for part in parts:
-        for name, value in part.items():
-            total[name] = max(total.get(name, 0.0), value) if is_max(name) else total.get(name, 0.0) + value
-    return total
 
 
 def finalize(sums: Mapping[str, float]) -> dict[str, float]:

@@ -18,8 +18,6 @@ import numpy as np
 from neox_rl.types import Json
 
 Z975 = 1.959963984540054
-Attempt = tuple[str, str, float]
-"""(problem id, cluster, value): value is 1.0 for a correct attempt, 0.0 for any other."""
 
 
 class Interval(NamedTuple):
@@ -61,14 +59,10 @@ def cluster_mean_ci(values: Sequence[float], clusters: Sequence[Hashable], bound
     return Interval(mean, max(low, mean - reach), min(high, mean + reach), x.size)
 
 
-def accuracy_ci(attempts: Iterable[Sequence[Any]]) -> Interval:
-    """Interval of the accuracy over rows that begin with (problem id, cluster, correct), as in ``EvaluationRow.per_problem``."""
-    rows = [(str(row[1]), float(row[2])) for row in attempts]
-    return cluster_mean_ci([value for _, value in rows], [cluster for cluster, _ in rows])
-
-
 def paired_difference_ci(before: Iterable[Sequence[Any]], after: Iterable[Sequence[Any]]) -> Interval:
     """Interval of (after - before), problem by problem, over the problems that both evaluations hold.
+
+    Rows begin with (problem id, cluster, correct), as in ``EvaluationRow.per_problem``.
 
     Both evaluations share their problems, so the difference is known far better than the two accuracies are: the
     difficulty of a problem cancels. Several attempts at one problem count as their mean. Raises ValueError where no

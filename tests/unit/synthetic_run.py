@@ -16,7 +16,7 @@ from neox_rl.telemetry.events import EventLog
 from neox_rl.telemetry.metrics import MetricsWriter
 from neox_rl.telemetry.paths import RunPaths
 from neox_rl.telemetry.rollouts import RolloutRecorder
-from neox_rl.telemetry.stats import accuracy_ci
+from neox_rl.telemetry.stats import cluster_mean_ci
 from neox_rl.telemetry.status import Status, write_status
 from neox_rl.types import Problem
 
@@ -115,6 +115,7 @@ def evaluation_rows(label: str, step: int, progress: float, rng: random.Random, 
                 correct = int(rng.random() < 0.44 + lift + 0.21 * progress + ease)
                 attempts.append([f"c{cluster}-{k}", f"c{cluster}", correct, rng.randrange(20, 120)])
         search = {
+            "wrong_nodes_per_output": 3.23 - 2.0 * progress,
             "wrong_nodes_frac": 0.21 - 0.11 * progress,
             "false_goals_per_output": 0.31 - 0.2 * progress,
             "reached_goal_frac": 0.46 + 0.2 * progress,
@@ -133,7 +134,7 @@ def evaluation_rows(label: str, step: int, progress: float, rng: random.Random, 
                 "step": step,
                 "version": step,
                 "mode": mode,
-                "accuracy": accuracy_ci(attempts).row(),
+                "accuracy": cluster_mean_ci([a[2] for a in attempts], [a[1] for a in attempts]).row(),
                 "num_problems": len(attempts),
                 "num_clusters": clusters,
                 "per_problem": attempts,
