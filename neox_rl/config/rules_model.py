@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from neox_rl.config.machine import Machine
 from neox_rl.config.run import RunConfig
+from neox_rl.config.schema import MetaRLConfig
 
 VLLM_CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head sizes that vLLM's CPU attention kernels are built for; any other dies when the server loads the model."""
@@ -233,6 +234,15 @@ def _yaml(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def engine_comes_with_the_project(config: RunConfig, machine: Machine) -> Iterator[str]:
+    """No more than a warning: the ranks' own script may register an engine, and only the ranks run it."""
+    if (name := config.metarl.engine) != MetaRLConfig.engine:
+        yield (
+            f"metarl.engine = {name!r}: does not come with this project, so the ranks end at once unless their script registers it; the"
+            f" built-in engine is {MetaRLConfig.engine}"
+        )
+
+
 MODEL_RULES = (
     heads_divide_width,
     one_family,
@@ -250,4 +260,4 @@ MODEL_RULES = (
     positions_hold_sequence,
     backend_fits_machine,
 )
-MODEL_WARNINGS = (stages_are_even,)
+MODEL_WARNINGS = (engine_comes_with_the_project, stages_are_even)

@@ -213,7 +213,7 @@ class MetaRLConfig:
 
     name: str = key("metarl", "run name: everything goes to <runs_dir>/<name>")
     runs_dir: str = key("runs", "parent directory of runs")
-    engine: str = key("megatron-core", "trainer engine", choices=("megatron-core",))
+    engine: str = key("megatron-core", "trainer engine; any other is registered (engines/registry.py) by the script that the ranks run")
     seed: int = key(1234, "seed of problems, demonstrations and sampling", low=0)
     pack_tokens: int = key(2048, "most tokens in one packed micro-batch of one rank", low=16)
     trainer_cores: str = key("auto", "CPU cores of the training ranks: auto, or one a rank as in '1' or '0;1'")

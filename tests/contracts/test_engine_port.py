@@ -17,10 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from neox_rl.config.load import parse
 from neox_rl.config.neox import NeoXConfig
 from neox_rl.config.run import RunConfig
 from neox_rl.config.schema import MetaRLConfig
-from neox_rl.engines import mcore_state
+from neox_rl.engines import mcore_state, registry
 from neox_rl.engines.port import Engine
 from neox_rl.engines.registry import build_engine, register_engine
 from neox_rl.errors import ConfigError, NeoxRLError, WeightError
@@ -188,7 +189,10 @@ def test_ranks_that_the_layout_does_not_divide_are_refused_before_they_meet(monk
         build_engine(RunConfig(dataclasses.replace(NEOX, model_parallel_size=2)), VOCAB)
 
 
-def test_engines_are_found_by_name() -> None:
+def test_engines_are_found_by_name(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> None:
+    monkeypatch.setattr(registry, "ENGINES", dict(registry.ENGINES))
+    register_engine("mine", lambda config, vocab_size: engine)
+    assert build_engine(parse([], ["metarl.engine=mine"]).config, VOCAB) is engine
     with pytest.raises(ConfigError, match=r"'nemo'.*megatron-core"):
         build_engine(RunConfig(metarl=MetaRLConfig(engine="nemo")), VOCAB)
     with pytest.raises(ConfigError, match="registered already"):

@@ -240,6 +240,7 @@ CASES = (
         "port 8002 is master_port too",
         "metarl.network.master_port=8003",
     ),
+    Case("engine_comes_with_the_project", "metarl.engine=nemo", "'nemo': does not come with this project", "metarl.engine=megatron-core"),
     Case("host_can_be_bound", "metarl.network.bind_host=::1", "'::1': must be an IPv4 address", "metarl.network.bind_host=127.0.0.1"),
     Case("host_can_be_bound", "metarl.network.bind_host='*:5555'", "without port", "metarl.network.bind_host=0.0.0.0"),
     Case("host_can_be_bound", "metarl.network.bind_host=''", "= ''", "metarl.network.bind_host=node-1.cluster"),
