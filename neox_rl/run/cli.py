@@ -51,12 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.dry_run:
         sys.stdout.write(describe(config, Machine.here(), args.script))
         return 0
-    from neox_rl.run.launch import commands, launch, prepare, prepare_parts
+    from neox_rl.run.launch import commands, launch, prepared
 
     try:
         if args.prepare:
-            parts = prepare_parts(config, prepare(config, args.resume), args.script, args.resume)
-            sys.stdout.write(commands(config, parts, os.environ))
+            with prepared(config, args.script, args.resume) as (_, parts):
+                sys.stdout.write(commands(config, parts, os.environ))
             return 0
         return launch(config, args.script, args.resume)
     except ConfigError as error:

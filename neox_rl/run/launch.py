@@ -17,7 +17,8 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,10 +29,12 @@ from neox_rl.config.machine import Machine
 from neox_rl.config.placement import num_ranks
 from neox_rl.config.run import RunConfig
 from neox_rl.errors import ConfigError
+from neox_rl.ports import Tokenizer
+from neox_rl.problems.sources import load_problems
 from neox_rl.problems.tokenizer import SymbolicTokenizer, load_tokenizer
 from neox_rl.run.endpoints import choose_endpoints, write_endpoints
 from neox_rl.run.processes import RANKS, Program, programs
-from neox_rl.run.resume import has_checkpoint, hold, refuse_changes, refuse_without_checkpoint
+from neox_rl.run.resume import has_checkpoint, hold, refuse_changes, refuse_full_directories, refuse_without_checkpoint
 from neox_rl.run.supervise import Supervisor
 from neox_rl.telemetry.display import LiveDisplay
 from neox_rl.telemetry.events import EventLog
@@ -51,9 +54,7 @@ INTERRUPTED = 130
 def launch(config: RunConfig, script: str, resume: bool) -> int:
     """Runs to the end; the exit status. Raises ConfigError before anything starts, ProcessDiedError and DeadlineError later."""
     check_logging(config.metarl.logging)
-    paths = prepare(config, resume)
-    with hold(paths):
-        parts = prepare_parts(config, paths, script, resume)
+    with prepared(config, script, resume) as (paths, parts):
         events = EventLog(paths.event_log("launcher"), "launcher")
         supervisor = Supervisor(config, paths, events)
         finished: bool | None = None
@@ -67,7 +68,7 @@ def launch(config: RunConfig, script: str, resume: bool) -> int:
                     raise
         finally:
             events.close()
-            _report(paths)
+            _report(paths, must=finished is True)
         if not finished and has_checkpoint(config, paths):
             print(f"to continue: {shlex.join([*_command(), '--resume'])}")
         return 0 if finished else INTERRUPTED
@@ -81,34 +82,46 @@ def _end(paths: RunPaths, phase: str, message: str) -> None:
     write_status(paths.status, replace(read_status(paths.status), phase=phase, message=message, eta_s=None))
 
 
-def prepare(config: RunConfig, resume: bool) -> RunPaths:
-    """The run directory with its config. An earlier run of the same name is moved aside, never overwritten. Raises ConfigError."""
+@contextmanager
+def prepared(config: RunConfig, script: str, resume: bool) -> Iterator[tuple[RunPaths, list[Program]]]:
+    """The run directory with what the processes read, and the processes; the directory is locked until the context ends.
+
+    Whatever a user can get wrong is found first: a start that fails leaves the directory as it was. Raises ConfigError.
+    """
+    tokenizer = load_tokenizer(config.metarl.tokenizer, config.metarl.problems)
+    if config.metarl.debug.mode != "train_only":
+        load_problems(config.metarl.problems, config.metarl.seed)
+    endpoints = choose_endpoints(config, tokenizer.vocab_size)
+    with ExitStack() as stack:
+        paths = _directory(config, resume, stack)
+        paths.config.write_text(dump(config))
+        _write_model(config, paths, tokenizer)
+        write_endpoints(paths, endpoints)
+        write_status(paths.status, Status(message="starting processes"))
+        yield paths, programs(config, paths, endpoints, Machine.here(), script, resume, os.environ)
+
+
+def _directory(config: RunConfig, resume: bool, stack: ExitStack) -> RunPaths:
+    """The locked directory of the run. An earlier run of the same name is moved aside, never overwritten. Raises ConfigError."""
     paths = RunPaths.of(Path(config.metarl.runs_dir) / config.metarl.name)
+    if resume and not paths.config.is_file():
+        raise ConfigError(f"--resume: there is no run {paths.root}; leave --resume out, or give the --name of a run that is there")
+    if paths.root.exists():
+        stack.enter_context(hold(paths))
     if resume:
-        if not paths.config.is_file():
-            raise ConfigError(f"--resume: there is no run {paths.root}; leave --resume out, or give the --name of a run that is there")
         refuse_changes(load_resolved(paths.config), config)
         refuse_without_checkpoint(config, paths)
-        with hold(paths):
-            paths.stop.unlink(missing_ok=True)
-    elif paths.root.exists():
-        with hold(paths):
-            paths.root.rename(_free_name(paths.root))
-    paths.create()
-    paths.config.write_text(dump(config))
+        paths.stop.unlink(missing_ok=True)
+        return paths.create()
+    refuse_full_directories(config, paths)
+    if paths.root.exists():
+        paths.root.rename(_free_name(paths.root))  # its lock stays held: whoever opened it before must not move the new run
+    stack.enter_context(hold(paths.create()))
     return paths
 
 
 def _free_name(root: Path) -> Path:
     return next(path for n in range(1, 1 << 20) if not (path := root.with_name(f"{root.name}.{n}")).exists())
-
-
-def prepare_parts(config: RunConfig, paths: RunPaths, script: str, resume: bool) -> list[Program]:
-    """Writes what the processes read, and says what they are. Raises ConfigError for a port that is taken."""
-    endpoints = choose_endpoints(config, _write_model(config, paths))
-    write_endpoints(paths, endpoints)
-    write_status(paths.status, Status(message="starting processes"))
-    return programs(config, paths, endpoints, Machine.here(), script, resume, os.environ)
 
 
 def commands(config: RunConfig, parts: list[Program], env: Mapping[str, str]) -> str:
@@ -125,11 +138,10 @@ def commands(config: RunConfig, parts: list[Program], env: Mapping[str, str]) ->
     return "\n".join(lines) + "\n"
 
 
-def _write_model(config: RunConfig, paths: RunPaths) -> int:
-    """What servers and transformers read beside the weights: config and tokenizer. Returns the vocabulary's size."""
+def _write_model(config: RunConfig, paths: RunPaths, tokenizer: Tokenizer) -> None:
+    """What servers and transformers read beside the weights: config and tokenizer."""
     directory = paths.root / "model"
     directory.mkdir(exist_ok=True)
-    tokenizer = load_tokenizer(config.metarl.tokenizer, config.metarl.problems)
     if isinstance(tokenizer, SymbolicTokenizer):
         tokenizer.save(directory)
     else:
@@ -138,14 +150,15 @@ def _write_model(config: RunConfig, paths: RunPaths) -> int:
             if source.is_file():
                 (directory / name).write_bytes(source.read_bytes())
     write_json(directory / "config.json", hf_config(config, tokenizer.vocab_size, eos_id=tokenizer.eos_id), indent=2)
-    return tokenizer.vocab_size
 
 
-def _report(paths: RunPaths) -> None:
-    """Also of a run that failed: what is there is shown. A report that fails must not hide why the run did."""
+def _report(paths: RunPaths, must: bool) -> None:
+    """Also of a run that failed: what is there is shown, and a report that fails then must not hide why the run did."""
     try:
         summary = write_summary(str(paths.root))
         write_report(paths.root)
         print_table(paths, summary)
     except Exception as error:
+        if must:
+            raise
         sys.stderr.write(f"warning: no report of {paths.root}: {type(error).__name__}: {error}\n")

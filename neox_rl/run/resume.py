@@ -45,6 +45,18 @@ def refuse_without_checkpoint(config: RunConfig, paths: RunPaths) -> None:
         raise ConfigError(f"--resume: {where} holds no checkpoint (checkpoint_factor = {factor}); start again without --resume")
 
 
+def refuse_full_directories(config: RunConfig, paths: RunPaths) -> None:
+    """Raises ConfigError where a new run would write among files of an earlier one. What lies in the run directory moves aside with it."""
+    written = {"save": config.neox.save, "metarl.debug.record_batches": config.metarl.debug.record_batches}
+    for key, name in written.items():
+        directory = Path(name)
+        if name and directory.is_dir() and any(directory.iterdir()) and paths.root.resolve() not in directory.resolve().parents:
+            raise ConfigError(
+                f"{key} = {name!r}: holds files of an earlier run, and this one would mix its own with them; "
+                "give a directory of this run's own, empty it, or continue that run with --resume"
+            )
+
+
 def hold(paths: RunPaths) -> TextIO:
     """Locks the run directory as long as the returned file is open. Raises ConfigError while another launcher holds it."""
     file = paths.lock.open("a")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,13 @@ import pytest
 from neox_rl.config.leaves import blocks, leaves
 from neox_rl.config.run import RunConfig
 from neox_rl.errors import ConfigError
-from neox_rl.run.launch import prepare
+from neox_rl.problems.tokenizer import SymbolicTokenizer
+from neox_rl.run import launch
+from neox_rl.run.launch import prepared
 from neox_rl.run.resume import FIXED, hold, refuse_changes
-from tests.unit.small_run import small_config, small_paths
+from neox_rl.run.supervise import Supervisor
+from neox_rl.telemetry.paths import RunPaths
+from tests.unit.small_run import small_config
 
 
 @pytest.fixture
@@ -48,30 +53,103 @@ def test_a_kl_term_needs_the_reference_policy_from_the_beginning(config: RunConf
     refuse_changes(with_kl, config)
 
 
+def prepare(config: RunConfig, resume: bool = False) -> RunPaths:
+    with prepared(config, "train.py", resume) as (paths, _):
+        return paths
+
+
 def test_resume_says_what_is_missing(config: RunConfig) -> None:
     with pytest.raises(ConfigError, match="there is no run"):
         prepare(config, resume=True)
-    prepare(config, resume=False)
+    prepare(config)
     with pytest.raises(ConfigError, match=r"holds no checkpoint \(checkpoint_factor = 0\)"):
         prepare(config, resume=True)
 
 
 def test_an_earlier_run_is_moved_aside_and_a_running_one_is_left_alone(config: RunConfig) -> None:
-    paths = prepare(config, resume=False)
+    paths = prepare(config)
     (paths.root / "mark").touch()
-    prepare(config, resume=False)
+    prepare(config)
     assert (paths.root.with_name("small.1") / "mark").exists() and not (paths.root / "mark").exists()
     (paths.checkpoints / "step000001").mkdir()
-    with hold(paths):
+    with prepared(config, "train.py", resume=True):
         for resume in (False, True):
             with pytest.raises(ConfigError, match=r"small is running; .* another --name"):
                 prepare(config, resume)
     prepare(config, resume=True)
 
 
+def test_the_lock_is_held_from_the_move_to_the_end(config: RunConfig) -> None:
+    old = prepare(config)
+    with prepared(config, "train.py", resume=False) as (paths, parts):
+        assert [part.name for part in parts] == ["orchestrator", "trainer"]
+        for root in (paths.root, old.root.with_name("small.1")):
+            with pytest.raises(ConfigError, match="is running"):
+                hold(RunPaths.of(root))
+
+
+def test_a_start_that_fails_leaves_the_earlier_run_where_it_is(config: RunConfig, tmp_path: Path) -> None:
+    before = prepare(config).config.read_text()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        changes: list[tuple[dict[str, dict[str, object]], str]] = [
+            ({"network": {"master_port": port}}, "network.master_port"),
+            ({"network": {"bind_host": "no-such-host.invalid"}}, "network.bind_host"),
+            ({"tokenizer": {"path": str(tmp_path)}}, "no tokenizer.json"),
+            ({"problems": {"source": "game24", "num_numbers": 5}}, "set problems.num_numbers"),
+            ({"debug": {"record_batches": str(tmp_path)}}, "record_batches = .* holds files of an earlier run"),
+        ]
+        for blocks, message in changes:
+            with pytest.raises(ConfigError, match=message):
+                prepare(small_config(tmp_path, 3, **blocks))
+    assert not (tmp_path / "small.1").exists() and (tmp_path / "small" / "config.yml").read_text() == before
+
+
+def test_a_bad_problem_file_is_found_before_anything_starts(config: RunConfig, tmp_path: Path) -> None:
+    SymbolicTokenizer(36).save(tmp_path / "tokenizer")
+    (tmp_path / "bad.jsonl").write_text('{"x": 1}\n')
+    problems = {"source": "jsonl", "path": str(tmp_path / "bad.jsonl")}
+    with pytest.raises(ConfigError, match=r"bad\.jsonl:1"):
+        prepare(small_config(tmp_path, problems=problems, tokenizer={"path": str(tmp_path / "tokenizer")}))
+    assert not (tmp_path / "small").exists()
+
+
+def test_checkpoints_of_an_earlier_run_are_never_written_over(config: RunConfig, tmp_path: Path) -> None:
+    save = tmp_path / "kept"
+    (save / "step000009").mkdir(parents=True)
+    elsewhere = RunConfig(replace(config.neox, save=str(save)), config.metarl)
+    with pytest.raises(ConfigError, match=r"save = '.*kept': holds files of an earlier run, .* --resume"):
+        prepare(elsewhere)
+    (save / "step000009").rmdir()
+    prepare(elsewhere)
+    (save / "step000001").mkdir()
+    prepare(elsewhere, resume=True)
+    inside = RunConfig(replace(config.neox, save=str(tmp_path / "small" / "kept")), config.metarl)
+    (tmp_path / "small" / "kept").mkdir()
+    (tmp_path / "small" / "kept" / "step000001").mkdir()
+    prepare(inside)
+    assert (tmp_path / "small.1" / "kept" / "step000001").is_dir(), "it moves aside with its run"
+
+
+def test_a_report_that_fails_hides_no_failure_and_is_one_after_a_whole_run(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(root: str) -> None:
+        raise ValueError("no figures")
+
+    monkeypatch.setattr(launch, "write_summary", broken)
+    monkeypatch.setattr(Supervisor, "run", lambda self, parts: True)
+    with pytest.raises(ValueError, match="no figures"):
+        launch.launch(config, "train.py", resume=False)
+    monkeypatch.setattr(Supervisor, "run", lambda self, parts: False)
+    assert launch.launch(config, "train.py", resume=False) == launch.INTERRUPTED
+    assert "warning: no report" in capsys.readouterr().err
+
+
 def test_a_request_to_stop_does_not_outlive_its_run(config: RunConfig) -> None:
-    paths = small_paths(config)
-    prepare(config, resume=False)
+    paths = prepare(config)
     (paths.checkpoints / "step000001").mkdir()
     paths.stop.touch()
     assert not prepare(config, resume=True).stop.exists()
