@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from neox_rl.arithmetic import ARITHMETIC_TASKS
@@ -30,7 +31,10 @@ from neox_rl.telemetry.events import EventLog
 from neox_rl.telemetry.paths import RunPaths
 from neox_rl.types import Problem, Verdict
 from neox_rl.verify.reward import reward
-from neox_rl.verify.verifier import make_verifier
+from neox_rl.verify.verifier import TaskVerifier, make_verifier, readable_gold
+
+logger = logging.getLogger(__name__)
+MAX_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,29 @@ async def build_parts(config: RunConfig, paths: RunPaths, stack: AsyncExitStack)
     events = EventLog(paths.event_log("orchestrator"), "orchestrator")
     stack.callback(events.close)
     tokenizer = load_tokenizer(metarl.tokenizer, metarl.problems)
-    problems = load_problems(metarl.problems, metarl.seed)
-    generator, keeper, activity = await _generation(config, paths, endpoints, tokenizer, problems, events, stack)
-    verifier = make_verifier(metarl.verify, metarl.problems.task if metarl.problems.source == "jsonl" else metarl.problems.source)
+    task = metarl.problems.task if metarl.problems.source == "jsonl" else metarl.problems.source
+    verifier = make_verifier(metarl.verify, task)
     stack.callback(verifier.close)
+    problems = load_problems(metarl.problems, metarl.seed)
+    if metarl.problems.source == "jsonl":
+        problems = with_readable_answers(problems, verifier, metarl.problems.path)
+    generator, keeper, activity = await _generation(config, paths, endpoints, tokenizer, problems, events, stack)
     attempts = Attempts(generator, verifier, tokenizer, partial(_reward, config), solution_id(tokenizer))
     return Parts(endpoints, problems, attempts, keeper, activity, events)
+
+
+def with_readable_answers(problems: ProblemSet, verifier: TaskVerifier, path: str) -> ProblemSet:
+    """Without the problems that no attempt can solve, because their gold answer cannot be read. Raises ConfigError when none is left."""
+    train, no_train = readable_gold(verifier, problems.train)
+    heldout, no_heldout = readable_gold(verifier, problems.heldout)
+    if dropped := (*no_train, *no_heldout):
+        named = ", ".join(dropped[:MAX_NAMED]) + ", ..." * (len(dropped) > MAX_NAMED)
+        logger.warning(
+            "%d training and %d held-out problems are left out, their answers cannot be read: %s", len(no_train), len(no_heldout), named
+        )
+    if not train:
+        raise ConfigError(f"{path}: the verifier can read the answer of none of its {len(no_train)} training problems; check the answers")
+    return replace(problems, train=train, heldout=heldout, counts=problems.counts | {"unreadable_answers": len(dropped)})
 
 
 def _reward(config: RunConfig, problem: Problem, verdict: Verdict, text: str, num_tokens: int) -> float:
