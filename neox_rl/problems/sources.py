@@ -46,12 +46,17 @@ class ProblemCursor:
         self.position = 0
 
     def next(self) -> Problem:
-        epoch, index = divmod(self.position, len(self._problems))
+        problem = self.at(self.position)
+        self.position += 1
+        return problem
+
+    def at(self, position: int) -> Problem:
+        """The problem that ``next`` hands out at ``position``."""
+        epoch, index = divmod(position, len(self._problems))
         if self._shuffled is None or self._shuffled[0] != epoch:
             order = list(range(len(self._problems)))
             random.Random(f"epoch/{self._seed}/{epoch}").shuffle(order)
             self._shuffled = (epoch, order)
-        self.position += 1
         return self._problems[self._shuffled[1][index]]
 
     def state(self) -> dict[str, Json]:

@@ -123,6 +123,9 @@ class Orchestrator:
                 self._queue.restore(queue)
                 self._cursor.restore(cursor)
                 self._demonstrations = self._new_demonstrations(draws, ticket)
+        match state.get("problems"):
+            case dict() as problems:
+                self._pump.restore_problems(problems)
         match state.get("counts"):
             case {"tokens_generated": int() as tokens, "rollouts": int() as rollouts, "rollouts_refused": int() as refused}:
                 self._pump.counts.restore(PumpCounts(tokens, rollouts, refused))
@@ -142,6 +145,7 @@ class Orchestrator:
             return Delivery(())
         self._parts.events.instant("delivered", step=step, ready=self._queue.num_ready, in_flight=self._queue.num_in_flight)
         self._board.delivered(groups)
+        self._pump.taken(groups)
         return Delivery(groups, self._state())
 
     async def evaluate(self, label: str, version: int) -> Mapping[str, Json]:
@@ -218,6 +222,7 @@ class Orchestrator:
         return {
             "queue": self._queue.snapshot(),
             "cursor": self._cursor.state(),
+            "problems": {**self._pump.open_problems()},
             "draws": self._demonstrations.draws,
             "ticket": self._demonstrations.ticket,
             "counts": asdict(self._pump.counts),

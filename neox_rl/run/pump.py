@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from neox_rl.config.run import RunConfig
-from neox_rl.errors import DeadlineError, NeoxRLError
+from neox_rl.errors import ConfigError, DeadlineError, NeoxRLError
 from neox_rl.problems.sources import ProblemCursor
 from neox_rl.queue.state import TicketQueue
 from neox_rl.rollout.groups import Attempts, rewards_differ
 from neox_rl.rollout.vllm_client import ServerFailedError
 from neox_rl.run.pulse import Pulse
 from neox_rl.telemetry.events import EventLog
-from neox_rl.types import Group, Problem, SamplingParams
+from neox_rl.types import Group, Json, Problem, SamplingParams
 
 MAX_FAILURES = 3
 """Failed generations of one ticket before the run ends: by then it is not the server that is at fault."""
@@ -52,6 +52,7 @@ class RolloutPump:
         self._config, self._queue, self._cursor, self._attempts, self._params = config, queue, cursor, attempts, params
         self._events, self._on_group, self._retry_s = events, on_group, retry_s
         self.counts = PumpCounts()
+        self._positions: dict[int, int] = {}
         self.changed = Pulse()
 
     async def run(self) -> None:
@@ -64,8 +65,29 @@ class RolloutPump:
                     self._events.instant("admitted", ticket=ticket, live=self._queue.live_version)
                 await self.changed.wait()
 
+    def open_problems(self) -> dict[str, int]:
+        """Ticket -> the cursor's position of its problem, of tickets that were issued and not taken: for a checkpoint."""
+        return {str(ticket): position for ticket, position in self._positions.items()}
+
+    def restore_problems(self, saved: Mapping[str, Json]) -> None:
+        """The tickets that are issued again get the problems they had: none is passed over in its epoch. Raises ConfigError."""
+        for ticket, position in saved.items():
+            if not ticket.isdecimal() or type(position) is not int or position < 0:
+                raise ConfigError(
+                    f"the checkpoint's problem of ticket {ticket!r} is {position!r}: must be a position; take another checkpoint"
+                )
+            self._positions[int(ticket)] = position
+
+    def taken(self, groups: Sequence[Group]) -> None:
+        """A step took these groups: their tickets are closed."""
+        for group in groups:
+            self._positions.pop(group.ticket, None)
+
     async def _make(self, ticket: int) -> None:
-        problem = self._cursor.next()
+        if ticket not in self._positions:
+            self._positions[ticket] = self._cursor.position
+            self._cursor.next()
+        problem = self._cursor.at(self._positions[ticket])
         started, begin = time.time_ns(), time.monotonic_ns()
         try:
             group = await self._attempts.group(problem, ticket, self._params, self._config.metarl.rollout.group_size)
@@ -88,6 +110,7 @@ class RolloutPump:
         refusable = staleness.dynamic_sampling and self._queue.refusals(group.ticket) < staleness.max_refusals
         if refusable and not rewards_differ(group.traces):
             self._queue.refuse(group.ticket)
+            del self._positions[group.ticket]  # another problem may teach something
             self.counts.rollouts_refused += len(group.traces)
             self._events.instant("refused", ticket=group.ticket)
         else:

@@ -15,6 +15,7 @@ import pytest
 from neox_rl.config.dump import dump
 from neox_rl.config.run import RunConfig
 from neox_rl.errors import NeoxRLError
+from neox_rl.problems.sources import ProblemCursor
 from neox_rl.problems.tokenizer import load_tokenizer
 from neox_rl.queue.wire import ExperienceClient, ExperienceServer, Phase
 from neox_rl.run.endpoints import choose_endpoints, write_endpoints
@@ -168,7 +169,7 @@ def test_a_resumed_run_goes_on_with_tickets_problems_and_counts(tmp_path: Path) 
     with client_of(run) as client:
         client.hello(1, {"sft_step": 2, "rl_step": 0})
         client.published(0)
-        tickets = [group.ticket for group in client.next_groups(Phase.RL, 1)]
+        groups = list(client.next_groups(Phase.RL, 1))
         state = json.loads(json.dumps(client.state))
         client.report(Phase.RL, 1, METRICS)
         client.published(1)
@@ -182,11 +183,13 @@ def test_a_resumed_run_goes_on_with_tickets_problems_and_counts(tmp_path: Path) 
         assert [(row["phase"], row["step"]) for row in read_jsonl(run.paths.metrics)] == [("rl", 1)], "step 2 is done again"
         client.published(1)
         for step in (2, 3, 4):
-            tickets += [group.ticket for group in client.next_groups(Phase.RL, step)]
+            groups += client.next_groups(Phase.RL, step)
             client.published(step)
             client.report(Phase.RL, step, METRICS)
         client.done("finished")
-    assert run.ended() == [] and sorted(tickets) == list(range(8))
+    assert run.ended() == [] and sorted(group.ticket for group in groups) == list(range(8))
+    cursor = ProblemCursor(run.parts.problems.train, config.metarl.seed)
+    assert {group.problem_id for group in groups} == {cursor.next().id for _ in range(8)}, "no problem is passed over"
     last = read_jsonl(run.paths.metrics)[-1]
     assert (last["rollouts_dropped"], last["rollouts_trained_twice"]) == (0, 0) and last["rollouts_generated"] >= 16
 
