@@ -96,9 +96,10 @@ def test_a_server_that_ends_with_status_0_has_died_too(supervisor: Supervisor) -
         run(supervisor, server0="pass", orchestrator=FOREVER, trainer=FOREVER)
 
 
-def test_who_fell_with_the_first_is_named_after_it(supervisor: Supervisor) -> None:
+def test_who_fell_with_the_first_is_named_after_it(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "FALL_S", 6.0)  # far above what a loaded machine needs to start two processes
     with pytest.raises(ProcessDiedError, match=r"(?s)orchestrator ended with exit status 1.*server-0 ended with exit status 3"):
-        late, first = ("import sys, time; time.sleep({}); sys.exit({})".format(*how) for how in ((0.9, 3), (0.5, 1)))
+        late, first = ("import sys, time; time.sleep({}); sys.exit({})".format(*how) for how in ((3.0, 3), (0.5, 1)))
         run(supervisor, server0=late, orchestrator=first, trainer=FOREVER)
 
 
