@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -19,6 +20,9 @@ from neox_rl.telemetry.paths import RunPaths
 
 SEED_STEP, SEEDS = 1_000_003, 1 << 32
 """Servers of one seed would draw the same random numbers for their requests: correlated rollouts."""
+
+FREE_PORTS = range(15_000, 32_768)
+"""Where ports are chosen: above those of well-known services, below those that Linux gives to outgoing connections."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +74,31 @@ def _reserve(host: str, wanted: dict[str, int]) -> list[int]:
             found = stack.enter_context(socket.socket())
             found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                found.bind((host, port))
+                _bind(found, host, port)
             except OSError as error:
                 raise ConfigError(f"{key} = {port}: cannot bind {host}:{port} ({error.strerror}); choose a free port, or 0") from error
             ports.append(found.getsockname()[1])
         return ports
+
+
+def _bind(found: socket.socket, host: str, port: int) -> None:
+    """Port 0: a free one below those that the system hands out for port 0. Its owner binds it many seconds later, and by then a
+    server's inner sockets may have got any of those."""
+    tries = [port] if port else random.SystemRandom().sample(range(FREE_PORTS.start, min(FREE_PORTS.stop, _first_ephemeral_port())), 64)
+    for i, candidate in enumerate(tries):
+        try:
+            found.bind((host, candidate))
+            return
+        except OSError:
+            if i + 1 == len(tries):
+                raise
+
+
+def _first_ephemeral_port() -> int:
+    try:
+        return max(FREE_PORTS.start + 1000, int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0]))
+    except OSError:
+        return FREE_PORTS.stop
 
 
 def write_endpoints(paths: RunPaths, endpoints: Endpoints) -> None:

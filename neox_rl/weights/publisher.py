@@ -44,10 +44,12 @@ class Publisher:
         self._router = self._context.socket(zmq.ROUTER)
         prepare(self._router)
         self._router.setsockopt(zmq.MAXMSGSIZE, MAX_CONTROL_BYTES)
-        if port:
-            self._router.bind(f"tcp://{bind_host}:{port}")
-        else:
-            port = self._router.bind_to_random_port(f"tcp://{bind_host}")
+        try:
+            self._router.bind(f"tcp://{bind_host}:{port or '*'}")
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise WireError(f"cannot bind the weight publisher to {bind_host}:{port}: {error}; set network.weights_port") from error
+        port = int(self._router.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
         self.address = f"tcp://{bind_host}:{port}"
         self.malformed = 0
         self._lock = threading.Lock()
