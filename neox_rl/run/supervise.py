@@ -8,7 +8,6 @@ start all -> watch -> Ctrl-C: ask to stop, once; end at once, twice
 from __future__ import annotations
 
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -107,12 +106,17 @@ class Supervisor:
             self._await_orchestrator(deadlines.shutdown_s)
 
     def _await_orchestrator(self, limit_s: float) -> None:
-        if orchestrator := self.running.get(ORCHESTRATOR):
-            try:
-                orchestrator.wait(limit_s)
-            except subprocess.TimeoutExpired as error:
-                raise DeadlineError("the orchestrator to end after the ranks", limit_s, f"log {self.paths.log(ORCHESTRATOR)}") from error
-            self._check_alive()
+        """The ranks ended with status 0, and so does DeepSpeed's runner when its inner launcher is killed: the trainer's last word
+        brings the run to its last phase, and without that word the ranks died."""
+        begin, orchestrator = time.monotonic(), self.running.get(ORCHESTRATOR)
+        while orchestrator is not None and orchestrator.poll() is None:
+            waited = time.monotonic() - begin
+            if waited > FALL_S and read_status(self.paths.status).phase != "report":
+                raise died(RANKS, self.running[RANKS])
+            if waited > limit_s:
+                raise DeadlineError("the orchestrator to end after the ranks", waited, f"log {self.paths.log(ORCHESTRATOR)}")
+            time.sleep(POLL_S)
+        self._check_alive()
 
     def _check_alive(self) -> None:
         """Raises for a process that failed, and for a server that ended at all: vLLM exits with 0 when its engine was killed."""

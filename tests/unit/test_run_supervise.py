@@ -164,3 +164,10 @@ def test_signals_are_counted_only_inside(supervisor: Supervisor) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.05)
     assert supervisor.interrupts.count == 2 and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_ranks_that_end_without_a_last_word_died_whatever_their_exit_status(supervisor: Supervisor) -> None:
+    begin = time.monotonic()
+    with pytest.raises(ProcessDiedError, match=r"trainer ended with exit status 0; log .*trainer\.log"):
+        run(supervisor, orchestrator=FOREVER, trainer="pass")
+    assert time.monotonic() - begin < 10.0 and no_process_is_left(supervisor)
