@@ -99,7 +99,8 @@ class RolloutPump:
                 raise NeoxRLError(f"ticket g{ticket:06d} failed {MAX_FAILURES} times, the last time so: {error}") from error
             self._queue.fail(ticket)
         else:
-            self._events.add_span("generate", started, time.monotonic_ns() - begin, ticket=ticket)
+            lengths = [sum(len(s.ids) for s in trace.segments if s.logprobs) for trace in group.traces]
+            self._events.add_span("generate", started, time.monotonic_ns() - begin, ticket=ticket, lengths=lengths)
             self._accept(group, problem)
         self.changed.fire()
 
