@@ -1,31 +1,47 @@
 """One framing for everything that crosses a process: a JSON header and one raw frame an array. Never pickle.
 
-Message = [header, array 0, array 1, ...]. The header is UTF-8 JSON:
-``{"v": 1, "kind": "...", "meta": {...}, "arrays": [[name, dtype, shape], ...]}``. A receiver checks the protocol version,
-the kind, the number of frames, each dtype against a fixed list and each frame's size in bytes before it uses a byte.
+Message = [header, array 0, array 1, ...]. The header is 4 bytes ``nrl`` + protocol version, 8 bytes of blake3 over the JSON and
+every array, then the JSON: ``{"kind": "...", "meta": {...}, "arrays": [[name, dtype, shape], ...]}``. A receiver checks the
+version, the digest, the JSON (UTF-8, no nan, no infinity, no key twice, at most ``MAX_DEPTH`` deep), the kind, the number of
+frames, each dtype against a fixed list and each frame's size in bytes before it uses a byte. The digest finds damage, not
+forgery: that is for the sockets' keys (``neox_rl.keys``).
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from blake3 import blake3
 
 from neox_rl.errors import WireError
 from neox_rl.types import Json
 
-PROTOCOL = 1
+PROTOCOL = 2
 DTYPES = frozenset({"uint8", "int32", "int64", "float32", "float64", "bool"})
 MAX_HEADER_BYTES = 64 << 20
+MAX_DEPTH = 12
+"""Of lists and objects in a header, itself included. Readers that call themselves for each level must not be brought to their limit."""
+MAX_INT_DIGITS = 19
+MAX_NAME = 512
 Frame = bytes | memoryview
 Array = np.ndarray[Any, Any]
 
+_MAGIC = b"nrl" + bytes([PROTOCOL])
+_DIGEST_BYTES = 8
+PREFIX_BYTES = len(_MAGIC) + _DIGEST_BYTES
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
-def pack(kind: str, meta: Mapping[str, Json], arrays: Mapping[str, Array]) -> list[Frame]:
-    """The frames of a message. Arrays are sent without a copy when they are C-contiguous."""
+
+def pack(kind: str, meta: Mapping[str, Json], arrays: Mapping[str, Array], self_digested: bool = False) -> list[Frame]:
+    """The frames of a message. Arrays are sent without a copy when they are C-contiguous.
+
+    ``self_digested``: ``meta`` holds digests of all arrays, which the receiver compares, so the framing's own covers the header alone.
+    """
     rows: list[list[Any]] = []
     frames: list[Frame] = []
     for name, array in arrays.items():
@@ -33,15 +49,22 @@ def pack(kind: str, meta: Mapping[str, Json], arrays: Mapping[str, Array]) -> li
             raise WireError(f"array {name!r} has dtype {array.dtype.name}; a message carries only {sorted(DTYPES)}")
         rows.append([name, array.dtype.name, list(array.shape)])
         frames.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    header = {"v": PROTOCOL, "kind": kind, "meta": dict(meta), "arrays": rows}
-    return [json.dumps(header, separators=(",", ":"), allow_nan=False).encode(), *frames]
+    header = {"kind": kind, "meta": dict(meta), "arrays": rows}
+    raw = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
+    return [seal(raw, [] if self_digested else frames), *frames]
 
 
-def unpack(frames: Sequence[Frame], kind: str) -> tuple[dict[str, Json], dict[str, Array]]:
+def seal(raw: bytes, frames: Sequence[Frame]) -> bytes:
+    """The header frame of the JSON ``raw``; its digest covers ``frames`` too."""
+    return _MAGIC + _digest(raw, frames) + raw
+
+
+def unpack(frames: Sequence[Frame], kind: str, self_digested: bool = False) -> tuple[dict[str, Json], dict[str, Array]]:
     """``(meta, arrays)`` of a message of this ``kind``; arrays are read-only views of the frames. Raises WireError."""
-    header = _header(frames)
-    if header.get("v") != PROTOCOL:
-        raise WireError(f"protocol version {header.get('v')!r}, this side speaks {PROTOCOL}: run one release on both sides")
+    raw, digest = _split(frames)
+    if _digest(raw, [] if self_digested else frames[1:]) != digest:
+        raise WireError(f"message of {len(frames)} frames does not match its digest: it was damaged on its way, or cut")
+    header = _parse(raw)
     if header.get("kind") != kind:
         raise WireError(f"message of kind {str(header.get('kind'))[:64]!r} where {kind!r} was expected")
     meta, rows = header.get("meta"), header.get("arrays")
@@ -58,29 +81,81 @@ def unpack(frames: Sequence[Frame], kind: str) -> tuple[dict[str, Json], dict[st
 
 def kind_of(frames: Sequence[Frame]) -> str:
     """The kind that a message says it is, to choose who unpacks it; nothing else is checked. Raises WireError."""
-    kind = _header(frames).get("kind")
+    kind = _parse(_split(frames)[0]).get("kind")
     if not isinstance(kind, str):
         raise WireError("header has no kind")
     return kind
 
 
-def _header(frames: Sequence[Frame]) -> dict[str, Any]:
+def _digest(raw: Frame, frames: Sequence[Frame]) -> bytes:
+    found = blake3(raw)
+    for frame in frames:
+        found.update(frame)
+    return found.digest(_DIGEST_BYTES)
+
+
+def _split(frames: Sequence[Frame]) -> tuple[bytes, bytes]:
+    """``(JSON, digest)`` of the header frame, of a peer that speaks this protocol."""
     if not frames:
         raise WireError("empty message")
-    raw = bytes(frames[0]) if len(frames[0]) <= MAX_HEADER_BYTES else b""
+    if len(frames[0]) > MAX_HEADER_BYTES:
+        raise WireError(f"header of {len(frames[0])} bytes; at most {MAX_HEADER_BYTES} are read")
+    header = bytes(frames[0])
+    if header[:3] != _MAGIC[:3] or len(header) < PREFIX_BYTES:
+        raise WireError(
+            f"header of {len(header)} bytes begins with {header[:4]!r}, not with {_MAGIC!r}: not a message of this project's protocol"
+        )
+    if header[3] != PROTOCOL:
+        raise WireError(f"protocol version {header[3]}, this side speaks {PROTOCOL}: run one release on both sides")
+    return header[PREFIX_BYTES:], header[len(_MAGIC) : PREFIX_BYTES]
+
+
+def _parse(raw: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(raw)
+        header = json.loads(raw.decode(), object_pairs_hook=_object, parse_constant=_refuse, parse_float=_float, parse_int=_int)
+        if _SURROGATE.search(raw):
+            json.dumps(header, ensure_ascii=False).encode()  # half of a pair raises: it could not be written to a log
     except (ValueError, RecursionError) as error:
-        raise WireError(f"header of {len(frames[0])} bytes is not JSON") from error
+        raise WireError(f"header of {len(raw)} bytes is not the JSON of a message: {str(error)[:120]}") from error
     if not isinstance(header, dict):
         raise WireError("header is not a JSON object")
-    return header
+    level: list[Any] = [header]
+    for _ in range(MAX_DEPTH):
+        if not level:
+            return header
+        level = [
+            inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer) if isinstance(inner, dict | list)
+        ]
+    raise WireError(f"header is nested deeper than {MAX_DEPTH} levels")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("an object has a key twice")
+    return found
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _float(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:40]} is beyond the floats")
+    return value
+
+
+def _int(text: str) -> int:
+    if len(text) > MAX_INT_DIGITS + 1:
+        raise ValueError(f"an integer of {len(text)} digits")
+    return int(text)
 
 
 def _array(kind: str, row: object, frame: Frame) -> tuple[str, Array]:
     match row:
         case [str() as name, str() as dtype, list() as shape] if (
-            dtype in DTYPES and all(type(n) is int and 0 <= n < 1 << 48 for n in shape) and len(shape) <= 8
+            dtype in DTYPES and all(type(n) is int and 0 <= n < 1 << 48 for n in shape) and len(shape) <= 8 and len(name) <= MAX_NAME
         ):
             expected = math.prod(shape) * np.dtype(dtype).itemsize
         case _:

@@ -78,7 +78,7 @@ def make_snapshot(version: int, named: Iterable[tuple[str, torch.Tensor]]) -> Sn
         rows.append(TensorRow(name, _NAMES[tensor.dtype], tuple(tensor.shape), _digest(arrays[name])))
     digest = manifest_digest(rows)
     meta: dict[str, Json] = {"version": version, "digest": digest, "manifest": [row.to_json() for row in rows]}
-    return Snapshot(version, digest, tuple(rows), tuple(framing.pack(KIND, meta, arrays)))
+    return Snapshot(version, digest, tuple(rows), tuple(framing.pack(KIND, meta, arrays, self_digested=True)))
 
 
 def manifest_digest(rows: Sequence[TensorRow]) -> str:
@@ -92,7 +92,7 @@ def read_snapshot(frames: Sequence[framing.Frame]) -> tuple[int, str, dict[str, 
     Raises WeightError naming the first tensor that is not what the manifest says; nothing of the message may be used then.
     """
     try:
-        meta, arrays = framing.unpack(frames, KIND)
+        meta, arrays = framing.unpack(frames, KIND, self_digested=True)
     except WireError as error:
         raise WeightError(f"not a snapshot: {error}") from error
     version, digest, manifest = meta.get("version"), meta.get("digest"), meta.get("manifest")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import replace
 
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from neox_rl.codec import decode_groups, encode_groups
 from neox_rl.errors import WireError
 from neox_rl.types import NO_VERSION, Finish, Group, Reason, Role, Segment, Trace, Verdict
+from tests.unit.wire_headers import header_of, resealed
 
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 
@@ -42,7 +42,7 @@ def example(traces: int = 2, groups: int = 2) -> list[Group]:
     return [Group(k, "p", (trace,) * traces) for k in range(groups)]
 
 
-@given(GROUPS, st.dictionaries(st.text(max_size=4), st.integers() | st.text(max_size=3)))
+@given(GROUPS, st.dictionaries(st.text(max_size=4), st.integers(-(2**63), 2**63) | st.text(max_size=3)))
 @settings(max_examples=100, deadline=None)
 def test_round_trip_is_exact(groups: list[Group], meta: dict[str, int | str]) -> None:
     frames = [bytes(frame) for frame in encode_groups(groups, meta)]
@@ -51,8 +51,9 @@ def test_round_trip_is_exact(groups: list[Group], meta: dict[str, int | str]) ->
 
 @given(st.data())
 @settings(max_examples=300, deadline=None)
-def test_a_mutated_message_is_refused_or_is_still_a_valid_message(data: st.DataObject) -> None:
-    frames = [bytes(frame) for frame in encode_groups(example(), {"step": 1})]
+def test_a_mutated_message_is_refused_whatever_was_mutated(data: st.DataObject) -> None:
+    sent = [bytes(frame) for frame in encode_groups(example(), {"step": 1})]
+    frames = list(sent)
     index = data.draw(st.integers(0, len(frames) - 1))
     frame = bytearray(frames[index])
     position = data.draw(st.integers(0, len(frame) - 1))
@@ -68,18 +69,16 @@ def test_a_mutated_message_is_refused_or_is_still_a_valid_message(data: st.DataO
             del frames[index]
         case _:
             frames[index], frames[-1] = frames[-1], frames[index]
-    try:
-        groups, meta = decode_groups(frames)
-    except WireError:
-        return
-    assert decode_groups(encode_groups(groups, meta)) == (groups, meta)
+    if frames != sent:  # the last two frames may be swapped with themselves
+        with pytest.raises(WireError):
+            decode_groups(frames)
 
 
 @given(st.data())
 @settings(max_examples=200, deadline=None)
 def test_a_header_of_wrong_types_is_refused(data: st.DataObject) -> None:
     frames = [bytes(frame) for frame in encode_groups(example(), {"step": 1})]
-    header = json.loads(frames[0])
+    header = header_of(frames)
     field = data.draw(st.sampled_from(["meta", "problem_ids", "trace_ids", "trace_problem_ids", "extracted"]))
     valid: object = header["meta"][field]
     value = data.draw(JUNK.filter(lambda v: v != valid and not (field == "meta" and isinstance(v, dict))))
@@ -87,7 +86,7 @@ def test_a_header_of_wrong_types_is_refused(data: st.DataObject) -> None:
         value = [*value, "one more"]
     header["meta"][field] = value
     with pytest.raises(WireError):
-        decode_groups([json.dumps(header).encode(), *frames[1:]])
+        decode_groups(resealed(header, frames[1:]))
 
 
 BAD = {
@@ -110,10 +109,11 @@ def test_what_the_receiver_would_refuse_is_refused_by_the_sender(name: str) -> N
 
 def test_counts_that_add_up_only_by_overflow_are_refused() -> None:
     frames = [bytes(frame) for frame in encode_groups(example(traces=2, groups=5))]
-    names = [row[0] for row in json.loads(frames[0])["arrays"]]
+    header = header_of(frames)
+    names = [row[0] for row in header["arrays"]]
     frames[1 + names.index("num_traces")] = np.array([2**62, 2**62, 2**62, 2**62, 10], dtype=np.int64).tobytes()
     with pytest.raises(WireError, match="num_traces"):
-        decode_groups(frames)
+        decode_groups(resealed(header, frames[1:]))
 
 
 def test_meta_that_is_not_json_is_refused() -> None:

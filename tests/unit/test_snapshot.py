@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +10,7 @@ from hypothesis import strategies as st
 from neox_rl.errors import WeightError
 from neox_rl.framing import Frame
 from neox_rl.weights.snapshot import Snapshot, make_snapshot, read_snapshot
+from tests.unit.wire_headers import header_of, resealed
 
 
 def weights() -> dict[str, torch.Tensor]:
@@ -90,10 +89,10 @@ def test_a_truncated_a_missing_and_a_swapped_tensor_are_refused() -> None:
 )
 def test_a_manifest_that_lies_is_refused(field: str, value: object) -> None:
     frames = received(make_snapshot(3, [("a", torch.ones(4))]))
-    header = json.loads(bytes(frames[0]))
+    header = header_of(frames)
     header["meta"][field] = value
     with pytest.raises(WeightError):
-        read_snapshot([json.dumps(header).encode(), *frames[1:]])
+        read_snapshot(resealed(header, frames[1:], self_digested=True))
 
 
 def test_weights_that_cannot_be_sent_are_refused_by_name() -> None:
