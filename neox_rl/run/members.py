@@ -1,0 +1,158 @@
+"""Who generates: the servers of a run, the state of each, and which version is live. Pure: times are passed in, in seconds.
+
+    STARTING --answers--> STAGING --switched--> SERVING <--caught up-- SUSPENDED        any --> LEFT
+        ^                                          |--late or silent-->  |
+        +-------- started again -------- LOST <----+-- gone, or a switch failed
+
+Only serving members get requests. Live is the newest version that every serving member attests, and it never falls: a member that is late
+with a switch by more than one heartbeat after the first one that made it is suspended, and live goes on without it. It serves again once it
+attests the live version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from neox_rl.types import NO_VERSION
+
+
+class State(StrEnum):
+    """What a member is now."""
+
+    STARTING = "starting"
+    STAGING = "staging"
+    SERVING = "serving"
+    SUSPENDED = "suspended"
+    LOST = "lost"
+    LEFT = "left"
+
+
+@dataclass(slots=True)
+class Member:
+    """One server. ``version`` is the last that it attested since it was started, ``digest`` that of its weights; ``since`` is when ``state``
+    began. ``incarnation`` names this life of it, empty before it first answers: what an earlier life staged does not count."""
+
+    name: str
+    address: str
+    num_ranks: int
+    since: float
+    state: State = State.STARTING
+    why: str = ""
+    version: int = NO_VERSION
+    digest: str = ""
+    incarnation: str = ""
+
+    @property
+    def workers(self) -> frozenset[str]:
+        """The names under which its ranks ack a staged version."""
+        return frozenset(f"{self.incarnation}/{rank}" for rank in range(self.num_ranks)) if self.incarnation else frozenset()
+
+    def __str__(self) -> str:
+        return f"{self.name} is {self.state}" + (f" ({self.why})" if self.why else "")
+
+
+class Members:
+    """``on_change(member)`` is called after every change of a member's state or version, ``on_live(version)`` when a newer version is live."""
+
+    def __init__(self, heartbeat_s: float, now: float, on_change: Callable[[Member], None], on_live: Callable[[int], None]) -> None:
+        self._heartbeat_s, self._on_change, self._on_live, self._since = heartbeat_s, on_change, on_live, now
+        self._members: dict[str, Member] = {}
+        self._first: dict[int, float] = {}
+        self.live = NO_VERSION
+
+    @property
+    def all(self) -> list[Member]:
+        return list(self._members.values())
+
+    @property
+    def serving(self) -> list[Member]:
+        return [member for member in self._members.values() if member.state is State.SERVING]
+
+    def get(self, name: str) -> Member | None:
+        return self._members.get(name)
+
+    def at(self, address: str) -> Member | None:
+        return next((member for member in self._members.values() if member.address == address), None)
+
+    def join(self, name: str, address: str, num_ranks: int, now: float) -> Member:
+        """A server that is there or will be. Its name and address must be nobody else's."""
+        assert self.get(name) is None and self.at(address) is None, f"{name} at {address} is a member already"
+        member = self._members[name] = Member(name, address, num_ranks, now)
+        self._on_change(member)
+        return member
+
+    def begin(self, member: Member, incarnation: str, now: float) -> None:
+        """It answers, with weights that are nobody's, and begins to stage under this name."""
+        member.incarnation, member.version, member.digest = incarnation, NO_VERSION, ""
+        self._set(member, State.STAGING, "", now)
+
+    def attested(self, member: Member, version: int, digest: str, now: float) -> None:
+        """After a switch: it serves, unless live has gone beyond it meanwhile."""
+        member.version, member.digest = version, digest
+        self._first.setdefault(version, now)
+        behind = version < self.live
+        self._set(member, State.STAGING if behind else State.SERVING, f"v{self.live} is live" if behind else "", now)
+        self._settle()
+
+    def answers(self, member: Member, now: float) -> None:
+        """It is there after all. One that was suspended serves again if it has the live version; else it must switch first."""
+        if member.state is State.SUSPENDED and member.version != NO_VERSION and member.version >= self.live:
+            self._set(member, State.SERVING, "", now)
+
+    def suspend(self, member: Member, why: str, now: float) -> None:
+        """It gets no requests until it answers and attests the live version."""
+        if member.state in (State.STAGING, State.SERVING):
+            self._set(member, State.SUSPENDED, why, now)
+        elif member.state is not State.LEFT:
+            member.why = why
+        self._settle()
+
+    def lose(self, member: Member, why: str, now: float) -> None:
+        """Its weights cannot be trusted or are gone: nothing but a new start helps."""
+        member.version, member.digest, member.incarnation = NO_VERSION, "", ""
+        self._set(member, State.LOST, why, now)
+        self._settle()
+
+    def leave(self, member: Member, why: str, now: float) -> None:
+        """Forgotten: its name and address may come again."""
+        self._members.pop(member.name, None)
+        self._set(member, State.LEFT, why, now)
+        self._settle()
+
+    def tick(self, now: float) -> None:
+        """Suspends whoever is late: others have attested a newer version for more than a heartbeat."""
+        for member in self.serving:
+            newer = [(at, version) for version, at in self._first.items() if version > member.version]
+            if newer and now - min(newer)[0] > self._heartbeat_s:
+                version = min(newer)[1]
+                self.suspend(member, f"still at v{member.version}, {self._heartbeat_s:g} s after the first served v{version}", now)
+
+    def hopeless(self, now: float, start_s: float, stage_s: float, offered: int, offered_at: float) -> str:
+        """Why no newer version can come to serve: every member is past its deadline, in words. Empty while there is hope.
+
+        ``start_s`` is for a server to start, or to answer again; ``stage_s`` for one that answers to get to the ``offered`` version.
+        """
+        if not self._members:
+            return "no server has joined" if now - self._since > start_s else ""
+        for member in self._members.values():
+            if member.state in (State.STAGING, State.SERVING):
+                if member.version >= offered or now - max(offered_at, member.since) <= stage_s:
+                    return ""
+            elif now - member.since <= start_s:
+                return ""
+        return "; ".join(map(str, self._members.values()))
+
+    def _set(self, member: Member, state: State, why: str, now: float) -> None:
+        if state is not member.state:
+            member.since = now
+        member.state, member.why = state, why
+        self._on_change(member)
+
+    def _settle(self) -> None:
+        version = min((member.version for member in self.serving), default=NO_VERSION)
+        if version > self.live:
+            self.live = version
+            self._first = {newer: at for newer, at in self._first.items() if newer > version}
+            self._on_live(version)

@@ -1,0 +1,171 @@
+"""Who serves, what is live, and who is left behind: stories with times in seconds and no sockets."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from neox_rl.run.members import Member, Members, State
+from neox_rl.types import NO_VERSION
+
+BEAT = 1.0
+
+
+class Story:
+    """Members whose changes are written down as words."""
+
+    def __init__(self, *names: str) -> None:
+        self.said: list[str] = []
+        self.live: list[int] = []
+        self.members = Members(BEAT, 0.0, lambda m: self.said.append(f"{m.name} {m.state} v{m.version}"), self.live.append)
+        self.of = {name: self.members.join(name, f"http://{name}", 1, 0.0) for name in names}
+
+    def serving(self, version: int, *names: str, at: float = 0.0) -> None:
+        for name in names:
+            if not self.of[name].incarnation:
+                self.members.begin(self.of[name], f"{name}@1", at)
+            self.members.attested(self.of[name], version, f"d{version}", at)
+
+    def states(self) -> dict[str, str]:
+        return {member.name: str(member.state) for member in self.members.all}
+
+
+def test_a_version_is_live_once_every_serving_member_attests_it() -> None:
+    story = Story("a", "b")
+    story.serving(0, "a")
+    assert story.live == [0], "b does not serve yet, so nobody waits for it"
+    story.serving(0, "b")
+    story.serving(1, "a")
+    assert story.live == [0]
+    story.serving(1, "b")
+    assert story.live == [0, 1] and {m.digest for m in story.members.serving} == {"d1"}
+
+
+def test_who_is_late_by_more_than_a_heartbeat_is_left_behind_and_comes_back_by_itself() -> None:
+    story = Story("a", "b")
+    story.serving(0, "a", "b")
+    story.serving(1, "a", at=10.0)
+    story.members.tick(11.0)
+    assert story.live == [0] and story.states() == {"a": "serving", "b": "serving"}
+    story.members.tick(11.01)
+    assert story.live == [0, 1] and story.states()["b"] == "suspended"
+    assert story.of["b"].why == "still at v0, 1 s after the first served v1"
+    story.members.answers(story.of["b"], 12.0)
+    assert story.states()["b"] == "suspended", "it answers, but with v0"
+    story.serving(1, "b", at=13.0)
+    assert story.states()["b"] == "serving" and story.live == [0, 1]
+
+
+def test_the_delay_counts_from_the_first_version_that_was_missed() -> None:
+    story = Story("a", "b")
+    story.serving(0, "a", "b")
+    for version, at in ((1, 10.0), (2, 10.6), (3, 11.2)):
+        story.serving(version, "a", at=at)
+        story.members.tick(at)
+    assert story.live == [0, 3]
+
+
+def test_a_lone_server_is_never_late() -> None:
+    story = Story("a")
+    story.serving(0, "a")
+    story.members.tick(1e6)
+    assert story.states() == {"a": "serving"}
+
+
+def test_a_dead_one_is_out_at_once_and_live_goes_on() -> None:
+    story = Story("a", "b")
+    story.serving(0, "a", "b")
+    story.serving(1, "a")
+    story.members.suspend(story.of["b"], "connection refused", 1.0)
+    assert story.live == [0, 1]
+    story.members.begin(story.of["b"], "b@2", 5.0)  # it was started again
+    assert story.of["b"].version == NO_VERSION and story.states()["b"] == "staging"
+    story.serving(2, "a")
+    story.serving(1, "b", at=6.0)
+    assert story.states()["b"] == "staging" and story.live == [0, 1, 2], "it catches up with what is live before it serves"
+    story.serving(2, "b", at=7.0)
+    assert story.states()["b"] == "serving"
+
+
+def test_one_that_was_silent_for_a_moment_goes_on_where_it_was() -> None:
+    story = Story("a", "b")
+    story.serving(0, "a", "b")
+    story.members.suspend(story.of["a"], "no answer", 1.0)
+    story.members.answers(story.of["a"], 2.0)
+    assert story.states() == {"a": "serving", "b": "serving"} and story.of["a"].why == ""
+
+
+def test_a_lost_one_needs_a_new_start() -> None:
+    story = Story("a")
+    story.serving(3, "a")
+    story.members.lose(story.of["a"], "its switch to v4 failed", 1.0)
+    story.members.answers(story.of["a"], 2.0)
+    assert story.states() == {"a": "lost"} and story.of["a"].workers == frozenset() and story.live == [3]
+
+
+def test_one_that_left_may_come_again_under_its_name() -> None:
+    story = Story("a", "b")
+    story.serving(0, "a", "b")
+    story.serving(1, "a")
+    story.members.leave(story.of["b"], "asked to", 1.0)
+    assert story.live == [0, 1] and story.states() == {"a": "serving"}
+    assert story.said[-1] == "b left v0"
+    assert story.members.join("b", "http://b", 2, 2.0).state is State.STARTING
+
+
+def test_acks_of_an_earlier_life_are_not_its_own() -> None:
+    story = Story("a")
+    member = story.of["a"]
+    assert member.workers == frozenset()
+    story.members.begin(member, "a@1", 0.0)
+    first = member.workers
+    story.members.begin(member, "a@2", 0.0)
+    assert first == {"a@1/0"} and member.workers == {"a@2/0"}
+
+
+def test_hope_ends_when_every_member_is_past_its_deadline_and_each_is_named() -> None:
+    story = Story("a", "b")
+
+    def hopeless(now: float, offered: int = NO_VERSION, offered_at: float = 0.0) -> str:
+        return story.members.hopeless(now, 30.0, 10.0, offered, offered_at)
+
+    assert not hopeless(29.0)
+    assert hopeless(31.0) == "a is starting; b is starting"
+    story.members.begin(story.of["a"], "a@1", 31.0)
+    assert not hopeless(100.0), "it waits for the trainer"
+    assert not hopeless(105.0, 0, 100.0)
+    assert hopeless(111.0, 0, 100.0) == "a is staging; b is starting"
+    story.serving(0, "a", at=112.0)
+    story.members.suspend(story.of["b"], "connection refused", 112.0)
+    assert not hopeless(1e6, 0, 100.0)
+    assert hopeless(1e6, 1, 900.0) == "a is serving; b is starting (connection refused)"
+
+
+ACTIONS = st.sampled_from(["switch", "suspend", "lose", "answers", "begin", "tick"])
+
+
+@given(st.lists(st.tuples(ACTIONS, st.integers(0, 2), st.floats(0.0, 2.0)), max_size=60))
+def test_live_never_falls_and_no_member_serves_less_than_what_is_live(steps: list[tuple[str, int, float]]) -> None:
+    story = Story("a", "b", "c")
+    now, newest = 0.0, 0
+
+    def act(what: str, member: Member) -> None:
+        nonlocal newest
+        if what == "switch" and member.incarnation:
+            newest += member.version == newest
+            story.members.attested(member, newest, "", now)
+        elif what == "suspend":
+            story.members.suspend(member, "", now)
+        elif what == "lose":
+            story.members.lose(member, "", now)
+        elif what == "answers":
+            story.members.answers(member, now)
+        elif what == "begin" and member.state is not State.SERVING:
+            story.members.begin(member, "x", now)
+
+    for what, index, dt in steps:
+        now += dt
+        act(what, list(story.of.values())[index])
+        story.members.tick(now)
+        assert all(member.version >= story.members.live for member in story.members.serving)
+    assert story.live == sorted(set(story.live))
