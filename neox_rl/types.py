@@ -159,11 +159,26 @@ class SamplingParams:
     seed: int | None = None
 
 
+class End(StrEnum):
+    """Why a search ended: a goal was found, nothing was left to try, the budget was spent, or the policy or the value gave no answer."""
+
+    SOLVED = "solved"
+    EXHAUSTED = "exhausted"
+    BUDGET = "budget"
+    FAILED = "failed"
+
+
+NO_NODE = -1
+"""The parent of a root, and the answer of a tree without one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One node of a search tree. ``order`` is the time of expansion: all that a linearizer needs.
+    """One node of a search tree: one step. ``order`` is when it was made: all that a linearizer needs.
 
-    ``parent`` is the parent's ``id``, -1 for the root. ``visits`` and ``value`` are the search's statistics.
+    ``parent`` is the parent's ``id``, NO_NODE for the root, whose ``text`` is empty. ``ids`` are the step's own tokens, with
+    ``logprobs`` and ``spans`` (which policy version made which) where a policy sampled them. ``value`` in [0, 1] and ``visits``
+    are the search's statistics. ``verdict`` is None for a node from which the path goes on.
     """
 
     id: int
@@ -172,15 +187,36 @@ class Node:
     order: int
     ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
-    version: int = NO_VERSION
+    spans: tuple[VersionSpan, ...] = ()
     value: float = 0.0
     visits: int = 0
     verdict: Verdict | None = None
 
+    @property
+    def versions(self) -> tuple[int, int]:
+        """First and last policy version of its tokens; NO_VERSION where no policy made them."""
+        return (self.spans[0].version, self.spans[-1].version) if self.spans else (NO_VERSION, NO_VERSION)
+
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """A search over one problem: a flat list of nodes, ``nodes[i].id == i``, parents before children."""
+    """A search over one problem: a flat list of nodes, ``nodes[i].id == i``, parents before children.
+
+    ``answer`` is the node whose path is the search's answer, NO_NODE without one. ``num_tokens``: all that the search cost, the
+    steps that were refused and the tokens of its value included. ``counts``: what was refused or went wrong, by name.
+    """
 
     problem_id: str
     nodes: tuple[Node, ...]
+    end: End = End.EXHAUSTED
+    answer: int = NO_NODE
+    num_tokens: int = 0
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+    def path(self, node: int) -> tuple[Node, ...]:
+        """The nodes from the root, which is left out, to ``node``."""
+        found: list[Node] = []
+        while node > 0:
+            found.append(self.nodes[node])
+            node = found[-1].parent
+        return tuple(reversed(found))
