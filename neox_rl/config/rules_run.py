@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Iterator
 
 from neox_rl.config.machine import Machine
+from neox_rl.config.network import curve_on, is_loopback, is_unreachable
 from neox_rl.config.placement import num_ranks, num_servers, parse_core_sets
 from neox_rl.config.rules_model import config_is_local
 from neox_rl.config.run import RunConfig
@@ -15,8 +15,6 @@ from neox_rl.errors import ConfigError
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 ADDRESS = re.compile(r"http://[A-Za-z0-9.\-\[\]:]+:\d{1,5}")
 HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
-WILDCARD = "0.0.0.0"
-"""An address to bind to, but not to connect to: every process connects to the host that the others bind."""
 SERVER_GIB = 2.5
 """Resident memory of one vLLM server's processes beside its KV cache."""
 RANK_GIB = 0.6
@@ -174,19 +172,6 @@ def servers_elsewhere_reach_the_publisher(config: RunConfig, machine: Machine) -
             return
 
 
-def is_loopback(host: str) -> bool:
-    """Whether ``host`` means the machine that uses it. Names other than localhost are not looked up."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def is_unreachable(host: str) -> bool:
-    """Whether another machine cannot connect to what is bound to ``host``, under this name."""
-    return is_loopback(host) or host == WILDCARD
-
-
 def several_nodes_are_reachable(config: RunConfig, machine: Machine) -> Iterator[str]:
     n, net = config.neox, config.metarl.network
     if config_is_local(config):
@@ -217,11 +202,18 @@ def inner_deadlines_come_first(config: RunConfig, machine: Machine) -> Iterator[
 
 
 def sockets_are_private(config: RunConfig, machine: Machine) -> Iterator[str]:
-    host = config.metarl.network.bind_host
-    if not is_loopback(host):
+    network = config.metarl.network
+    if is_loopback(network.bind_host):
+        return
+    if not curve_on(network):
         yield (
-            f"metarl.network.bind_host = {host}: sockets carry no password, so whoever reaches this interface can send weights and"
-            " rollouts; keep it in a private network"
+            "metarl.network.curve = off: whoever reaches this interface can send weights and rollouts, and read them; set curve: auto, or"
+            " keep it in a private network"
+        )
+    if config.metarl.debug.mode != "train_only":
+        yield (
+            f"metarl.network.bind_host = {network.bind_host}: the servers' HTTP has no keys, so whoever reaches it can pause them and"
+            " switch their weights; keep it in a private network"
         )
 
 

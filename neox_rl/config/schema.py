@@ -167,6 +167,12 @@ class NetworkConfig:
     """Addresses. Loopback unless said otherwise."""
 
     bind_host: str = key("127.0.0.1", "interface that every socket binds to")
+    curve: str = key(
+        "auto",
+        "CURVE keys on the ZeroMQ sockets, made for the run and kept in runs/<name>/keys/; auto: where bind_host is not loopback. They do"
+        " not cover the servers' HTTP",
+        choices=("auto", "on", "off"),
+    )
     weights_port: int = key(0, "port of the weight publisher; 0: a free one")
     experience_port: int = key(0, "port of the experience queue; 0: a free one")
     server_port: int = key(0, "port of the first vLLM server, counting up; 0: free ones")

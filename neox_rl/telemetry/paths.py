@@ -70,6 +70,11 @@ class RunPaths:
         return self.root / "timeline.json"
 
     @property
+    def keys(self) -> Path:
+        """Directory of the sockets' keys (``neox_rl.keys``), where the run has any."""
+        return self.root / "keys"
+
+    @property
     def lock(self) -> Path:
         """Held by the launcher of the run."""
         return self.root / "lock"

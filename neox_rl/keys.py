@@ -1,0 +1,169 @@
+"""CURVE keys of one run (CurveZMQ, rfc.zeromq.org/spec/26): who may connect to its sockets, and nobody reads along.
+
+    runs/<name>/keys/        0700, made by the launcher, kept over --resume
+      run.json    0600       orchestrator and training ranks, which find it in the run directory
+      client.json 0600       servers, through NEOX_RL_KEYS or --keys: without the server's secret they cannot pose as the run
+
+A socket with keys refuses a peer that does not know the server's public key, has none itself, or has another than the run's.
+Both files are secrets: whoever reads ``client.json`` can do what a server of the run does, and answer for the trainer.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import stat
+import threading
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import zmq
+from zmq.utils import z85
+
+from neox_rl.errors import ConfigError
+
+ENV = "NEOX_RL_KEYS"
+RUN_FILE, CLIENT_FILE = "run.json", "client.json"
+_DOOR = "inproc://zeromq.zap.01"
+_MAX_FILE_BYTES = 4096
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Z85 text. ``server_secret`` is empty in the client's file; ``path`` is where they came from."""
+
+    path: Path
+    server_public: str = field(repr=False)
+    client_public: str = field(repr=False)
+    client_secret: str = field(repr=False)
+    server_secret: str = field(default="", repr=False)
+
+    @classmethod
+    def make(cls, directory: Path) -> Keys:
+        """The keys in ``directory``, new ones where there are none. Raises ConfigError for files that others can read."""
+        path = directory / RUN_FILE
+        if path.exists():
+            return cls.load(path)
+        directory.mkdir(mode=0o700, exist_ok=True)
+        (server_public, server_secret), (client_public, client_secret) = ([part.decode() for part in zmq.curve_keypair()] for _ in range(2))
+        keys = cls(path, server_public, client_public, client_secret, server_secret)
+        keys._write(directory / CLIENT_FILE, secret=False)
+        keys._write(path, secret=True)
+        return keys
+
+    @classmethod
+    def load(cls, path: Path) -> Keys:
+        """Raises ConfigError when the file is not there, is not of this user alone, or does not hold keys that fit each other."""
+        try:
+            with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+                _check_private(path, os.fstat(file.fileno()))
+                written = json.loads(file.read(_MAX_FILE_BYTES))
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot read the run's keys ({error.strerror}); copy them from runs/<name>/keys/") from error
+        except ValueError as error:
+            raise ConfigError(f"{path}: is no key file ({error}); copy it again from runs/<name>/keys/") from error
+        names = {f.name for f in fields(cls)} - {"path"}
+        texts = isinstance(written, dict) and all(isinstance(value, str) for value in written.values())
+        if not texts or not names - {"server_secret"} <= written.keys() <= names:
+            raise ConfigError(f"{path}: is no key file: it needs {sorted(names)}; copy it again from runs/<name>/keys/")
+        for whose in ("client", "server"):
+            _check_pair(path, whose, written[f"{whose}_public"], written.get(f"{whose}_secret"))
+        return cls(path, **written)
+
+    @classmethod
+    def of_run(cls, wanted: bool, directory: Path) -> Keys | None:
+        """For a process that has the run directory: its keys, None where the run has none. Raises ConfigError."""
+        return cls.load(directory / RUN_FILE) if wanted else None
+
+    @classmethod
+    def of_environment(cls) -> Keys | None:
+        """For a server: the file that ``NEOX_RL_KEYS`` names, None where it is not set. Raises ConfigError."""
+        return cls.load(Path(path)) if (path := os.environ.get(ENV)) else None
+
+    def apply_server(self, socket: zmq.Socket[Any]) -> None:
+        """Before ``bind``: only peers with the run's client keys get in. Raises ConfigError for a client's key file."""
+        if not self.server_secret:
+            raise ConfigError(f"{self.path}: has no server_secret, so nothing can be bound with it; use the run's own {RUN_FILE}")
+        socket.curve_server = True
+        socket.curve_publickey, socket.curve_secretkey = self.server_public.encode(), self.server_secret.encode()
+        socket.zap_domain = self.client_public.encode()
+        socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without a doorkeeper nobody gets in, instead of everybody
+        _keep_door(socket.context)
+
+    def apply_client(self, socket: zmq.Socket[Any]) -> None:
+        """Before ``connect``: a peer that is not the run's server is never talked to."""
+        socket.curve_serverkey = self.server_public.encode()
+        socket.curve_publickey, socket.curve_secretkey = self.client_public.encode(), self.client_secret.encode()
+
+    def _write(self, path: Path, secret: bool) -> None:
+        content = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "path" and (secret or f.name != "server_secret")}
+        draft = path.with_suffix(".new")
+        draft.unlink(missing_ok=True)
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            json.dump(content, file, indent=2)
+            os.fsync(file.fileno())
+        draft.replace(path)
+
+
+def suspicion(keys: Keys | None) -> str:
+    """For the error of a wait that got no answer at all: sockets say nothing to a peer whose keys are wrong."""
+    if keys is None:
+        return f"this side has no keys ({ENV}), and a peer that wants some (network.curve) does not answer"
+    return f"this side has the keys of {keys.path}, and a peer with others, or none, does not answer"
+
+
+def _check_private(path: Path, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise ConfigError(f"{path}: is no file; keys are in a file of their own")
+    if found.st_mode & 0o077:
+        raise ConfigError(f"{path}: mode {stat.S_IMODE(found.st_mode):04o} lets others use the run's keys; chmod 600 {path}")
+    if found.st_uid not in (os.geteuid(), 0):
+        raise ConfigError(f"{path}: belongs to user {found.st_uid}, who may have put their own keys there; copy it and chmod 600 the copy")
+
+
+def _check_pair(path: Path, whose: str, public: str, secret: str | None) -> None:
+    """``secret`` None: only the public key is in the file."""
+    try:
+        for key in (public, public if secret is None else secret):
+            if len(z85.decode(key.encode("ascii"))) != 32:
+                raise ValueError("a key has 32 bytes")
+        fits = secret is None or zmq.curve_public(secret.encode()) == public.encode()
+    except (ValueError, KeyError, zmq.ZMQError) as error:
+        raise ConfigError(f"{path}: the keys of the {whose} are none; copy the file again from runs/<name>/keys/") from error
+    if not fits:
+        raise ConfigError(f"{path}: the public and the secret key of the {whose} are not a pair; copy the file again")
+
+
+def _keep_door(context: zmq.Context[Any]) -> None:
+    """Answers, in a thread, libzmq's question about every peer of this context (ZAP, rfc.zeromq.org/spec/27), until it is terminated.
+
+    A socket's domain is the one client key that it lets in, so one doorkeeper serves sockets of any runs.
+    """
+    door: zmq.Socket[bytes] = zmq.Context.shadow(context.underlying).socket(zmq.REP)
+    door.linger = 0
+    try:
+        door.bind(_DOOR)
+    except zmq.ZMQError as error:
+        door.close()
+        if error.errno == zmq.EADDRINUSE:
+            return
+        raise
+    threading.Thread(target=_answer, args=(door,), name="zap", daemon=True).start()
+
+
+def _answer(door: zmq.Socket[bytes]) -> None:
+    with door:
+        while True:
+            try:
+                version, request, domain, address, _, mechanism, *credentials = door.recv_multipart()
+                known = mechanism == b"CURVE" and z85.encode(credentials[0]) == domain
+                if not known:
+                    logger.warning("refused a peer at %s: it has not the run's client key", address.decode(errors="replace"))
+                verdict = [b"200", b"OK", b"", b""] if known else [b"400", b"not a key of this run", b"", b""]
+                door.send_multipart([version, request, *verdict])
+            except zmq.ContextTerminated:
+                return
