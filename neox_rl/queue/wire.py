@@ -36,7 +36,8 @@ import zmq.asyncio
 
 from neox_rl.codec import decode_groups, encode_groups
 from neox_rl.errors import DeadlineError, NeoxRLError, WireError
-from neox_rl.framing import Frame, kind_of, pack, unpack
+from neox_rl.framing import MAX_HEADER_BYTES, Frame, kind_of, pack, unpack
+from neox_rl.keys import Keys, suspicion
 from neox_rl.queue.consumption import TrainedOnce
 from neox_rl.types import Group, Json
 
@@ -107,10 +108,12 @@ class _Message:
 class ExperienceServer:
     """The orchestrator's end. ``malformed``, ``strangers``, ``duplicates`` and ``out_of_order`` count the messages that were not used."""
 
-    def __init__(self, bind_host: str, port: int, heartbeat_s: float = HEARTBEAT_S) -> None:
+    def __init__(self, bind_host: str, port: int, heartbeat_s: float = HEARTBEAT_S, keys: Keys | None = None) -> None:
         self._socket: zmq.asyncio.Socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, LINGER_MS)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_HEADER_BYTES)
+        if keys is not None:
+            keys.apply_server(self._socket)
         try:
             self._socket.bind(f"tcp://{bind_host}:{port or '*'}")
         except zmq.ZMQError as error:
@@ -233,7 +236,13 @@ class ExperienceClient:
     """
 
     def __init__(
-        self, address: str, deadline_s: float, evaluate_s: float | None = None, silence_s: float = SILENCE_S, resend_s: float = RESEND_S
+        self,
+        address: str,
+        deadline_s: float,
+        evaluate_s: float | None = None,
+        silence_s: float = SILENCE_S,
+        resend_s: float = RESEND_S,
+        keys: Keys | None = None,
     ) -> None:
         self._address, self._deadline_s, self._silence_s, self._resend_s = address, deadline_s, silence_s, resend_s
         self._evaluate_s = deadline_s if evaluate_s is None else evaluate_s
@@ -241,6 +250,9 @@ class ExperienceClient:
         self._socket.setsockopt(zmq.LINGER, LINGER_MS)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         # No zmq.IMMEDIATE here: with it libzmq throws away answers that came but were not read yet when the peer closes.
+        if keys is not None:
+            keys.apply_client(self._socket)
+        self._keys = keys
         self._socket.connect(address)
         self._session = uuid.uuid4().hex
         self._id = 0
@@ -336,7 +348,8 @@ class ExperienceClient:
                 raise WireError(f"answer of kind {answer!r} while waiting for {what}")
 
     def _hint(self) -> str:
-        return f"see the orchestrator's log; is it alive and bound to {self._address}?"
+        hint = f"see the orchestrator's log; is it alive and bound to {self._address}?"
+        return hint if self._greeted else f"{hint} {suspicion(self._keys)}"
 
 
 def _parse(frames: Sequence[Frame]) -> _Message:

@@ -17,6 +17,7 @@ import zmq
 
 from neox_rl.errors import WireError
 from neox_rl.framing import Frame
+from neox_rl.keys import Keys
 from neox_rl.weights.snapshot import Snapshot
 from neox_rl.weights.wire import FETCH, FORGET_S, MAX_CONTROL_BYTES, OFFERED, STAGED, WATCH, control, prepare, read_control
 
@@ -39,11 +40,13 @@ class Publisher:
     Messages that are not of the protocol are counted in ``malformed`` and ignored.
     """
 
-    def __init__(self, bind_host: str = "127.0.0.1", port: int = 0) -> None:
+    def __init__(self, bind_host: str = "127.0.0.1", port: int = 0, keys: Keys | None = None) -> None:
         self._context = zmq.Context()
         self._router = self._context.socket(zmq.ROUTER)
         prepare(self._router)
         self._router.setsockopt(zmq.MAXMSGSIZE, MAX_CONTROL_BYTES)
+        if keys is not None:
+            keys.apply_server(self._router)
         try:
             self._router.bind(f"tcp://{bind_host}:{port or '*'}")
         except zmq.ZMQError as error:

@@ -17,6 +17,7 @@ import torch
 import zmq
 
 from neox_rl.errors import DeadlineError, WeightError
+from neox_rl.keys import Keys, suspicion
 from neox_rl.weights.snapshot import read_snapshot
 from neox_rl.weights.wire import FETCH, RESEND_S, STAGED, control, prepare
 
@@ -35,9 +36,9 @@ class Staged:
 class Stager:
     """Stages what the publisher at ``address`` offers. ``who`` is ``<server>/<rank>``, the name in the acks."""
 
-    def __init__(self, address: str, who: str, resend_s: float = RESEND_S) -> None:
+    def __init__(self, address: str, who: str, resend_s: float = RESEND_S, keys: Keys | None = None) -> None:
         self.address, self.who = address, who
-        self._resend_s = resend_s
+        self._resend_s, self._keys = resend_s, keys
         self._changed = threading.Condition()
         self._held: dict[int, Staged] = {}
         self._failure = ""
@@ -63,7 +64,7 @@ class Stager:
                     raise WeightError(f"{self.who} cannot stage v{version}: its thread ended with {self._died!r}") from self._died
                 left = end - time.monotonic()
                 if left <= 0 or self._closing:
-                    hint = self._failure or f"staged are {sorted(self._held)}; is the publisher there?"
+                    hint = self._failure or f"staged are {sorted(self._held)}; is the publisher there?" + self._suspicion()
                     raise DeadlineError(f"{self.who} to stage v{version} from {self.address}", deadline_s, hint)
                 self._changed.wait(left)
             taken = self._held[version]
@@ -79,10 +80,15 @@ class Stager:
         self._context.term()
         self._thread.join(timeout=10.0)
 
+    def _suspicion(self) -> str:
+        return "" if self._have >= 0 else f" {suspicion(self._keys)}"
+
     def _run(self) -> None:
         socket = self._context.socket(zmq.DEALER)
         try:
             prepare(socket)
+            if self._keys is not None:
+                self._keys.apply_client(socket)
             socket.connect(self.address)
             while not self._closing:
                 self._ask(socket)

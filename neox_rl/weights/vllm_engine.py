@@ -18,6 +18,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from neox_rl.errors import WeightError
+from neox_rl.keys import Keys
 from neox_rl.weights.stager import Stager
 
 logger = init_logger("vllm.neox_rl")
@@ -49,7 +50,7 @@ class ZmqWeightTransferEngine(WeightTransferEngine[ZmqInit, ZmqUpdate]):  # type
     def init_transfer_engine(self, init_info: ZmqInit) -> None:
         """Starts staging from the publisher. A second call replaces the first: the trainer may have come back elsewhere."""
         self.shutdown()
-        self._stager = Stager(init_info.address, f"{init_info.server}/{self.parallel_config.rank}")
+        self._stager = Stager(init_info.address, f"{init_info.server}/{self.parallel_config.rank}", keys=Keys.of_environment())
 
     def start_weight_update(self) -> None:
         pass

@@ -12,6 +12,7 @@ import zmq
 import zmq.asyncio
 
 from neox_rl.errors import DeadlineError, WireError
+from neox_rl.keys import Keys, suspicion
 from neox_rl.weights.wire import OFFERED, RESEND_S, STAGED, WATCH, control, prepare, read_control
 
 logger = logging.getLogger(__name__)
@@ -24,8 +25,8 @@ class Watcher:
     ``offered`` is the newest offered version, -1 before the first; ``staged`` maps version to the workers that hold it.
     """
 
-    def __init__(self, address: str) -> None:
-        self.address = address
+    def __init__(self, address: str, keys: Keys | None = None) -> None:
+        self.address, self._keys = address, keys
         self.offered = -1
         self.digest = ""
         self.staged: dict[int, set[str]] = {}
@@ -46,7 +47,7 @@ class Watcher:
         """The newest offered version once it is > ``after_version``. Raises DeadlineError."""
         found = await self._wait(lambda: self.offered if self.offered > after_version else None, deadline_s)
         if found is None:
-            raise DeadlineError(f"a policy version after v{after_version} from {self.address}", deadline_s, "is the trainer alive?")
+            raise DeadlineError(f"a policy version after v{after_version} from {self.address}", deadline_s, self._hint())
         return found
 
     async def wait_staged(self, version: int, who: Collection[str], deadline_s: float) -> int:
@@ -82,11 +83,16 @@ class Watcher:
             self._task.result()
         return False
 
+    def _hint(self) -> str:
+        return "is the trainer alive?" + ("" if self.offered >= 0 else f" {suspicion(self._keys)}")
+
     async def _run(self) -> None:
         context = zmq.asyncio.Context()
         socket = context.socket(zmq.DEALER)
         try:
             prepare(socket)
+            if self._keys is not None:
+                self._keys.apply_client(socket)
             socket.connect(self.address)
             await self._listen(socket)
         finally:
