@@ -68,15 +68,20 @@ def jsonl_is_complete(config: RunConfig, machine: Machine) -> Iterator[str]:
                     f"metarl.problems.{key} = {value!r}: is read with source jsonl only, and source is {m.problems.source}; set source:"
                     f" jsonl or remove {key}"
                 )
+        if m.warmstart.style == "written":
+            yield f"metarl.warmstart.style = written: {m.problems.source} problems come without worked solutions; set style: dfs"
         return
     if not m.problems.path:
         yield "metarl.problems.path is empty: source jsonl reads its problems from it; set path to a JSONL file of {problem, answer} rows"
     if not m.tokenizer.path:
-        yield "metarl.tokenizer.path is empty: the symbolic tokenizer cannot spell free text; set it to the directory of an HF tokenizer"
-    if m.warmstart.steps and not warmstart_skipped(config):
         yield (
-            f"metarl.warmstart.steps = {m.warmstart.steps}: needs a solver for its demonstrations, and source jsonl has none; "
-            "set steps: 0 and start from metarl.warmstart.hf_checkpoint or load"
+            "metarl.tokenizer.path is empty: the symbolic tokenizer cannot spell free text; set it to the directory of an HF tokenizer, such as"
+            " one that python -m neox_rl.problems.make_tokenizer has made"
+        )
+    if m.warmstart.steps and m.warmstart.style != "written" and not warmstart_skipped(config):
+        yield (
+            f"metarl.warmstart.style = {m.warmstart.style}: needs a solver for its searches, and source jsonl has none; set style: written"
+            " (the rows' own solutions), or steps: 0 and start from metarl.warmstart.hf_checkpoint or load"
         )
 
 

@@ -39,7 +39,7 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class WarmstartConfig:
-    """Supervised training on linearized search traces, before RL. Skipped when ``load`` or ``hf_checkpoint`` is given."""
+    """Supervised training on demonstrations, before RL. Skipped when ``load`` or ``hf_checkpoint`` is given."""
 
     steps: int = key(0, "optimizer steps; 0: no warm start", low=0)
     tokens_per_step: int = key(2048, "tokens a step, over all ranks", low=1)
@@ -48,8 +48,9 @@ class WarmstartConfig:
     warmup_frac: float = key(0.03, "share of the steps with linear warm-up", low=0.0, high=1.0)
     style: str = key(
         "dfs",
-        "what is shown: depth-first searches in random order, searches of mixed quality, or solutions alone",
-        choices=("dfs", "mixed", "solution"),
+        "what is shown: depth-first searches in random order, searches of mixed quality, solutions alone; source jsonl: the worked"
+        " solutions that the rows bring along (written)",
+        choices=("dfs", "mixed", "solution", "written"),
     )
     choice_weight: float = key(1.0, "loss weight of tokens that choose the next step at random", low=0.0, high=1.0)
     hf_checkpoint: str = key("", "HF directory to start from instead of a random model; a relative path is from the working directory")
@@ -145,11 +146,35 @@ class WeightsConfig:
 
 
 @dataclass(frozen=True)
+class MathPolicy:
+    """What a checker of mathematical answers has to decide, and public graders decide differently."""
+
+    marked_answers: bool = key(
+        False, "only a marked answer counts (\\boxed{}, <answer>, ####, 'the answer is'); else also the last formula or number of a text"
+    )
+    ordered_lists: str = key(
+        "unsorted",
+        "which bare lists of a gold answer keep their order: none, all, or those of three and more numbers that are in no order by size"
+        " (1, -1, 7, -7 is a set of solutions; 2, 4, 3 answers three questions). Tuples always do, sets never",
+        choices=("never", "unsorted", "always"),
+    )
+    percent_sign_optional: bool = key(True, "10% also matches 10, beside 0.1")
+    reduced_fractions: bool = key(False, "2/4 is wrong for 1/2")
+    interval_as_inequality: bool = key(True, "[0, 1] matches 0 <= x <= 1")
+    case_sensitive: bool = key(True, "the variable C differs from c (words never do)")
+    units_must_match: bool = key(True, "a unit on both sides must be the same; a missing one is taken from the question")
+    rounded_digits: int = key(
+        6, "significant digits from which a decimal matches the number that it rounds; an integer is never rounded to", low=1, high=100
+    )
+
+
+@dataclass(frozen=True)
 class VerifyConfig:
     """Answer checking in worker processes."""
 
     workers: int = key(1, "worker processes", low=1)
     deadline_s: float = key(1.0, "hard deadline of one check; the worker is killed when it passes", low=0.05)
+    math: MathPolicy = field(default_factory=MathPolicy)
 
 
 @dataclass(frozen=True)

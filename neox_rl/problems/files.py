@@ -6,6 +6,9 @@
 | GSM8K ``{question, answer}`` | ``question`` | what follows ``####`` in ``answer``; all of it without that mark |
 | MATH ``{problem, solution}`` | ``problem`` | the last ``\\boxed{}`` of ``solution`` |
 | OlympiadBench ``{question, final_answer}`` | ``question`` | the entries of ``final_answer``, joined by commas |
+
+A worked solution (``solution`` as text or a list of texts, or what stands before ``####`` in GSM8K) is kept in
+``meta["solution"]``, ending in the boxed answer: what a warm start of style ``written`` imitates.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +28,8 @@ from neox_rl.problems.split import ProblemSet
 from neox_rl.types import Problem
 
 INSTRUCTION = "Reason step by step, and put the final answer within \\boxed{}."
+_CALCULATOR = re.compile(r"<<[^<>\n]*>>")
+"""GSM8K's calculator annotations: ``48/2 = <<48/2=24>>24``."""
 Row = Mapping[str, Any]
 
 
@@ -65,10 +71,25 @@ def read_problems(path: Path, task: str) -> tuple[list[Problem], dict[str, int]]
         if problem.id in problems:
             counts["duplicates"] += 1
             continue
-        problems[problem.id] = replace(problem, meta={"source": where})
+        solution = worked_solution(row, answer)
+        problems[problem.id] = replace(problem, meta={"source": where, **({"solution": solution} if solution else {})})
     if not problems:
         raise ConfigError(f"{path}: no usable problem ({counts})")
     return list(problems.values()), counts
+
+
+def worked_solution(row: Row, answer: str) -> str:
+    """The row's own solution, ending in ``answer`` in the form that INSTRUCTION asks for; empty when the row has none."""
+    match row:
+        case {"solution": str() as text} | {"solution": [str() as text, *_]}:
+            worked = text.strip()
+        case {"answer": str() as text} if "####" in text:
+            worked = _CALCULATOR.sub("", text.rpartition("####")[0]).strip()
+        case _:
+            worked = ""
+    if not worked or last_boxed(worked) == answer:
+        return worked
+    return f"{worked}\nThe answer is \\boxed{{{answer}}}."
 
 
 def last_boxed(text: str) -> str:

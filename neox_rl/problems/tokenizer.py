@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer as HFTokenizer
@@ -52,11 +52,16 @@ class SymbolicTokenizer:
         hf.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         special = {"pad_token": PAD, "eos_token": EOS, "unk_token": UNKNOWN}
         hf.add_special_tokens(list(special.values()))
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
-        directory.mkdir(parents=True, exist_ok=True)
-        hf.save(str(directory / "tokenizer.json"))
-        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (directory / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
+        save_hf(hf, special, directory)
+
+
+def save_hf(hf: HFTokenizer, special: Mapping[str, str], directory: Path) -> None:
+    """The files of an HF tokenizer directory. ``special``: the tokens by their HF names (``eos_token`` ...), already added."""
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
+    directory.mkdir(parents=True, exist_ok=True)
+    hf.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (directory / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
 
 
 class DirectoryTokenizer:

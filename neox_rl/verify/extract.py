@@ -5,7 +5,10 @@ The text after the last ``</think>`` is read, at most its last ``MAX_TAIL_CHARS`
 1. the latest of: ``\\boxed{}`` (neighbors joined into a list), ``<answer>``, ``####``, "final answer is/:", in any order;
 2. else the latest "answer is/:" (also in French, Spanish, German, Chinese ...) that a formula follows;
 3. else, where the text is a bare answer and no prose, all of it;
-4. else the last formula between math delimiters or plain number, whichever ends later.
+4. else the last formula between math delimiters or plain number, whichever ends later. ``$`` and ``\\(`` set a formula inside a
+   line: what they part from the text by line breaks is not read here.
+
+With ``marked``, 4 is left out.
 
 After 2 the answer is the first formula: "the answer is 5 because 2+3=7" says 5.
 """
@@ -33,6 +36,7 @@ _MATH = re.compile(
     r"|(?<![\\\d])\$(?P<c>(?:\\\$|[^$]){1,2000}?)(?<!\\)\$|(?<!\\)\\\((?P<d>.+?)(?<!\\)\\\)",
     re.DOTALL,
 )
+_BROKEN_INLINE = re.compile(r"(?<![\\$])\$[ \t]*\n[^$\n]*\n[ \t]*\$(?!\$)|\\\([ \t]*\n[^\n]*\n[ \t]*\\\)")
 _JOIN = re.compile(r"(?:\s|\$|\\[()\[\],;]|\\q?quad|,|;|and|or|\\text\s*\{\s*,?\s*(?:and|or)\s*,?\s*\})*")
 _OTHER_SCRIPTS = "\u0600-\u06ff\u0900-\u097f\u3040-\u9fff"
 _WORD = re.compile(rf"(?<![A-Za-z\\\d])[A-Za-z\u00c0-\u024f]{{3,}}(?![A-Za-z])|[{_OTHER_SCRIPTS}]+")
@@ -64,16 +68,19 @@ def tail(text: str) -> str:
     return _EATEN.sub(lambda m: _ESCAPES[m[0]], text) if _EATEN.search(text) else text
 
 
-def final_answer(text: str) -> str:
+def final_answer(text: str, marked: bool = False) -> str:
     """The final answer's text without math delimiters, empty when there is none. Reads ``tail(text)``."""
     text = _UNBRACED_BOX.sub(r"\\boxed{\1}", tail(text).strip())
-    marked = _marked(text)
-    if marked is not None:
-        return _unwrap(marked)[:MAX_ANSWER_CHARS]
+    explicit = _marked(text)
+    if explicit is not None:
+        return _unwrap(explicit)[:MAX_ANSWER_CHARS]
     for match in reversed(list(_ANSWER.finditer(text))):
         found = leading_formula(text[match.end() :])
         if found:
             return found[:MAX_ANSWER_CHARS]
+    text = _BROKEN_INLINE.sub(" ", text)
+    if marked and not is_bare(text):
+        return ""
     return (_unwrap(text) if is_bare(text) or _formulas(text) else _last_formula(text))[:MAX_ANSWER_CHARS]
 
 

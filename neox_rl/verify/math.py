@@ -31,10 +31,10 @@ def check_math(gold: str, text: str, policy: MathPolicy = DEFAULT_POLICY) -> Fin
     """MATCH, MISMATCH, NO_ANSWER when ``text`` has no final answer, BAD_GOLD when the gold answer cannot be read."""
     if not readable_gold(gold):
         return Finding(Reason.BAD_GOLD, gold)
-    choice = choice_of_gold(gold)
+    answer = final_answer(text, policy.marked_answers)
+    choice = choice_of_gold(gold) if answer or not policy.marked_answers else ""
     if choice and (picked := choice_of_text(text)):
         return Finding(Reason.MATCH if picked == choice else Reason.MISMATCH, picked)
-    answer = final_answer(text)
     if not re.search(r"\w|\\", answer):
         return Finding(Reason.NO_ANSWER, answer)
     same = equal(normalize(final_answer(gold)), normalize(answer), policy)
@@ -298,7 +298,7 @@ def _equal_forms(a: Form, b: Form, policy: MathPolicy, depth: int) -> bool | Non
         return _expanded(a, b, policy, depth)
     unordered = {"list", "set", "braces"}
     if a.kind in unordered and b.kind in unordered:
-        if policy.ordered_lists and "set" not in (a.kind, b.kind):
+        if _keeps_order(a, policy) and b.kind != "set":
             return _all_equal(a.parts, b.parts, policy, depth)
         return _same_elements(a.parts, b.parts, policy, depth)
     if a.kind == b.kind:
@@ -311,6 +311,16 @@ def _equal_forms(a: Form, b: Form, policy: MathPolicy, depth: int) -> bool | Non
     if {a.kind, b.kind} in ({"()", "list"}, {"()", "braces"}):
         return _all_equal(a.parts, b.parts, policy, depth)
     return False
+
+
+def _keeps_order(gold: Form, policy: MathPolicy) -> bool:
+    """Whether a bare list answers several questions one by one. A set of solutions is written in order of size, or as 1, -1, 7, -7."""
+    if gold.kind != "list" or policy.ordered_lists != "unsorted":
+        return gold.kind == "list" and policy.ordered_lists == "always"
+    numbers = [parse_number(part) for part in gold.parts]
+    values = [number.value for number in numbers if number]
+    ordered = any(values in (sorted(values, key=key), sorted(values, key=key, reverse=True)) for key in (Fraction, abs))
+    return len(values) == len(numbers) > 2 and not ordered
 
 
 def _expanded(a: Form, b: Form, policy: MathPolicy, depth: int) -> bool:

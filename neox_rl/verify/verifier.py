@@ -14,7 +14,6 @@ from neox_rl.ports import Verifier
 from neox_rl.types import Problem, Reason, Verdict
 from neox_rl.verify.arithmetic import check_arithmetic, check_arithmetic_gold
 from neox_rl.verify.finding import Finding
-from neox_rl.verify.policy import DEFAULT_POLICY, MathPolicy
 from neox_rl.verify.pool import VerifierPool
 
 TASKS = (*sorted(ARITHMETIC_TASKS), "math")
@@ -60,12 +59,12 @@ def _timed(finding: Finding, started: float) -> Verdict:
     return finding.verdict((time.perf_counter() - started) * 1e3)
 
 
-def make_verifier(config: VerifyConfig, task: str, policy: MathPolicy = DEFAULT_POLICY) -> TaskVerifier:
+def make_verifier(config: VerifyConfig, task: str) -> TaskVerifier:
     """The verifier of a task, ready to check. Raises ConfigError on an unknown task, DeadlineError when no worker starts."""
     if task in ARITHMETIC_TASKS:
         return ArithmeticVerifier()
     if task == "math":
-        return VerifierPool(config.workers, config.deadline_s, policy)
+        return VerifierPool(config.workers, config.deadline_s, config.math)
     raise ConfigError(f"task {task!r} has no verifier; known tasks: {', '.join(TASKS)}")
 
 

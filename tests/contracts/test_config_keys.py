@@ -56,8 +56,11 @@ def owners(path: str) -> set[str]:
             return {"neox", NeoXConfig.__name__}
         case [_, _]:
             return {BLOCK, MetaRLConfig.__name__}
-        case [_, block, _]:
-            return {block, get_type_hints(MetaRLConfig)[block].__name__}
+        case [_, *blocks, _]:
+            owner: type = MetaRLConfig
+            for block in blocks:
+                owner = get_type_hints(owner)[block]
+            return {blocks[-1], owner.__name__}
     raise AssertionError(path)
 
 

@@ -17,8 +17,8 @@ from neox_rl.metacot import vocabulary
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
-LAPTOP = Machine(cores=(0, 1), memory_gib=16, exists=lambda path: path.startswith("runs/"))
-"""Two cores, no GPU; the recorded batches of an earlier run are there."""
+LAPTOP = Machine(cores=(0, 1), memory_gib=16, exists=lambda path: path.startswith(("runs/", "data/")))
+"""Two cores, no GPU; the recorded batches of an earlier run are there, and the files that a config says how to make."""
 MODELS = sorted((CONFIGS / "models").glob("*.yml"))
 JOBS = [CONFIGS / "game24.yml"]
 ALONE = sorted(path for path in CONFIGS.rglob("*.yml") if path not in (*MODELS, *JOBS))

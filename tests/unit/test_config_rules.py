@@ -134,7 +134,7 @@ CASES = (
     Case(
         "jsonl_is_complete",
         JSONL + "metarl.warmstart.steps=9",
-        "needs a solver for its demonstrations",
+        "needs a solver for its searches",
         "metarl.warmstart.hf_checkpoint=here",
     ),
     Case("one_start", "load=here metarl.warmstart.hf_checkpoint=here", "both give initial weights; keep one", "load=''"),
