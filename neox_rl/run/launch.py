@@ -26,9 +26,11 @@ from neox_rl.config.derived import hf_config
 from neox_rl.config.dump import dump
 from neox_rl.config.load import load_resolved
 from neox_rl.config.machine import Machine
+from neox_rl.config.network import curve_on
 from neox_rl.config.placement import num_ranks
 from neox_rl.config.run import RunConfig
 from neox_rl.errors import ConfigError
+from neox_rl.keys import Keys
 from neox_rl.ports import Tokenizer
 from neox_rl.problems.sources import load_problems
 from neox_rl.problems.tokenizer import SymbolicTokenizer, load_tokenizer
@@ -96,6 +98,8 @@ def prepared(config: RunConfig, script: str, resume: bool) -> Iterator[tuple[Run
         paths = _directory(config, resume, stack)
         paths.config.write_text(dump(config))
         _write_model(config, paths, tokenizer)
+        if curve_on(config.metarl.network):
+            Keys.make(paths.keys)
         write_endpoints(paths, endpoints)
         write_status(paths.status, Status(message="starting processes"))
         yield paths, programs(config, paths, endpoints, Machine.here(), script, resume, os.environ)

@@ -233,7 +233,7 @@ async def serve(config: RunConfig, paths: RunPaths) -> None:
     """Builds the parts, binds the socket, serves one trainer."""
     async with AsyncExitStack() as stack:
         parts = await build_parts(config, paths, stack)
-        server = ExperienceServer(config.metarl.network.bind_host, parts.endpoints.experience_port)
+        server = ExperienceServer(config.metarl.network.bind_host, parts.endpoints.experience_port, keys=parts.keys)
         stack.callback(server.close)
         orchestrator = Orchestrator(config, paths, parts, MetricsWriter(paths, config.metarl.logging, asdict(config)))
         stack.callback(orchestrator.close)

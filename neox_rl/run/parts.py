@@ -11,8 +11,10 @@ from functools import partial
 
 from neox_rl.arithmetic import ARITHMETIC_TASKS
 from neox_rl.config.machine import Machine
+from neox_rl.config.network import curve_on
 from neox_rl.config.run import RunConfig
 from neox_rl.errors import ConfigError
+from neox_rl.keys import Keys
 from neox_rl.metacot import SOLUTION
 from neox_rl.ports import Generator, Tokenizer
 from neox_rl.problems.sources import load_problems
@@ -39,7 +41,7 @@ MAX_NAMED = 5
 
 @dataclass(frozen=True)
 class Parts:
-    """What the orchestrator is made of. ``activity`` watches the servers where there are any."""
+    """What the orchestrator is made of. ``activity`` watches the servers where there are any; ``keys`` are those of its sockets."""
 
     endpoints: Endpoints
     problems: ProblemSet
@@ -47,12 +49,14 @@ class Parts:
     keeper: Keeper
     activity: ServerActivity | None
     events: EventLog
+    keys: Keys | None
 
 
 async def build_parts(config: RunConfig, paths: RunPaths, stack: AsyncExitStack) -> Parts:
     """Everything that holds a process or a socket is closed by ``stack``."""
     metarl = config.metarl
     endpoints = read_endpoints(paths.endpoints)
+    keys = Keys.of_run(curve_on(metarl.network), paths.keys)
     events = EventLog(paths.event_log("orchestrator"), "orchestrator")
     stack.callback(events.close)
     tokenizer = load_tokenizer(metarl.tokenizer, metarl.problems)
@@ -62,9 +66,9 @@ async def build_parts(config: RunConfig, paths: RunPaths, stack: AsyncExitStack)
     problems = load_problems(metarl.problems, metarl.seed)
     if metarl.problems.source == "jsonl":
         problems = with_readable_answers(problems, verifier, metarl.problems.path)
-    generator, keeper, activity = await _generation(config, paths, endpoints, tokenizer, problems, events, stack)
+    generator, keeper, activity = await _generation(config, paths, endpoints, tokenizer, problems, events, keys, stack)
     attempts = Attempts(generator, verifier, tokenizer, partial(_reward, config), solution_id(tokenizer))
-    return Parts(endpoints, problems, attempts, keeper, activity, events)
+    return Parts(endpoints, problems, attempts, keeper, activity, events, keys)
 
 
 def with_readable_answers(problems: ProblemSet, verifier: TaskVerifier, path: str) -> ProblemSet:
@@ -100,6 +104,7 @@ async def _generation(
     tokenizer: Tokenizer,
     problems: ProblemSet,
     events: EventLog,
+    keys: Keys | None,
     stack: AsyncExitStack,
 ) -> tuple[Generator, Keeper, ServerActivity | None]:
     metarl = config.metarl
@@ -113,7 +118,7 @@ async def _generation(
         stack.callback(log.close)
     deadlines = Deadlines.of(metarl.servers, metarl.weights, metarl.deadlines)
     activity = ServerActivity(lambda: generator.inflight, [spec.address for spec in specs], logs)
-    return generator, ServerKeeper(specs, endpoints.weights, deadlines, events, logs), activity
+    return generator, ServerKeeper(specs, endpoints.weights, deadlines, events, logs, keys), activity
 
 
 def _search_script(problems: ProblemSet, tokenizer: Tokenizer) -> Script:

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from neox_rl.config.machine import Machine
+from neox_rl.config.network import curve_on
 from neox_rl.config.placement import num_ranks, place
 from neox_rl.config.run import RunConfig
 from neox_rl.guard import GuardedProcess, guarded_popen
+from neox_rl.keys import CLIENT_FILE
+from neox_rl.keys import ENV as KEYS
 from neox_rl.rollout.vllm_server import core_ids, server_command
 from neox_rl.run.endpoints import Endpoints, server_specs
 from neox_rl.telemetry.paths import RunPaths
@@ -39,7 +42,7 @@ def programs(
     where = place(config, machine)
     found: list[Program] = []
     for spec in server_specs(config, endpoints, paths.root / "model", machine)[: len(where.servers)]:
-        argv, server_env = server_command(spec, env)
+        argv, server_env = server_command(spec, servers_env(config, paths, env))
         found.append(Program(spec.name, argv, server_env, paths.log(spec.name), core_ids(spec.cores) if spec.cores else None))
     if config.metarl.debug.mode != "train_only":
         argv = [sys.executable, "-m", "neox_rl.run.orchestrator", "--run-dir", str(paths.root)]
@@ -48,6 +51,12 @@ def programs(
     ranks_env = _ranks_env(env, where.rank_gpus, machine)
     found.append(Program(RANKS, ranks_command(config, paths, endpoints, script, resume), ranks_env, paths.log(RANKS), None))
     return found
+
+
+def servers_env(config: RunConfig, paths: RunPaths, env: Mapping[str, str]) -> dict[str, str]:
+    """A server has no run directory: the environment says where its keys are. Those of another run would keep it from this one's weights."""
+    found = {name: value for name, value in env.items() if name != KEYS}
+    return found | {KEYS: str((paths.keys / CLIENT_FILE).resolve())} if curve_on(config.metarl.network) else found
 
 
 def ranks_command(config: RunConfig, paths: RunPaths, endpoints: Endpoints, script: str, resume: bool) -> list[str]:

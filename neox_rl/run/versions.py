@@ -15,6 +15,7 @@ from typing import Protocol
 
 from neox_rl.config.schema import DeadlinesConfig, ServersConfig, WeightsConfig
 from neox_rl.errors import WeightError
+from neox_rl.keys import Keys
 from neox_rl.rollout.scripted import ScriptedGenerator
 from neox_rl.rollout.vllm_control import VllmControl
 from neox_rl.rollout.vllm_server import ServerSpec, wait_ready
@@ -55,9 +56,16 @@ class ServerKeeper:
     """vLLM servers over HTTP, the publisher over ZeroMQ. ``logs`` has one event log a server, where its pauses go."""
 
     def __init__(
-        self, specs: Sequence[ServerSpec], publisher: str, deadlines: Deadlines, events: EventLog, logs: Sequence[EventLog]
+        self,
+        specs: Sequence[ServerSpec],
+        publisher: str,
+        deadlines: Deadlines,
+        events: EventLog,
+        logs: Sequence[EventLog],
+        keys: Keys | None = None,
     ) -> None:
         self._specs, self._publisher, self._deadlines, self._events, self._logs = specs, publisher, deadlines, events, logs
+        self._keys = keys
         self._promised = NO_VERSION
         self._wake = asyncio.Event()
         self._waiting = ""
@@ -75,7 +83,7 @@ class ServerKeeper:
             await asyncio.gather(*(wait_ready(spec, None, self._deadlines.servers_s) for spec in self._specs))
         controls = [VllmControl(spec.address) for spec in self._specs]
         try:
-            async with Watcher(self._publisher) as watcher:
+            async with Watcher(self._publisher, keys=self._keys) as watcher:
                 await asyncio.gather(*(c.init_weights(self._publisher, s.name) for c, s in zip(controls, self._specs, strict=True)))
                 await self._follow(watcher, controls, on_live)
         finally:

@@ -12,11 +12,13 @@ from typing import Any
 
 from neox_rl.config.load import load_resolved
 from neox_rl.config.machine import Machine
+from neox_rl.config.network import curve_on
 from neox_rl.config.placement import place
 from neox_rl.config.run import RunConfig
 from neox_rl.engines.rank_env import rank_environment
 from neox_rl.engines.registry import build_engine
 from neox_rl.errors import ConfigError, NeoxRLError
+from neox_rl.keys import Keys
 from neox_rl.queue.wire import ExperienceClient
 from neox_rl.step.feed import LiveFeed, RecordedFeed
 from neox_rl.step.loop import Leader, TrainingLoop
@@ -77,6 +79,7 @@ def _leader(config: RunConfig, paths: RunPaths, endpoints: dict[str, Any]) -> Le
     metarl = config.metarl
     if metarl.debug.mode == "train_only":
         return Leader(RecordedFeed(config, paths), None)
-    client = ExperienceClient(str(endpoints["experience"]), metarl.deadlines.batch_s, metarl.deadlines.evaluate_s)
+    keys = Keys.of_run(curve_on(metarl.network), paths.keys)
+    client = ExperienceClient(str(endpoints["experience"]), metarl.deadlines.batch_s, metarl.deadlines.evaluate_s, keys=keys)
     record = Path(metarl.debug.record_batches) if metarl.debug.record_batches else None
-    return Leader(LiveFeed(client, record), Publisher(metarl.network.bind_host, int(endpoints["weights_port"])))
+    return Leader(LiveFeed(client, record), Publisher(metarl.network.bind_host, int(endpoints["weights_port"]), keys))
