@@ -16,7 +16,7 @@ from neox_rl.config.neox import NeoXConfig
 from neox_rl.config.schema import MetaRLConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-DECIDING = {"derived.py": (), "placement.py": (), "neox.py": (), "rules_model.py": ("model_family", "one_family")}
+DECIDING = {"derived.py": (), "placement.py": (), "neox.py": (), "network.py": (), "rules_model.py": ("model_family", "one_family")}
 """Modules of the config package that compute what the run does, and the functions if not all; everything else there, and the command line,
 only looks at a key. The engine builds the family that the two functions name."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from neox_rl.config.network import is_loopback
 from neox_rl.telemetry.jsonl import read_json, read_jsonl
 from neox_rl.telemetry.paths import RunPaths
 from neox_rl.telemetry.status import read_status
@@ -21,6 +23,12 @@ from neox_rl.telemetry.status import read_status
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "NEOX_RL_TEST_RUN"
 """In the environment of everything that a run starts: how a test finds it again without looking at names."""
+
+
+def own_address() -> str:
+    """An IPv4 address of this machine that is not loopback, where it has one."""
+    addresses = (a.address for interface in psutil.net_if_addrs().values() for a in interface if a.family == socket.AF_INET)
+    return next((address for address in addresses if not is_loopback(address)), "127.0.0.1")
 
 
 class Run:

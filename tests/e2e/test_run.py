@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from neox_rl.keys import RUN_FILE, Keys
 from neox_rl.telemetry.events import read_events
 from neox_rl.telemetry.jsonl import read_jsonl
-from tests.e2e.runs import Run
+from tests.e2e.runs import Run, own_address
 
 SFT, RL = 4, 4
 SHORT = (f"metarl.warmstart.steps={SFT}", f"train_iters={RL}", "metarl.evaluation.num_problems=8", "metarl.evaluation.every_steps=2")
@@ -28,8 +29,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(runs: Path) -> Run:
-    """One run to the end, which several tests look at. Its batches are recorded."""
-    run = Run(runs, "whole", *SHORT, f"metarl.debug.record_batches={runs}/batches", "metarl.logging.tensorboard=true")
+    """One run to the end, which several tests look at. Its batches are recorded, and its sockets have keys."""
+    network = (f"metarl.network.bind_host={own_address()}", "metarl.network.curve=on")
+    run = Run(runs, "whole", *SHORT, *network, f"metarl.debug.record_batches={runs}/batches", "metarl.logging.tensorboard=true")
     assert run.wait() == 0, run.said()
     return run
 
@@ -43,6 +45,14 @@ def test_a_run_ends_with_every_step_once_and_its_books_in_order(finished: Run) -
     assert summary["tokens_generated"] >= summary["tokens_trained"] + summary["tokens_masked_stale"] > 0
     labels = [row["label"] for row in read_jsonl(finished.paths.evaluations) if row["mode"] == "greedy"]
     assert labels[0] == "warmstart" and labels[-1] == "final"
+
+
+def test_the_keys_of_its_sockets_are_nowhere_but_in_their_files(finished: Run) -> None:
+    keys = Keys.load(finished.paths.keys / RUN_FILE)
+    secrets = [key.encode() for key in (keys.server_public, keys.server_secret, keys.client_public, keys.client_secret)]
+    others = [path for path in finished.paths.root.rglob("*") if path.is_file() and path.parent != finished.paths.keys]
+    assert len(others) > 10 and not [path for path in others if any(secret in path.read_bytes() for secret in secrets)]
+    assert not any(secret.decode() in finished.said() for secret in secrets)
 
 
 def test_it_leaves_a_report_events_of_every_process_and_tensorboard_files(finished: Run) -> None:
