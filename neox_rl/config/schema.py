@@ -131,6 +131,7 @@ class ServersConfig:
     enforce_eager: bool = key(True, "no compilation in the server")
     start_timeout_s: float = key(300.0, "deadline for a server to answer its health route", low=1.0)
     request_timeout_s: float = key(120.0, "deadline of one generation request", low=1.0)
+    max_restarts: int = key(3, "how often a server that died is started again; well for five minutes, it is forgiven", low=0)
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,9 @@ class DeadlinesConfig:
 
     batch_s: float = key(600.0, "the trainer waits for a batch", low=1.0)
     evaluate_s: float = key(1800.0, "the trainer waits for a whole evaluation, before and after RL", low=1.0)
-    ranks_start_s: float = key(300.0, "the launcher waits for the training ranks to come up", low=1.0)
+    ranks_start_s: float = key(300.0, "the launcher waits for training ranks, and for an orchestrator, to come up", low=1.0)
+    step_s: float = key(900.0, "a training rank's one step, publish or save, and each collective operation in it", low=1.0)
+    silence_s: float = key(30.0, "a rank or orchestrator that shows no sign of life for this long is stuck, and is ended", low=1.0)
     publish_s: float = key(180.0, "the orchestrator waits for a version that the trainer promised", low=1.0)
     stop_s: float = key(120.0, "after Ctrl-C the trainer gets this long to finish its step and save", low=1.0)
     shutdown_s: float = key(20.0, "processes get this long to end before they are killed", low=0.1)
@@ -246,6 +249,8 @@ class MetaRLConfig:
     runs_dir: str = key("runs", "parent directory of runs")
     engine: str = key("megatron-core", "trainer engine; any other is registered (engines/registry.py) by the script that the ranks run")
     seed: int = key(1234, "seed of problems, demonstrations and sampling", low=0)
+    restarts: int = key(0, "how often a run that lost a training rank goes on from its last checkpoint by itself (--restarts)", low=0)
+    orchestrator_restarts: int = key(3, "how often an orchestrator that died is started again; well for five minutes, it is forgiven", low=0)
     pack_tokens: int = key(2048, "most tokens in one packed micro-batch of one rank", low=16)
     trainer_cores: str = key("auto", "CPU cores of the training ranks: auto, or one a rank as in '1' or '0;1'")
     problems: ProblemsConfig = field(default_factory=ProblemsConfig)
