@@ -79,11 +79,20 @@ def stop(process: subprocess.Popen[bytes], deadline_s: float) -> int:
     return process.wait(_KILL_S)
 
 
-def died(name: str, process: GuardedProcess) -> ProcessDiedError:
-    """The error for a process that ended when it should not have: its status, its log, the last lines of it."""
+def died(name: str, process: GuardedProcess, why: str = "", doing: str = "") -> ProcessDiedError:
+    """The error for a process that ended when it should not have: its status, its log, the last lines of it.
+
+    ``why`` stands for the status where the launcher ended it; ``doing`` is what it was last known to be at.
+    """
+    at = f", last known at {doing}" if doing else ""
+    said = f"{name} {why or ending(process)}{at}; log {process.log_path}, which ends:\n{last_lines(process.log_path)}"
+    return ProcessDiedError(said)
+
+
+def ending(process: GuardedProcess) -> str:
+    """How it ended, in words."""
     code = process.poll()
-    how = "is running" if code is None else f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
-    return ProcessDiedError(f"{name} {how}; log {process.log_path}, which ends:\n{last_lines(process.log_path)}")
+    return "is running" if code is None else f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
 
 
 def last_lines(log_path: Path) -> str:

@@ -17,6 +17,8 @@ from neox_rl.config.rules import check, warnings
 from neox_rl.config.run import RunConfig
 from neox_rl.errors import ConfigError, NeoxRLError
 from neox_rl.metacot import vocabulary
+from neox_rl.run.resume import refuse_resume
+from neox_rl.telemetry.paths import RunPaths
 
 BAD_INPUT = 2
 
@@ -34,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--name", help="run name: shorthand for --set metarl.name=NAME")
     p.add_argument("--dry-run", action="store_true", help="print the resolved configuration and the processes, and start nothing")
     p.add_argument("--prepare", action="store_true", help="make the run directory, print the command of each part, and start nothing")
+    p.add_argument("--restarts", type=int, metavar="N", help="go on from the last checkpoint up to N times when a training rank is lost")
     p.add_argument("--resume", action="store_true", help="continue runs/<name> from its last checkpoint")
     return p
 
@@ -43,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_intermixed_args(arguments)
     try:
         config, remarks = _configuration(args)
+        if args.dry_run and args.resume:
+            refuse_resume(config, RunPaths.of(Path(config.metarl.runs_dir) / config.metarl.name))
     except ConfigError as error:
         lines = str(error).splitlines()
         sys.stderr.write("".join(f"error: {line}\n" for line in lines))
@@ -75,6 +80,7 @@ def _configuration(args: argparse.Namespace) -> tuple[RunConfig, list[str]]:
         )
     paths = [Path(args.conf_dir, name if name.endswith((".yml", ".yaml", ".json")) else name + ".yml") for name in args.configs]
     settings = [*args.set, *([f"metarl.name={args.name!r}"] if args.name is not None else [])]
+    settings += [f"metarl.restarts={args.restarts}"] if args.restarts is not None else []
     machine = Machine.here()
     parsed = parse(paths, settings)
     check(parsed.config, machine)

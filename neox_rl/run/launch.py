@@ -2,7 +2,8 @@
 
     prepare -> servers, orchestrator, ranks -> watch -> stop -> report.html, summary.json, table
 
-A process that ends when it should not have ends the run at once, with an error that names it and its log. Ctrl-C asks to stop:
+A process that ends when it should not have is started again where that heals the run (``recovery``); else the run ends at once, with an
+error that names it and its log. Ctrl-C asks to stop:
 the trainer saves after its step and the run ends with status 130; a second Ctrl-C ends it at once.
 
 By hand: ``deepy.py train.py CONFIG.yml --prepare`` makes the run directory and prints one command a part, to start in any order:
@@ -24,19 +25,17 @@ from pathlib import Path
 
 from neox_rl.config.derived import hf_config
 from neox_rl.config.dump import dump
-from neox_rl.config.load import load_resolved
 from neox_rl.config.machine import Machine
 from neox_rl.config.network import curve_on
 from neox_rl.config.placement import num_ranks
 from neox_rl.config.run import RunConfig
-from neox_rl.errors import ConfigError
 from neox_rl.keys import Keys
 from neox_rl.ports import Tokenizer
 from neox_rl.problems.sources import load_problems
 from neox_rl.problems.tokenizer import SymbolicTokenizer, load_tokenizer
 from neox_rl.run.endpoints import choose_endpoints, write_endpoints
-from neox_rl.run.processes import RANKS, Program, programs
-from neox_rl.run.resume import has_checkpoint, hold, refuse_changes, refuse_full_directories, refuse_without_checkpoint
+from neox_rl.run.processes import ORCHESTRATOR, RANKS, Program, programs
+from neox_rl.run.resume import has_checkpoint, hold, next_attempt, refuse_full_directories, refuse_resume
 from neox_rl.run.supervise import Supervisor
 from neox_rl.telemetry.display import LiveDisplay
 from neox_rl.telemetry.events import EventLog
@@ -61,7 +60,7 @@ def launch(config: RunConfig, script: str, resume: bool) -> int:
         supervisor = Supervisor(config, paths, events)
         finished: bool | None = None
         try:
-            with supervisor.interrupts.caught(), LiveDisplay(paths.status, f"neox-rl  {paths.root}"):
+            with supervisor.interrupts.caught(), LiveDisplay(paths.status, paths.processes, f"neox-rl  {paths.root}"):
                 try:
                     finished = supervisor.run(parts)
                     _end(paths, "done", "" if finished else "stopped by the user")
@@ -102,20 +101,23 @@ def prepared(config: RunConfig, script: str, resume: bool) -> Iterator[tuple[Run
             Keys.make(paths.keys)
         write_endpoints(paths, endpoints)
         write_status(paths.status, Status(message="starting processes"))
-        yield paths, programs(config, paths, endpoints, Machine.here(), script, resume, os.environ)
+        parts = programs(config, paths, endpoints, Machine.here(), script, resume, os.environ)
+        attempt = next_attempt(paths)
+        yield paths, [p.in_attempt(attempt, resume and p.name == RANKS) if p.name in (RANKS, ORCHESTRATOR) else p for p in parts]
 
 
 def _directory(config: RunConfig, resume: bool, stack: ExitStack) -> RunPaths:
     """The locked directory of the run. An earlier run of the same name is moved aside, never overwritten. Raises ConfigError."""
     paths = RunPaths.of(Path(config.metarl.runs_dir) / config.metarl.name)
-    if resume and not paths.config.is_file():
-        raise ConfigError(f"--resume: there is no run {paths.root}; leave --resume out, or give the --name of a run that is there")
+    if resume:
+        refuse_resume(config, paths)
     if paths.root.exists():
         stack.enter_context(hold(paths))
     if resume:
-        refuse_changes(load_resolved(paths.config), config)
-        refuse_without_checkpoint(config, paths)
+        refuse_resume(config, paths)  # again: another launcher may have held it until now
         paths.stop.unlink(missing_ok=True)
+        for request in paths.restart.glob("*"):
+            request.unlink()
         return paths.create()
     refuse_full_directories(config, paths)
     if paths.root.exists():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from neox_rl.config.machine import Machine
@@ -19,6 +19,9 @@ from neox_rl.run.endpoints import Endpoints, server_specs
 from neox_rl.telemetry.paths import RunPaths
 
 ORCHESTRATOR, RANKS = "orchestrator", "trainer"
+ATTEMPT = "NEOX_RL_ATTEMPT"
+"""In the environment of ranks and orchestrator: the number of the ranks' start in this run. A newer trainer supersedes an older one."""
+RESUME = "--resume"
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,11 @@ class Program:
 
     def start(self, grace_s: float) -> GuardedProcess:
         return guarded_popen(self.argv, self.env, self.log, self.cores, grace_s)
+
+    def in_attempt(self, attempt: int, resume: bool) -> Program:
+        """The same for another start of the ranks."""
+        argv = [*(word for word in self.argv if word != RESUME), *([RESUME] if resume else [])]
+        return replace(self, argv=argv, env={**self.env, ATTEMPT: str(attempt)})
 
 
 def programs(
@@ -70,7 +78,7 @@ def ranks_command(config: RunConfig, paths: RunPaths, endpoints: Endpoints, scri
     if n.hostfile:
         argv += ["--hostfile", n.hostfile]
     argv += [script, "--run-dir", str(paths.root)]
-    return argv + ["--resume"] * resume
+    return argv + [RESUME] * resume
 
 
 def _ranks_env(env: Mapping[str, str], gpus: tuple[int, ...], machine: Machine) -> dict[str, str]:

@@ -8,8 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from neox_rl.config.load import load_resolved
 from neox_rl.config.run import RunConfig
 from neox_rl.errors import ConfigError
+from neox_rl.telemetry.jsonl import read_json, write_json
 from neox_rl.telemetry.paths import RunPaths
 
 FIXED = (
@@ -35,8 +37,24 @@ def refuse_changes(before: RunConfig, now: RunConfig) -> None:
 
 
 def has_checkpoint(config: RunConfig, paths: RunPaths) -> bool:
+    """Whether the ranks can be resumed. What a killed save left unfinished (``.tmp``) is no checkpoint."""
     directory = Path(config.neox.save) if config.neox.save else paths.checkpoints
-    return directory.is_dir() and any(directory.iterdir())
+    return directory.is_dir() and any(path.is_dir() and path.suffix != ".tmp" for path in directory.iterdir())
+
+
+def next_attempt(paths: RunPaths) -> int:
+    """Counts the starts of the ranks in this run, resumes included, on the disk: 1, 2, ..."""
+    last = int(read_json(paths.attempt).get("attempt", 0))
+    write_json(paths.attempt, {"attempt": last + 1})
+    return last + 1
+
+
+def refuse_resume(config: RunConfig, paths: RunPaths) -> None:
+    """Raises ConfigError where there is nothing to go on with, or the configuration does not fit it. Touches nothing."""
+    if not paths.config.is_file():
+        raise ConfigError(f"--resume: there is no run {paths.root}; leave --resume out, or give the --name of a run that is there")
+    refuse_changes(load_resolved(paths.config), config)
+    refuse_without_checkpoint(config, paths)
 
 
 def refuse_without_checkpoint(config: RunConfig, paths: RunPaths) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -15,7 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from neox_rl.telemetry.status import Status, read_status
+from neox_rl.telemetry.status import ProcessState, Status, read_processes, read_status
 
 POLL_S = 0.5
 PLAIN_EVERY_S = 10.0
@@ -25,10 +26,10 @@ BARS = "▁▂▃▄▅▆▇█"
 
 
 class LiveDisplay:
-    """``with LiveDisplay(paths.status, title):`` shows the run until the block ends. Draws from its own thread."""
+    """``with LiveDisplay(paths.status, paths.processes, title):`` shows the run until the block ends. Draws from its own thread."""
 
-    def __init__(self, status_path: Path, title: str, console: Console | None = None) -> None:
-        self._path, self._title = status_path, title
+    def __init__(self, status_path: Path, processes_path: Path, title: str, console: Console | None = None) -> None:
+        self._path, self._processes_path, self._title = status_path, processes_path, title
         self._console = console or Console()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="display", daemon=True)
@@ -54,8 +55,7 @@ class LiveDisplay:
 
     def _tick(self) -> None:
         now = time.monotonic()
-        status = read_status(self._path)
-        line = self._view.update(status, now)
+        line = self._view.update(read_status(self._path), now, read_processes(self._processes_path))
         if self._live is not None:
             self._live.update(self._view.panel(now), refresh=True)
         elif line is not None:
@@ -68,6 +68,7 @@ class View:
     def __init__(self, title: str) -> None:
         self.title = title
         self.status = Status()
+        self.processes: Mapping[str, ProcessState] = {}
         self._started: float | None = None
         self._printed: tuple[str, float] = ("", 0.0)
         self._reached = 0
@@ -75,10 +76,10 @@ class View:
         self._accuracy: deque[float] = deque(maxlen=TREND)
         self._seen: tuple[str, int] = ("", -1)
 
-    def update(self, status: Status, now: float) -> str | None:
+    def update(self, status: Status, now: float, processes: Mapping[str, ProcessState] | None = None) -> str | None:
         """Take in a status; returns the plain line where one is due: at a change of phase and every PLAIN_EVERY_S."""
         self._started = now if self._started is None else self._started
-        self.status = status
+        self.status, self.processes = status, processes or {}
         stage = next((i for i, (phase, _) in enumerate(STAGES) if phase == status.phase), None)
         self._reached = len(STAGES) if status.phase == "done" else self._reached if stage is None else stage
         if status.reward is not None and (status.phase, status.step) != self._seen:
@@ -109,6 +110,8 @@ class View:
         facts.add_column(no_wrap=True)
         trends = {"reward": self._reward, "held-out accuracy": self._accuracy}
         for name, value in self._facts():
+            if not value and name in ("servers", "processes"):
+                continue  # lines that most runs never need
             trend = trends.get(name)
             facts.add_row(name, Text(value or "-") + Text(f"  {sparkline(list(trend))}" if trend and len(trend) > 1 else "", "cyan"))
         body: list[RenderableType] = [self._marks(), Text(""), self._progress(), Text(""), facts]
@@ -151,7 +154,25 @@ class View:
             ("staleness", stale),
             ("queue", ", ".join(queue)),
             ("version", "" if s.version is None else f"v{s.version}"),
+            ("servers", servers_in_words(s.servers)),
+            ("processes", processes_in_words(self.processes)),
         ]
+
+
+def servers_in_words(servers: Mapping[str, str]) -> str:
+    """Nothing while all of them serve; else how many do, and the others by name."""
+    others = [f"{name} {state}" for name, state in sorted(servers.items()) if state != "serving"]
+    return f"{Counter(servers.values())['serving']} of {len(servers)} serving; {', '.join(others)}" if others else ""
+
+
+def processes_in_words(processes: Mapping[str, ProcessState]) -> str:
+    """Who is not as it began: ``server-0 restarting (2 of 3), orchestrator restarted (1 of 3)``."""
+    words = []
+    for name, process in processes.items():
+        state = process.state if process.state != "running" else "restarted" if process.restarts else ""
+        if state:
+            words.append(f"{name} {state}" + (f" ({process.restarts} of {process.limit})" if state != "lost" else ""))
+    return ", ".join(words)
 
 
 def sparkline(values: list[float]) -> str:

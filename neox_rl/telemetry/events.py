@@ -24,6 +24,7 @@ SPANS: Final[dict[str, str]] = {
     # launcher
     "start_servers": "vLLM servers are starting",
     "start_ranks": "training ranks are starting",
+    "heal": "from the death of a process to its successor's first sign of life",
     "shutdown": "processes are being ended",
     # trainer
     "build": "the model and the optimizer are built or loaded",
@@ -43,12 +44,21 @@ SPANS: Final[dict[str, str]] = {
 INSTANTS: Final[dict[str, str]] = {
     "phase": "a phase of the run begins",
     "offered": "the trainer offers a version",
-    "staged": "a server holds a version, not yet used",
-    "live": "every server serves a version",
+    "staged": "every worker of a server holds a version, not yet used",
+    "live": "every serving server attests a version",
     "admitted": "a ticket is admitted",
     "delivered": "a batch goes to the trainer",
     "refused": "a group is refused by dynamic sampling",
     "error": "something failed",
+    # a server, as the orchestrator sees it: neox_rl/run/members.py
+    "joined": "a server belongs to the run from now on",
+    "staging": "it answers, and gets its first version since it was started",
+    "serving": "it attests a version, with this digest, and gets requests",
+    "suspended": "it gets no requests: late, or silent",
+    "lost": "it is gone, or a switch failed: only a new start helps",
+    "left": "it belongs to the run no longer",
+    "died": "a process ended that should not have, or gave no sign of life",
+    "restarted": "a process that died was started again",
 }
 COUNTERS: Final[dict[str, str]] = {"queue": "groups ready and in flight", "tokens": "tokens generated so far"}
 _VOCABULARY: Final = {"span": SPANS, "instant": INSTANTS, "counter": COUNTERS}
@@ -85,6 +95,7 @@ class EventLog:
         self._file = path.open("ab", buffering=0)
         self._lines: list[bytes] = [b"\n"] if self._file.tell() else []  # a torn last line must not swallow the next one
         self._lock = threading.Lock()
+        self._open: dict[int, str] = {}
         self._pid = os.getpid()
         self._flushed = time.monotonic()
         atexit.register(self.close)
@@ -94,10 +105,17 @@ class EventLog:
         """Record how long the body took, also when it raises. Fields known only at the end are put into the yielded dict."""
         _check("span", name)
         wall, start = time.time_ns(), time.monotonic_ns()
+        self._open[start] = " ".join([name, *(f"{key} {value}" for key, value in fields.items())])
         try:
             yield fields
         finally:
+            self._open.pop(start, None)
             self._emit("span", name, wall, time.monotonic_ns() - start, fields)
+
+    @property
+    def doing(self) -> str:
+        """The span that was opened last and is still open, with the fields it began with: ``train_step phase rl step 17``; or nothing."""
+        return next(reversed(self._open.copy().values()), "")
 
     def add_span(self, name: str, start_ns: int, dur_ns: int, **fields: Any) -> None:
         """A span that the caller timed: wall-clock start and monotonic duration, nanoseconds."""

@@ -18,7 +18,7 @@ class RunPaths:
 
     def create(self) -> RunPaths:
         """Make the directories. An existing run keeps its files."""
-        for directory in (self.root, self.logs, self.events, self.checkpoints):
+        for directory in (self.root, self.logs, self.events, self.beats, self.restart, self.checkpoints):
             directory.mkdir(parents=True, exist_ok=True)
         return self
 
@@ -83,6 +83,26 @@ class RunPaths:
     def stop(self) -> Path:
         """Asks training ranks without an orchestrator to stop."""
         return self.root / "stop"
+
+    @property
+    def attempt(self) -> Path:
+        """How often ranks were started in this run, all launches together."""
+        return self.root / "attempt"
+
+    @property
+    def processes(self) -> Path:
+        """What the launcher knows of each process (``status.ProcessState``)."""
+        return self.root / "processes.json"
+
+    @property
+    def beats(self) -> Path:
+        """Signs of life, one file a process (``heartbeat``)."""
+        return self.root / "beats"
+
+    @property
+    def restart(self) -> Path:
+        """Requests to the launcher: a file with a server's name, and the reason in it, has that server ended and started again."""
+        return self.root / "restart"
 
     @property
     def logs(self) -> Path:

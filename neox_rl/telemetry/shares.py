@@ -9,7 +9,7 @@ from neox_rl.telemetry.events import Event, parts_of
 
 PRECEDENCE = (
     "paused", "switch", "checkpoint", "publish", "evaluate", "train_step", "generate", "generating", "demonstrate", "build",
-    "wait_batch", "start_servers", "start_ranks", "shutdown",
+    "wait_batch", "heal", "start_servers", "start_ranks", "shutdown",
 )  # fmt: skip
 """Of the spans open at one moment, the first named here gets the moment; so shares of one process add up to its time."""
 IDLE = "idle"

@@ -1,8 +1,12 @@
-"""Where the run stands: one small file, replaced at once, that any process may read at any time."""
+"""Where the run stands: two small files, replaced at once, that any process may read at any time.
+
+``status.json`` is the orchestrator's, ``processes.json`` the launcher's: each has one writer.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from neox_rl.telemetry.jsonl import read_json, write_json
@@ -12,7 +16,10 @@ PHASES = ("starting", "warmstart", "evaluate", "rl", "report", "done", "failed")
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """A None is not known yet. ``step`` of ``total_steps`` is within the phase; ``eta_s`` is to the end of the run."""
+    """A None is not known yet. ``step`` of ``total_steps`` is within the phase; ``eta_s`` is to the end of the run.
+
+    ``servers``: what the orchestrator knows of each, in a word: ``serving``, ``staging``, ``lost`` ...
+    """
 
     phase: str = "starting"
     step: int = 0
@@ -30,6 +37,7 @@ class Status:
     eta_s: float | None = None
     loss: float | None = None
     message: str = ""
+    servers: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.phase not in PHASES:
@@ -44,3 +52,22 @@ def read_status(path: Path) -> Status:
     """The status in the file, or a starting one where there is none yet. Keys of another release are left out."""
     known = {f.name for f in fields(Status)}
     return Status(**{key: value for key, value in read_json(path).items() if key in known})
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessState:
+    """``state``: running, restarting, lost. ``restarts`` of ``limit`` that are not forgiven yet."""
+
+    state: str = "running"
+    restarts: int = 0
+    limit: int = 0
+
+
+def write_processes(path: Path, processes: Mapping[str, ProcessState]) -> None:
+    write_json(path, {name: asdict(state) for name, state in processes.items()})
+
+
+def read_processes(path: Path) -> dict[str, ProcessState]:
+    """The processes that the launcher knows; none where it has not written yet."""
+    names = {f.name for f in fields(ProcessState)}
+    return {name: ProcessState(**row) for name, row in read_json(path).items() if isinstance(row, dict) and row.keys() == names}

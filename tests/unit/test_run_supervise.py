@@ -1,10 +1,12 @@
-"""A run ends when its ranks do, when the user says so, or when any process dies. Real processes, each a few lines of Python."""
+"""A run ends when its ranks do or when the user says so, and heals when a process dies. Real processes, each a few lines of Python."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -18,10 +20,11 @@ import pytest
 from neox_rl.config.run import RunConfig
 from neox_rl.errors import DeadlineError, ProcessDiedError
 from neox_rl.run import supervise
-from neox_rl.run.processes import ORCHESTRATOR, RANKS, Program
+from neox_rl.run.processes import ATTEMPT, ORCHESTRATOR, RANKS, Program
 from neox_rl.run.supervise import Supervisor
-from neox_rl.telemetry.events import EventLog
-from neox_rl.telemetry.status import Status, write_status
+from neox_rl.telemetry.events import EventLog, read_events
+from neox_rl.telemetry.paths import RunPaths
+from neox_rl.telemetry.status import ProcessState, Status, read_processes, write_status
 from tests.unit.small_run import small_config, small_paths
 
 FOREVER = "import time; time.sleep(60)"
@@ -32,7 +35,8 @@ POLITE = "import signal, sys, time; signal.signal(signal.SIGINT, lambda *_: sys.
 @pytest.fixture
 def supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Supervisor]:
     monkeypatch.setattr(supervise, "FALL_S", 0.4)
-    config = small_config(tmp_path, deadlines={"ranks_start_s": 20.0, "stop_s": 20.0, "shutdown_s": 2.0})
+    config = small_config(tmp_path, deadlines={"ranks_start_s": 20.0, "stop_s": 20.0, "shutdown_s": 2.0}, servers={"max_restarts": 0})
+    config = replace(config, metarl=replace(config.metarl, orchestrator_restarts=0))
     paths = small_paths(config)
     write_status(paths.status, Status(phase="rl"))
     events = EventLog(paths.event_log("launcher"), "launcher")
@@ -82,7 +86,7 @@ def test_a_run_ends_with_its_ranks_and_its_servers_with_it(supervisor: Superviso
 
 
 @pytest.mark.parametrize(("victim", "how"), [("server-0", "SIGKILL"), (ORCHESTRATOR, "SIGKILL"), (RANKS, "SIGKILL")])
-def test_a_killed_process_ends_the_run_at_once_under_its_name_and_log(supervisor: Supervisor, victim: str, how: str) -> None:
+def test_a_process_killed_once_too_often_ends_the_run_at_once_under_its_name_and_log(supervisor: Supervisor, victim: str, how: str) -> None:
     parts = {"server-0": FOREVER, ORCHESTRATOR: FOREVER, RANKS: FOREVER}
     parts[victim] = "import os, signal, time; print('my last word', flush=True); time.sleep(0.3); os.kill(os.getpid(), signal.SIGKILL)"
     begin = time.monotonic()
@@ -164,6 +168,114 @@ def test_signals_are_counted_only_inside(supervisor: Supervisor) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.05)
     assert supervisor.interrupts.count == 2 and signal.getsignal(signal.SIGTERM) is before
+
+
+# --- healing
+
+
+def healing(supervisor: Supervisor, restarts: int = 0) -> Supervisor:
+    metarl = supervisor.config.metarl
+    metarl = replace(metarl, restarts=restarts, orchestrator_restarts=2, servers=replace(metarl.servers, max_restarts=2))
+    return Supervisor(RunConfig(supervisor.config.neox, metarl), supervisor.paths, supervisor.events)
+
+
+def once(paths: RunPaths, name: str, first: str, then: str) -> str:
+    """A program that does ``first`` when it is started for the first time, and ``then`` ever after."""
+    mark = str(paths.root / f"{name}-was-here")
+    return f"import os\nif os.path.exists({mark!r}):\n    {then}\nelse:\n    open({mark!r}, 'w').close()\n    {first}"
+
+
+DIE = "import time; time.sleep(0.3); os.kill(os.getpid(), 9)"
+LATER = "import time; time.sleep(2.0)"
+
+
+def faults(supervisor: Supervisor) -> list[tuple[str, str]]:
+    supervisor.events.flush()
+    found = [e for e in read_events(supervisor.paths.events) if e.name in ("died", "restarted")]
+    return [(e.name, e.fields["process"]) for e in found]
+
+
+def test_a_server_and_an_orchestrator_that_were_killed_come_back_and_the_ranks_never_know(
+    supervisor: Supervisor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    supervisor = healing(supervisor)
+    server = once(supervisor.paths, "server", DIE, FOREVER)
+    orchestrator = once(supervisor.paths, "orchestrator", DIE, LATER)
+    assert run(supervisor, server0=server, orchestrator=orchestrator, trainer="import time; time.sleep(2.0)") is True
+    assert sorted(faults(supervisor)) == [(what, who) for what in ("died", "restarted") for who in ("orchestrator", "server-0")]
+    said = capsys.readouterr().err
+    for name in ("server-0", ORCHESTRATOR):
+        assert f"warning: {name} was killed by SIGKILL; log {supervisor.paths.log(name)}; {name} is started again (1 of 2)" in said
+    assert read_processes(supervisor.paths.processes)["server-0"] == ProcessState("running", 1, 2)
+    assert no_process_is_left(supervisor)
+
+
+def test_a_crash_loop_ends_the_run_and_says_how_often_it_was_tried(supervisor: Supervisor) -> None:
+    supervisor = healing(supervisor)
+    with pytest.raises(
+        ProcessDiedError, match=r"server-0 ended with exit status 7 \(it was started again 2 times already, and no other server"
+    ):
+        run(supervisor, server0="raise SystemExit(7)", orchestrator=FOREVER, trainer=FOREVER)
+    assert no_process_is_left(supervisor)
+
+
+def test_a_lost_rank_takes_the_orchestrator_along_and_both_start_again_while_the_servers_stay(supervisor: Supervisor) -> None:
+    supervisor = healing(supervisor, restarts=1)
+    paths = supervisor.paths
+    (paths.checkpoints / "step000001").mkdir()
+    said = f"import json, sys; open({str(paths.root / 'said')!r}, 'w').write(json.dumps([sys.argv[1:], os.environ[{ATTEMPT!r}]]))"
+    up = f"from pathlib import Path; p = Path({str(paths.status)!r}); p.write_text(p.read_text().replace('starting', 'rl'))"
+    trainer = program(supervisor, RANKS, once(paths, "trainer", DIE, f"{said}; import time; time.sleep(1.5)"))
+    orchestrator = program(
+        supervisor, ORCHESTRATOR, once(paths, "orchestrator", FOREVER, f"import time; time.sleep(0.4); {up}; time.sleep(1.0)")
+    )
+    assert supervisor.run([program(supervisor, "server-0", FOREVER), orchestrator, trainer]) is True
+    assert faults(supervisor) == [("died", RANKS), ("restarted", RANKS)]
+    assert json.loads((paths.root / "said").read_text()) == [["--resume"], "1"], "the launcher's own start was not counted here"
+    assert [e.fields["process"] for e in read_events(paths.events) if e.name == "heal"] == [RANKS]
+    assert no_process_is_left(supervisor)
+
+
+def test_a_server_is_started_again_when_the_orchestrator_asks_for_it(supervisor: Supervisor, capsys: pytest.CaptureFixture[str]) -> None:
+    supervisor = healing(supervisor)
+    (supervisor.paths.restart / "server-0").write_text("answers nothing")
+    assert run(supervisor, server0=FOREVER, orchestrator=LATER, trainer=LATER) is True
+    assert "server-0 was to be started again: answers nothing; log " in capsys.readouterr().err
+    assert not list(supervisor.paths.restart.iterdir())
+
+
+def beating(supervisor: Supervisor, name: str, then: str) -> str:
+    row = {"process": name, "pid": 0, "host": socket.gethostname(), "number": 1, "doing": "train_step phase rl step 3"}
+    path = str(supervisor.paths.beats / f"{name}.json")
+    return f"import json, os, time; open({path!r}, 'w').write(json.dumps({row!r} | {{'pid': os.getpid()}})); {then}"
+
+
+def test_a_stopped_rank_is_found_by_its_silence_and_named(supervisor: Supervisor) -> None:
+    with_deadline(supervisor, "silence_s", 1.0)
+    supervisor = healing(supervisor)
+    rank = beating(supervisor, "trainer-0", "time.sleep(0.3); os.kill(os.getpid(), 19)")
+    with pytest.raises(
+        ProcessDiedError, match=r"trainer shows no sign of life for \d s: trainer-0 \(pid \d+ on .*\), at train_step phase rl step 3"
+    ):
+        run(supervisor, orchestrator=FOREVER, trainer=rank)
+    assert no_process_is_left(supervisor)
+
+
+def test_a_silent_orchestrator_is_started_again(supervisor: Supervisor) -> None:
+    with_deadline(supervisor, "silence_s", 1.0)
+    supervisor = healing(supervisor)
+    stopped = beating(supervisor, ORCHESTRATOR, "os.kill(os.getpid(), 19)")
+    orchestrator = once(supervisor.paths, "orchestrator", stopped, "import time; time.sleep(1.0)")
+    assert run(supervisor, orchestrator=orchestrator, trainer="import time; time.sleep(5.0)") is True
+    assert faults(supervisor) == [("died", ORCHESTRATOR), ("restarted", ORCHESTRATOR)]
+
+
+def test_a_rank_whose_process_is_gone_is_noticed_before_its_runner_ends(supervisor: Supervisor) -> None:
+    child = beating(supervisor, "trainer-1", "pass")
+    runner = f"import subprocess, sys, time; subprocess.run([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    with pytest.raises(ProcessDiedError, match=r"trainer lost trainer-1 \(pid \d+ on .*at train_step"):
+        run(supervisor, orchestrator=FOREVER, trainer=runner)
+    assert no_process_is_left(supervisor)
 
 
 def test_ranks_that_end_without_a_last_word_died_whatever_their_exit_status(supervisor: Supervisor) -> None:

@@ -375,7 +375,7 @@ def test_a_failed_run_is_marked_where_it_failed() -> None:
 
 def test_the_display_follows_the_status_file_until_its_block_ends(tmp_path: Path) -> None:
     shown, out = console(False)
-    with LiveDisplay(tmp_path / "status.json", "run", shown):
+    with LiveDisplay(tmp_path / "status.json", tmp_path / "processes.json", "run", shown):
         write_status(tmp_path / "status.json", Status(phase="warmstart", step=1, total_steps=5))
         deadline = time.monotonic() + 10
         while "warmstart" not in out.getvalue() and time.monotonic() < deadline:
@@ -387,7 +387,7 @@ def test_the_display_follows_the_status_file_until_its_block_ends(tmp_path: Path
 def test_a_terminal_gets_one_live_panel(tmp_path: Path) -> None:
     shown, out = console(True)
     write_json(tmp_path / "status.json", {"phase": "rl", "unknown key": 1})
-    with LiveDisplay(tmp_path / "status.json", "my run", shown):
+    with LiveDisplay(tmp_path / "status.json", tmp_path / "processes.json", "my run", shown):
         pass
     assert "my run" in out.getvalue()
 

@@ -1,0 +1,96 @@
+"""Who is started again after a death, and when: a pure state machine. Clocks are passed in, nothing is started or ended here.
+
+    a server        again, up to ``servers.max_restarts``; then the others go on without it, and with no other the run ends
+    orchestrator    again, up to ``orchestrator_restarts``: ranks and servers go on
+    a rank          with ``restarts`` left, ranks and orchestrator start again from the last checkpoint, the servers stay; else the run ends
+
+A process that was well for ``HEALTHY_S`` has its restarts forgiven, so that a run of weeks does not end by a death a day, and one that dies
+again and again right after its start does. The restarts of ranks are what the user allowed, and are never forgiven: each costs training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from neox_rl.config.run import RunConfig
+from neox_rl.run.processes import ORCHESTRATOR, RANKS
+
+HEALTHY_S = 300.0
+BACKOFF_S = 1.0
+LONGEST_BACKOFF_S = 30.0
+GIVES_UP = 3
+"""Exit status of a process whose error would only come again: a broken rule of the run, not a broken process."""
+
+
+class Act(Enum):
+    """What follows a death."""
+
+    RESTART = auto()
+    """The process alone, after ``delay_s``."""
+    RESUME = auto()
+    """Orchestrator and ranks, from the last checkpoint."""
+    GO_ON = auto()
+    """The run does without it."""
+    END = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """``used`` of ``limit`` restarts, this one included; ``why`` ends an error or a warning."""
+
+    act: Act
+    used: int = 0
+    limit: int = 0
+    delay_s: float = 0.0
+    why: str = ""
+
+
+@dataclass(slots=True)
+class _Record:
+    """Of one process: restarts that count, and when it was last started."""
+
+    used: int = 0
+    started: float = 0.0
+
+
+class Recovery:
+    """``started`` and ``fell`` are told what happens, in the order it happens; ``now`` is any clock in seconds that does not go back."""
+
+    def __init__(self, config: RunConfig) -> None:
+        metarl = config.metarl
+        self._limits = {ORCHESTRATOR: metarl.orchestrator_restarts, RANKS: metarl.restarts}
+        self._server_limit = metarl.servers.max_restarts
+        self._records: dict[str, _Record] = {}
+        self._lost: set[str] = set()
+
+    def started(self, name: str, now: float) -> None:
+        self._records.setdefault(name, _Record()).started = now
+
+    def fell(self, name: str, now: float, status: int | None, others_serve: bool = False) -> Decision:
+        """``status`` is the exit status, None for a process that had to be ended. ``others_serve``: who is not of this launcher."""
+        record = self._records.setdefault(name, _Record(started=now))
+        if name != RANKS and now - record.started >= HEALTHY_S:
+            record.used = 0
+        limit = self._limits.get(name, self._server_limit)
+        if status == GIVES_UP:
+            return Decision(Act.END, record.used, limit, why="its error would come again")
+        if record.used < limit:
+            record.used += 1
+            act = Act.RESUME if name == RANKS else Act.RESTART
+            return Decision(act, record.used, limit, _backoff_s(record.used))
+        if name in self._limits:
+            return Decision(Act.END, record.used, limit, why=_spent(record.used, limit))
+        self._lost.add(name)
+        if others_serve or any(other not in self._limits and other not in self._lost for other in self._records):
+            return Decision(Act.GO_ON, record.used, limit, why=f"{_spent(record.used, limit)}; the other servers go on without it")
+        return Decision(Act.END, record.used, limit, why=f"{_spent(record.used, limit)}, and no other server is left")
+
+
+def _backoff_s(used: int) -> float:
+    """Nothing before the first restart: a lone kill is healed at once."""
+    return 0.0 if used <= 1 else min(LONGEST_BACKOFF_S, BACKOFF_S * 2.0 ** (used - 2))
+
+
+def _spent(used: int, limit: int) -> str:
+    return f"it was started again {used} time{'s' * (used != 1)} already" if limit else "it is not started again"

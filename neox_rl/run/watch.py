@@ -1,0 +1,121 @@
+"""What the launcher sees of a process from outside: its beats, its last event, requests to end it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Collection
+from pathlib import Path
+
+from neox_rl.config.run import RunConfig
+from neox_rl.run.processes import ORCHESTRATOR, RANKS
+from neox_rl.run.signs import Signs, name_all
+from neox_rl.telemetry.heartbeat import Beat, interval_s, read_beats
+from neox_rl.telemetry.paths import RunPaths
+from neox_rl.telemetry.status import read_status
+
+EXIT_S = 2.0
+"""A rank's process is gone, and its runner has not ended: it looks once a second, then ends the other ranks."""
+TRACEBACKS_S = 0.5
+_TAIL_BYTES = 4096
+
+
+class Watch:
+    """Looks at beats every ``interval_s``; the rest of what it says is read when it is asked."""
+
+    def __init__(self, config: RunConfig, paths: RunPaths) -> None:
+        deadlines = config.metarl.deadlines
+        self._paths, self._start_s = paths, deadlines.ranks_start_s
+        self._signs = Signs(deadlines.silence_s, deadlines.step_s)
+        self._every_s = min(0.5, interval_s(deadlines.silence_s))
+        self._looked = 0.0
+        self._gone: float | None = None
+        self._started = time.monotonic()
+
+    def forget(self, prefix: str) -> None:
+        """Processes of these names are about to be started."""
+        self._signs.forget(prefix)
+        if prefix == ORCHESTRATOR:
+            self._started = time.monotonic()
+        else:
+            self._gone = None
+
+    def heard_of(self, name: str) -> list[Beat]:
+        return self._signs.heard_of(name)
+
+    def reason_to_end(self, name: str, up: bool, now: float) -> str:
+        """Why a process that is alive must be ended; empty where it need not be."""
+        if name not in (RANKS, ORCHESTRATOR):
+            return self._request(name)
+        if now - self._looked >= self._every_s:
+            self._signs.hear(read_beats(self._paths.beats, ""), now, self._every_s)
+            self._looked = now
+        if name == ORCHESTRATOR:
+            return self._late(now, up) or self._signs.stuck(ORCHESTRATOR, now)
+        return self._lost_rank(now) or self._signs.stuck(f"{RANKS}-", now)
+
+    def _request(self, server: str) -> str:
+        """What the file of that name says: the orchestrator asks for a server that answers nothing."""
+        path = self._paths.restart / server
+        if not path.exists():
+            return ""
+        with contextlib.suppress(OSError):
+            reason = path.read_text(errors="replace").strip()[:200]
+            path.unlink()
+            return f"was to be started again: {reason or 'no reason given'}"
+        return ""
+
+    def _late(self, now: float, up: bool) -> str:
+        """An orchestrator that was started beside living ranks, and does not come up."""
+        if up and not self.heard_of(ORCHESTRATOR) and now - self._started > self._start_s:
+            return f"did not come up within {self._start_s:.0f} s"
+        return ""
+
+    def _lost_rank(self, now: float) -> str:
+        """A rank of this machine whose process is gone."""
+        here = socket.gethostname()
+        gone = [beat for beat in self.heard_of(f"{RANKS}-") if beat.host == here and not Path(f"/proc/{beat.pid}").exists()]
+        if not gone or not Path("/proc/self").exists():
+            return ""
+        self._gone = now if self._gone is None else self._gone
+        return f"lost {name_all(gone)}" if now - self._gone > EXIT_S else ""
+
+    def doing(self, name: str) -> str:
+        """What it was last known to be at, in words."""
+        beats = self.heard_of(f"{RANKS}-" if name == RANKS else name)
+        if name == RANKS:
+            return name_all(beats) if beats else ""
+        if beats:
+            return beats[0].doing
+        return _last_event(self._paths.event_log(name))
+
+    def others_serve(self, ours: Collection[str]) -> bool:
+        """Whether the orchestrator has a server that this launcher did not start."""
+        servers = read_status(self._paths.status).servers
+        return any(state == "serving" and name not in ours for name, state in servers.items())
+
+    def ask_for_tracebacks(self, name: str) -> None:
+        """Has the ranks of this machine write to their log where each of their threads is (``faulthandler``, in ``step.main``)."""
+        here = socket.gethostname()
+        asked = [beat for beat in self.heard_of(f"{RANKS}-") if name == RANKS and beat.host == here]
+        for beat in asked:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(beat.pid, signal.SIGUSR1)
+        if asked:
+            time.sleep(TRACEBACKS_S)
+
+
+def _last_event(path: Path) -> str:
+    """The last row of an event log, in words; the rows of its last second may have died with their process."""
+    with contextlib.suppress(OSError, ValueError, KeyError, IndexError, TypeError):
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            row = json.loads(file.read().strip().rpartition(b"\n")[2])
+        age_s = time.time() - (row["t_ns"] + row["dur_ns"]) / 1e9
+        fields = " ".join(f"{key} {value}" for key, value in row["fields"].items())
+        return f"{row['name']} {fields}".strip() + f", {age_s:.1f} s ago"
+    return ""

@@ -1,0 +1,123 @@
+"""Who is started again after a death, and how silence and standstill are told from patience. No process, no clock."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from neox_rl.run.processes import ORCHESTRATOR, RANKS
+from neox_rl.run.recovery import GIVES_UP, HEALTHY_S, LONGEST_BACKOFF_S, Act, Recovery
+from neox_rl.run.signs import Signs
+from neox_rl.telemetry.heartbeat import Beat
+from tests.unit.small_run import small_config
+
+
+def recovery(root: Path, servers: int = 2, restarts: int = 0, started: int = 1) -> Recovery:
+    config = small_config(root, servers={"max_restarts": servers})
+    found = Recovery(replace(config, metarl=replace(config.metarl, restarts=restarts, orchestrator_restarts=2)))
+    for name in (*(f"server-{i}" for i in range(started)), ORCHESTRATOR, RANKS):
+        found.started(name, 0.0)
+    return found
+
+
+def falls(found: Recovery, name: str, *times: float) -> list[Act]:
+    """The decisions on deaths at these times, each right after a start."""
+    acts = []
+    for now in times:
+        acts.append(found.fell(name, now, -9).act)
+        found.started(name, now)
+    return acts
+
+
+def test_a_server_is_started_again_until_its_limit_and_then_the_run_ends_with_the_last_one(tmp_path: Path) -> None:
+    assert falls(recovery(tmp_path), "server-0", 1, 2, 3) == [Act.RESTART, Act.RESTART, Act.END]
+
+
+def test_the_others_go_on_without_a_server_that_is_beyond_help(tmp_path: Path) -> None:
+    found = recovery(tmp_path, servers=0, started=2)
+    first, last = found.fell("server-1", 1.0, 0), found.fell("server-0", 2.0, 0)
+    assert (first.act, last.act) == (Act.GO_ON, Act.END)
+    assert "the other servers go on" in first.why and "no other server is left" in last.why
+
+
+def test_servers_that_joined_count_as_others(tmp_path: Path) -> None:
+    assert recovery(tmp_path, servers=0).fell("server-0", 1.0, -9, others_serve=True).act is Act.GO_ON
+
+
+def test_restarts_are_forgiven_after_a_while_of_health_and_not_in_a_crash_loop(tmp_path: Path) -> None:
+    found, later = recovery(tmp_path), HEALTHY_S + 10
+    assert falls(found, "server-0", 1, 2, later, later + 1, later + 2) == [Act.RESTART, Act.RESTART, Act.RESTART, Act.RESTART, Act.END]
+
+
+def test_a_lone_death_is_healed_at_once_and_each_further_one_later(tmp_path: Path) -> None:
+    found = recovery(tmp_path, servers=9)
+    delays = [found.fell("server-0", 1.0, -9).delay_s for _ in range(9)]
+    assert delays[:4] == [0.0, 1.0, 2.0, 4.0] and delays == sorted(delays) and delays[-1] == LONGEST_BACKOFF_S
+
+
+def test_ranks_resume_as_often_as_the_user_allowed_however_long_they_were_well(tmp_path: Path) -> None:
+    assert falls(recovery(tmp_path), RANKS, 1) == [Act.END]
+    assert falls(recovery(tmp_path, restarts=2), RANKS, 1, 1000, 2000) == [Act.RESUME, Act.RESUME, Act.END]
+
+
+def test_an_error_that_would_come_again_is_not_tried_again(tmp_path: Path) -> None:
+    found = recovery(tmp_path, restarts=5)
+    assert {found.fell(name, 1.0, GIVES_UP).act for name in ("server-0", ORCHESTRATOR, RANKS)} == {Act.END}
+
+
+# --- signs of life
+
+
+def beat(rank: int, number: int, doing: str = "train_step phase rl step 4", pid: int = 0) -> Beat:
+    return Beat(f"trainer-{rank}", pid or 100 + rank, "here", number, doing)
+
+
+def told(signs: Signs, *rounds: tuple[float, list[Beat]]) -> None:
+    for now, beats in rounds:
+        signs.hear({b.process: b for b in beats}, now, 1.0)
+
+
+def test_the_silent_rank_is_named_with_what_it_was_at(tmp_path: Path) -> None:
+    signs = Signs(silence_s=5.0, step_s=100.0)
+    told(signs, *((float(t), [beat(0, t + 1), beat(1, min(t, 2) + 1)]) for t in range(9)))
+    assert signs.stuck("trainer-", 7.0) == ""
+    said = signs.stuck("trainer-", 8.0)
+    assert said == "shows no sign of life for 6 s: trainer-1 (pid 101 on here), at train_step phase rl step 4"
+
+
+def test_a_standstill_names_all_who_wait_and_first_who_has_waited_longest() -> None:
+    signs = Signs(silence_s=5.0, step_s=10.0)
+    told(
+        signs,
+        *((float(t), [beat(0, t + 1, "publish version 4" if t > 2 else "train_step"), beat(1, t + 1, "train_step")]) for t in range(15)),
+    )
+    said = signs.stuck("trainer-", 14.0)
+    assert (
+        said.startswith("stands still for 14 s: trainer-1 (pid 101 on here), at train_step; trainer-0 ")
+        and "at publish version 4" in said
+    )
+
+
+@pytest.mark.parametrize("doing", ["wait_batch phase rl step 4", "evaluate label final version 9", "build"])
+def test_waits_with_deadlines_of_their_own_are_no_standstill(doing: str) -> None:
+    signs = Signs(silence_s=5.0, step_s=10.0)
+    told(signs, *((float(t), [beat(0, t + 1, doing)]) for t in range(40)))
+    assert signs.stuck("trainer-", 39.0) == ""
+
+
+def test_time_in_which_the_launcher_was_stopped_itself_counts_for_nothing() -> None:
+    signs = Signs(silence_s=5.0, step_s=10.0)
+    told(signs, (0.0, [beat(0, 1)]), (1.0, [beat(0, 1)]), (500.0, [beat(0, 1)]))
+    assert signs.stuck("trainer-", 500.5) == ""
+    told(signs, *((500.0 + t, [beat(0, 1)]) for t in range(1, 6)))
+    assert "no sign of life" in signs.stuck("trainer-", 505.0)
+
+
+def test_a_successor_under_the_same_name_starts_anew() -> None:
+    signs = Signs(silence_s=5.0, step_s=100.0)
+    told(signs, (0.0, [beat(0, 7)]), (1.0, [beat(0, 7)]), (2.0, [beat(0, 7)]), (3.0, [beat(0, 1, pid=555)]), (4.0, [beat(0, 1, pid=555)]))
+    assert signs.stuck("trainer-", 7.0) == ""
+    signs.forget("trainer-")
+    assert signs.heard_of("trainer-") == []
