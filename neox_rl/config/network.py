@@ -25,4 +25,4 @@ def is_unreachable(host: str) -> bool:
 
 def curve_on(network: NetworkConfig) -> bool:
     """Whether the ZeroMQ sockets of the run have keys."""
-    return network.curve == "on" or (network.curve == "auto" and not is_loopback(network.bind_host))
+    return network.curve == "always" or (network.curve == "auto" and not is_loopback(network.bind_host))

@@ -207,7 +207,7 @@ def sockets_are_private(config: RunConfig, machine: Machine) -> Iterator[str]:
         return
     if not curve_on(network):
         yield (
-            "metarl.network.curve = off: whoever reaches this interface can send weights and rollouts, and read them; set curve: auto, or"
+            "metarl.network.curve = never: whoever reaches this interface can send weights and rollouts, and read them; set curve: auto, or"
             " keep it in a private network"
         )
     if config.metarl.debug.mode != "train_only":

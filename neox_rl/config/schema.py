@@ -197,7 +197,7 @@ class NetworkConfig:
         "auto",
         "CURVE keys on the ZeroMQ sockets, made for the run and kept in runs/<name>/keys/; auto: where bind_host is not loopback. They do"
         " not cover the servers' HTTP",
-        choices=("auto", "on", "off"),
+        choices=("auto", "always", "never"),
     )
     weights_port: int = key(0, "port of the weight publisher; 0: a free one")
     experience_port: int = key(0, "port of the experience queue; 0: a free one")

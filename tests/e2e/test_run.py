@@ -30,7 +30,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(runs: Path) -> Run:
     """One run to the end, which several tests look at. Its batches are recorded, and its sockets have keys."""
-    network = (f"metarl.network.bind_host={own_address()}", "metarl.network.curve=on")
+    network = (f"metarl.network.bind_host={own_address()}", "metarl.network.curve=always")
     run = Run(runs, "whole", *SHORT, *network, f"metarl.debug.record_batches={runs}/batches", "metarl.logging.tensorboard=true")
     assert run.wait() == 0, run.said()
     return run

@@ -43,8 +43,8 @@ def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
         ("auto", "10.0.0.7", True),
         ("auto", "0.0.0.0", True),
         ("auto", "node1", True),
-        ("on", "127.0.0.1", True),
-        ("off", "10.0.0.7", False),
+        ("always", "127.0.0.1", True),
+        ("never", "10.0.0.7", False),
     ],
 )
 def test_sockets_beyond_loopback_have_keys(curve: str, host: str, on: bool) -> None:
