@@ -9,10 +9,14 @@ Every field is concatenated over the batch into one flat array, so that the cost
     a token       ids int32;  logprobs float64, only of segments that a policy sampled (version != NO_VERSION)
 
 Enums travel as their index in declaration order. Log-probs are float64 so that a recorded batch replays bit for bit.
+
+One group as one run of bytes (a batch on the socket holds one a group, the journal one a record, so that it is encoded once):
+number of frames uint32, their sizes uint32 each, then the frames, each at a multiple of 8 bytes.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from itertools import chain
@@ -27,6 +31,7 @@ from neox_rl.types import NO_VERSION, Finish, Group, Json, Reason, Role, Segment
 KIND = "groups"
 _ROLES, _FINISHES, _REASONS = tuple(Role), tuple(Finish), tuple(Reason)
 _INT32_MAX = 2**31 - 1
+_ALIGN, _MAX_FRAMES = 8, 64
 
 # name -> (dtype, smallest, largest value); floats must be finite besides.
 _GROUP = {"ticket": ("int64", 0, None), "num_traces": ("int64", 0, None)}
@@ -112,6 +117,35 @@ def decode_groups(frames: Sequence[Frame], kind: str = KIND) -> tuple[tuple[Grou
         raise WireError(f"{kind}: {arrays['ticket'].size} tickets for {len(per_group)} groups")
     rows = zip(arrays["ticket"].tolist(), problem_ids, per_group, strict=True)
     return tuple(Group(ticket, problem_id, members) for ticket, problem_id, members in rows), meta
+
+
+def encode_group(group: Group) -> bytes:
+    """One group as bytes. Raises WireError like ``encode_groups``."""
+    frames = encode_groups((group,))
+    at = -(-(4 + 4 * len(frames)) // _ALIGN) * _ALIGN
+    parts: list[Frame] = [struct.pack(f"<{1 + len(frames)}I", len(frames), *map(len, frames)).ljust(at, b"\0")]
+    for frame in frames:
+        parts += (frame, b"\0" * (-len(frame) % _ALIGN))
+    return b"".join(parts)
+
+
+def decode_group(data: Frame) -> Group:
+    """The group of ``encode_group``. Raises WireError for anything else."""
+    view = memoryview(data)
+    count = int.from_bytes(view[:4], "little")
+    if not 1 <= count <= _MAX_FRAMES or len(view) < 4 + 4 * count:
+        raise WireError(f"a group of {len(view)} bytes says that it has {count} frames")
+    at = -(-(4 + 4 * count) // _ALIGN) * _ALIGN
+    frames: list[Frame] = []
+    for size in struct.unpack_from(f"<{count}I", view, 4):
+        frames.append(view[at : at + size])
+        at += size + -size % _ALIGN
+    if at != len(view):
+        raise WireError(f"a group of {len(view)} bytes has frames of {at}")
+    groups, _ = decode_groups(frames)
+    if len(groups) != 1:
+        raise WireError(f"{len(groups)} groups where one was expected")
+    return groups[0]
 
 
 def _traces(kind: str, header: Mapping[str, Json], arrays: Mapping[str, Array], segments: list[Segment]) -> list[Trace]:

@@ -34,3 +34,16 @@ class WeightError(NeoxRLError):
 
 class ProcessDiedError(NeoxRLError):
     """A process of the run ended when it should not have. Names the process, its exit status and its log."""
+
+
+class JournalError(NeoxRLError):
+    """The journal cannot be written, or does not hold what it must. Names the directory and what is missing."""
+
+
+GIVES_UP = 3
+"""Exit status of a process whose error would only come again: the run is broken, not the process. Nobody starts it again."""
+
+
+def exit_status(error: NeoxRLError) -> int:
+    """Of a process that ends with this error."""
+    return GIVES_UP if isinstance(error, ConfigError | StalenessError) else 1

@@ -1,16 +1,19 @@
 """The queue as a pure state machine: no sockets, no clock. Versions, groups and steps are passed in.
 
     never issued --next_ticket--> in flight --deliver--> ready --take--> trained
-                       ^              |
-                       +-- to hand on <- refuse, fail
+                       ^              |                    ^
+                       +-- to hand on <- refuse, fail      |
+                               |---------preload-----------|
+                               +--hold--> held --preload---+            release: held -> to hand on
 
 A ticket leaves this path nowhere: nothing is dropped, nothing is trained twice. ``staleness.py`` has the rule and its proof.
+The lower two lines are for recovery: a group that the journal has is ready at once, or held while it is not known whether the policy that
+made it exists in this timeline.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
@@ -62,9 +65,10 @@ class TicketQueue:
         self._live = NO_VERSION
         self._step = 0
         self._fresh = 0  # the smallest ticket never issued
-        self._again: list[int] = []  # heap of tickets to hand on
+        self._again: set[int] = set()  # tickets to hand on
         self._in_flight: set[int] = set()
-        self._ready: dict[int, Group] = {}
+        self._held: set[int] = set()
+        self._ready: dict[int, Callable[[], Group]] = {}
         self._refusals: dict[int, int] = {}
         self._failures: dict[int, int] = {}
 
@@ -95,12 +99,13 @@ class TicketQueue:
     def groups_dropped(self) -> int:
         """Tickets issued that are in no state and came to no end. 0, or the books are wrong."""
         counts = self.counts
-        return counts.issued - counts.refused - counts.failed - counts.trained - len(self._in_flight) - len(self._ready)
+        left = len(self._in_flight) + len(self._ready) + len(self._held)
+        return counts.issued - counts.refused - counts.failed - counts.trained - left
 
     @property
     def groups_trained_twice(self) -> int:
         """Groups handed to steps, minus tickets that have left the queue. 0, or the books are wrong."""
-        return self.counts.trained - (self._fresh - len(self._again) - len(self._in_flight) - len(self._ready))
+        return self.counts.trained - (self._fresh - len(self._open()))
 
     def refusals(self, ticket: int) -> int:
         """Refusals in a row of an open ticket, for the limit after which its group is accepted as it is."""
@@ -122,13 +127,13 @@ class TicketQueue:
 
     def next_ticket(self) -> int | None:
         """Issues the smallest admissible ticket, handed-on ones included; None when the rule admits none now."""
-        ticket = self._again[0] if self._again else self._fresh
+        ticket = min(self._again) if self._again else self._fresh
         if ticket >= self.groups_per_step * self.num_steps:
             return None
         if not staleness.admissible(ticket, self._live, self.groups_per_step, self.admission_slack):
             return None
         if self._again:
-            heapq.heappop(self._again)
+            self._again.remove(ticket)
         else:
             self._fresh += 1
         self._in_flight.add(ticket)
@@ -138,16 +143,38 @@ class TicketQueue:
     def deliver(self, group: Group) -> None:
         """A group in flight is ready. Raises StalenessError if its tokens are older than its admission allows, or not yet made."""
         self._require_in_flight(group.ticket, "deliver")
-        versions = [s.version for t in group.traces for s in t.segments if s.version != NO_VERSION]
-        floor = staleness.oldest_version(group.ticket, self.groups_per_step, self.admission_slack)
-        if versions and (min(versions) < floor or max(versions) > self._step):
-            raise StalenessError(
-                f"group {name(group.ticket)} has tokens of v{min(versions)} to v{max(versions)}; it was admitted at v{floor} or later and "
-                f"v{self._step} is the newest there can be: a server attests versions that were not live"
-            )
+        self._require_possible(group.ticket, {s.version for t in group.traces for s in t.segments if s.version != NO_VERSION})
         self._in_flight.remove(group.ticket)
-        self._ready[group.ticket] = group
+        self._ready[group.ticket] = lambda: group
         self.counts.delivered += 1
+
+    def preload(self, ticket: int, versions: Iterable[int], load: Callable[[], Group]) -> None:
+        """The group of an open ticket is there from before, with tokens of ``versions``: ready. ``load`` gives it when a step takes it."""
+        self._require_possible(ticket, versions)
+        self._leave_waiting(ticket, "preload")
+        self._ready[ticket] = load
+
+    def hold(self, ticket: int) -> None:
+        """An open ticket is not issued again for now: what was made for it may be of use once a version is published again."""
+        if ticket not in self._again:
+            raise self._wrong(ticket, "hold", "waiting to be handed on")
+        self._leave_waiting(ticket, "hold")
+        self._held.add(ticket)
+
+    def release(self, ticket: int) -> None:
+        """A held ticket is handed on after all."""
+        if ticket not in self._held:
+            raise self._wrong(ticket, "release", "held")
+        self._held.remove(ticket)
+        self._again.add(ticket)
+        self.counts.failed += 1
+
+    @property
+    def held(self) -> frozenset[int]:
+        return frozenset(self._held)
+
+    def are_ready(self, tickets: Iterable[int]) -> bool:
+        return self._ready.keys() >= set(tickets)
 
     def refuse(self, ticket: int) -> None:
         """Dynamic sampling refuses the group of ``ticket`` in flight: the ticket is handed on to a fresh problem."""
@@ -161,17 +188,21 @@ class TicketQueue:
         self._failures[ticket] = self._failures.get(ticket, 0) + 1
         self.counts.failed += 1
 
-    def take(self, step: int) -> tuple[Group, ...] | None:
+    def take(self, step: int, tickets: Sequence[int] = ()) -> tuple[Group, ...] | None:
         """The batch of ``step``: the B smallest-numbered ready tickets, in order; None while the step has to wait.
 
+        ``tickets``: those that this step took before it was undone, and that are all ready: it takes the same ones again.
         Steps come in order, each once. Raises StalenessError otherwise: a batch is never handed out twice.
         """
         if step != self._step + 1 or step > self.num_steps:
             raise StalenessError(f"step {step} asks for a batch, but the next is step {self._step + 1} of {self.num_steps}")
-        if len(self._ready) < self.groups_per_step or self._overdue(step):
-            return None
-        tickets = sorted(self._ready)[: self.groups_per_step]
-        batch = tuple(self._ready.pop(ticket) for ticket in tickets)
+        if tickets and (len(set(tickets)) != self.groups_per_step or not self.are_ready(tickets)):
+            raise StalenessError(f"step {step} cannot take {_names(tickets)} again: they are not {self.groups_per_step} ready groups")
+        if not tickets:
+            if len(self._ready) < self.groups_per_step or self._overdue(step):
+                return None
+            tickets = sorted(self._ready)[: self.groups_per_step]
+        batch = tuple(self._ready.pop(ticket)() for ticket in tickets)
         for ticket in tickets:
             self._refusals.pop(ticket, None)
             self._failures.pop(ticket, None)
@@ -187,7 +218,7 @@ class TicketQueue:
             text = f"{missing} of {self.groups_per_step} groups; in flight: {_names(self._in_flight)}"
         else:
             return "nothing"
-        ticket = self._again[0] if self._again else self._fresh
+        ticket = min(self._again) if self._again else self._fresh
         if not self._in_flight and not staleness.admissible(ticket, self._live, self.groups_per_step, self.admission_slack):
             needed = staleness.oldest_version(ticket, self.groups_per_step, self.admission_slack)
             text += f"; the servers must first serve v{needed} (live: {'none' if self._live < 0 else f'v{self._live}'})"
@@ -195,7 +226,7 @@ class TicketQueue:
 
     def snapshot(self) -> dict[str, Json]:
         """The state between two steps, for a checkpoint. Open tickets are named, not their groups: they are generated again."""
-        tickets: list[Json] = [*sorted({*self._again, *self._in_flight, *self._ready})]
+        tickets: list[Json] = [*sorted(self._open())]
         return {
             "groups_per_step": self.groups_per_step,
             "step": self._step,
@@ -212,32 +243,54 @@ class TicketQueue:
         step, fresh, tickets, counts = _checked(state, self.groups_per_step)
         if self._fresh:
             raise StalenessError(f"restore after {self._fresh} tickets were issued: a queue is restored before its first ticket")
-        self._step, self._fresh, self._again = step, fresh, sorted(tickets)
-        lost = counts.issued - counts.refused - counts.failed - counts.trained
-        self.counts = Counts(counts.issued, counts.delivered, counts.refused, counts.failed + lost, counts.trained)
+        self._step, self._fresh, self._again = step, fresh, set(tickets)
+        ended = counts.refused + counts.failed + counts.trained
+        issued = max(counts.issued, ended)  # fewer where the journal lost records
+        self.counts = Counts(issued, counts.delivered, counts.refused, counts.failed + issued - ended, counts.trained)
 
     def _overdue(self, step: int) -> list[int]:
         """Tickets that are not ready though their deadline is ``step`` or earlier; none in token mode."""
         if self.mode is Mode.TOKEN:
             return []
         due = staleness.num_due(step, self.groups_per_step, self.delivery_slack)
-        return sorted(t for t in {*self._again, *self._in_flight, *range(self._fresh, due)} if t < due)
+        return sorted(t for t in {*self._again, *self._in_flight, *self._held, *range(self._fresh, due)} if t < due)
+
+    def _open(self) -> set[int]:
+        return {*self._again, *self._in_flight, *self._held, *self._ready}
+
+    def _leave_waiting(self, ticket: int, event: str) -> None:
+        """From held, or from the tickets to hand on, where ``restore`` counted it as failed."""
+        if ticket in self._held:
+            self._held.remove(ticket)
+        elif ticket in self._again:
+            self._again.remove(ticket)
+            self.counts.failed -= 1
+        else:
+            raise self._wrong(ticket, event, "waiting to be handed on, or held")
+
+    def _require_possible(self, ticket: int, versions: Iterable[int]) -> None:
+        found = sorted(versions)
+        floor = staleness.oldest_version(ticket, self.groups_per_step, self.admission_slack)
+        if found and (found[0] < floor or found[-1] > self._step):
+            raise StalenessError(
+                f"group {name(ticket)} has tokens of v{found[0]} to v{found[-1]}; it was admitted at v{floor} or later and "
+                f"v{self._step} is the newest there can be: a server attests versions that were not live"
+            )
 
     def _hand_on(self, ticket: int, event: str) -> None:
         self._require_in_flight(ticket, event)
         self._in_flight.remove(ticket)
-        heapq.heappush(self._again, ticket)
+        self._again.add(ticket)
 
     def _require_in_flight(self, ticket: int, event: str) -> None:
-        if ticket in self._in_flight:
-            return
-        if ticket in self._ready:
-            state = "ready already"
-        elif ticket in self._again:
-            state = "waiting to be handed on"
-        else:
-            state = "trained already" if 0 <= ticket < self._fresh else "not issued yet"
-        raise StalenessError(f"{event} {name(ticket)}: it is {state}; only a ticket in flight can be delivered, refused or failed")
+        if ticket not in self._in_flight:
+            raise self._wrong(ticket, event, "in flight")
+
+    def _wrong(self, ticket: int, event: str, needed: str) -> StalenessError:
+        places = {"in flight": self._in_flight, "ready already": self._ready, "waiting to be handed on": self._again, "held": self._held}
+        closed = "trained already" if 0 <= ticket < self._fresh else "not issued yet"
+        state = next((place for place, tickets in places.items() if ticket in tickets), closed)
+        return StalenessError(f"{event} {name(ticket)}: it is {state}; it must be {needed}")
 
 
 def name(ticket: int) -> str:

@@ -1,0 +1,334 @@
+"""What the journal's records add up to: a pure fold, the same for the orchestrator that lives and for the one that takes over.
+
+    kind        meta                                                    means
+    opened      attempt, pid, time                                      an orchestrator starts
+    session     session, attempt, sft_step, rl_step, state              a trainer says hello with the position of its checkpoint: what came
+                                                                        after it is undone
+    issued      ticket, position, live                                  the ticket is in flight, with the cursor's problem at ``position``
+    span        ticket, rollout, spans, finish, digests; body           a finished chunk of an unfinished group (``chunk_body``)
+    group       ticket, digests, tokens, rollouts; body                 all rollouts of the ticket, verified (``codec.encode_group``)
+    refused     ticket, tokens, rollouts                                dynamic sampling refused the group
+    failed      ticket                                                  the generation failed; finished chunks are kept
+    discarded   tickets                                                 made by a policy that a rollback undid and that did not come back
+    taken       id, phase, step, tickets, versions, state               the batch of a step; versions: {version: tokens} a ticket; for sft
+                                                                        also draws, ticket: where the demonstrations stood before
+    published   id, version, digest                                     the trainer offers weights
+    live        version, digest                                         every serving server attests it
+    evaluated   id, label, version, metrics                             the answer to an evaluation
+    reported    id, phase, step                                         the step's metrics are written
+    checkpoint  id, sft_step, rl_step                                   the trainer has saved; a new segment begins
+    state       (this class)                                            first in the segment after a checkpoint, before its open groups and
+                                                                        chunks (copy: true), and once more, as a copy, behind them
+
+``id`` is the number of the trainer's message. ``digests`` is {version: digest of the weights} of the policies that made the tokens: by it
+experience of an undone timeline is recognised. A record that was lost makes its ticket open again, no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Any
+
+import numpy as np
+
+from neox_rl.queue.records import Record
+from neox_rl.types import Completion, Finish, Json, VersionSpan
+
+PHASES = ("sft", "rl")
+
+
+class Standing(Enum):
+    """Of experience in the present timeline, judged by who made it."""
+
+    USABLE = auto()
+    WAITING = auto()
+    """For a version of an undone timeline to be published again."""
+    FOREIGN = auto()
+    """A policy that is not of this timeline made some of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A group or chunk as it lies in the journal: ``body`` is its bytes, ``digests`` who made it. None: not known any more."""
+
+    body: bytes | memoryview
+    digests: Mapping[int, str | None]
+    meta: Mapping[str, Any]
+
+
+@dataclass
+class Tally:
+    """Events over all timelines: what was generated was generated, also where a rollback undid its training."""
+
+    issued: int = 0
+    delivered: int = 0
+    refused: int = 0
+    failed: int = 0
+    tokens_generated: int = 0
+    rollouts: int = 0
+    rollouts_refused: int = 0
+
+
+@dataclass
+class History:
+    """``apply`` each record in order. Unknown kinds and tickets that cannot be are passed over: damage must not stop a recovery."""
+
+    session: str = ""
+    attempt: int = -1
+    last: int = 0
+    steps: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
+    reported: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
+    fresh: int = 0
+    cursor: int = 0
+    open: set[int] = field(default_factory=set)
+    positions: dict[int, int] = field(default_factory=dict)
+    refusals: dict[int, int] = field(default_factory=dict)
+    groups: dict[int, Made] = field(default_factory=dict)
+    spans: dict[int, list[Made]] = field(default_factory=dict)
+    taken: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """RL step -> tickets, of steps since the last checkpoint."""
+    replay: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """RL step -> tickets, of steps that were undone and not done again yet."""
+    digests: dict[int, str] = field(default_factory=dict)
+    published: int = -1
+    evaluated: dict[str, Json] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+    """What the trainer's checkpoint would hold now: the orchestrator's state after the last batch."""
+    sft: dict[str, int] = field(default_factory=dict)
+    """Where the demonstrations stood before the last batch of the warm start: draws, ticket."""
+    tally: Tally = field(default_factory=Tally)
+    complete: bool = False
+    """The state that the segment begins with was read: its copy says nothing new."""
+
+    def apply(self, record: Record) -> None:
+        handler = _HANDLERS.get(record.kind)
+        if handler is None:
+            return
+        meta = record.meta
+        if isinstance(id := meta.get("id"), int):
+            self.last = max(self.last, id)
+        handler(self, meta, record.body)
+
+    def standing(self, digests: Mapping[int, str | None]) -> Standing:
+        found = Standing.USABLE
+        for version, digest in digests.items():
+            if version not in self.digests:
+                found = Standing.WAITING
+            elif digest != self.digests[version]:
+                return Standing.FOREIGN
+        return found
+
+    def standing_of(self, ticket: int) -> Standing:
+        """Of an open ticket's group, or of the chunks of its unfinished rollouts."""
+        made = [self.groups[ticket]] if ticket in self.groups else self.spans.get(ticket, [])
+        found = [self.standing(m.digests) for m in made]
+        return next((s for s in (Standing.FOREIGN, Standing.WAITING) if s in found), Standing.USABLE)
+
+    def release(self, tickets: Iterable[int]) -> None:
+        """Forgets the bytes of trained groups: a living orchestrator has delivered them, and one that takes over reads the journal."""
+        for ticket in tickets:
+            self.groups.pop(ticket, None)
+            self.spans.pop(ticket, None)
+
+    def compact(self) -> Iterator[tuple[str, dict[str, Json], bytes | memoryview]]:
+        """``(kind, meta, body)`` of the records that say all this anew, without what was trained."""
+        kept = [v for ticket in self.open for m in self._made(ticket) for v in m.digests]
+        oldest = min(kept, default=self.published)
+        self.digests = {v: d for v, d in self.digests.items() if v >= oldest or v == self.published}
+        self.taken = {}
+        self._prune()
+        simple = ("session", "attempt", "last", "steps", "reported", "fresh", "cursor", "published", "evaluated", "state", "sft")
+        meta: dict[str, Any] = {name: getattr(self, name) for name in simple}
+        meta |= {name: _pairs(getattr(self, name)) for name in ("positions", "refusals", "replay", "digests")}
+        meta |= {"open": sorted(self.open), "tally": dict(vars(self.tally))}
+        yield "state", meta, b""
+        for ticket in sorted(self.open):
+            for made in self._made(ticket):
+                yield ("group" if ticket in self.groups else "span"), {**made.meta, "copy": True}, made.body
+        yield "state", meta | {"copy": True}, b""  # one flipped byte in the first must not cost all that it says
+
+    def _made(self, ticket: int) -> Sequence[Made]:
+        return [self.groups[ticket]] if ticket in self.groups else self.spans.get(ticket, [])
+
+    def _know(self, ticket: object) -> int | None:
+        """A ticket of the journal; those before it whose own records were lost are open too."""
+        if type(ticket) is not int or not 0 <= ticket < 1 << 48:
+            return None
+        if ticket >= self.fresh:
+            self.open.update(range(self.fresh, ticket + 1))
+            self.fresh = ticket + 1
+        return ticket
+
+    def _prune(self) -> None:
+        """Nothing is kept of tickets that are closed, but what the steps since the checkpoint trained."""
+        undoable = {ticket for tickets in self.taken.values() for ticket in tickets}
+        keep = self.open | undoable
+        self.groups = {t: m for t, m in self.groups.items() if t in keep}
+        self.spans = {t: m for t, m in self.spans.items() if t in self.open}
+        self.positions = {t: p for t, p in self.positions.items() if t in keep}
+        self.refusals = {t: n for t, n in self.refusals.items() if t in self.open}
+
+    # one method a kind
+
+    def _session(self, meta: Mapping[str, Any], _: bytes | memoryview) -> None:
+        if "state" not in meta:
+            return  # an entry of the ledger
+        self.session, self.attempt, self.last = str(meta["session"]), int(meta["attempt"]), 1
+        self._rollback(int(meta["sft_step"]), int(meta["rl_step"]), dict(meta["state"]))
+
+    def _rollback(self, sft_step: int, rl_step: int, state: dict[str, Any]) -> None:
+        """The checkpoint decides which tickets are open; the journal supplies what it knows of them and of later ones."""
+        self.replay |= {step: tickets for step, tickets in self.taken.items() if step > rl_step}
+        self.replay = {step: tickets for step, tickets in self.replay.items() if step > rl_step}
+        self.taken = {step: tickets for step, tickets in self.taken.items() if step <= rl_step}
+        queue = state.get("queue") or {}
+        fresh = int(queue.get("fresh", 0))
+        self.fresh = max(self.fresh, fresh)
+        self.open = {int(t) for t in queue.get("open", ())} | set(range(fresh, self.fresh))
+        saved = {int(t): int(p) for t, p in (state.get("problems") or {}).items()}
+        self.positions = saved | self.positions
+        self.cursor = max([self.cursor, int((state.get("cursor") or {}).get("position", 0)), *(p + 1 for p in self.positions.values())])
+        # v(rl_step) is published again by whoever says hello, and must prove to be the same.
+        self.digests = {v: d for v, d in self.digests.items() if v < rl_step}
+        self.published = max(self.digests, default=-1)
+        self.steps, self.reported = {"sft": sft_step, "rl": rl_step}, {"sft": sft_step, "rl": rl_step}
+        self.evaluated = {k: v for k, v in self.evaluated.items() if rl_step > 0 and k != "final"}
+        self.state = state
+        before = {**(state.get("queue") or {}).get("counts", {}), **(state.get("counts") or {})}
+        for name in vars(self.tally):
+            setattr(self.tally, name, max(getattr(self.tally, name), int(before.get(name, 0))))
+        self._prune()
+
+    def _issued(self, meta: Mapping[str, Any], _: bytes | memoryview) -> None:
+        ticket = self._know(meta.get("ticket"))
+        if ticket is not None:
+            self.tally.issued += 1
+            self.positions[ticket] = int(meta["position"])
+            self.cursor = max(self.cursor, self.positions[ticket] + 1)
+
+    def _span(self, meta: Mapping[str, Any], body: bytes | memoryview) -> None:
+        ticket = self._know(meta.get("ticket"))
+        if ticket is not None and ticket in self.open:
+            self.spans.setdefault(ticket, []).append(Made(body, _digests(meta), meta))
+
+    def _group(self, meta: Mapping[str, Any], body: bytes | memoryview) -> None:
+        ticket = self._know(meta.get("ticket"))
+        if ticket is not None and ticket in self.open:
+            if not meta.get("copy"):
+                self.tally.delivered += 1
+                self.tally.tokens_generated += int(meta["tokens"])
+                self.tally.rollouts += int(meta["rollouts"])
+            self.groups[ticket] = Made(body, _digests(meta), meta)
+            self.spans.pop(ticket, None)
+
+    def _refused(self, meta: Mapping[str, Any], _: bytes | memoryview) -> None:
+        ticket = self._know(meta.get("ticket"))
+        if ticket is not None:
+            self.tally.refused += 1
+            self.tally.tokens_generated += int(meta["tokens"])
+            self.tally.rollouts += int(meta["rollouts"])
+            self.tally.rollouts_refused += int(meta["rollouts"])
+            self.refusals[ticket] = self.refusals.get(ticket, 0) + 1
+            self.positions.pop(ticket, None)
+            self.release((ticket,))
+
+    def _failed(self, meta: Mapping[str, Any], _: bytes | memoryview) -> None:
+        self.tally.failed += 1
+
+    def _discarded(self, meta: Mapping[str, Any], _: bytes | memoryview) -> None:
+        self.tally.failed += len(meta["tickets"])
+        self.release(meta["tickets"])
+        self.replay = {}
+
+    def _taken(self, meta: Mapping[str, Any], _: bytes | memoryview) -> None:
+        phase, step = str(meta["phase"]), int(meta["step"])
+        if "state" not in meta:
+            return  # an entry of the ledger
+        self.steps[phase] = step
+        self.state = dict(meta["state"])
+        if phase == "sft":
+            self.sft = {"draws": int(meta["draws"]), "ticket": int(meta["ticket"])}
+            return
+        tickets = tuple(int(t) for t in meta["tickets"])
+        same = self.replay.get(step) == tickets
+        self.replay = {s: t for s, t in self.replay.items() if s > step} if same else {}
+        self.taken[step] = tickets
+        # The queue's own word, so that the loss of an earlier record of this kind opens no ticket that was trained.
+        queue = self.state["queue"]
+        self.open = {int(t) for t in queue["open"]} | set(range(int(queue["fresh"]), self.fresh))
+        self.fresh = max(self.fresh, int(queue["fresh"]))
+        for ticket in tickets:
+            self.refusals.pop(ticket, None)
+
+    def _published(self, meta: Mapping[str, Any], _: bytes | memoryview) -> None:
+        self.published = int(meta["version"])
+        self.digests[self.published] = str(meta["digest"])
+
+    def _evaluated(self, meta: Mapping[str, Any], _: bytes | memoryview) -> None:
+        self.evaluated[str(meta["label"])] = meta["metrics"]
+
+    def _reported(self, meta: Mapping[str, Any], _: bytes | memoryview) -> None:
+        self.reported[str(meta["phase"])] = int(meta["step"])
+
+    def _checkpoint(self, meta: Mapping[str, Any], _: bytes | memoryview) -> None:
+        """A resume goes to the newest checkpoint: no step before it will be undone."""
+        self.taken = {step: tickets for step, tickets in self.taken.items() if step > int(meta["rl_step"])}
+        self._prune()
+
+    def _state(self, meta: Mapping[str, Any], _: bytes | memoryview) -> None:
+        if not meta.get("copy"):
+            self.groups, self.spans = {}, {}
+        elif self.complete:
+            return
+        self.complete = not meta.get("copy")
+        for name in ("session", "attempt", "last", "steps", "reported", "fresh", "cursor", "published", "evaluated", "state", "sft"):
+            setattr(self, name, meta[name])
+        self.open = set(meta["open"])
+        self.positions, self.refusals = ({int(t): int(v) for t, v in meta[name]} for name in ("positions", "refusals"))
+        self.replay = {int(step): tuple(tickets) for step, tickets in meta["replay"]}
+        self.digests = {int(version): str(digest) for version, digest in meta["digests"]}
+        self.tally = Tally(**meta["tally"])
+        self.taken = {}
+        self._prune()
+
+
+_HANDLERS = {
+    kind: getattr(History, f"_{kind}")
+    for kind in (
+        *("session", "issued", "span", "group", "refused", "failed", "discarded", "taken", "published", "evaluated", "reported"),
+        *("checkpoint", "state"),
+    )
+}
+
+
+def fold(records: Iterable[Record]) -> History:
+    """The history that ``records`` tell. The ledger's records, older than the state that a segment begins with, change nothing."""
+    history = History()
+    for record in records:
+        history.apply(record)
+    return history
+
+
+def _digests(meta: Mapping[str, Any]) -> dict[int, str | None]:
+    return {int(version): digest for version, digest in meta["digests"].items()}
+
+
+def _pairs(table: Mapping[int, Any]) -> list[Json]:
+    """JSON has no integer keys."""
+    return [[key, list(value) if isinstance(value, tuple) else value] for key, value in table.items()]
+
+
+def chunk_body(completion: Completion) -> bytes:
+    """ids int32, then log-probs float64, little-endian; their number is a third of the rest by the sizes 4 and 8."""
+    return np.asarray(completion.ids, "<i4").tobytes() + np.asarray(completion.logprobs, "<f8").tobytes()
+
+
+def chunk_of(meta: Mapping[str, Any], body: bytes | memoryview) -> Completion:
+    """The chunk of a ``span`` record; ``spans`` and ``finish`` are in its meta."""
+    count = len(body) // 12
+    ids = np.frombuffer(body, "<i4", count)
+    logprobs = np.frombuffer(body, "<f8", count, 4 * count)
+    spans = tuple(VersionSpan(*map(int, span)) for span in meta["spans"])
+    return Completion(tuple(ids.tolist()), tuple(logprobs.tolist()), spans, Finish(meta["finish"]))

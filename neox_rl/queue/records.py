@@ -1,0 +1,123 @@
+"""One journal record as bytes, and finding the records in bytes that may be damaged anywhere.
+
+    record   = head (28 bytes) | payload
+    head     = magic (4) | payload length uint32 | sequence number uint64 | checksum (8) | CRC-32 of the 24 bytes before it, little-endian
+    payload  = length of meta uint32 | meta (JSON object with a "kind") | body
+
+The checksum is blake3 over the segment's file name, length, sequence number and payload. The name is in it so that a record that was copied
+into the payload of another is none when a reader has to look for the next one after damage. ``body`` is opaque here: of a group it is
+``codec.encode_group``, so that a reader decodes only the groups that it needs.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from blake3 import blake3
+
+from neox_rl.types import Json
+
+MAGIC = b"\xf5NXJ"
+_HEAD = struct.Struct("<4sIQ8s")
+_CRC = struct.Struct("<I")
+_LENGTH = struct.Struct("<I")
+HEAD_BYTES = _HEAD.size + _CRC.size
+MAX_PAYLOAD_BYTES = 1 << 31
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """``seq`` counts up by one from record to record of a run; a gap is a record that was lost."""
+
+    seq: int
+    kind: str
+    meta: Mapping[str, Any]
+    body: bytes | memoryview = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """Bytes ``start:end`` of a segment hold no record. ``torn``: they are the end of it, as a crash while writing leaves them."""
+
+    segment: str
+    start: int
+    end: int
+    torn: bool
+
+    def __str__(self) -> str:
+        what = "torn tail" if self.torn else "damaged"
+        return f"{self.segment}: {what}, {self.end - self.start} bytes from byte {self.start} on hold no record"
+
+
+def payload_of(kind: str, meta: Mapping[str, Json], body: bytes | memoryview = b"") -> bytes:
+    """Raises ValueError for a meta that is not JSON."""
+    head = json.dumps({"kind": kind, **meta}, separators=(",", ":"), allow_nan=False).encode()
+    return b"".join((_LENGTH.pack(len(head)), head, body))
+
+
+def to_bytes(segment: str, seq: int, payload: bytes | memoryview) -> bytes:
+    """The record as it stands in the file ``segment``."""
+    head = _HEAD.pack(MAGIC, len(payload), seq, _checksum(segment, seq, payload))
+    return b"".join((head, _CRC.pack(zlib.crc32(head)), payload))
+
+
+def scan(segment: str, data: bytes | memoryview) -> Iterator[Record | Damage]:
+    """Every whole record, in order, and what lies between them. Never raises; a record that was hit is lost, no other."""
+    view = memoryview(data)
+    raw = data if isinstance(data, bytes) else bytes(data)
+    at, lost = 0, -1
+    while at < len(raw):
+        found = _record_at(segment, view, at)
+        if found is not None:
+            record, end = found
+            if lost >= 0:
+                yield Damage(segment, lost, at, torn=False)
+                lost = -1
+            yield record
+            at = end
+        else:
+            lost = at if lost < 0 else lost
+            at = raw.find(MAGIC, at + 1)
+            if at < 0:
+                break
+    if lost >= 0:
+        yield Damage(segment, lost, len(raw), torn=True)
+
+
+def _record_at(segment: str, view: memoryview, at: int) -> tuple[Record, int] | None:
+    start = at + HEAD_BYTES
+    if start > len(view):
+        return None
+    magic, length, seq, checksum = _HEAD.unpack_from(view, at)
+    # The head has a check of its own: a false one would have the whole rest of the file hashed, for each place that looks like one.
+    if magic != MAGIC or _CRC.unpack_from(view, at + _HEAD.size)[0] != zlib.crc32(view[at : at + _HEAD.size]):
+        return None
+    end = start + length
+    if length > MAX_PAYLOAD_BYTES or end > len(view) or _checksum(segment, seq, view[start:end]) != checksum:
+        return None
+    record = _parse(seq, view[start:end])
+    return None if record is None else (record, end)
+
+
+def _parse(seq: int, payload: memoryview) -> Record | None:
+    if len(payload) < _LENGTH.size:
+        return None
+    end = _LENGTH.size + int(_LENGTH.unpack_from(payload)[0])
+    try:
+        meta = json.loads(bytes(payload[_LENGTH.size : end]))
+    except (ValueError, RecursionError):
+        return None
+    if end > len(payload) or not isinstance(meta, dict) or not isinstance(kind := meta.pop("kind", None), str):
+        return None
+    return Record(seq, kind, meta, payload[end:])
+
+
+def _checksum(segment: str, seq: int, payload: bytes | memoryview) -> bytes:
+    found = blake3(f"{segment}/{seq}/{len(payload)}/".encode())
+    found.update(payload)
+    return found.digest(8)
