@@ -55,7 +55,7 @@ def join_world(neox: NeoXConfig, metarl: MetaRLConfig, env: RankEnv) -> World:
             raise ConfigError(f"rank 0 cannot listen at {place}: {error}; set master_addr and metarl.network.master_port") from error
         where = f"rank {env.rank} met nobody else at {place}; see the logs of the other ranks ({error})"
         raise DeadlineError(f"all {env.world_size} training ranks", deadlines.ranks_start_s, where) from error
-    parallel_state.initialize_model_parallel(tp, pp, create_gloo_process_groups=False)
+    parallel_state.initialize_model_parallel(tp, pp, create_gloo_process_groups=False, distributed_timeout_minutes=deadlines.step_s / 60)
     # No operation of the forward pass draws random numbers (there is no dropout), so the tracker has no streams to keep.
     initialize_rng_tracker(inference_rng_tracker=True)
     longest_wait = max(deadlines.batch_s, deadlines.evaluate_s, deadlines.publish_s, deadlines.ranks_start_s) + CONTROL_SLACK_S

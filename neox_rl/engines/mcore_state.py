@@ -148,7 +148,7 @@ def find(directory: Path) -> Path:
     pointer = directory / LATEST
     name = pointer.read_text().strip() if pointer.is_file() else ""
     named = [directory / name, _replaced(directory / name)] if name else []
-    for found in (*named, *_whole(directory)):
+    for found in (*named, *_whole(directory), *_whole(directory, ".old")):
         if (found / META).is_file():
             if found not in named[:1]:
                 logger.warning("%s names %r, which is no whole checkpoint; %s is taken", pointer, name, found)
@@ -158,9 +158,16 @@ def find(directory: Path) -> Path:
     raise WeightError(f"{directory} holds neither a checkpoint ({META}) nor a file {LATEST!r} that names one")
 
 
-def _whole(directory: Path) -> list[Path]:
+def tidy(directory: Path) -> None:
+    """Removes what killed saves left, once a newer checkpoint is whole: nobody else works in ``directory``."""
+    for path in (*directory.glob("step*.tmp"), *directory.glob("step*.old")):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _whole(directory: Path, suffix: str = "") -> list[Path]:
     """The whole checkpoints in ``directory``, of the highest step first. What was cut short in writing is none."""
-    steps = {path: NAME.fullmatch(path.name) for path in (directory.iterdir() if directory.is_dir() else ())}
+    paths = [path for path in (directory.iterdir() if directory.is_dir() else ()) if path.name.endswith(suffix)]
+    steps = {path: NAME.fullmatch(path.name.removesuffix(suffix)) for path in paths}
     found = {path: int(step[1]) for path, step in steps.items() if step and (path / META).is_file()}
     return sorted(found, key=found.__getitem__, reverse=True)
 

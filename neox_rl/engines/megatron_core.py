@@ -236,6 +236,7 @@ class MegatronCoreEngine:
             meta: dict[str, Json] = {"format": mcore_state.FORMAT, "steps": self._steps, "layout": self._layout()}
             meta["client_state"] = dict(client_state)
             mcore_state.publish(temporary, final, meta)
+            mcore_state.tidy(directory)
             mcore_state.prune(final, self._neox.keep_last_n_checkpoints)
         self.barrier()
         return final

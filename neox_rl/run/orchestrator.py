@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from neox_rl.config.load import load_resolved
 from neox_rl.config.run import RunConfig
-from neox_rl.errors import ConfigError, NeoxRLError
+from neox_rl.errors import ConfigError, NeoxRLError, exit_status
 from neox_rl.problems.sources import ProblemCursor
 from neox_rl.queue.state import TicketQueue
 from neox_rl.queue.wire import Delivery, ExperienceServer, Phase
@@ -30,6 +30,7 @@ from neox_rl.run.parts import Parts, build_parts
 from neox_rl.run.pump import PumpCounts, RolloutPump
 from neox_rl.run.scoreboard import Scoreboard
 from neox_rl.search.demonstrations import Demonstrations
+from neox_rl.telemetry.heartbeat import Heartbeat, interval_s
 from neox_rl.telemetry.metrics import MetricsWriter
 from neox_rl.telemetry.paths import RunPaths
 from neox_rl.telemetry.rewind import rewind
@@ -237,6 +238,8 @@ async def serve(config: RunConfig, paths: RunPaths) -> None:
         stack.callback(server.close)
         orchestrator = Orchestrator(config, paths, parts, MetricsWriter(paths, config.metarl.logging, asdict(config)))
         stack.callback(orchestrator.close)
+        heartbeat = Heartbeat(paths.beats, "orchestrator", parts.events, interval_s(config.metarl.deadlines.silence_s))
+        stack.callback(asyncio.ensure_future(heartbeat.forever()).cancel)
         loop, serving = asyncio.get_running_loop(), asyncio.current_task()
         assert serving is not None
         loop.add_signal_handler(signal.SIGINT, orchestrator.stop)
@@ -267,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.error("%s: %s", type(failure).__name__, failure)
     if len(failures) > MAX_ERRORS:
         logger.error("and %d more like these", len(failures) - MAX_ERRORS)
-    return 1 if failures else 0
+    return max((exit_status(failure) for failure in failures if isinstance(failure, NeoxRLError)), default=0)
 
 
 def leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from neox_rl.config.run import RunConfig
+from neox_rl.errors import GIVES_UP
 from neox_rl.run.processes import ORCHESTRATOR, RANKS
 
 HEALTHY_S = 300.0
 BACKOFF_S = 1.0
 LONGEST_BACKOFF_S = 30.0
-GIVES_UP = 3
-"""Exit status of a process whose error would only come again: a broken rule of the run, not a broken process."""
 
 
 class Act(Enum):

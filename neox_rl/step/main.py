@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import logging
 import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,13 @@ from neox_rl.config.placement import place
 from neox_rl.config.run import RunConfig
 from neox_rl.engines.rank_env import rank_environment
 from neox_rl.engines.registry import build_engine
-from neox_rl.errors import ConfigError, NeoxRLError
+from neox_rl.errors import ConfigError, NeoxRLError, exit_status
 from neox_rl.keys import Keys
 from neox_rl.queue.wire import ExperienceClient
 from neox_rl.step.feed import LiveFeed, RecordedFeed
 from neox_rl.step.loop import Leader, TrainingLoop
 from neox_rl.telemetry.events import EventLog
+from neox_rl.telemetry.heartbeat import Heartbeat, interval_s
 from neox_rl.telemetry.paths import RunPaths
 from neox_rl.weights.publisher import Publisher
 
@@ -30,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: 0, also when the run was asked to stop; 1 after an error that is the last word of the log."""
+    """The exit status: 0, also when the run was asked to stop; that of the error where one is the last word of the log."""
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__)
     parser.add_argument("--run-dir", required=True, type=Path)
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of the run")
@@ -42,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NeoxRLError as error:
         # No tidy end: other ranks may wait in a collective that this one will never join. The runner ends them.
         logger.error("%s: %s", type(error).__name__, error)
-        return 1
+        return exit_status(error)
     return 0
 
 
@@ -55,17 +58,24 @@ def train(paths: RunPaths, resume: bool) -> None:
     pin(config, Machine.here(), env.local_rank)
     name = f"trainer-{env.rank}"
     events = EventLog(paths.event_log(name), name)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # whoever finds this rank stuck asks where it is
+    heartbeat = Heartbeat(paths.beats, name, events, interval_s(config.metarl.deadlines.silence_s)).start()
     with events.span("build"):
         engine = build_engine(config, int(endpoints["vocab_size"]))
     leader = _leader(config, paths, endpoints) if env.rank == 0 else None
     try:
         reason = TrainingLoop(config, engine, leader, events, paths).run(resume)
+    except Exception:
+        # A collective that fails names no rank: whose log this is, and what it was at, must stand beside its error.
+        logger.error("rank %d of %d failed at %s", env.rank, env.world_size, events.failed_at or "no recorded span")
+        raise
     finally:
         events.close()
         if leader is not None:
             leader.close()
     logger.info("rank %d: %s", env.rank, reason)
     engine.close()
+    heartbeat.stop()
 
 
 def pin(config: RunConfig, machine: Machine, local_rank: int) -> None:

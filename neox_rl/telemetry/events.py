@@ -96,6 +96,8 @@ class EventLog:
         self._lines: list[bytes] = [b"\n"] if self._file.tell() else []  # a torn last line must not swallow the next one
         self._lock = threading.Lock()
         self._open: dict[int, str] = {}
+        self.failed_at = ""
+        """The innermost span that the first exception left, in the words of ``doing``."""
         self._pid = os.getpid()
         self._flushed = time.monotonic()
         atexit.register(self.close)
@@ -105,9 +107,12 @@ class EventLog:
         """Record how long the body took, also when it raises. Fields known only at the end are put into the yielded dict."""
         _check("span", name)
         wall, start = time.time_ns(), time.monotonic_ns()
-        self._open[start] = " ".join([name, *(f"{key} {value}" for key, value in fields.items())])
+        self._open[start] = at = " ".join([name, *(f"{key} {value}" for key, value in fields.items())])
         try:
             yield fields
+        except BaseException:
+            self.failed_at = self.failed_at or at
+            raise
         finally:
             self._open.pop(start, None)
             self._emit("span", name, wall, time.monotonic_ns() - start, fields)

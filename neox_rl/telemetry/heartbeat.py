@@ -1,8 +1,8 @@
 """Signs of life: each rank and the orchestrator say every few moments that they go on, and what they are at. The launcher listens.
 
     heartbeat = Heartbeat(paths.beats, "trainer-0", events, every_s)
-    heartbeat.start()    a thread: it goes on while the main thread waits in a collective
-    heartbeat.beat()     by hand, where the thread that works must be the one that says so
+    heartbeat.start()            a thread: it goes on while the main thread waits in a collective
+    await heartbeat.forever()    a task: it stops with its event loop
 
 A process that is stopped, or holds the interpreter for good, stops beating. One that beats but stays at the same thing for too long waits
 for somebody: what each was at tells for whom. Times of two machines are never compared: a beat counts when its number was not seen before.
@@ -10,6 +10,8 @@ for somebody: what each was at tells for whom. Times of two machines are never c
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import socket
 import threading
@@ -53,8 +55,14 @@ class Heartbeat:
         beat = Beat(self._process, os.getpid(), socket.gethostname(), self._number, self._events.doing)
         write_json(self._path, asdict(beat))
 
+    async def forever(self) -> None:
+        """Beats until it is cancelled."""
+        while True:
+            self._try()
+            await asyncio.sleep(self._every_s)
+
     def start(self) -> Heartbeat:
-        self.beat()
+        self._try()
         self._thread.start()
         return self
 
@@ -66,10 +74,11 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._stopping.wait(self._every_s):
-            try:
-                self.beat()
-            except OSError:
-                continue  # a full disk: silence is then what the launcher hears, and what it should
+            self._try()
+
+    def _try(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk: silence is then what the launcher hears, and what it should
+            self.beat()
 
 
 def read_beats(directory: Path, prefix: str) -> dict[str, Beat]:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,6 +72,57 @@ def test_nothing_is_deleted_while_the_replaced_one_is_the_only_one(tmp_path: Pat
         with pytest.raises(CrashError):
             save(tmp_path, 4, "again")
     assert mcore_state.find(tmp_path) == tmp_path / "step000004.old"
+
+
+def test_a_step_whose_pointer_was_never_written_is_found_under_its_old_name_too(tmp_path: Path) -> None:
+    final = save(tmp_path, 4)
+    (tmp_path / "latest").unlink()
+    final.rename(tmp_path / "step000004.old")
+    assert mcore_state.find(tmp_path) == tmp_path / "step000004.old"
+
+
+def test_what_killed_saves_left_goes_once_a_newer_one_is_whole(tmp_path: Path) -> None:
+    for name in ("step000003.tmp", "step000002.old", "kept.old"):
+        (tmp_path / name).mkdir()
+    save(tmp_path, 4)
+    mcore_state.tidy(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"latest", "step000004", "kept.old"}
+
+
+KILLED = """
+import itertools, pathlib, shutil, sys, torch
+from neox_rl.engines import mcore_state
+root = pathlib.Path(sys.argv[1])
+print("saving", flush=True)
+for step in itertools.count(1):
+    for _ in range(2):  # the second replaces the first
+        final = root / f"step{step:06d}"
+        temporary = root / f"{final.name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        mcore_state.write_rank(temporary, 0, {"step": torch.full((1000,), step)})
+        mcore_state.publish(temporary, final, {"step": step})
+        mcore_state.tidy(root)
+        mcore_state.prune(final, 2)
+        print(step, flush=True)
+"""
+
+
+def test_kill_9_at_any_moment_of_saving_leaves_the_newest_whole_checkpoint(tmp_path: Path) -> None:
+    rng = random.Random(7)
+    for trial in range(2):
+        root = tmp_path / str(trial)
+        process = subprocess.Popen([sys.executable, "-c", KILLED, str(root)], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"saving\n" and process.stdout.readline()
+        time.sleep(rng.uniform(0.0, 0.3))
+        process.kill()
+        said = [int(line) for line in process.stdout.read().split()] or [1]
+        process.wait(10.0)
+        process.stdout.close()
+        found = mcore_state.find(root)
+        meta, state = json.loads((found / "meta.json").read_text()), mcore_state.read_rank(found, 0)
+        assert meta["step"] in (said[-1], said[-1] + 1) and state["step"].eq(meta["step"]).all()
 
 
 def test_the_pointer_decides_and_without_it_the_newest_whole_one(tmp_path: Path) -> None:

@@ -41,6 +41,19 @@ def test_a_dry_run_prints_the_resolved_config_the_processes_and_the_bound(direct
         assert line in out
 
 
+def test_a_dry_run_of_a_resume_finds_what_would_stop_it(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = ["--set", f"metarl.runs_dir={directory}"]
+    assert call(directory, "job", "--dry-run", "--resume", "--name", "nope", *runs) == 2
+    assert f"error: --resume: there is no run {directory}/nope;" in capsys.readouterr().err
+
+
+def test_restarts_are_a_flag_of_their_own(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(directory, "job", "--dry-run", "--restarts", "2") == 0
+    (directory / "printed.yml").write_text(capsys.readouterr().out)
+    assert load_resolved(directory / "printed.yml").metarl.restarts == 2
+    assert call(directory, "job", "--dry-run", "--restarts", "-1") == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "lines"),
     [

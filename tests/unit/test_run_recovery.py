@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from neox_rl.errors import GIVES_UP
 from neox_rl.run.processes import ORCHESTRATOR, RANKS
-from neox_rl.run.recovery import GIVES_UP, HEALTHY_S, LONGEST_BACKOFF_S, Act, Recovery
+from neox_rl.run.recovery import HEALTHY_S, LONGEST_BACKOFF_S, Act, Recovery
 from neox_rl.run.signs import Signs
 from neox_rl.telemetry.heartbeat import Beat
 from tests.unit.small_run import small_config

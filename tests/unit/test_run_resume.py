@@ -14,6 +14,7 @@ from neox_rl.errors import ConfigError
 from neox_rl.problems.tokenizer import SymbolicTokenizer
 from neox_rl.run import launch
 from neox_rl.run.launch import prepared
+from neox_rl.run.processes import ATTEMPT
 from neox_rl.run.resume import FIXED, hold, refuse_changes
 from neox_rl.run.supervise import Supervisor
 from neox_rl.telemetry.paths import RunPaths
@@ -82,7 +83,7 @@ def test_an_earlier_run_is_moved_aside_and_a_running_one_is_left_alone(config: R
 def test_the_lock_is_held_from_the_move_to_the_end(config: RunConfig) -> None:
     old = prepare(config)
     with prepared(config, "train.py", resume=False) as (paths, parts):
-        assert [part.name for part in parts] == ["orchestrator", "trainer"]
+        assert [part.name for part in parts][-2:] == ["orchestrator", "trainer"]
         for root in (paths.root, old.root.with_name("small.1")):
             with pytest.raises(ConfigError, match="is running"):
                 hold(RunPaths.of(root))
@@ -146,6 +147,24 @@ def test_a_report_that_fails_hides_no_failure_and_is_one_after_a_whole_run(
     monkeypatch.setattr(Supervisor, "run", lambda self, parts: False)
     assert launch.launch(config, "train.py", resume=False) == launch.INTERRUPTED
     assert "warning: no report" in capsys.readouterr().err
+
+
+def test_a_save_that_was_cut_short_is_no_checkpoint_to_resume_from(config: RunConfig) -> None:
+    paths = prepare(config)
+    (paths.checkpoints / "step000001.tmp").mkdir()
+    (paths.checkpoints / "latest.tmp").touch()
+    with pytest.raises(ConfigError, match="holds no checkpoint"):
+        prepare(config, resume=True)
+
+
+def test_each_start_of_the_ranks_has_its_number_and_the_orchestrator_has_the_same(config: RunConfig) -> None:
+    def attempts(resume: bool) -> set[tuple[str, str]]:
+        with prepared(config, "train.py", resume) as (paths, parts):
+            (paths.checkpoints / "step000001").mkdir(exist_ok=True)
+            return {(part.env[ATTEMPT], part.argv[-1]) for part in parts if ATTEMPT in part.env}
+
+    root = f"{config.metarl.runs_dir}/small"
+    assert attempts(False) == {("1", root)} and attempts(True) == {("2", root), ("2", "--resume")} and attempts(False) == {("1", root)}
 
 
 def test_a_request_to_stop_does_not_outlive_its_run(config: RunConfig) -> None:
