@@ -13,6 +13,12 @@ from neox_rl.errors import ConfigError
 Cores: TypeAlias = tuple[int, ...]
 """Core ids of one process or TP rank; empty: not pinned."""
 
+SERVERS = {
+    "vllm": ("vLLM server", "python -m vllm.entrypoints.openai.api_server (TP {tp})"),
+    "scripted": ("scripted server", "python -m neox_rl.run.scripted_server"),
+}
+"""What starts for each ``rollout.generator``: its name, and its command in short."""
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -36,9 +42,14 @@ class Process:
 
 
 def num_servers(config: RunConfig) -> int:
-    """vLLM servers that the run itself starts."""
+    """Servers that the run itself starts, vLLM's or scripted ones."""
     m = config.metarl
-    return 0 if m.rollout.generator != "vllm" or m.debug.mode == "train_only" or m.servers.addresses else m.servers.num_servers
+    return 0 if m.debug.mode == "train_only" or m.servers.addresses else m.servers.num_servers
+
+
+def num_vllm_servers(config: RunConfig) -> int:
+    """Those that want cores or GPUs of their own: a scripted server mostly sleeps."""
+    return num_servers(config) if config.metarl.rollout.generator == "vllm" else 0
 
 
 def num_ranks(config: RunConfig) -> int:
@@ -76,7 +87,7 @@ def place(config: RunConfig, machine: Machine) -> Placement:
     scheduler finds the core that is idle just then. With fewer cores than servers and ranks, they share in turn.
     """
     m = config.metarl
-    servers, ranks, tp = num_servers(config), num_ranks(config), m.servers.tensor_parallel_size
+    servers, ranks, tp = num_vllm_servers(config), num_ranks(config), m.servers.tensor_parallel_size
     server_sets = parse_core_sets(m.servers.cores, "metarl.servers.cores") if m.servers.cores != "auto" and servers else None
     rank_sets = [s[0] for s in parse_core_sets(m.trainer_cores, "metarl.trainer_cores")] if m.trainer_cores != "auto" and ranks else None
     pinned = machine.num_gpus == 0
@@ -90,7 +101,7 @@ def place(config: RunConfig, machine: Machine) -> Placement:
     taken = {c for s in server_sets for r in s for c in r} | {c for s in rank_sets for c in s}
     rank_gpus = tuple(range(ranks)) if machine.num_gpus else ()
     return Placement(
-        server_sets,
+        server_sets or (((),),) * num_servers(config),
         tuple(rank_sets),
         tuple(c for c in machine.cores if c not in taken) if pinned else (),
         _server_gpus(config, machine, servers, ranks),
@@ -117,9 +128,9 @@ def plan(config: RunConfig, machine: Machine, script: str = "train.py") -> tuple
     m, n = config.metarl, config.neox
     rows: list[Process] = []
     if where.servers:
-        command = f"python -m vllm.entrypoints.openai.api_server (TP {m.servers.tensor_parallel_size})"
         labels = tuple(_server_label(s, where.server_gpus[i] if where.server_gpus else ()) for i, s in enumerate(where.servers))
-        rows.append(Process("vLLM server", len(where.servers), command, labels))
+        name, command = SERVERS[m.rollout.generator]
+        rows.append(Process(name, len(where.servers), command.format(tp=m.servers.tensor_parallel_size), labels))
     if m.debug.mode != "train_only":
         rows.append(Process("orchestrator", 1, "python -m neox_rl.run.orchestrator", (_label(where.orchestrator),)))
         rows.append(Process("verifier", m.verify.workers, "started by the orchestrator", (_label(where.orchestrator),) * m.verify.workers))

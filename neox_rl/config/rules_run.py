@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from neox_rl.config.machine import Machine
 from neox_rl.config.network import curve_on, is_loopback, is_unreachable
-from neox_rl.config.placement import num_ranks, num_servers, parse_core_sets
+from neox_rl.config.placement import num_ranks, num_servers, num_vllm_servers, parse_core_sets
 from neox_rl.config.rules_model import config_is_local
 from neox_rl.config.run import RunConfig
 from neox_rl.errors import ConfigError
@@ -46,7 +46,7 @@ def paths_exist(config: RunConfig, machine: Machine) -> Iterator[str]:
 
 def servers_come_from_one_place(config: RunConfig, machine: Machine) -> Iterator[str]:
     m = config.metarl
-    if m.rollout.generator != "vllm" or m.debug.mode == "train_only":
+    if m.debug.mode == "train_only":
         return
     if m.servers.addresses and m.servers.num_servers:
         yield (
@@ -54,7 +54,7 @@ def servers_come_from_one_place(config: RunConfig, machine: Machine) -> Iterator
             " elsewhere; set num_servers: 0 or remove addresses"
         )
     if not m.servers.addresses and not m.servers.num_servers:
-        yield "metarl.servers.num_servers = 0: nobody generates; set num_servers: 1, give addresses, or set rollout.generator: scripted"
+        yield "metarl.servers.num_servers = 0: nobody generates; set num_servers: 1 or give addresses"
     for address in m.servers.addresses:
         if not ADDRESS.fullmatch(address):
             yield f"metarl.servers.addresses has {address!r}: must be http://host:port; for example http://10.0.0.4:8000"
@@ -62,10 +62,16 @@ def servers_come_from_one_place(config: RunConfig, machine: Machine) -> Iterator
         yield "metarl.servers.addresses names a server twice: each would be sent every version twice; name each once"
 
 
+def scripts_know_the_problems(config: RunConfig, machine: Machine) -> Iterator[str]:
+    m = config.metarl
+    if m.rollout.generator == "scripted" and m.problems.source == "jsonl" and m.debug.mode != "train_only":
+        yield "metarl.rollout.generator = 'scripted': writes searches of arithmetic problems; use vllm, or problems.source: countdown"
+
+
 def core_sets_fit(config: RunConfig, machine: Machine) -> Iterator[str]:
     m = config.metarl
     wanted = (
-        ("metarl.servers.cores", m.servers.cores, num_servers(config), m.servers.tensor_parallel_size, "server"),
+        ("metarl.servers.cores", m.servers.cores, num_vllm_servers(config), m.servers.tensor_parallel_size, "server"),
         ("metarl.trainer_cores", m.trainer_cores, num_ranks(config), 1, "training rank"),
     )
     users: dict[int, str] = {}
@@ -93,7 +99,7 @@ def core_sets_fit(config: RunConfig, machine: Machine) -> Iterator[str]:
 
 
 def gpus_fit(config: RunConfig, machine: Machine) -> Iterator[str]:
-    s, servers, ranks = config.metarl.servers, num_servers(config), num_ranks(config)
+    s, servers, ranks = config.metarl.servers, num_vllm_servers(config), num_ranks(config)
     if not machine.num_gpus or not config_is_local(config):
         return
     need = ranks + servers * s.tensor_parallel_size
@@ -136,7 +142,7 @@ def debug_mode_is_complete(config: RunConfig, machine: Machine) -> Iterator[str]
 
 def ports_are_free_of_one_another(config: RunConfig, machine: Machine) -> Iterator[str]:
     net = config.metarl.network
-    fixed = {key: getattr(net, key) for key in ("weights_port", "experience_port", "master_port", "server_port")}
+    fixed = {key: getattr(net, key) for key in ("weights_port", "experience_port", "join_port", "master_port", "server_port")}
     users: dict[int, str] = {}
     for key, port in fixed.items():
         count = max(1, num_servers(config)) if key == "server_port" else 1
@@ -161,7 +167,7 @@ def host_can_be_bound(config: RunConfig, machine: Machine) -> Iterator[str]:
 def servers_elsewhere_reach_the_publisher(config: RunConfig, machine: Machine) -> Iterator[str]:
     """They fetch the weights from the host that the trainer binds, as it is written."""
     m = config.metarl
-    if m.rollout.generator != "vllm" or m.debug.mode == "train_only" or not is_unreachable(host := m.network.bind_host):
+    if m.debug.mode == "train_only" or not is_unreachable(host := m.network.bind_host):
         return
     for address in m.servers.addresses:
         if ADDRESS.fullmatch(address) and not is_loopback(address.removeprefix("http://").rpartition(":")[0]):
@@ -218,7 +224,7 @@ def sockets_are_private(config: RunConfig, machine: Machine) -> Iterator[str]:
 
 
 def cores_are_enough(config: RunConfig, machine: Machine) -> Iterator[str]:
-    need = num_servers(config) * config.metarl.servers.tensor_parallel_size + num_ranks(config)
+    need = num_vllm_servers(config) * config.metarl.servers.tensor_parallel_size + num_ranks(config)
     if not machine.num_gpus and config_is_local(config) and need > len(machine.cores):
         yield (
             f"servers and training ranks want {need} cores and this machine has {len(machine.cores)}: they will share, which is several"
@@ -227,7 +233,7 @@ def cores_are_enough(config: RunConfig, machine: Machine) -> Iterator[str]:
 
 
 def memory_is_enough(config: RunConfig, machine: Machine) -> Iterator[str]:
-    servers = num_servers(config)
+    servers = num_vllm_servers(config)
     need = servers * (SERVER_GIB + config.metarl.servers.kv_cache_gib) + num_ranks(config) * RANK_GIB
     if not machine.num_gpus and config_is_local(config) and need > machine.memory_gib:
         yield (
@@ -260,6 +266,7 @@ RUN_RULES = (
     name_is_a_file_name,
     paths_exist,
     servers_come_from_one_place,
+    scripts_know_the_problems,
     core_sets_fit,
     gpus_fit,
     debug_mode_is_complete,

@@ -71,6 +71,15 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
+class ScriptedConfig:
+    """The servers of ``rollout.generator: scripted``, which have no model: how fast and how long they write."""
+
+    token_s: float = key(0.002, "seconds that a token takes", low=0.0)
+    mean_tokens: int = key(0, "mean of the lengths, which are log-normal; 0: those of the searches that are shown", low=0)
+    sigma: float = key(0.8, "standard deviation of the logarithm of the lengths; 0: all alike", low=0.0, high=3.0)
+
+
+@dataclass(frozen=True)
 class RewardConfig:
     """Verdict to reward."""
 
@@ -115,7 +124,7 @@ class ObjectiveConfig:
 class ServersConfig:
     """vLLM server processes."""
 
-    num_servers: int = key(1, "servers that the run starts", low=0)
+    num_servers: int = key(1, "servers that the run starts; others may join it (neox_rl.run.serve)", low=0)
     tensor_parallel_size: int = key(1, "TP of each server", low=1)
     addresses: tuple[str, ...] = key(
         (),
@@ -131,6 +140,12 @@ class ServersConfig:
     enforce_eager: bool = key(True, "no compilation in the server")
     start_timeout_s: float = key(300.0, "deadline for a server to answer its health route", low=1.0)
     request_timeout_s: float = key(120.0, "deadline of one generation request", low=1.0)
+    heartbeat_s: float = key(
+        5.0,
+        "how often servers are probed, and how long one may be silent, or behind the others after a new version, before the run goes on"
+        " without it",
+        low=0.1,
+    )
     max_restarts: int = key(3, "how often a server that died is started again; well for five minutes, it is forgiven", low=0)
 
 
@@ -201,6 +216,7 @@ class NetworkConfig:
     )
     weights_port: int = key(0, "port of the weight publisher; 0: a free one")
     experience_port: int = key(0, "port of the experience queue; 0: a free one")
+    join_port: int = key(0, "port at which servers join the running job (neox_rl.run.serve --join); 0: a free one")
     server_port: int = key(0, "port of the first vLLM server, counting up; 0: free ones")
     master_port: int = key(0, "rendezvous port of the training ranks; 0: a free one")
 
@@ -257,6 +273,7 @@ class MetaRLConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     warmstart: WarmstartConfig = field(default_factory=WarmstartConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    scripted: ScriptedConfig = field(default_factory=ScriptedConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     staleness: StalenessConfig = field(default_factory=StalenessConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -1,47 +1,84 @@
-"""A generator without a model: completions from a script, at the pace and with the version spans of a real one.
+"""A policy without a model: of each prompt it knows a number of scripts, and writes one of them, at the pace of a real server.
 
 For debugging everything else. Log-probs are those of a coin that knew each token with probability 1/2: they are finite and mean nothing.
 """
 
 from __future__ import annotations
 
-import asyncio
 import math
 import random
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Sequence
+from functools import lru_cache
+from typing import Any
 
-from neox_rl.types import Completion, Finish, SamplingParams, VersionSpan
+from neox_rl.rollout.vllm_control import UNLABELED
+from neox_rl.types import Finish
 
-Script = Callable[[Sequence[int], random.Random], Sequence[int]]
-"""(prompt ids, random source) -> completion ids."""
 LOGPROB = math.log(0.5)
+NUM_SCRIPTS = 64
+_CACHED = 8192
 
 
-class ScriptedGenerator:
-    """``ports.Generator`` that replays ``script``. A completion of n tokens takes n * ``token_s``.
+class Scripts:
+    """``script(prompt, number)`` is the ``number``-th of the ``NUM_SCRIPTS`` completions of a prompt, always the same one.
 
-    A version that goes live halfway shows in the completion's spans.
+    A completion may be asked for in pieces, each request with the tokens so far behind the prompt, and from another server than before: it
+    goes on with one of the scripts that begin so.
     """
 
-    def __init__(self, script: Script, seed: int, token_s: float = 0.002) -> None:
-        self._script, self._rng, self._token_s = script, random.Random(f"scripted/{seed}"), token_s
-        self._version = 0
+    def __init__(self, prompts: Collection[tuple[int, ...]], script: Callable[[tuple[int, ...], int], Sequence[int]]) -> None:
+        self._prompts = frozenset(prompts)
+        self._lengths = sorted({len(prompt) for prompt in prompts})
+        self._script = lru_cache(_CACHED)(lambda prompt, number: tuple(script(prompt, number)))
 
-    def set_version(self, version: int) -> None:
-        self._version = version
+    def go_on(self, ids: Sequence[int], rng: random.Random, greedy: bool) -> tuple[int, ...]:
+        """What follows ``ids``: a prompt and, maybe, the first tokens of one of its scripts. Raises KeyError for anything else."""
+        whole = tuple(ids)
+        for length in self._lengths:
+            prompt, begun = whole[:length], whole[length:]
+            if prompt in self._prompts:
+                numbers = [0] if greedy else [rng.randrange(NUM_SCRIPTS)]
+                if begun:
+                    numbers = [n for n in range(NUM_SCRIPTS) if self._script(prompt, n)[: len(begun)] == begun]
+                if numbers:
+                    return self._script(prompt, numbers[0] if greedy else rng.choice(numbers))[len(begun) :]
+        raise KeyError(f"a prompt of {len(whole)} tokens that is none of the run's, or goes on as no script does")
 
-    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> tuple[Completion, ...]:
-        return tuple(await asyncio.gather(*(self._complete(prompt_ids, params) for _ in range(n))))
 
-    async def _complete(self, prompt_ids: Sequence[int], params: SamplingParams) -> Completion:
-        ids = tuple(self._script(prompt_ids, self._rng))
-        finish = Finish.STOP if len(ids) <= params.max_tokens else Finish.LENGTH
-        ids = ids[: params.max_tokens]
-        before = self._version
-        await asyncio.sleep(0.5 * len(ids) * self._token_s)
-        after = self._version
-        await asyncio.sleep(0.5 * len(ids) * self._token_s)
-        half = len(ids) // 2
-        edges = [(before, 0, half), (after, half, len(ids))] if before != after else [(before, 0, len(ids))]
-        spans = tuple(VersionSpan(version, start, end) for version, start, end in edges if start < end)
-        return Completion(ids, (LOGPROB,) * len(ids), spans, finish)
+class Switches:
+    """Which weights were loaded when: (seconds, label), times rising."""
+
+    def __init__(self) -> None:
+        self._times: list[float] = [-math.inf]
+        self._labels: list[str] = [UNLABELED]
+
+    @property
+    def label(self) -> str:
+        return self._labels[-1]
+
+    def add(self, now: float, label: str) -> None:
+        self._times.append(now)
+        self._labels.append(label)
+
+    def spans(self, num_tokens: int, start: float, token_s: float) -> list[dict[str, Any]]:
+        """vLLM's ``weight_versions`` of tokens made at ``start + token_s``, ``start + 2 * token_s``, ..."""
+        found: list[dict[str, Any]] = []
+        for i in range(num_tokens):
+            label = self._labels[bisect_right(self._times, start + (i + 1) * token_s) - 1]
+            if not found or found[-1]["version"] != label:
+                found.append({"version": label, "start": i, "end": i})
+            found[-1]["end"] = i + 1
+        return found
+
+
+def choice(index: int, ids: Sequence[int], finish: Finish, spans: list[dict[str, Any]]) -> dict[str, Any]:
+    """One choice of vLLM's answer to ``/inference/v1/generate``."""
+    content = [{"token_id": token, "logprob": LOGPROB, "rank": 1, "top_logprobs": []} for token in ids]
+    return {
+        "index": index,
+        "token_ids": list(ids),
+        "logprobs": {"content": content},
+        "finish_reason": str(finish),
+        "weight_versions": spans or None,
+    }

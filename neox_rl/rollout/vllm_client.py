@@ -9,7 +9,8 @@ import asyncio
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import aiohttp
@@ -55,24 +56,38 @@ _DECODER = msgspec.json.Decoder(_Response)
 
 
 class ServerFailedError(NeoxRLError):
-    """A server that did not answer, or answered 5xx: another one may."""
+    """A server that did not answer, answered 5xx, or answered with what no policy made: another one may."""
+
+
+class _MovedError(Exception):
+    """The server was taken out while the request was in flight: nobody's failure."""
+
+
+@dataclass(slots=True)
+class _Server:
+    """``calls``: its requests in flight; ``inflight``: the completions that these ask for."""
+
+    serving: bool = True
+    inflight: int = 0
+    failures: int = 0
+    calls: set[asyncio.Task[tuple[int, bytes]]] = field(default_factory=set)
 
 
 class VllmGenerator:
-    """Samples from whichever server has the fewest completions in flight. ``async with VllmGenerator(...) as generator``.
+    """Samples from whichever serving server has the fewest completions in flight. ``async with VllmGenerator(...) as generator``.
 
-    ``addresses`` as in ``http://127.0.0.1:8000``. A request that fails because its server did is sent to others, at most ``max_attempts``
-    times in all, within the one deadline ``request_timeout_s``.
+    ``addresses`` as in ``http://127.0.0.1:8000``: those that serve from the start. Others come and go (``serve``, ``suspend``, ``forget``);
+    with none serving a request waits for one. A request that fails because its server did is sent to others, at most ``max_attempts`` times
+    in all, within the one deadline ``request_timeout_s``. ``on_failure(address)`` is called for each such failure.
     """
 
-    def __init__(self, addresses: Sequence[str], request_timeout_s: float = 120.0, max_attempts: int = 3) -> None:
-        if not addresses:
-            raise WireError("a generator needs at least one server address")
-        self._inflight = dict.fromkeys(addresses, 0)
-        self._failures = dict.fromkeys(addresses, 0)
+    def __init__(self, addresses: Sequence[str] = (), request_timeout_s: float = 120.0, max_attempts: int = 3) -> None:
+        self._servers = {address: _Server() for address in addresses}
         self._timeout_s = request_timeout_s
         self._max_attempts = max_attempts
         self._session: aiohttp.ClientSession | None = None
+        self._served = asyncio.Event()
+        self.on_failure: Callable[[str], None] = lambda _: None
 
     async def __aenter__(self) -> Self:
         # No connection limit: how many requests run at once is the caller's decision, and the deadline covers queueing in the server.
@@ -83,15 +98,37 @@ class VllmGenerator:
         if self._session is not None:
             await self._session.close()
 
+    def serve(self, address: str) -> None:
+        """Requests may go there from now on."""
+        self._servers.setdefault(address, _Server()).serving = True
+        self._served.set()
+
+    def suspend(self, address: str) -> None:
+        """No new request goes there. Those in flight stay where they are."""
+        self._servers.setdefault(address, _Server()).serving = False
+
+    def move(self, address: str) -> None:
+        """As ``suspend``, and what is in flight there begins again elsewhere, if anybody else serves."""
+        self.suspend(address)
+        if any(server.serving for server in self._servers.values()):
+            for call in self._servers[address].calls:
+                call.cancel()
+
+    def forget(self, address: str) -> None:
+        """The server is gone for good."""
+        self.suspend(address)
+        for call in self._servers.pop(address).calls:
+            call.cancel()
+
     @property
     def num_inflight(self) -> int:
         """Completions that servers are making now."""
-        return sum(self._inflight.values())
+        return sum(server.inflight for server in self._servers.values())
 
     @property
     def inflight(self) -> dict[str, int]:
         """The same by server address."""
-        return dict(self._inflight)
+        return {address: server.inflight for address, server in self._servers.items()}
 
     async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> tuple[Completion, ...]:
         """See ``ports.Generator``. Also raises ServerFailedError when every attempt failed, WireError for an answer that cannot be."""
@@ -100,38 +137,64 @@ class VllmGenerator:
         failures: list[str] = []
         try:
             async with asyncio.timeout(self._timeout_s):
-                for _ in range(self._max_attempts):
-                    tried.append(self._pick(tried))
+                while len(failures) < self._max_attempts:
+                    tried.append(await self._pick(tried))
                     try:
                         return await self._request(tried[-1], body, n)
+                    except _MovedError:
+                        continue
                     except ServerFailedError as error:
-                        self._failures[tried[-1]] += 1
                         failures.append(str(error))
+                        self._failed(tried[-1])
         except TimeoutError as error:
+            where = tried[-1] if tried and tried[-1] in self._servers and self._servers[tried[-1]].serving else "a server that serves"
             hint = "; ".join(failures) or "raise servers.request_timeout_s, or lower max_inflight_groups"
-            raise DeadlineError(f"rollout {rollout_id} from {tried[-1]}", self._timeout_s, hint) from error
+            raise DeadlineError(f"rollout {rollout_id} from {where}", self._timeout_s, hint) from error
         raise ServerFailedError(f"rollout {rollout_id}: {len(failures)} attempts failed: {'; '.join(failures)}")
 
-    def _pick(self, tried: Sequence[str]) -> str:
+    async def _pick(self, tried: Sequence[str]) -> str:
         """The least loaded server, those of this rollout's failed attempts last, then those that failed least."""
-        return min(self._inflight, key=lambda server: (tried.count(server), self._inflight[server], self._failures[server]))
+        while not (serving := {address: server for address, server in self._servers.items() if server.serving}):
+            self._served.clear()
+            await self._served.wait()
+        return min(serving, key=lambda address: (tried.count(address), serving[address].inflight, serving[address].failures))
 
-    async def _request(self, server: str, body: bytes, n: int) -> tuple[Completion, ...]:
+    def _failed(self, address: str) -> None:
+        if server := self._servers.get(address):
+            server.failures += 1
+        self.on_failure(address)
+
+    async def _request(self, address: str, body: bytes, n: int) -> tuple[Completion, ...]:
+        server = self._servers[address]
+        call = asyncio.create_task(self._post(address, body))
+        server.calls.add(call)
+        server.inflight += n
+        try:
+            await asyncio.wait({call})
+        finally:
+            server.inflight -= n
+            server.calls.discard(call)
+            call.cancel()
+        if call.cancelled():
+            raise _MovedError
+        status, raw = call.result()
+        if status >= 500:
+            raise ServerFailedError(f"{address} answered {status}: {raw[:200]!r}")
+        if status != 200:
+            raise WireError(f"{address} refused the request with {status}: {raw[:500]!r}")
+        completions = parse_response(raw, n, address)
+        if any(completion.finish is Finish.ABORT for completion in completions):
+            raise ServerFailedError(f"{address} aborted the request: it is being ended, or somebody else uses it")
+        return completions
+
+    async def _post(self, address: str, body: bytes) -> tuple[int, bytes]:
         if self._session is None:
             raise WireError("use the generator as `async with VllmGenerator(...)`")
-        self._inflight[server] += n
         try:
-            async with self._session.post(server + ROUTE, data=body, headers={"Content-Type": "application/json"}) as response:
-                raw = await response.read()
+            async with self._session.post(address + ROUTE, data=body, headers={"Content-Type": "application/json"}) as response:
+                return response.status, await response.read()
         except aiohttp.ClientError as error:
-            raise ServerFailedError(f"{server}: {error!r}") from error
-        finally:
-            self._inflight[server] -= n
-        if response.status >= 500:
-            raise ServerFailedError(f"{server} answered {response.status}: {raw[:200]!r}")
-        if response.status != 200:
-            raise WireError(f"{server} refused the request with {response.status}: {raw[:500]!r}")
-        return parse_response(raw, n, server)
+            raise ServerFailedError(f"{address}: {error!r}") from error
 
 
 def request_body(prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> bytes:
@@ -175,7 +238,7 @@ def _completion(choice: _Choice, server: str) -> Completion:
     if [span.start for span in spans] != edges[:-1] or edges[-1] != len(ids) or any(s.start >= s.end for s in spans):
         raise WireError(f"{server}: version spans {spans} do not cover {len(ids)} tokens")
     if any(span.version == NO_VERSION for span in spans):
-        raise WireError(f"{server} generated with dummy weights: publish v0 and switch the server to it before sampling")
+        raise ServerFailedError(f"{server} generated with dummy weights: it was started again, and is not switched to a version yet")
     if any(a.version > b.version for a, b in itertools.pairwise(spans)):
         raise WireError(f"{server}: policy versions fall within one completion: {spans}")
     return Completion(ids, logprobs, spans, choice.finish_reason)

@@ -20,6 +20,10 @@ UNLABELED = "default"
 """vLLM's label for weights that nobody published: dummy ones, here."""
 
 
+class ServerGoneError(WeightError):
+    """Nobody listens at the server's address, or the connection broke."""
+
+
 @dataclass(frozen=True, slots=True)
 class SwitchTimes:
     """Seconds in which the server generated nothing, and the part of them that loaded the weights."""
@@ -51,6 +55,12 @@ class VllmControl:
         except (WeightError, DeadlineError):
             return False
         return True
+
+    async def probe(self, deadline_s: float) -> int:
+        """The version that a healthy server attests, as in ``live_version``. Raises ServerGoneError, WeightError or DeadlineError."""
+        end = time.perf_counter() + deadline_s
+        await self._call("GET", "/health", deadline_s)
+        return await self.live_version(max(0.001, end - time.perf_counter()))
 
     async def live_version(self, deadline_s: float = 10.0) -> int:
         """The policy version that the server attests; NO_VERSION while it has only dummy weights."""
@@ -95,7 +105,7 @@ class VllmControl:
         except TimeoutError as error:
             raise DeadlineError(f"{self.address}{route}", deadline_s, "see the server's log") from error
         except aiohttp.ClientError as error:
-            raise WeightError(f"{self.address}{route}: {error!r}: the server is gone") from error
+            raise ServerGoneError(f"{self.address}{route}: {error!r}: the server is gone") from error
 
 
 def parse_version(label: object, server: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from neox_rl.telemetry.events import EventLog
@@ -24,11 +24,11 @@ class _Open:
 
 
 class ServerActivity:
-    """``in_flight()`` gives requests a server, by address; ``logs`` takes the ``generating`` spans of the server at that place."""
+    """``in_flight()`` gives requests a server, by address; ``logs`` the event log that takes its ``generating`` spans. Both may change."""
 
-    def __init__(self, in_flight: Callable[[], Mapping[str, int]], addresses: Sequence[str], logs: Sequence[EventLog]) -> None:
+    def __init__(self, in_flight: Callable[[], Mapping[str, int]], logs: Mapping[str, EventLog]) -> None:
         self._in_flight = in_flight
-        self._logs = dict(zip(addresses, logs, strict=True))
+        self._logs = logs
         self._open: dict[str, _Open] = {}
 
     async def run(self) -> None:
@@ -42,7 +42,10 @@ class ServerActivity:
                 self._end(address)
 
     def sample(self) -> None:
-        for address, count in self._in_flight().items():
+        now = self._in_flight()
+        for address in self._open.keys() - now.keys():
+            self._end(address)
+        for address, count in now.items():
             span = self._open.get(address)
             if span is not None and (count == 0 or time.monotonic_ns() - span.start_ns > LONGEST_S * 1e9):
                 self._end(address)

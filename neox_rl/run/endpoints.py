@@ -33,6 +33,7 @@ class Endpoints:
     experience_port: int
     weights_port: int
     master_port: int
+    join_port: int
     servers: tuple[str, ...]
     vocab_size: int
 
@@ -44,6 +45,10 @@ class Endpoints:
     def weights(self) -> str:
         return f"tcp://{self.host}:{self.weights_port}"
 
+    @property
+    def join(self) -> str:
+        return f"tcp://{self.host}:{self.join_port}"
+
 
 def choose_endpoints(config: RunConfig, vocab_size: int) -> Endpoints:
     """Configured ports as they are, checked to be free; free ones for those that are 0. Raises ConfigError naming a taken port."""
@@ -54,11 +59,12 @@ def choose_endpoints(config: RunConfig, vocab_size: int) -> Endpoints:
         "network.experience_port": network.experience_port,
         "network.weights_port": network.weights_port,
         "network.master_port": network.master_port,
+        "network.join_port": network.join_port,
         **{f"network.server_port (server {i})": port for i, port in enumerate(server_ports)},
     }
-    experience, weights, master, *ports = _reserve(network.bind_host, wanted)
+    experience, weights, master, join, *ports = _reserve(network.bind_host, wanted)
     addresses = servers.addresses or tuple(f"http://{network.bind_host}:{port}" for port in ports)
-    return Endpoints(network.bind_host, experience, weights, master, tuple(addresses), vocab_size)
+    return Endpoints(network.bind_host, experience, weights, master, join, tuple(addresses), vocab_size)
 
 
 def _reserve(host: str, wanted: dict[str, int]) -> list[int]:
@@ -102,7 +108,7 @@ def _first_ephemeral_port() -> int:
 
 
 def write_endpoints(paths: RunPaths, endpoints: Endpoints) -> None:
-    addresses = {"experience": endpoints.experience, "weights": endpoints.weights}
+    addresses = {"experience": endpoints.experience, "weights": endpoints.weights, "join": endpoints.join}
     write_json(paths.endpoints, asdict(endpoints) | addresses, indent=2)
 
 
@@ -132,7 +138,7 @@ def server_specs(config: RunConfig, endpoints: Endpoints, model_dir: Path, machi
                 dtype=HF_DTYPES[config.neox.precision] if servers.dtype == "auto" else servers.dtype,
                 max_model_len=config.neox.seq_length,
                 max_num_seqs=servers.max_num_seqs,
-                tensor_parallel_size=servers.tensor_parallel_size,
+                tensor_parallel_size=servers.tensor_parallel_size if config.metarl.rollout.generator == "vllm" else 1,
                 enforce_eager=servers.enforce_eager,
                 seed=(config.metarl.seed + i * SEED_STEP) % SEEDS,
                 cores="|".join(",".join(map(str, rank)) for rank in where.servers[i]) if started else "",

@@ -31,8 +31,8 @@ class State(StrEnum):
 
 @dataclass(slots=True)
 class Member:
-    """One server. ``version`` is the last that it attested since it was started, ``digest`` that of its weights; ``since`` is when ``state``
-    began. ``incarnation`` names this life of it, empty before it first answers: what an earlier life staged does not count."""
+    """One server. ``version`` is the last that it attested since it was started, ``digest`` that of its weights; ``since`` is when
+    ``state`` began. ``incarnation`` names this life of it, empty before it first answers: what an earlier life staged does not count."""
 
     name: str
     address: str
@@ -49,12 +49,17 @@ class Member:
         """The names under which its ranks ack a staged version."""
         return frozenset(f"{self.incarnation}/{rank}" for rank in range(self.num_ranks)) if self.incarnation else frozenset()
 
+    @property
+    def here(self) -> bool:
+        """Whether it belongs to the run."""
+        return self.state is not State.LEFT
+
     def __str__(self) -> str:
         return f"{self.name} is {self.state}" + (f" ({self.why})" if self.why else "")
 
 
 class Members:
-    """``on_change(member)`` is called after every change of a member's state or version, ``on_live(version)`` when a newer version is live."""
+    """``on_change(member)`` is called after every change of a member's state or version, ``on_live(version)`` when a newer one is live."""
 
     def __init__(self, heartbeat_s: float, now: float, on_change: Callable[[Member], None], on_live: Callable[[int], None]) -> None:
         self._heartbeat_s, self._on_change, self._on_live, self._since = heartbeat_s, on_change, on_live, now
@@ -105,7 +110,7 @@ class Members:
         """It gets no requests until it answers and attests the live version."""
         if member.state in (State.STAGING, State.SERVING):
             self._set(member, State.SUSPENDED, why, now)
-        elif member.state is not State.LEFT:
+        elif member.state is State.STARTING:
             member.why = why
         self._settle()
 

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import logging
-import random
-from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from neox_rl.arithmetic import ARITHMETIC_TASKS
 from neox_rl.config.machine import Machine
 from neox_rl.config.network import curve_on
+from neox_rl.config.placement import num_servers
 from neox_rl.config.run import RunConfig
 from neox_rl.errors import ConfigError
 from neox_rl.keys import Keys
 from neox_rl.metacot import SOLUTION
-from neox_rl.ports import Generator, Tokenizer
+from neox_rl.ports import Tokenizer
 from neox_rl.problems.sources import load_problems
 from neox_rl.problems.split import ProblemSet
 from neox_rl.problems.tokenizer import SymbolicTokenizer, load_tokenizer
 from neox_rl.rollout.groups import Attempts
-from neox_rl.rollout.scripted import Script, ScriptedGenerator
 from neox_rl.rollout.vllm_client import VllmGenerator
 from neox_rl.run.activity import ServerActivity
 from neox_rl.run.endpoints import Endpoints, read_endpoints, server_specs
-from neox_rl.run.versions import Deadlines, Keeper, ScriptedKeeper, ServerKeeper
-from neox_rl.search.dfs import dfs
-from neox_rl.search.linearize import linearize, text_of
+from neox_rl.run.versions import Deadlines, ServerKeeper
 from neox_rl.search.replay import num_wrong_steps
 from neox_rl.telemetry.events import EventLog
 from neox_rl.telemetry.paths import RunPaths
@@ -41,13 +38,13 @@ MAX_NAMED = 5
 
 @dataclass(frozen=True)
 class Parts:
-    """What the orchestrator is made of. ``activity`` watches the servers where there are any; ``keys`` are those of its sockets."""
+    """What the orchestrator is made of. ``activity`` watches the servers; ``keys`` are those of its sockets."""
 
     endpoints: Endpoints
     problems: ProblemSet
     attempts: Attempts
-    keeper: Keeper
-    activity: ServerActivity | None
+    keeper: ServerKeeper
+    activity: ServerActivity
     events: EventLog
     keys: Keys | None
 
@@ -66,7 +63,7 @@ async def build_parts(config: RunConfig, paths: RunPaths, stack: AsyncExitStack)
     problems = load_problems(metarl.problems, metarl.seed)
     if metarl.problems.source == "jsonl":
         problems = with_readable_answers(problems, verifier, metarl.problems.path)
-    generator, keeper, activity = await _generation(config, paths, endpoints, tokenizer, problems, events, keys, stack)
+    generator, keeper, activity = await _generation(config, paths, endpoints, events, keys, stack)
     attempts = Attempts(generator, verifier, tokenizer, partial(_reward, config), solution_id(tokenizer))
     return Parts(endpoints, problems, attempts, keeper, activity, events, keys)
 
@@ -98,38 +95,32 @@ def solution_id(tokenizer: Tokenizer) -> int | None:
 
 
 async def _generation(
-    config: RunConfig,
-    paths: RunPaths,
-    endpoints: Endpoints,
-    tokenizer: Tokenizer,
-    problems: ProblemSet,
-    events: EventLog,
-    keys: Keys | None,
-    stack: AsyncExitStack,
-) -> tuple[Generator, Keeper, ServerActivity | None]:
+    config: RunConfig, paths: RunPaths, endpoints: Endpoints, events: EventLog, keys: Keys | None, stack: AsyncExitStack
+) -> tuple[VllmGenerator, ServerKeeper, ServerActivity]:
     metarl = config.metarl
-    if metarl.rollout.generator == "scripted":
-        scripted = ScriptedGenerator(_search_script(problems, tokenizer), metarl.seed)
-        return scripted, ScriptedKeeper(scripted), None
-    specs = server_specs(config, endpoints, paths.root / "model", Machine.here())
-    generator = await stack.enter_async_context(VllmGenerator([spec.address for spec in specs], metarl.servers.request_timeout_s))
-    logs = [EventLog(paths.event_log(spec.name), spec.name) for spec in specs]
-    for log in logs:
-        stack.callback(log.close)
-    deadlines = Deadlines.of(metarl.servers, metarl.weights, metarl.deadlines)
-    activity = ServerActivity(lambda: generator.inflight, [spec.address for spec in specs], logs)
-    return generator, ServerKeeper(specs, endpoints.weights, deadlines, events, logs, keys), activity
+    generator = await stack.enter_async_context(VllmGenerator((), metarl.servers.request_timeout_s))
+    logs: dict[str, EventLog] = {}
+
+    def log_of(name: str, address: str) -> EventLog:
+        """One a server, under its address: whoever joins at an address that was another's gets a log of its own."""
+        if address not in logs or logs[address].process != name:
+            logs[address] = EventLog(paths.event_log(name), name)
+            stack.callback(logs[address].close)
+        return logs[address]
+
+    keeper = ServerKeeper(
+        generator, endpoints.weights, Deadlines.of(metarl.servers, metarl.weights, metarl.deadlines), events, log_of, keys
+    )
+    restart = _ask_launcher if num_servers(config) else _ask_user
+    for spec in server_specs(config, endpoints, paths.root / "model", Machine.here()):
+        keeper.add(spec, partial(restart, paths.restart / spec.name))
+    return generator, keeper, ServerActivity(lambda: generator.inflight, logs)
 
 
-def _search_script(problems: ProblemSet, tokenizer: Tokenizer) -> Script:
-    """Depth-first searches in random order, a fifth of them cut short: right and wrong answers of all lengths."""
-    by_prompt = {tokenizer.encode(p.prompt): p for p in (*problems.train, *problems.heldout)}
+def _ask_launcher(request: Path, why: str) -> None:
+    """Has the launcher end the server of this name and start it again."""
+    request.write_text(why)
 
-    def script(prompt_ids: Sequence[int], rng: random.Random) -> Sequence[int]:
-        problem = by_prompt.get(tuple(prompt_ids))
-        if problem is None:
-            raise ConfigError("the scripted generator knows only the run's own problems")
-        ids = tokenizer.encode(text_of(linearize(dfs(problem, rng), problem)))
-        return (*ids[: rng.randrange(len(ids))], tokenizer.eos_id) if rng.random() < 0.2 else (*ids, tokenizer.eos_id)
 
-    return script
+def _ask_user(request: Path, why: str) -> None:
+    logger.error("%s: start it again by hand, %s", request.name, why)

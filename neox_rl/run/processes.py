@@ -14,8 +14,9 @@ from neox_rl.config.run import RunConfig
 from neox_rl.guard import GuardedProcess, guarded_popen
 from neox_rl.keys import CLIENT_FILE
 from neox_rl.keys import ENV as KEYS
-from neox_rl.rollout.vllm_server import core_ids, server_command
+from neox_rl.rollout.vllm_server import ServerSpec, core_ids, server_command
 from neox_rl.run.endpoints import Endpoints, server_specs
+from neox_rl.run.scripted_server import scripted_command
 from neox_rl.telemetry.paths import RunPaths
 
 ORCHESTRATOR, RANKS = "orchestrator", "trainer"
@@ -50,7 +51,7 @@ def programs(
     where = place(config, machine)
     found: list[Program] = []
     for spec in server_specs(config, endpoints, paths.root / "model", machine)[: len(where.servers)]:
-        argv, server_env = server_command(spec, servers_env(config, paths, env))
+        argv, server_env = command_of(config.metarl.rollout.generator, spec, paths.config, servers_env(config, paths, env))
         found.append(Program(spec.name, argv, server_env, paths.log(spec.name), core_ids(spec.cores) if spec.cores else None))
     if config.metarl.debug.mode != "train_only":
         argv = [sys.executable, "-m", "neox_rl.run.orchestrator", "--run-dir", str(paths.root)]
@@ -59,6 +60,11 @@ def programs(
     ranks_env = _ranks_env(env, where.rank_gpus, machine)
     found.append(Program(RANKS, ranks_command(config, paths, endpoints, script, resume), ranks_env, paths.log(RANKS), None))
     return found
+
+
+def command_of(generator: str, spec: ServerSpec, config: Path, env: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+    """The argument vector and the whole environment of a server for ``rollout.generator``; ``config`` is the run's resolved one."""
+    return server_command(spec, env) if generator == "vllm" else scripted_command(spec, config, env)
 
 
 def servers_env(config: RunConfig, paths: RunPaths, env: Mapping[str, str]) -> dict[str, str]:

@@ -1,41 +1,43 @@
 """Keeps every server at the newest version that the trainer offers, and says which version is live.
 
-    trainer publishes v -> every server stages it (in the background) -> every server switches (pause, load, resume) -> v is live
+    one task a member:  probe -> init -> [staged v -> switch (pause, load, resume) -> attests v] -> probe each heartbeat -> ...
+    one clock:          who is late is left behind; promised versions and members have deadlines
 
-A version that was superseded while it was staged is skipped. Live means: attested by every server after its switch.
+The decisions are ``run/members.py``; here are the requests. Every member goes its own way, so that a slow or dead one delays nobody beyond
+the heartbeat that the rule gives it. A version that was superseded while it was staged is skipped.
+
+A server whose switch failed may hold a mixture of two policies: it is lost, and whoever started it is asked to start it again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
+import logging
+import secrets
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
 
 from neox_rl.config.schema import DeadlinesConfig, ServersConfig, WeightsConfig
-from neox_rl.errors import WeightError
+from neox_rl.errors import ConfigError, DeadlineError, WeightError
 from neox_rl.keys import Keys
-from neox_rl.rollout.scripted import ScriptedGenerator
-from neox_rl.rollout.vllm_control import VllmControl
-from neox_rl.rollout.vllm_server import ServerSpec, wait_ready
+from neox_rl.rollout.vllm_client import VllmGenerator
+from neox_rl.rollout.vllm_control import ServerGoneError, VllmControl
+from neox_rl.rollout.vllm_server import ServerSpec
+from neox_rl.run.members import Member, Members, State
 from neox_rl.telemetry.events import EventLog
 from neox_rl.types import NO_VERSION
 from neox_rl.weights.watcher import Watcher
 
-
-class Keeper(Protocol):
-    """Whoever brings published versions to the generator."""
-
-    async def run(self, on_live: Callable[[int], None]) -> None:
-        """Runs until cancelled; calls ``on_live(version)`` each time every server serves a newer version."""
-        ...
-
-    def promise(self, version: int) -> None:
-        """The trainer says that ``version`` is offered."""
-        ...
-
-    def waiting_for(self) -> str: ...
+logger = logging.getLogger(__name__)
+RETRY_S = 0.5
+"""Between probes of a server that does not serve: a restart between two of them would not be seen."""
+BROKEN_RETRY_S = 0.1
+"""Of one that must first be seen to be gone."""
+TICK_S = 0.1
+EVENT_OF = {State.STARTING: "joined"} | {state: str(state) for state in State if state is not State.STARTING}
 
 
 @dataclass(frozen=True)
@@ -46,94 +48,262 @@ class Deadlines:
     publish_s: float
     stage_s: float
     switch_s: float
+    heartbeat_s: float
+    drain_s: float
 
     @classmethod
     def of(cls, servers: ServersConfig, weights: WeightsConfig, deadlines: DeadlinesConfig) -> Deadlines:
-        return cls(servers.start_timeout_s, deadlines.publish_s, weights.stage_timeout_s, weights.switch_timeout_s)
+        return cls(
+            servers.start_timeout_s,
+            deadlines.publish_s,
+            weights.stage_timeout_s,
+            weights.switch_timeout_s,
+            servers.heartbeat_s,
+            servers.request_timeout_s,
+        )
+
+
+@dataclass(slots=True)
+class _Tended:
+    """What the requests to a member need beside its state. ``answering``: its last probe came through. ``gone``: nobody has listened at its
+    address since it was lost, so that what answers there next is another process. ``leaving``: it gets no new requests."""
+
+    control: VllmControl
+    restart: Callable[[str], None]
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    answering: bool = False
+    gone: bool = True
+    suspect: bool = False
+    leaving: bool = False
 
 
 class ServerKeeper:
-    """vLLM servers over HTTP, the publisher over ZeroMQ. ``logs`` has one event log a server, where its pauses go."""
+    """The servers over HTTP, the publisher over ZeroMQ. ``log_of(name, address)`` opens the event log of a server."""
 
     def __init__(
         self,
-        specs: Sequence[ServerSpec],
+        generator: VllmGenerator,
         publisher: str,
         deadlines: Deadlines,
         events: EventLog,
-        logs: Sequence[EventLog],
+        log_of: Callable[[str, str], EventLog],
         keys: Keys | None = None,
     ) -> None:
-        self._specs, self._publisher, self._deadlines, self._events, self._logs = specs, publisher, deadlines, events, logs
-        self._keys = keys
-        self._promised = NO_VERSION
-        self._wake = asyncio.Event()
-        self._waiting = ""
+        self._generator, self._publisher, self._deadlines, self._events, self._log_of = generator, publisher, deadlines, events, log_of
+        self.members = Members(deadlines.heartbeat_s, time.monotonic(), self._changed, self._live)
+        self._tended: dict[str, _Tended] = {}
+        self._tasks: asyncio.TaskGroup | None = None
+        self._beside: list[Coroutine[Any, Any, None]] = []
+        self._watcher = Watcher(publisher, self._heard, keys)
+        self._report_live: Callable[[int], None] = lambda _: None
+        self._promised = self._offered = NO_VERSION
+        self._promised_at = self._offered_at = 0.0
+        # Two keepers never share a name for a server's life, so no ack of an earlier one's is taken for this one's.
+        self._lives = (f"{secrets.token_hex(3)}.{n}" for n in itertools.count(1))
+        generator.on_failure = self._suspect
+
+    # who belongs to the run
+
+    def add(self, spec: ServerSpec, restart: Callable[[str], None]) -> None:
+        """A server that is there, or will be. ``restart(why)`` asks whoever started it to end it and start it again.
+
+        Raises ConfigError when its name or address is taken.
+        """
+        if self.members.get(spec.name) is not None or self.members.at(spec.address) is not None:
+            raise ConfigError(
+                f"{spec.name} at {spec.address}: the name or the address is another server's; choose another --name or --port"
+            )
+        self._tended[spec.name] = _Tended(VllmControl(spec.address), restart)
+        self._log_of(spec.name, spec.address)
+        self._generator.suspend(spec.address)
+        member = self.members.join(spec.name, spec.address, spec.tensor_parallel_size, time.monotonic())
+        if self._tasks is not None:
+            self._tasks.create_task(self._tend(member), name=spec.name)
+
+    async def remove(self, name: str, why: str, drain_s: float = 0.0) -> None:
+        """No new requests; what is in flight gets ``drain_s`` to end, then begins again elsewhere."""
+        if (member := self.members.get(name)) is None:
+            return
+        self._tended[name].leaving = True
+        self._generator.suspend(member.address)
+        end = time.monotonic() + min(drain_s, self._deadlines.drain_s)
+        while time.monotonic() < end and self._generator.inflight.get(member.address):
+            await asyncio.sleep(0.02)
+        self.members.leave(member, why, time.monotonic())
+
+    def beside(self, work: Coroutine[Any, Any, None]) -> None:
+        """Has ``work`` run as long as this keeper runs. Before ``run``."""
+        self._beside.append(work)
+
+    # versions
 
     def promise(self, version: int) -> None:
-        self._promised = version
-        self._wake.set()
+        self._promised, self._promised_at = version, time.monotonic()
 
     def waiting_for(self) -> str:
-        return self._waiting
+        if self._promised == NO_VERSION:
+            what = "the trainer to publish v0"
+        elif self._promised > self._offered:
+            what = f"v{self._promised} from the publisher {self._publisher}"
+        elif self.members.live >= self._offered:
+            what = f"the trainer to publish v{self._offered + 1}"
+        else:
+            what = f"the servers to switch to v{self._offered}"
+        absent = [str(member) for member in self.members.all if member.state is not State.SERVING]
+        return what + (f"; {', '.join(absent)}" if absent else "")
 
     async def run(self, on_live: Callable[[int], None]) -> None:
-        self._waiting = f"{', '.join(s.name for s in self._specs)} to start"
-        with self._events.span("start_servers"):
-            await asyncio.gather(*(wait_ready(spec, None, self._deadlines.servers_s) for spec in self._specs))
-        controls = [VllmControl(spec.address) for spec in self._specs]
+        """Raises DeadlineError for a promised version that is not offered, and when no server can get to the offered one in time."""
+        self._report_live, self._offered_at = on_live, time.monotonic()
+        started, begin = time.time_ns(), time.monotonic_ns()
         try:
-            async with Watcher(self._publisher, keys=self._keys) as watcher:
-                await asyncio.gather(*(c.init_weights(self._publisher, s.name) for c, s in zip(controls, self._specs, strict=True)))
-                await self._follow(watcher, controls, on_live)
+            async with self._watcher, asyncio.TaskGroup() as self._tasks:
+                for work in self._beside:
+                    self._tasks.create_task(work)
+                for member in self.members.all:
+                    self._tasks.create_task(self._tend(member), name=member.name)
+                starting = True
+                while True:
+                    if starting and all(member.incarnation for member in self.members.all):
+                        starting = False
+                        self._events.add_span("start_servers", started, time.monotonic_ns() - begin)
+                    self._tick()
+                    await asyncio.sleep(TICK_S)
         finally:
-            await asyncio.gather(*(control.close() for control in controls))
+            await asyncio.gather(*(tended.control.close() for tended in self._tended.values()))
 
-    async def _follow(self, watcher: Watcher, controls: Sequence[VllmControl], on_live: Callable[[int], None]) -> None:
-        live = NO_VERSION
-        workers = frozenset[str]().union(*(spec.workers for spec in self._specs))
-        while True:
-            while self._promised <= live:
-                self._waiting = f"the trainer to publish v{live + 1}"
-                self._wake.clear()
-                await self._wake.wait()
-            self._waiting = f"v{self._promised} from the publisher {self._publisher}"
-            version = await watcher.wait_offered(live, self._deadlines.publish_s)
-            self._events.instant("offered", version=version)
-            self._waiting = f"the servers to stage v{version}"
-            version = await watcher.wait_staged(version, workers, self._deadlines.stage_s)
-            self._events.instant("staged", version=version)
-            self._waiting = f"the servers to switch to v{version}"
-            with self._events.span("switch", version=version):
-                await asyncio.gather(*(self._switch(i, control, version) for i, control in enumerate(controls)))
-            live = version
-            self._events.instant("live", version=version)
-            on_live(version)
+    def _tick(self) -> None:
+        self._watcher.check()
+        now, limits = time.monotonic(), self._deadlines
+        self.members.tick(now)
+        if self._promised > self._offered and now - self._promised_at > limits.publish_s:
+            raise DeadlineError(f"v{self._promised} from {self._publisher}", limits.publish_s, "is the trainer alive?")
+        stage_s = limits.stage_s + limits.switch_s
+        if why := self.members.hopeless(now, limits.servers_s, stage_s, self._offered, self._offered_at):
+            raise DeadlineError(f"a server to serve v{max(0, self._offered)}", now - self._offered_at, f"{why}; see the servers' logs")
 
-    async def _switch(self, index: int, control: VllmControl, version: int) -> None:
-        started = time.time_ns()
-        times = await control.switch(version, self._deadlines.switch_s)
-        self._logs[index].add_span("paused", started, round(times.pause_s * 1e9), version=version, load_s=times.load_s)
-        attested = await control.live_version()
-        if attested != version:
-            raise WeightError(f"{control.address} attests v{attested} after a switch to v{version}: another run updates this server")
+    # one member
+
+    async def _tend(self, member: Member) -> None:
+        tended, probe_at = self._tended[member.name], 0.0
+        try:
+            while member.here:
+                if tended.suspect or time.monotonic() >= probe_at:
+                    await self._probe(member, tended)
+                    wait_s = BROKEN_RETRY_S if not tended.gone else self._deadlines.heartbeat_s
+                    probe_at = time.monotonic() + (wait_s if member.state is State.SERVING else min(wait_s, RETRY_S))
+                held = self._watcher.staged_by(member.workers)
+                if tended.answering and held > member.version and member.here:
+                    await self._switch(member, tended, held)
+                else:
+                    tended.wake.clear()
+                    await _until(tended.wake, probe_at - time.monotonic())
+        finally:
+            await tended.control.close()
+            if self._tended.get(member.name) is tended:
+                del self._tended[member.name]
+
+    async def _probe(self, member: Member, tended: _Tended) -> None:
+        tended.suspect = False
+        try:
+            label = await tended.control.probe(self._deadlines.heartbeat_s)
+        except (WeightError, DeadlineError) as error:
+            tended.answering = False
+            tended.gone = tended.gone or isinstance(error, ServerGoneError)
+            now, limit_s = time.monotonic(), self._deadlines.servers_s
+            self.members.suspend(member, str(error), now)
+            hangs = member.state is State.SUSPENDED and not isinstance(error, ServerGoneError)
+            if hangs and now - member.since > limit_s:
+                self._lose(member, tended, f"silent for {limit_s:g} s: {error}", gone=False)
+            return
+        if not member.here or (member.state is State.LOST and not tended.gone):
+            return
+        tended.answering = True
+        if member.incarnation and label == member.version:
+            self.members.answers(member, time.monotonic())
+            if member.state is State.SERVING:
+                self._serve(member)
+            return
+        # Its first answer; or it was started again; or a switch that was given up here came to its end there. Whatever it holds, staging
+        # begins anew, and it serves after a whole switch.
+        incarnation = f"{member.name}@{next(self._lives)}"
+        try:
+            await tended.control.init_weights(self._publisher, incarnation, self._deadlines.switch_s)
+        except (WeightError, DeadlineError) as error:
+            tended.answering = False
+            self.members.suspend(member, str(error), time.monotonic())
+        else:
+            self.members.begin(member, incarnation, time.monotonic())
+
+    async def _switch(self, member: Member, tended: _Tended, version: int) -> None:
+        started, digest = time.time_ns(), self._watcher.digests.get(version, "")
+        log = self._log_of(member.name, member.address)
+        log.instant("staged", version=version, digest=digest, incarnation=member.incarnation)
+        try:
+            times = await tended.control.switch(version, self._deadlines.switch_s)
+            attested = await tended.control.live_version()
+            if attested != version:
+                raise WeightError(f"{member.address} attests v{attested} after a switch to v{version}: another run updates this server")
+        except (WeightError, DeadlineError) as error:
+            self._lose(member, tended, f"its switch to v{version} failed: {error}", gone=isinstance(error, ServerGoneError))
+            return
+        log.add_span("paused", started, round(times.pause_s * 1e9), version=version, load_s=times.load_s)
+        if member.here:
+            self.members.attested(member, version, digest, time.monotonic())
+
+    def _lose(self, member: Member, tended: _Tended, why: str, *, gone: bool) -> None:
+        tended.answering, tended.gone = False, gone
+        self.members.lose(member, why, time.monotonic())
+        if not gone:  # whoever started it sees by itself that a process is gone
+            tended.restart(why)
+
+    # what others say
+
+    def _heard(self) -> None:
+        if self._watcher.offered != self._offered:
+            self._offered, self._offered_at = self._watcher.offered, time.monotonic()
+            self._events.instant("offered", version=self._offered, digest=self._watcher.digests.get(self._offered, ""))
+        for tended in self._tended.values():
+            tended.wake.set()
+
+    def _suspect(self, address: str) -> None:
+        """A request failed there: nothing new goes there before it has answered a probe."""
+        member = self.members.at(address)
+        if member is not None and (tended := self._tended.get(member.name)):
+            self._generator.suspend(address)
+            tended.suspect = True
+            tended.wake.set()
+
+    def _changed(self, member: Member) -> None:
+        log = self._log_of(member.name, member.address)
+        told = {"version": member.version, "digest": member.digest, "incarnation": member.incarnation}
+        log.instant(EVENT_OF[member.state], **told, **({"why": member.why} if member.why else {}))
+        if member.state is State.SERVING:
+            self._serve(member)
+        elif member.state is State.LEFT:
+            self._generator.forget(member.address)
+            if tended := self._tended.get(member.name):
+                tended.wake.set()
+        else:
+            self._generator.move(member.address)
+        if member.state in (State.SUSPENDED, State.LOST):
+            logger.warning("%s", member)
+        else:
+            logger.info("%s%s", member, f" v{member.version}" if member.state is State.SERVING else "")
+
+    def _serve(self, member: Member) -> None:
+        if not self._tended[member.name].leaving:
+            self._generator.serve(member.address)
+
+    def _live(self, version: int) -> None:
+        self._events.instant("live", version=version)
+        self._report_live(version)
 
 
-class ScriptedKeeper:
-    """The scripted generator has no weights: a promised version is live at once."""
-
-    def __init__(self, generator: ScriptedGenerator) -> None:
-        self._generator = generator
-        self._versions: asyncio.Queue[int] = asyncio.Queue()
-
-    def promise(self, version: int) -> None:
-        self._versions.put_nowait(version)
-
-    def waiting_for(self) -> str:
-        return "the trainer to publish"
-
-    async def run(self, on_live: Callable[[int], None]) -> None:
-        while True:
-            version = await self._versions.get()
-            self._generator.set_version(version)
-            on_live(version)
+async def _until(event: asyncio.Event, seconds: float) -> None:
+    if seconds > 0:
+        try:
+            async with asyncio.timeout(seconds):
+                await event.wait()
+        except TimeoutError:
+            pass

@@ -20,17 +20,19 @@ _REMEMBER = 4
 
 
 class Watcher:
-    """``async with Watcher(address) as watcher``. The publisher may come later, or come back.
+    """``async with Watcher(address) as watcher``. The publisher may come later, or come back. ``on_change`` is called after every message.
 
-    ``offered`` is the newest offered version, -1 before the first; ``staged`` maps version to the workers that hold it.
+    ``offered`` is the newest offered version, -1 before the first; ``digests`` those of the newest few; ``staged`` maps version to the
+    workers that hold it with this digest.
     """
 
-    def __init__(self, address: str, keys: Keys | None = None) -> None:
+    def __init__(self, address: str, on_change: Callable[[], None] = lambda: None, keys: Keys | None = None) -> None:
         self.address, self._keys = address, keys
         self.offered = -1
-        self.digest = ""
+        self.digests: dict[int, str] = {}
         self.staged: dict[int, set[str]] = {}
         self.malformed = 0
+        self._on_change = on_change
         self._changed = asyncio.Condition()
         self._task: asyncio.Task[None] | None = None
 
@@ -42,6 +44,15 @@ class Watcher:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+
+    def staged_by(self, who: Collection[str]) -> int:
+        """The newest version that every worker in ``who`` holds; -1 for none, and for nobody."""
+        return max((held for held, workers in self.staged.items() if who and workers.issuperset(who)), default=-1)
+
+    def check(self) -> None:
+        """Raises what ended the receiving task: without it nothing is heard any more."""
+        if self._task is not None and self._task.done():
+            self._task.result()
 
     async def wait_offered(self, after_version: int, deadline_s: float) -> int:
         """The newest offered version once it is > ``after_version``. Raises DeadlineError."""
@@ -59,7 +70,7 @@ class Watcher:
         wanted = set(who)
 
         def common() -> int | None:
-            return max((held for held, workers in self.staged.items() if held >= version and workers >= wanted), default=None)
+            return found if (found := self.staged_by(wanted)) >= version else None
 
         found = await self._wait(common, deadline_s)
         if found is None:
@@ -78,9 +89,8 @@ class Watcher:
         return check()
 
     def _failed(self) -> bool:
-        """Re-raises what ended the receiving task: a waiter must not sleep to its deadline for it."""
-        if self._task is not None and self._task.done():
-            self._task.result()
+        """A waiter must not sleep to its deadline for a task that has ended."""
+        self.check()
         return False
 
     def _hint(self) -> str:
@@ -119,12 +129,16 @@ class Watcher:
             async with self._changed:
                 self._note(kind, fields)
                 self._changed.notify_all()
+            self._on_change()
 
     def _note(self, kind: str, fields: dict[str, Any]) -> None:
-        version = fields["version"]
+        version, digest = fields["version"], fields["digest"]
         if kind == OFFERED:
-            self.offered, self.digest = version, fields["digest"]
-        else:
+            self.offered = version
+            if self.digests.get(version) != digest:  # new; or a trainer that went back made it again: what was staged is of undone steps
+                self.staged = {held: who for held, who in self.staged.items() if held < version}
+                self.digests = {held: known for held, known in self.digests.items() if held < version} | {version: digest}
+            self.digests = dict(sorted(self.digests.items())[-_REMEMBER:])
+        elif self.digests.get(version) == digest:  # what is held of a version whose offer nobody here heard could be another run's
             self.staged.setdefault(version, set()).add(fields["who"])
-            for old in sorted(self.staged)[:-_REMEMBER]:
-                del self.staged[old]
+            self.staged = dict(sorted(self.staged.items())[-_REMEMBER:])

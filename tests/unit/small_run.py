@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from aiohttp import web
+
 from neox_rl.config.neox import NeoXConfig
 from neox_rl.config.run import RunConfig
 from neox_rl.config.schema import MetaRLConfig
+from neox_rl.run.scripted_server import ScriptedServer, scripts_of
 from neox_rl.telemetry.paths import RunPaths
 from neox_rl.types import Finish, Group, Problem, Reason, Role, Segment, Trace, Verdict
+from neox_rl.weights.snapshot import Snapshot, make_snapshot
 
 
 def small_config(root: Path, train_iters: int = 3, **blocks: dict[str, Any]) -> RunConfig:
@@ -45,6 +52,25 @@ def rollout_group(ticket: int, version: int, rewards: tuple[float, ...] = (1.0, 
         segments = (Segment((3, 4), Role.PROMPT), Segment((5, 6, 7), Role.THINK, (-0.5,) * 3, version, mask=1.0))
         traces.append(Trace(f"g{ticket:06d}/r{i}", "p", segments, reward, Finish.STOP, verdict))
     return Group(ticket, "p", tuple(traces))
+
+
+def small_snapshot(version: int) -> Snapshot:
+    """Weights of a policy that nobody computes with."""
+    return make_snapshot(version, [("w", torch.full((4, 4), float(version)))])
+
+
+@asynccontextmanager
+async def scripted_server(config: RunConfig, address: str, name: str = "server-0") -> AsyncIterator[ScriptedServer]:
+    """The run's scripted server in this event loop, at an address of ``Endpoints.servers``."""
+    server = ScriptedServer(scripts_of(config), config.metarl.scripted.token_s, config.metarl.servers.max_num_seqs, name)
+    runner = web.AppRunner(server.app, handler_cancellation=True, shutdown_timeout=0.1)
+    await runner.setup()
+    host, _, port = address.removeprefix("http://").rpartition(":")
+    try:
+        await web.TCPSite(runner, host, int(port)).start()
+        yield server
+    finally:
+        await runner.cleanup()
 
 
 class EveryOtherVerifier:

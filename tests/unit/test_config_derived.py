@@ -134,7 +134,7 @@ def test_core_sets_are_written_as_in_the_reference() -> None:
     ("settings", "names"),
     [
         ("", ["vLLM server", "orchestrator", "verifier", "training rank"]),
-        ("metarl.rollout.generator=scripted", ["orchestrator", "verifier", "training rank"]),
+        ("metarl.rollout.generator=scripted", ["scripted server", "orchestrator", "verifier", "training rank"]),
         ("metarl.debug.mode=rollout_only", ["vLLM server", "orchestrator", "verifier", "training rank"]),
         ("metarl.debug.mode=train_only", ["training rank"]),
         ("metarl.servers.addresses=[http://a:1]", ["orchestrator", "verifier", "training rank"]),

@@ -193,7 +193,13 @@ CASES = (
     Case("paths_exist", "load=gone", "load = 'gone': does not exist", "load=here/checkpoint"),
     Case("paths_exist", "metarl.debug.batches=gone", "metarl.debug.batches = 'gone'", "metarl.debug.batches=here"),
     Case("servers_come_from_one_place", "metarl.servers.addresses=[http://a:1]", "set num_servers: 0", "metarl.servers.num_servers=0"),
-    Case("servers_come_from_one_place", "metarl.servers.num_servers=0", "nobody generates", "metarl.rollout.generator=scripted"),
+    Case(
+        "scripts_know_the_problems",
+        "metarl.rollout.generator=scripted metarl.problems.source=jsonl",
+        "writes searches of arithmetic problems",
+        "metarl.problems.source=game24",
+    ),
+    Case("servers_come_from_one_place", "metarl.servers.num_servers=0", "nobody generates", "metarl.servers.num_servers=2"),
     Case(
         "servers_come_from_one_place",
         "metarl.servers.num_servers=0 metarl.servers.addresses=[a:1]",

@@ -1,10 +1,11 @@
-"""The orchestrator in this process, over its real socket, with the scripted generator: who waits, who stops, who fails."""
+"""The orchestrator in this process, over its real sockets, with a scripted server: who waits, who stops, who fails."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
@@ -25,7 +26,8 @@ from neox_rl.telemetry.jsonl import read_jsonl
 from neox_rl.telemetry.metrics import MetricsWriter
 from neox_rl.telemetry.status import read_status
 from neox_rl.types import Json
-from tests.unit.small_run import small_config, small_paths
+from neox_rl.weights.publisher import Publisher
+from tests.unit.small_run import scripted_server, small_config, small_paths, small_snapshot
 
 FRESH: dict[str, Json] = {"sft_step": 0, "rl_step": 0}
 METRICS: dict[str, Json] = {"loss": 0.5, "tokens_trained": 10, "reward_mean": 0.5, "staleness_max": 0}
@@ -39,6 +41,7 @@ class Run:
         self.paths.config.write_text(dump(config))
         self.endpoints = choose_endpoints(config, load_tokenizer(config.metarl.tokenizer, config.metarl.problems).vocab_size)
         write_endpoints(self.paths, self.endpoints)
+        self.publisher = Publisher(port=self.endpoints.weights_port)
         self.up = threading.Event()
         self.failure: BaseException | None = None
         self.thread = threading.Thread(target=self._main, daemon=True)
@@ -55,6 +58,7 @@ class Run:
 
     async def _serve(self) -> None:
         async with AsyncExitStack() as stack:
+            await stack.enter_async_context(scripted_server(self.config, self.endpoints.servers[0]))
             parts = await build_parts(self.config, self.paths, stack)
             server = ExperienceServer("127.0.0.1", self.endpoints.experience_port)
             stack.callback(server.close)
@@ -64,10 +68,20 @@ class Run:
             self.up.set()
             await self.it.run(server)
 
+    def publish(self, client: ExperienceClient, version: int) -> None:
+        """As the trainer does. Returns when the version is live, so that none is superseded."""
+        self.publisher.offer(small_snapshot(version))
+        client.published(version)
+        end = time.monotonic() + 10.0
+        while self.parts.keeper.members.live < version:
+            assert time.monotonic() < end
+            time.sleep(0.005)
+
     def call(self, function: Callable[..., Any], *args: Any) -> None:
         self.loop.call_soon_threadsafe(function, *args)
 
     def ended(self) -> list[BaseException]:
+        self.publisher.close()
         self.thread.join(10.0)
         assert not self.thread.is_alive()
         if self.failure is None:
@@ -90,11 +104,11 @@ def test_a_whole_run_with_its_files(tmp_path: Path) -> None:
         client.hello(1, FRESH)
         assert sum(t.num_tokens for g in client.next_groups(Phase.SFT, 1) for t in g.traces) >= 128
         client.report(Phase.SFT, 1, METRICS)
-        client.published(0)
+        run.publish(client, 0)
         assert set(client.evaluate("warmstart", 0)) == {"greedy", "sampled"}
         for step in (1, 2, 3):
             assert len(client.next_groups(Phase.RL, step)) == 2
-            client.published(step)
+            run.publish(client, step)
             client.report(Phase.RL, step, METRICS)
         client.evaluate("final", 3)
         client.done("finished")
@@ -116,10 +130,10 @@ def test_the_small_evaluation_says_which_versions_it_saw(tmp_path: Path) -> None
     run = Run(small_config(tmp_path, train_iters=4, evaluation={"every_steps": 2}))
     with client_of(run) as client:
         client.hello(1, {"sft_step": 2, "rl_step": 0})
-        client.published(0)
+        run.publish(client, 0)
         for step in (1, 2, 3):
             client.next_groups(Phase.RL, step)
-            client.published(step)
+            run.publish(client, step)
         client.evaluate("other", 3)
         client.done("stopped")
     small = [row for row in read_jsonl(run.paths.evaluations) if row["label"].startswith("step")]
@@ -150,7 +164,7 @@ def test_a_background_task_that_fails_ends_the_run_with_its_error(tmp_path: Path
     run.parts.attempts.generator.sample = breaks  # type: ignore[method-assign]
     with client_of(run) as client:
         client.hello(1, {"sft_step": 2, "rl_step": 0})
-        client.published(0)
+        run.publish(client, 0)
         threading.Thread(target=lambda: _silently(client), daemon=True).start()
         failures = run.ended()
     assert "the servers are gone" in map(str, failures)
@@ -168,11 +182,11 @@ def test_a_resumed_run_goes_on_with_tickets_problems_and_counts(tmp_path: Path) 
     run = Run(config)
     with client_of(run) as client:
         client.hello(1, {"sft_step": 2, "rl_step": 0})
-        client.published(0)
+        run.publish(client, 0)
         groups = list(client.next_groups(Phase.RL, 1))
         state = json.loads(json.dumps(client.state))
         client.report(Phase.RL, 1, METRICS)
-        client.published(1)
+        run.publish(client, 1)
         client.next_groups(Phase.RL, 2)
         client.report(Phase.RL, 2, METRICS)
         client.done("stopped")
@@ -181,10 +195,10 @@ def test_a_resumed_run_goes_on_with_tickets_problems_and_counts(tmp_path: Path) 
     with client_of(run) as client:
         client.hello(1, state | {"sft_step": 2, "rl_step": 1})
         assert [(row["phase"], row["step"]) for row in read_jsonl(run.paths.metrics)] == [("rl", 1)], "step 2 is done again"
-        client.published(1)
+        run.publish(client, 1)
         for step in (2, 3, 4):
             groups += client.next_groups(Phase.RL, step)
-            client.published(step)
+            run.publish(client, step)
             client.report(Phase.RL, step, METRICS)
         client.done("finished")
     assert run.ended() == [] and sorted(group.ticket for group in groups) == list(range(8))
@@ -198,7 +212,7 @@ def test_another_seed_on_resume_is_refused_and_the_trainer_is_told(tmp_path: Pat
     run = Run(small_config(tmp_path))
     with client_of(run) as client:
         client.hello(1, {"sft_step": 2, "rl_step": 0})
-        client.published(0)
+        run.publish(client, 0)
         client.next_groups(Phase.RL, 1)
         state = dict(client.state)
         client.done("stopped")

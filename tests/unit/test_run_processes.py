@@ -19,7 +19,7 @@ from tests.unit.small_run import small_config, small_paths
 
 LAPTOP = Machine(cores=(0, 1, 2, 3), memory_gib=16)
 NODE = Machine(cores=tuple(range(16)), num_gpus=4)
-ADDRESSES = Endpoints("127.0.0.1", 5001, 5002, 5003, ("http://127.0.0.1:5004",), 99)
+ADDRESSES = Endpoints("127.0.0.1", 5001, 5002, 5003, 5005, ("http://127.0.0.1:5004",), 99)
 ENV = {"PATH": "/bin", "HOME": "/nowhere"}
 
 
@@ -42,7 +42,9 @@ def test_one_program_a_server_then_the_orchestrator_then_the_ranks(tmp_path: Pat
 
 
 def test_modes_leave_out_what_they_do_not_need(tmp_path: Path) -> None:
-    assert list(parts(small_config(tmp_path))) == [ORCHESTRATOR, RANKS]
+    scripted = parts(small_config(tmp_path))
+    assert list(scripted) == ["server-0", ORCHESTRATOR, RANKS] and "neox_rl.run.scripted_server" in scripted["server-0"].argv
+    assert scripted["server-0"].cores is None, "it mostly sleeps"
     assert list(parts(small_config(tmp_path, debug={"mode": "train_only", "batches": "b"}))) == [RANKS]
 
 

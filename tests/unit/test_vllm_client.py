@@ -69,13 +69,17 @@ def test_an_aborted_request_without_tokens_has_no_spans() -> None:
             answer(choice(0, weight_versions=[{"version": "3", "start": 0, "end": 2}, {"version": "2", "start": 2, "end": 3}])),
             "versions fall",
         ),
-        (answer(choice(0, weight_versions=[{"version": "default", "start": 0, "end": 3}])), "dummy weights"),
     ],
 )
 def test_an_answer_that_cannot_be_is_refused_with_the_server_and_the_reason(raw: bytes, complaint: str) -> None:
     with pytest.raises(WireError, match=complaint) as caught:
         parse_response(raw, 1, "http://s:1")
     assert "http://s:1" in str(caught.value)
+
+
+def test_what_dummy_weights_made_is_the_failure_of_a_server_that_was_started_again() -> None:
+    with pytest.raises(ServerFailedError, match="http://s:1 generated with dummy weights"):
+        parse_response(answer(choice(0, weight_versions=[{"version": "default", "start": 0, "end": 3}])), 1, "http://s:1")
 
 
 def test_a_label_that_is_no_version_is_refused() -> None:
@@ -134,7 +138,13 @@ async def refuses(_: web.Request) -> web.Response:
     return web.Response(status=400, text="max_tokens is too large")
 
 
-@pytest.mark.parametrize("bad", [broken, hangs_up])
+async def aborts(request: web.Request) -> web.Response:
+    body = await request.json()
+    found = [choice(i, (), finish_reason="abort", weight_versions=None) for i in range(body["sampling_params"]["n"])]
+    return web.Response(body=answer(*found))
+
+
+@pytest.mark.parametrize("bad", [broken, hangs_up, aborts])
 def test_a_request_that_a_server_failed_goes_to_another(bad: Handler) -> None:
     async def story() -> None:
         addresses, close = await serve([bad, good])
@@ -204,6 +214,59 @@ def test_requests_go_to_the_server_with_the_fewest_completions_in_flight() -> No
             release.set()
             assert [len(completions) for completions in await asyncio.gather(*tasks)] == [8, 2, 2, 2, 4]
         assert seen == [[8], [2, 2, 2, 4]]
+        await close()
+
+    asyncio.run(story())
+
+
+def test_a_request_waits_for_a_server_that_serves_and_names_that_when_none_comes() -> None:
+    async def story() -> None:
+        addresses, close = await serve([good])
+        async with VllmGenerator((), 5.0) as generator:
+            waiting = asyncio.create_task(generator.sample([1], PARAMS, 2, "g0"))
+            await asyncio.sleep(0.02)
+            generator.suspend(addresses[0])
+            await asyncio.sleep(0.02)
+            assert not waiting.done()
+            generator.serve(addresses[0])
+            assert len(await waiting) == 2
+        async with VllmGenerator((), 0.1) as generator:
+            with pytest.raises(DeadlineError, match="rollout g000017 from a server that serves"):
+                await generator.sample([1], PARAMS, 2, "g000017")
+        await close()
+
+    asyncio.run(story())
+
+
+def test_what_is_in_flight_on_a_server_that_is_taken_out_begins_again_elsewhere_without_counting_as_a_failure() -> None:
+    async def story() -> None:
+        addresses, close = await serve([silent, good])
+        async with VllmGenerator(addresses[:1], 5.0, max_attempts=1) as generator:
+            moved = asyncio.create_task(generator.sample([1], PARAMS, 4, "g0"))
+            await asyncio.sleep(0.05)
+            generator.move(addresses[0])
+            await asyncio.sleep(0.05)
+            assert generator.inflight == {addresses[0]: 4}, "nobody else could make it: it stays, should the server come back"
+            generator.serve(addresses[1])
+            generator.move(addresses[0])
+            assert len(await moved) == 4 and generator.num_inflight == 0
+            generator.forget(addresses[0])
+            assert generator.inflight == {addresses[1]: 0}
+        await close()
+
+    asyncio.run(story())
+
+
+def test_a_cancelled_request_leaves_nothing_in_flight() -> None:
+    async def story() -> None:
+        addresses, close = await serve([silent])
+        async with VllmGenerator(addresses, 5.0) as generator:
+            task = asyncio.create_task(generator.sample([1], PARAMS, 4, "g0"))
+            await asyncio.sleep(0.05)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert generator.num_inflight == 0
         await close()
 
     asyncio.run(story())

@@ -157,7 +157,7 @@ def test_a_watcher_that_comes_late_learns_everything(stack: ExitStack, publisher
         workers = [stager(stack, publisher.address, who) for who in ("a/0", "a/1", "b/0")]
         async with Watcher(publisher.address) as early:
             assert await early.wait_offered(-1, 5.0) == 3
-            assert early.digest == snapshot(3).digest
+            assert early.digests == {3: snapshot(3).digest}
             assert await early.wait_staged(3, {"a/0", "a/1", "b/0"}, 5.0) == 3
             async with Watcher(publisher.address) as late:
                 assert await late.wait_staged(0, {"b/0"}, 5.0) == 3
