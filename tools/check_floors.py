@@ -24,6 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("run",),
 )
 ALONE = (*STAGES, "megatron_patches")
+PROGRAMS = "run"
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 
 ENGINES = ("neox_rl/engines/*", "megatron_patches/*")
@@ -66,8 +67,13 @@ def imports_of(source: str) -> list[Import]:
 
 
 def part_of(module: str, name: str = "") -> str | None:
-    """The part that a dotted name lies in: ``neox_rl.queue.wire`` -> ``queue``; None for a third party or the bare package."""
+    """The part that a dotted name lies in: ``neox_rl.queue.wire`` -> ``queue``; None for a third party or the bare package.
+
+    A ``__main__`` is a program, started by name and imported by nobody: it stands on the floor of programs, wherever it lies.
+    """
     words = [*module.split("."), name]
+    if words[0] == "neox_rl" and "__main__" in words:
+        return PROGRAMS
     if words[0] == "megatron_patches":
         return "megatron_patches"
     return words[1] or None if words[0] == "neox_rl" else None

@@ -23,7 +23,8 @@ from neox_rl.types import Problem, Reason, Verdict
 
 Number: TypeAlias = "int | Fraction"
 Numbers: TypeAlias = tuple[Number, ...]
-MAX_NUMBERS = 6
+MAX_NUMBERS, MAX_RATIONAL_NUMBERS = 6, 5
+"""Beyond these the exact oracle takes minutes a problem."""
 MAX_MAGNITUDE = 10**6
 _NUMBER = r"([0-9]{1,9}(?:/[0-9]{1,9})?)"
 _STEP = re.compile(rf"\s*{_NUMBER}\s*([-+*/])\s*{_NUMBER}\s*=\s*{_NUMBER}(?![0-9/])")
@@ -95,10 +96,13 @@ class ArithmeticDomain:
     def __post_init__(self) -> None:
         meta = self.problem.meta
         numbers, target, bound = meta.get("numbers"), meta.get("target"), meta.get("max_value")
-        if not isinstance(numbers, list) or not 1 <= len(numbers) <= MAX_NUMBERS or not all(map(_small, numbers)):
-            raise ConfigError(f"problem {self.problem.id}: numbers must be 1 to {MAX_NUMBERS} integers within 0..{MAX_MAGNITUDE}: {numbers!r:.80}")
+        most = MAX_RATIONAL_NUMBERS if bound is None else MAX_NUMBERS
+        if not isinstance(numbers, list) or not 1 <= len(numbers) <= most or not all(map(_small, numbers)):
+            raise ConfigError(f"problem {self.problem.id}: numbers must be 1 to {most} integers within 0..{MAX_MAGNITUDE}: {numbers!r:.80}")
         if not _small(target) or not (bound is None or _small(bound)):
-            raise ConfigError(f"problem {self.problem.id}: target {target!r:.40} must be an integer within 0..{MAX_MAGNITUDE}, as max_value if given")
+            raise ConfigError(
+                f"problem {self.problem.id}: target {target!r:.40} must be an integer within 0..{MAX_MAGNITUDE}, as max_value if given"
+            )
 
     @cached_property
     def target(self) -> int:
@@ -145,7 +149,7 @@ class ArithmeticDomain:
         return Stepped(operation.text, after)
 
     def _other_words(self, state: Numbers, operation: Operation) -> Numbers | None:
-        """The state after a true operation that ``moves`` has in other words (5 + 3 for 3 + 5, 4 * 1 for 4 / 1); None when it is not legal."""
+        """The state after a true operation that ``moves`` has in other words (3 + 5 for 5 + 3, 4 * 1 for 4 / 1); None when it is illegal."""
         rest = list(state)
         for operand in (operation.left, operation.right):
             if operand not in rest:
@@ -171,7 +175,7 @@ class ArithmeticDomain:
     def guess(self, state: State) -> float:
         """1 at the target, falling with the distance of the nearest number to it, to its double or to its half."""
         goals = (self.target, 2 * self.target, Fraction(self.target, 2))
-        return 1.0 / (1.0 + float(min(abs(n - goal) for n in _numbers(state) for goal in goals)))
+        return 1.0 / (1.0 + min(float(abs(Fraction(n) - goal)) for n in _numbers(state) for goal in goals))
 
     def answer(self, texts: Sequence[str]) -> str:
         """``solution ( 7 * 3 ) + 5`` of a path with one number left. Raises ValueError on any other."""

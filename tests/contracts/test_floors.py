@@ -32,6 +32,7 @@ BAD_IMPORTS = {
     "up, for a type only": ("neox_rl/errors.py", "if TYPE_CHECKING:\n    from neox_rl.types import Trace", "imports types (floor 1)"),
     "sideways": ("neox_rl/batch/pack.py", "from neox_rl.loss.kl import k3", "never import one another"),
     "an engine from a patch": ("megatron_patches/pipeline.py", "from neox_rl.engines.port import Engine", "imports engines (floor 4)"),
+    "a program, which only a command line may start": ("neox_rl/queue/state.py", "from neox_rl.queue.__main__ import f", "imports run (floor 6)"),
     "no floor": ("neox_rl/utils.py", "from neox_rl.types import Trace", "`utils` has no floor"),
     "megatron": ("neox_rl/step/main.py", "from megatron.core import parallel_state", "`megatron` is imported only in"),
     "deepspeed": ("neox_rl/run/launch.py", "import deepspeed", "`deepspeed` is imported only in"),
@@ -53,6 +54,7 @@ def test_a_bad_import_is_found_with_its_line(case: str) -> None:
 
 GOOD_IMPORTS = {
     "down": ("neox_rl/run/launch.py", "from neox_rl.step.main import main"),
+    "a program imports all that it puts together": ("neox_rl/search/__main__.py", "from neox_rl.run.search_cli import main"),
     "its own stage": ("neox_rl/queue/wire.py", "from neox_rl.queue import state"),
     "beside, where no stage is": ("neox_rl/types.py", "from neox_rl.framing import pack"),
     "a name that only starts like a package": ("neox_rl/queue/state.py", "import torchlike"),

@@ -1,0 +1,243 @@
+"""``python -m neox_rl.search --strategy S --value V --problems FILE.jsonl --budget-nodes N [--server URL --model DIR]``.
+
+Searches every problem of a file and prints one JSON line each, in the file's order: ``id``, ``solved``, ``answer``, ``nodes``,
+``tokens``, ``end`` (why the search ended) and ``counts`` (what was refused). Rows are ``{numbers, target}``, target 24 unless given
+(``max_value`` restricts to integers within it, as in training), or ``{problem, answer}``. A row without a problem gets the end
+``malformed`` and an ``error``. A summary goes to stderr.
+
+With ``--server`` the steps are sampled from the policy that a vLLM server serves, whose tokenizer is in ``--model``; without it they
+are all legal steps of the problem's rules (the exhaustive proposer), which needs no model. Exit status: 0; 1 when a search failed
+since the server did; 2 when the arguments or the file cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from neox_rl.arithmetic import ARITHMETIC_TASKS
+from neox_rl.config.schema import VerifyConfig
+from neox_rl.errors import ConfigError, NeoxRLError
+from neox_rl.run.search_rows import Row, error_line, read_rows, result_line
+from neox_rl.run.search_server import Policy, cache_counters, connect
+from neox_rl.search.arithmetic_domain import ArithmeticDomain
+from neox_rl.search.domain import Domain
+from neox_rl.search.growth import Budget
+from neox_rl.search.proposers import ExhaustiveProposer, Proposer
+from neox_rl.search.scorers import Discouraged, JudgeValue, PrmValue, ServedScorer
+from neox_rl.search.search import Search, run_all
+from neox_rl.search.strategies import STRATEGIES
+from neox_rl.search.strategy import Options
+from neox_rl.search.text_domain import TextDomain
+from neox_rl.search.trees import tree_line
+from neox_rl.search.values import HeuristicValue, MonteCarloValue, NoValue, OracleValue, PolicyPlayouts, StepPlayouts, Value
+from neox_rl.types import End, Json, Problem, Tree, Verdict
+from neox_rl.verify.verifier import TaskVerifier, make_verifier
+
+VALUES = ("none", "oracle", "heuristic", "monte-carlo", "prm", "judge")
+ALL_LEGAL, ATTEMPTS, SAMPLES = 1 << 20, 16, 4
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("python -m neox_rl.search", description="Searches the problems of a file; one JSON line each.")
+    p.add_argument("--strategy", required=True, choices=list(STRATEGIES))
+    p.add_argument("--value", default="none", choices=VALUES)
+    p.add_argument("--problems", required=True, type=Path, metavar="FILE.jsonl")
+    p.add_argument("--budget-nodes", required=True, type=int, help="most nodes of a tree, its root left out")
+    p.add_argument("--budget-tokens", type=int, help="most tokens of a search, those of its value included")
+    p.add_argument("--server", default="", metavar="URL", help="a vLLM server that serves the policy")
+    p.add_argument("--model", type=Path, metavar="DIR", help="directory with the policy's tokenizer.json")
+    p.add_argument("--prm-server", default="", metavar="URL", help="a vLLM server that serves the process reward model (/classify)")
+    p.add_argument("--prm-model", default="", help="the name under which it is served")
+    p.add_argument("--sees-earlier", action="store_true", help="the value sees the attempts that ended before (the meta-critic, 8.3.4)")
+    p.add_argument(
+        "--width", type=int, help="steps proposed at a node; best-of-n: attempts (default: 4, best-of-n 16, all without a server)"
+    )
+    p.add_argument("--beam", type=int, default=Options().beam, help="nodes that beam keeps at a level")
+    p.add_argument("--batch", type=int, default=1, help="nodes expanded together; mcts spreads them by virtual loss")
+    p.add_argument("--prune", type=float, help="leave nodes of at most this value (default: 0 with the oracle, else none is left)")
+    p.add_argument("--step-cost", type=float, default=Options().step_cost, help="what A* charges a step")
+    p.add_argument("--exploration", type=float, default=Options().exploration, help="c of UCT")
+    p.add_argument("--playouts", type=int, default=8, help="completions of a Monte-Carlo value")
+    p.add_argument("--playout-tokens", type=int, default=128, help="most tokens of one of them")
+    p.add_argument("--votes", type=int, default=3, help="votes of the judge")
+    p.add_argument("--max-step-tokens", type=int, default=64)
+    p.add_argument("--temperature", type=float, default=1.0)
+    p.add_argument("--top-p", type=float, default=1.0)
+    p.add_argument("--template", type=Path, metavar="FILE", help="prompt with {numbers} and {target}, or {problem}, in it")
+    p.add_argument("--parallel", type=int, default=16, help="searches at a time")
+    p.add_argument("--timeout-s", type=float, default=120.0, help="deadline of one request to a server")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--trees", type=Path, metavar="OUT.jsonl", help="write every tree; see tools/view_tree.py")
+    return p
+
+
+@dataclass
+class Tally:
+    """Sums over all problems, for the summary."""
+
+    problems: int = 0
+    malformed: int = 0
+    solved: int = 0
+    failed: int = 0
+    nodes: int = 0
+    tokens: int = 0
+    started: float = field(default_factory=time.perf_counter)
+
+    def add(self, line: dict[str, Any]) -> None:
+        self.problems += 1
+        self.malformed += line["end"] == "malformed"
+        self.failed += line["end"] == End.FAILED
+        self.solved += line["solved"]
+        self.nodes += line["nodes"]
+        self.tokens += line["tokens"]
+
+    def summary(self) -> dict[str, Json]:
+        wall_s = time.perf_counter() - self.started
+        counts: dict[str, Json] = {name: getattr(self, name) for name in ("problems", "malformed", "solved", "failed", "nodes", "tokens")}
+        return {**counts, "wall_s": round(wall_s, 3), "tokens_per_s": round(self.tokens / wall_s, 1)}
+
+
+class Verifiers:
+    """``ports.Verifier`` over all tasks; each one's is made when a problem needs it: that of mathematics starts processes."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, TaskVerifier] = {}
+
+    def of(self, task: str) -> TaskVerifier:
+        if task not in self._made:
+            self._made[task] = make_verifier(VerifyConfig(), task)
+        return self._made[task]
+
+    async def check(self, problem: Problem, text: str) -> Verdict:
+        return await self.of(problem.task).check(problem, text)
+
+    def domain(self, problem: Problem) -> Domain:
+        return ArithmeticDomain(problem) if problem.task in ARITHMETIC_TASKS else TextDomain(problem, self.of(problem.task))
+
+    def close(self) -> None:
+        for verifier in self._made.values():
+            verifier.close()
+
+
+def make_value(args: argparse.Namespace, policy: Policy | None, verifiers: Verifiers) -> Value:
+    """The value of ``--value``. Raises ConfigError when it needs a server that was not given."""
+    match args.value:
+        case "none":
+            value: Value = NoValue()
+        case "oracle":
+            value = OracleValue()
+        case "heuristic":
+            value = HeuristicValue()
+        case "monte-carlo":
+            playouts = PolicyPlayouts(policy.proposer, verifiers) if policy else StepPlayouts(ExhaustiveProposer())
+            value = MonteCarloValue(playouts, args.playouts, args.playout_tokens)
+        case "prm":
+            if not args.prm_server or not args.prm_model:
+                raise ConfigError("--value prm needs --prm-server URL and --prm-model NAME: the served process reward model")
+            return PrmValue(ServedScorer(args.prm_server.rstrip("/"), args.prm_model, args.timeout_s), args.sees_earlier)
+        case _:
+            if policy is None:
+                raise ConfigError("--value judge needs --server URL: the policy itself votes")
+            return JudgeValue(policy.generator, policy.tokenizer, args.votes, sees_earlier=args.sees_earlier)
+    return Discouraged(value) if args.sees_earlier else value
+
+
+def make_options(args: argparse.Namespace) -> Options:
+    width = args.width
+    if width is None:
+        width = ATTEMPTS if args.strategy == "best-of-n" else SAMPLES if args.server else ALL_LEGAL
+    prune = 0.0 if args.prune is None and args.value == "oracle" else args.prune
+    return Options(width, args.batch, args.beam, prune, args.step_cost, args.exploration)
+
+
+@dataclass
+class Program:
+    """One call of the command. Lines go to stdout as soon as every line before them is there."""
+
+    args: argparse.Namespace
+    search: Search
+    budget: Budget
+    proposer: Proposer
+    value: Value
+    verifiers: Verifiers
+    tally: Tally = field(default_factory=Tally)
+
+    async def run(self, rows: list[Row], trees: BinaryIO | None) -> None:
+        async for line, tree in run_all([partial(self.one, row) for row in rows], self.args.parallel):
+            print(json.dumps(line, ensure_ascii=False), flush=True)
+            self.tally.add(line)
+            if trees is not None and tree is not None:
+                trees.write(tree_line(tree) + b"\n")
+
+    async def one(self, row: Row) -> tuple[dict[str, Json], Tree | None]:
+        if row.problem is None:
+            return error_line(row, row.error), None
+        try:
+            domain = self.verifiers.domain(row.problem)
+            tree = await self.search.run(row.problem, self.proposer, self.value, self.budget)
+        except ConfigError as error:
+            return error_line(row, str(error)), None
+        return result_line(row, tree, domain), tree
+
+
+async def search_file(args: argparse.Namespace) -> int:
+    """Raises ConfigError for arguments or a file that cannot be used."""
+    verifiers = Verifiers()
+    async with AsyncExitStack() as stack:
+        stack.callback(verifiers.close)
+        template = _template(args.template)
+        budget, options = Budget(args.budget_nodes, args.budget_tokens), make_options(args)
+        policy = await connect(args, stack) if args.server else None
+        rows = read_rows(args.problems, words=policy is None or policy.writes_words, template=template)
+        value = make_value(args, policy, verifiers)
+        proposer: Proposer = policy.proposer if policy else ExhaustiveProposer()
+        search = Search(args.strategy, verifiers.domain, options, args.seed)
+        trees = stack.enter_context(args.trees.open("wb")) if args.trees else None
+        program = Program(args, search, budget, proposer, value, verifiers)
+        before = await cache_counters(args.server) if policy else None
+        await program.run(rows, trees)
+        summary = program.tally.summary()
+        if policy:
+            after = await cache_counters(args.server)
+            asked = after.queries - before.queries if before and after else 0
+            summary["prefix_cache_hit_rate"] = round((after.hits - before.hits) / asked, 4) if before and after and asked else None
+        print(json.dumps({"summary": summary}), file=sys.stderr)
+        return 1 if program.tally.failed else 0
+
+
+def _template(path: Path | None) -> str:
+    if path is None:
+        return ""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--template {path}: {error}; give a text file") from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = parser()
+    args = p.parse_args(argv)
+    for name in ("parallel", "playouts", "playout_tokens", "votes", "max_step_tokens"):
+        if getattr(args, name) < 1:
+            p.error(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    if not args.timeout_s > 0 or not args.temperature >= 0 or not 0 < args.top_p <= 1:
+        p.error("--timeout-s must be above 0, --temperature at least 0, --top-p within (0, 1]")
+    try:
+        return asyncio.run(search_file(args))
+    except NeoxRLError as error:
+        p.error(str(error))
+    except OSError as error:
+        p.error(f"{error.filename}: {error.strerror}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

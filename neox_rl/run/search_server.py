@@ -1,0 +1,87 @@
+"""A served policy for ``python -m neox_rl.search``: its generator, its tokenizer, how its steps end, and its prefix cache."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import re
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+import aiohttp
+
+from neox_rl.errors import ConfigError, DeadlineError, WeightError
+from neox_rl.ports import Generator, Tokenizer
+from neox_rl.problems.tokenizer import DirectoryTokenizer
+from neox_rl.rollout.vllm_client import VllmGenerator
+from neox_rl.rollout.vllm_completions import CompletionsGenerator
+from neox_rl.rollout.vllm_control import VllmControl
+from neox_rl.search.proposers import PolicyProposer, step_ends, writes_words
+from neox_rl.types import NO_VERSION
+
+METRICS_S = 10.0
+_COUNTER = re.compile(r"^vllm:prefix_cache_(queries|hits)(?:_total)?(?:\{[^}]*\})? ([0-9.eE+]+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """``writes_words``: its tokenizer is that of ``neox_rl.metacot``, so its prompts and steps are too."""
+
+    generator: Generator
+    tokenizer: Tokenizer
+    proposer: PolicyProposer
+    writes_words: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CacheCounters:
+    """Prompt tokens that vLLM looked up in its prefix cache, and those that it found, since it started."""
+
+    queries: float
+    hits: float
+
+
+async def connect(args: argparse.Namespace, stack: AsyncExitStack) -> Policy:
+    """The policy behind ``--server``. Raises ConfigError without ``--model``, and what a server that does not answer raises."""
+    if args.model is None:
+        raise ConfigError("--server needs --model DIR: the directory with the tokenizer.json of the policy that it serves")
+    tokenizer = DirectoryTokenizer(args.model)
+    address = args.server.rstrip("/")
+    served = await stack.enter_async_context(CompletionsGenerator(address, args.timeout_s))
+    generator: Generator = served
+    if await _live_version(address) != NO_VERSION:
+        # A server of a run: its other route attests which policy version made each token.
+        generator = await stack.enter_async_context(VllmGenerator([address], args.timeout_s))
+    proposer = PolicyProposer(
+        generator, tokenizer, step_ends(tokenizer), args.max_step_tokens, args.temperature, args.top_p, served.max_model_len
+    )
+    return Policy(generator, tokenizer, proposer, writes_words(tokenizer))
+
+
+async def _live_version(address: str) -> int:
+    """NO_VERSION too for a server without the route, or whose weights somebody else labels."""
+    try:
+        async with VllmControl(address) as control:
+            return await control.live_version()
+    except WeightError:
+        return NO_VERSION
+
+
+async def cache_counters(address: str) -> CacheCounters | None:
+    """None where the server does not say (``--disable-log-stats``). Raises DeadlineError."""
+    try:
+        async with (
+            asyncio.timeout(METRICS_S),
+            aiohttp.ClientSession() as session,
+            session.get(address.rstrip("/") + "/metrics") as response,
+        ):
+            text = await response.text()
+    except TimeoutError as error:
+        raise DeadlineError(f"metrics of {address}", METRICS_S) from error
+    except aiohttp.ClientError:
+        return None
+    sums = {"queries": 0.0, "hits": 0.0}
+    found = _COUNTER.findall(text)
+    for name, value in found:
+        sums[name] += float(value)
+    return CacheCounters(**sums) if found else None

@@ -1,0 +1,188 @@
+"""A search tree while it grows: what proposals become nodes, what they cost, and what becomes of those that do not."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from neox_rl.errors import ConfigError
+from neox_rl.search.domain import Domain, Rejection, State
+from neox_rl.search.proposers import Position, Proposal, derived_seed
+from neox_rl.search.values import Value
+from neox_rl.types import NO_NODE, End, Node, Problem, Tree, Verdict, VersionSpan
+
+NO_PROPOSAL, BAD_VALUE = "no_proposal", "bad_value"
+
+
+class Distinct(StrEnum):
+    """Where a state may occur once only: among the children of a node, in the whole tree (a graph search), or anywhere again."""
+
+    SIBLINGS = "siblings"
+    TREE = "tree"
+    NOWHERE = "nowhere"
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a search may spend: nodes, the root left out, and tokens, those of its value and of refused steps included. Never exceeded."""
+
+    nodes: int
+    tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, bound in (("nodes", self.nodes), ("tokens", self.tokens)):
+            if bound is not None and (type(bound) is not int or bound < 0):
+                raise ConfigError(f"budget of {bound!r} {name}: give an integer of at least 0; with 0 a search returns its root")
+
+
+@dataclass(slots=True)
+class Leaf:
+    """A node in growth. ``value`` and ``visits`` belong to the strategy once the node was scored."""
+
+    id: int
+    parent: int
+    depth: int
+    state: State
+    proposal: Proposal
+    text: str
+    value: float = 0.0
+    visits: int = 1
+    verdict: Verdict | None = None
+    ended: bool = False
+    children: list[int] = field(default_factory=list)
+
+
+class Growth:
+    """The tree of one problem. Nodes are numbered as they are made; nothing is ever taken back."""
+
+    def __init__(self, problem: Problem, domain: Domain, budget: Budget, distinct: Distinct, seed: int) -> None:
+        self.problem, self.domain, self.budget, self.distinct, self.seed = problem, domain, budget, distinct, seed
+        root = Leaf(0, NO_NODE, 0, domain.root, Proposal("", 0), "", visits=0, ended=domain.is_end(domain.root))
+        self.nodes = [root]
+        self.counts: Counter[str] = Counter()
+        self.num_tokens = 0
+        self.ends: list[int] = []
+        self.earlier: list[tuple[str, ...]] = []
+        self._states = {root.state}
+
+    @property
+    def nodes_left(self) -> int:
+        return self.budget.nodes + 1 - len(self.nodes)
+
+    @property
+    def tokens_left(self) -> int | None:
+        return None if self.budget.tokens is None else self.budget.tokens - self.num_tokens
+
+    @property
+    def spent(self) -> bool:
+        return self.nodes_left <= 0 or (self.tokens_left is not None and self.tokens_left <= 0)
+
+    def path(self, id: int) -> list[Leaf]:
+        """From the root, left out, to ``id``."""
+        found: list[Leaf] = []
+        while id > 0:
+            found.append(self.nodes[id])
+            id = found[-1].parent
+        found.reverse()
+        return found
+
+    def position(self, id: int, purpose: str) -> Position:
+        path = self.path(id)
+        return Position(
+            problem=self.problem,
+            domain=self.domain,
+            state=self.nodes[id].state,
+            texts=tuple([leaf.text for leaf in path]),
+            ids=tuple([i for leaf in path for i in leaf.proposal.ids]),
+            seed=derived_seed(self.seed, self.problem.id, id, purpose),
+            earlier=self.earlier,
+        )
+
+    def admit(self, parent: int, proposals: Sequence[Proposal]) -> list[int]:
+        """The new children that ``proposals`` make, as far as the budget goes; what is refused is counted, its tokens paid."""
+        above = self.nodes[parent]
+        if not proposals:
+            self.counts[NO_PROPOSAL] += 1
+        added: list[int] = []
+        for proposal in proposals:
+            tokens_left = self.tokens_left
+            if self.nodes_left <= 0 or (tokens_left is not None and proposal.num_tokens > tokens_left):
+                break
+            self.num_tokens += proposal.num_tokens
+            stepped = self._step(above, proposal)
+            if isinstance(stepped, Rejection):
+                self.counts[stepped.value] += 1
+                continue
+            leaf = Leaf(len(self.nodes), parent, above.depth + 1, stepped[1], proposal, stepped[0], ended=self.domain.is_end(stepped[1]))
+            self.nodes.append(leaf)
+            above.children.append(leaf.id)
+            self._states.add(leaf.state)
+            added.append(leaf.id)
+        return added
+
+    def _step(self, above: Leaf, proposal: Proposal) -> tuple[str, State] | Rejection:
+        if not proposal.complete:
+            return Rejection.TOO_LONG
+        if not proposal.text.strip() and not proposal.ended:
+            return Rejection.EMPTY
+        stepped = self.domain.step(above.state, proposal.text, proposal.ended)
+        if isinstance(stepped, Rejection):
+            return stepped
+        state = stepped.state
+        if state in self._states and state in (above.state, *(leaf.state for leaf in self.path(above.id)), self.nodes[0].state):
+            return Rejection.CYCLE
+        seen = {Distinct.TREE: self._states, Distinct.NOWHERE: ()}.get(self.distinct)
+        if state in (seen if seen is not None else [self.nodes[child].state for child in above.children]):
+            return Rejection.REPEATED
+        return stepped
+
+    async def judge(self, ids: Sequence[int]) -> None:
+        """Gives the ended nodes of ``ids`` their verdict. Raises what the verifier raises."""
+        ends = [self.nodes[i] for i in ids if self.nodes[i].ended]
+        paths = [[leaf.text for leaf in self.path(end.id)] for end in ends]
+        verdicts = await asyncio.gather(*(self.domain.judge(path, end.state) for path, end in zip(paths, ends, strict=True)))
+        for end, verdict in zip(ends, verdicts, strict=True):
+            end.verdict, end.value = verdict, float(verdict.correct and self.domain.checkable)
+        self.ends += [end.id for end in ends]
+        self.earlier += map(tuple, paths)
+
+    async def score(self, ids: Sequence[int], value: Value) -> None:
+        """Scores the nodes of ``ids``, those left out that a verdict has valued already. Raises what ``value`` raises.
+
+        A value that is not in [0, 1] counts as ``bad_value``, and as 0: the search goes elsewhere first.
+        """
+        unknown = [i for i in ids if not (self.nodes[i].ended and self.domain.checkable)]
+        if not unknown:
+            return
+        scores = await value.score([self.position(i, "value") for i in unknown], self.tokens_left)
+        self.num_tokens += scores.num_tokens
+        for i, score in zip(unknown, scores.values, strict=True):
+            good = math.isfinite(score) and 0.0 <= score <= 1.0
+            self.counts[BAD_VALUE] += not good
+            self.nodes[i].value = float(score) if good else 0.0
+
+    @property
+    def goal(self) -> int:
+        """The first right end, where the domain may know it; else NO_NODE."""
+        if not self.domain.checkable:
+            return NO_NODE
+        return next((i for i in self.ends if (verdict := self.nodes[i].verdict) is not None and verdict.correct), NO_NODE)
+
+    @property
+    def answer(self) -> int:
+        """The goal, or else the end of the highest value, the earliest of them."""
+        return max(self.ends, key=lambda i: (i == self.goal, self.nodes[i].value, -i), default=NO_NODE)
+
+    def tree(self, end: End) -> Tree:
+        counts = {name: count for name, count in sorted(self.counts.items()) if count}
+        return Tree(self.problem.id, tuple(map(_node, self.nodes)), end, self.answer, self.num_tokens, counts)
+
+
+def _node(leaf: Leaf) -> Node:
+    spans: tuple[VersionSpan, ...] = leaf.proposal.spans
+    ids, logprobs = leaf.proposal.ids, leaf.proposal.logprobs
+    return Node(leaf.id, leaf.parent, leaf.text, leaf.id, ids, logprobs, spans, leaf.value, leaf.visits, leaf.verdict)

@@ -1,0 +1,161 @@
+"""Where the steps of a search come from: the policy behind a generator, or every legal step of the problem's own rules."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
+
+from neox_rl import metacot
+from neox_rl.errors import ConfigError
+from neox_rl.ports import Generator, Tokenizer
+from neox_rl.search.domain import Domain, State
+from neox_rl.types import Finish, Problem, SamplingParams, VersionSpan
+
+WORD_STEP = "3 *5 =15"
+MARKS = (metacot.LOW, metacot.HIGH, metacot.GOAL, metacot.BACK)
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A node as proposers and values see it: its state, and the path that leads there.
+
+    ``ids``: the path's tokens, prompt left out. ``earlier``: the steps of every path that the search has ended so far, for values that
+    see earlier attempts; it grows with the search.
+    """
+
+    problem: Problem
+    domain: Domain
+    state: State
+    texts: tuple[str, ...]
+    ids: tuple[int, ...]
+    seed: int
+    earlier: Sequence[tuple[str, ...]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A proposed next step. ``complete``: it came to the end of a step. ``ended``: the policy ended its completion there."""
+
+    text: str
+    num_tokens: int
+    ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    spans: tuple[VersionSpan, ...] = ()
+    complete: bool = True
+    ended: bool = False
+
+
+class Proposer(Protocol):
+    """``step_tokens``: the most tokens that one proposal may have."""
+
+    @property
+    def step_tokens(self) -> int: ...
+
+    async def propose(self, position: Position, n: int, max_tokens: int) -> Sequence[Proposal]:
+        """At most ``n`` steps of at most ``max_tokens`` tokens, the same for the same position and seed; none where there is no room."""
+        ...
+
+
+@dataclass(frozen=True)
+class ExhaustiveProposer:
+    """Every legal step of the domain, or ``n`` of them drawn by seed: a search without a model. A step costs its words as tokens."""
+
+    tokenizer: Tokenizer | None = None
+
+    @property
+    def step_tokens(self) -> int:
+        return 0
+
+    async def propose(self, position: Position, n: int, max_tokens: int) -> Sequence[Proposal]:
+        legal = position.domain.legal(position.state)
+        if n < len(legal):
+            legal = random.Random(position.seed).sample(legal, n)
+        return [self._proposal(text) for text in legal]
+
+    def _proposal(self, text: str) -> Proposal:
+        ids = self.tokenizer.encode(text) if self.tokenizer is not None else ()
+        return Proposal(text, len(ids) or len(text.split()), ids)
+
+
+@dataclass(frozen=True)
+class PolicyProposer:
+    """Samples the next step from the policy, given the prompt and the path's own tokens, so that siblings share their prefix.
+
+    ``max_context`` bounds prompt, path and step together; 0: no bound.
+    """
+
+    generator: Generator
+    tokenizer: Tokenizer
+    stop_token_ids: tuple[int, ...]
+    max_step_tokens: int = 64
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_context: int = 0
+    seeded: bool = True
+    _prompts: dict[str, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def step_tokens(self) -> int:
+        return self.max_step_tokens
+
+    def prompt_ids(self, problem: Problem) -> tuple[int, ...]:
+        found = self._prompts.get(problem.prompt)
+        if found is None:
+            found = self._prompts[problem.prompt] = self.tokenizer.encode(problem.prompt)
+        return found
+
+    async def propose(self, position: Position, n: int, max_tokens: int) -> Sequence[Proposal]:
+        prompt = (*self.prompt_ids(position.problem), *position.ids)
+        cap = min(self.max_step_tokens, max_tokens)
+        if self.max_context:
+            cap = min(cap, self.max_context - len(prompt))
+        if cap < 1:
+            return ()
+        params = SamplingParams(cap, self.temperature, self.top_p, self.stop_token_ids, position.seed if self.seeded else None)
+        completions = await self.generator.sample(prompt, params, n, position.problem.id)
+        eos = self.tokenizer.eos_id
+        return [
+            Proposal(
+                self.tokenizer.decode(c.ids),
+                len(c.ids),
+                c.ids,
+                c.logprobs,
+                c.spans,
+                complete=c.finish is Finish.STOP,
+                ended=c.ids[-1:] == (eos,) or (c.finish is Finish.STOP and c.ids[-1:] not in self._stops),
+            )
+            for c in completions
+        ]
+
+    @cached_property
+    def _stops(self) -> frozenset[tuple[int, ...]]:
+        return frozenset((i,) for i in self.stop_token_ids)
+
+
+def writes_words(tokenizer: Tokenizer) -> bool:
+    """Whether it is a tokenizer of ``neox_rl.metacot``: a token for each word of a step."""
+    ids = tokenizer.encode(WORD_STEP)
+    return len(ids) == len(WORD_STEP.split()) and tokenizer.decode(ids) == WORD_STEP
+
+
+def step_ends(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that end a step: among the words of ``neox_rl.metacot`` every result and marker, else every token with a newline.
+
+    Raises ConfigError when there is none: a step would never end.
+    """
+    texts = [(i, tokenizer.decode((i,))) for i in range(tokenizer.vocab_size)]
+    if writes_words(tokenizer):
+        return tuple(i for i, text in texts if text.startswith("=") or text in (*MARKS, metacot.SOLUTION))
+    found = tuple(i for i, text in texts if "\n" in text)
+    if not found:
+        raise ConfigError("no token of the tokenizer ends a step: none holds a newline; search needs one that writes lines")
+    return found
+
+
+def derived_seed(*parts: object) -> int:
+    """31 bits that depend on ``parts`` alone."""
+    return int.from_bytes(hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=4).digest(), "big") >> 1

@@ -1,0 +1,144 @@
+"""Values by models: a process reward model behind a scorer, a language model that votes, and values that see earlier attempts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import aiohttp
+import msgspec
+
+from neox_rl.errors import DeadlineError, NeoxRLError, WireError
+from neox_rl.ports import Generator, Tokenizer
+from neox_rl.search.proposers import Position
+from neox_rl.search.values import Scores, Value
+from neox_rl.types import SamplingParams
+
+MAX_EARLIER = 8
+"""Most earlier attempts that are shown to a model, the latest ones."""
+JUDGE_PROMPT = "{path}\n\nCan this be continued to a right answer? Answer with one word: sure, likely or impossible.\nAnswer:"
+VOTES: Mapping[str, float] = {"sure": 1.0, "likely": 0.5, "impossible": 0.0}
+"""The three words of Tree of Thoughts (arXiv 2305.10601), as values."""
+
+
+class Scorer(Protocol):
+    async def score(self, texts: Sequence[str]) -> Sequence[float]:
+        """How hopeful each text is, in [0, 1]."""
+        ...
+
+
+class ScorerFailedError(NeoxRLError):
+    """A served scorer that did not answer, or answered with an error."""
+
+
+def path_text(position: Position, sees_earlier: bool) -> str:
+    """The question and the path; with ``sees_earlier`` the attempts that ended before stand between them: v(Z, S, q) (8.3.4)."""
+    path = "\n".join(text.strip() for text in position.texts)
+    shown = position.earlier[-MAX_EARLIER:] if sees_earlier else ()
+    attempts = "".join("Earlier attempt:\n" + "\n".join(text.strip() for text in texts) + "\n\n" for texts in shown)
+    return f"{position.problem.prompt.rstrip()}\n{attempts}{path}\n"
+
+
+@dataclass(frozen=True)
+class PrmValue:
+    """A process reward model v(q, S_t) (arXiv 2501.04682, 3.2); with ``sees_earlier`` the meta-critic v(Z_t, S_t, q) (8.3.4)."""
+
+    scorer: Scorer
+    sees_earlier: bool = False
+
+    async def score(self, positions: Sequence[Position], max_tokens: int | None) -> Scores:
+        return Scores(await self.scorer.score([path_text(p, self.sees_earlier) for p in positions]))
+
+
+@dataclass(frozen=True)
+class JudgeValue:
+    """The mean of ``votes`` sampled verdicts of a language model. A vote that names no word of VOTES is not counted; with none left: 0.
+
+    Only what the judge writes costs tokens, as with the policy.
+    """
+
+    generator: Generator
+    tokenizer: Tokenizer
+    votes: int = 3
+    max_tokens: int = 8
+    prompt: str = JUDGE_PROMPT
+    sees_earlier: bool = False
+    words: Mapping[str, float] = field(default_factory=lambda: VOTES)
+
+    async def score(self, positions: Sequence[Position], max_tokens: int | None) -> Scores:
+        cap = self.max_tokens if max_tokens is None else min(self.max_tokens, max_tokens // (self.votes * len(positions)))
+        if cap < 1:
+            return Scores([0.0] * len(positions))
+        asked = await asyncio.gather(*(self._ask(position, cap) for position in positions))
+        return Scores([value for value, _ in asked], sum(tokens for _, tokens in asked))
+
+    async def _ask(self, position: Position, cap: int) -> tuple[float, int]:
+        prompt = self.prompt.replace("{path}", path_text(position, self.sees_earlier))
+        params = SamplingParams(cap, seed=position.seed)
+        completions = await self.generator.sample(self.tokenizer.encode(prompt), params, self.votes, f"{position.problem.id}/judge")
+        votes = [vote for c in completions if (vote := self._vote(self.tokenizer.decode(c.ids))) is not None]
+        return (sum(votes) / len(votes) if votes else 0.0), sum(len(c.ids) for c in completions)
+
+    def _vote(self, text: str) -> float | None:
+        said = text.lower()
+        found = [(said.index(word), value) for word, value in self.words.items() if word in said]
+        return min(found)[1] if found else None
+
+
+@dataclass(frozen=True)
+class Discouraged:
+    """Another value, times ``decay`` for every earlier attempt that took the same last step: it turns to what was not tried yet."""
+
+    value: Value
+    decay: float = 0.9
+
+    async def score(self, positions: Sequence[Position], max_tokens: int | None) -> Scores:
+        scores = await self.value.score(positions, max_tokens)
+        tried = [sum(p.texts[-1] in attempt for attempt in p.earlier) if p.texts else 0 for p in positions]
+        return scores._replace(values=[v * self.decay**n for v, n in zip(scores.values, tried, strict=True)])
+
+
+class _Class(msgspec.Struct):
+    index: int
+    probs: list[float]
+
+
+class _Classes(msgspec.Struct):
+    data: list[_Class]
+
+
+@dataclass(frozen=True)
+class ServedScorer:
+    """A sequence classifier that vLLM serves (``--runner pooling --convert classify``): the chance of its last class.
+
+    Raises ScorerFailedError when the server fails, WireError for an answer that cannot be, DeadlineError.
+    """
+
+    address: str
+    model: str
+    deadline_s: float = 60.0
+
+    async def score(self, texts: Sequence[str]) -> Sequence[float]:
+        try:
+            async with (
+                asyncio.timeout(self.deadline_s),
+                aiohttp.ClientSession() as session,
+                session.post(f"{self.address}/classify", json={"model": self.model, "input": list(texts)}) as response,
+            ):
+                raw = await response.read()
+        except TimeoutError as error:
+            raise DeadlineError(f"{len(texts)} scores from {self.address}", self.deadline_s) from error
+        except aiohttp.ClientError as error:
+            raise ScorerFailedError(f"{self.address}: {error!r}") from error
+        if response.status != 200:
+            raise ScorerFailedError(f"{self.address} answered {response.status}: {raw[:200]!r}")
+        try:
+            found = sorted(msgspec.json.decode(raw, type=_Classes).data, key=lambda item: item.index)
+            values = [item.probs[-1] for item in found]
+        except (msgspec.DecodeError, IndexError) as error:
+            raise WireError(f"{self.address}: answer not as expected: {error}") from error
+        if len(values) != len(texts):
+            raise WireError(f"{self.address}: {len(values)} scores for {len(texts)} texts")
+        return values

@@ -1,0 +1,145 @@
+"""The search loop: rounds of picking, proposing, admitting and scoring, over one problem or many at a time.
+
+::
+
+    strategy.pick -> affordable -> proposer.propose (all of the round at once) -> growth.admit -> judge, score (one batch) -> strategy.add
+         ^                                                                                                                       |
+         +-----------------------------------------------------------------------------------------------------------------------+
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from neox_rl.errors import ConfigError, NeoxRLError
+from neox_rl.search.domain import Domain
+from neox_rl.search.growth import Budget, Growth
+from neox_rl.search.proposers import Proposal, Proposer
+from neox_rl.search.strategies import make_strategy
+from neox_rl.search.strategy import Ask, Options, Strategy
+from neox_rl.search.values import Value
+from neox_rl.types import NO_NODE, End, Problem, Tree
+
+T = TypeVar("T")
+RETRIES, FAILURES = "retries", "failures"
+UNBOUNDED = 1 << 30
+AHEAD = 4
+
+
+@dataclass(frozen=True)
+class Search:
+    """One way to search, over any problem. ``domain`` gives the space of a problem, ``strategy`` is a name of ``STRATEGIES``.
+
+    What fails (NeoxRLError, OSError: a lost server, a passed deadline) is asked again, ``max_retries`` times; when it still fails the
+    tree ends as FAILED with every node that was finished. A tree depends on the seed and on what proposer and value answer to it, not
+    on timing or on what else runs.
+    """
+
+    strategy: str
+    domain: Callable[[Problem], Domain]
+    options: Options = field(default_factory=Options)
+    seed: int = 0
+    max_retries: int = 2
+
+    async def run(self, problem: Problem, proposer: Proposer, value: Value, budget: Budget) -> Tree:
+        """Raises ConfigError for a problem that the domain, the proposer or the value cannot handle."""
+        strategy = make_strategy(self.strategy, self.options)
+        growth = Growth(problem, self.domain(problem), budget, strategy.distinct, self.seed)
+        try:
+            return growth.tree(await self._grow(growth, strategy, proposer, value))
+        except ConfigError:
+            raise
+        except (NeoxRLError, OSError):
+            growth.counts[FAILURES] += 1
+            return growth.tree(End.FAILED)
+
+    async def _grow(self, growth: Growth, strategy: Strategy, proposer: Proposer, value: Value) -> End:
+        waiting: deque[Ask] = deque()
+        if growth.nodes[0].ended:
+            await self._persist(growth, lambda: growth.judge([0]))
+            return End.EXHAUSTED if growth.goal == NO_NODE else End.SOLVED
+        while growth.goal == NO_NODE:
+            if growth.spent:
+                return End.BUDGET
+            if not waiting:
+                waiting.extend(strategy.pick(growth))
+            if not waiting:
+                return End.EXHAUSTED
+            await self._round(growth, strategy, proposer, value, affordable(waiting, growth, proposer.step_tokens))
+        return End.SOLVED
+
+    async def _round(self, growth: Growth, strategy: Strategy, proposer: Proposer, value: Value, asks: Sequence[tuple[Ask, int]]) -> None:
+        """Expands the nodes of ``asks``. When one cannot be expanded the others are admitted and scored before its error is raised."""
+        answers = await asyncio.gather(*(self._propose(growth, proposer, ask, cap) for ask, cap in asks), return_exceptions=True)
+        added = [(ask, growth.admit(ask.node, a)) for (ask, _), a in zip(asks, answers, strict=True) if not isinstance(a, BaseException)]
+        new = [child for _, children in added for child in children]
+        await self._persist(growth, lambda: growth.judge(new))
+        await self._persist(growth, lambda: growth.score(new, value))
+        for ask, children in added:
+            strategy.add(growth, ask.node, children)
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+
+    async def _propose(self, growth: Growth, proposer: Proposer, ask: Ask, cap: int) -> Sequence[Proposal]:
+        position = growth.position(ask.node, "propose")
+        return await self._persist(growth, lambda: proposer.propose(position, ask.n, cap))
+
+    async def _persist(self, growth: Growth, attempt: Callable[[], Awaitable[T]]) -> T:
+        for left in range(self.max_retries, -1, -1):
+            try:
+                return await attempt()
+            except ConfigError:
+                raise
+            except (NeoxRLError, OSError):
+                if not left:
+                    raise
+                growth.counts[RETRIES] += 1
+        raise AssertionError("unreachable")
+
+
+def affordable(waiting: deque[Ask], growth: Growth, step_tokens: int) -> list[tuple[Ask, int]]:
+    """Takes from ``waiting`` what the budget can pay at worst, at least one: the asks and the tokens that each of their steps may have.
+
+    The rest waits for what refused or short steps leave over. So no budget is exceeded, however many requests run at once.
+    """
+    taken: list[tuple[Ask, int]] = []
+    nodes, tokens = growth.nodes_left, growth.tokens_left
+    while waiting and nodes > 0:
+        node, n = waiting[0]
+        n, cap = min(n, nodes), step_tokens or UNBOUNDED
+        if tokens is not None and n * step_tokens > tokens:
+            if taken:
+                break
+            cap = min(step_tokens, tokens)
+            n = min(n, tokens // cap)
+        waiting.popleft()
+        taken.append((Ask(node, n), cap))
+        nodes -= n
+        tokens = None if tokens is None else tokens - n * step_tokens
+    return taken
+
+
+async def run_all(jobs: Iterable[Callable[[], Awaitable[T]]], parallel: int) -> AsyncIterator[T]:
+    """The results of ``jobs`` in their order, ``parallel`` running at a time, a bounded number of them ahead of the first unfinished."""
+    gate = asyncio.Semaphore(parallel)
+
+    async def gated(job: Callable[[], Awaitable[T]]) -> T:
+        async with gate:
+            return await job()
+
+    running: deque[asyncio.Task[T]] = deque()
+    try:
+        for job in jobs:
+            running.append(asyncio.ensure_future(gated(job)))
+            if len(running) >= AHEAD * parallel:
+                yield await running.popleft()
+        while running:
+            yield await running.popleft()
+    finally:
+        for task in running:
+            task.cancel()

@@ -1,0 +1,126 @@
+"""How hopeful a node is, in [0, 1], as an exact oracle, a rule or completions of the policy see it. Models that score: ``scorers``."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+
+from neox_rl.ports import Verifier
+from neox_rl.search.domain import Rejection
+from neox_rl.search.proposers import PolicyProposer, Position, Proposer, derived_seed
+from neox_rl.types import Completion, Finish, SamplingParams
+
+
+class Scores(NamedTuple):
+    """One value a position, and the tokens that all of them cost."""
+
+    values: Sequence[float]
+    num_tokens: int = 0
+
+
+class Value(Protocol):
+    async def score(self, positions: Sequence[Position], max_tokens: int | None) -> Scores:
+        """The values of ``positions``, for at most ``max_tokens`` tokens (None: any number)."""
+        ...
+
+
+class NoValue:
+    """The same for every node: the search goes by its own order."""
+
+    async def score(self, positions: Sequence[Position], max_tokens: int | None) -> Scores:
+        return Scores([0.5] * len(positions))
+
+
+class OracleValue:
+    """1 where the problem can still be solved, else 0, by the exact solver."""
+
+    async def score(self, positions: Sequence[Position], max_tokens: int | None) -> Scores:
+        return Scores([p.domain.solved_value(p.state) for p in positions])
+
+
+class HeuristicValue:
+    """The domain's own guess."""
+
+    async def score(self, positions: Sequence[Position], max_tokens: int | None) -> Scores:
+        return Scores([p.domain.guess(p.state) for p in positions])
+
+
+class Playouts(Protocol):
+    async def play(self, position: Position, k: int, max_tokens: int) -> tuple[int, int]:
+        """(right ends, tokens) of ``k`` ways to go on from ``position``, each of at most ``max_tokens`` tokens."""
+        ...
+
+
+@dataclass(frozen=True)
+class MonteCarloValue:
+    """(11): the mean reward of ``k`` completions from the node. The paper takes 16 a step for labels and 128 to evaluate."""
+
+    playouts: Playouts
+    k: int = 8
+    max_tokens: int = 128
+
+    async def score(self, positions: Sequence[Position], max_tokens: int | None) -> Scores:
+        cap = self.max_tokens if max_tokens is None else min(self.max_tokens, max_tokens // (self.k * len(positions)))
+        if cap < 1:
+            return Scores([0.0] * len(positions))
+        played = await asyncio.gather(*(self.playouts.play(position, self.k, cap) for position in positions))
+        return Scores([right / self.k for right, _ in played], sum(tokens for _, tokens in played))
+
+
+@dataclass(frozen=True)
+class PolicyPlayouts:
+    """The policy goes on to its own end in one request; the verifier says whether it came out right."""
+
+    proposer: PolicyProposer
+    verifier: Verifier
+
+    async def play(self, position: Position, k: int, max_tokens: int) -> tuple[int, int]:
+        policy = self.proposer
+        prompt = (*policy.prompt_ids(position.problem), *position.ids)
+        cap = min(max_tokens, policy.max_context - len(prompt)) if policy.max_context else max_tokens
+        if cap < 1:
+            return 0, 0
+        seed = position.seed if policy.seeded else None
+        params = SamplingParams(cap, policy.temperature, policy.top_p, (), seed)
+        completions = await policy.generator.sample(prompt, params, k, f"{position.problem.id}/playout")
+        right = await asyncio.gather(*(self._right(position, completion) for completion in completions))
+        return sum(right), sum(len(c.ids) for c in completions)
+
+    async def _right(self, position: Position, completion: Completion) -> bool:
+        """A completion that was cut off has no answer."""
+        if completion.finish is not Finish.STOP:
+            return False
+        text = self.proposer.tokenizer.decode((*position.ids, *completion.ids))
+        return (await self.verifier.check(position.problem, text)).correct
+
+
+@dataclass(frozen=True)
+class StepPlayouts:
+    """Steps of a proposer, one after the other, to an end that the domain can check: with the exhaustive proposer, random play."""
+
+    proposer: Proposer
+
+    async def play(self, position: Position, k: int, max_tokens: int) -> tuple[int, int]:
+        played = await asyncio.gather(*(self._play(replace(position, seed=derived_seed(position.seed, i)), max_tokens) for i in range(k)))
+        return sum(right for right, _ in played), sum(tokens for _, tokens in played)
+
+    async def _play(self, position: Position, max_tokens: int) -> tuple[bool, int]:
+        spent = 0
+        while not position.domain.is_end(position.state):
+            proposals = await self.proposer.propose(position, 1, max_tokens - spent)
+            if not proposals or spent + proposals[0].num_tokens > max_tokens:
+                return False, spent
+            spent += proposals[0].num_tokens
+            stepped = position.domain.step(position.state, proposals[0].text, proposals[0].ended)
+            if isinstance(stepped, Rejection):
+                return False, spent
+            position = replace(
+                position,
+                state=stepped.state,
+                texts=(*position.texts, stepped.text),
+                ids=(*position.ids, *proposals[0].ids),
+                seed=derived_seed(position.seed, "next"),
+            )
+        return (await position.domain.judge(position.texts, position.state)).correct, spent
