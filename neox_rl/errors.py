@@ -28,6 +28,10 @@ class WireError(NeoxRLError):
     """A message whose schema, size or version is not what the protocol says. It was not used."""
 
 
+class ProtocolError(WireError):
+    """A peer of another release, or no peer of this project: repeating the message would not help."""
+
+
 class WeightError(NeoxRLError):
     """A snapshot that is incomplete or whose digest differs: it must never become live."""
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
-from neox_rl.errors import WireError
+from neox_rl.errors import ProtocolError, WireError
 from neox_rl.types import Json
 
 PROTOCOL = 2
@@ -106,7 +106,7 @@ def _split(frames: Sequence[Frame]) -> tuple[bytes, bytes]:
             f"header of {len(header)} bytes begins with {header[:4]!r}, not with {_MAGIC!r}: not a message of this project's protocol"
         )
     if header[3] != PROTOCOL:
-        raise WireError(f"protocol version {header[3]}, this side speaks {PROTOCOL}: run one release on both sides")
+        raise ProtocolError(f"protocol version {header[3]}, this side speaks {PROTOCOL}: run one release on both sides")
     return header[PREFIX_BYTES:], header[len(_MAGIC) : PREFIX_BYTES]
 
 

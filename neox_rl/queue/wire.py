@@ -22,48 +22,34 @@ A malformed message is counted and answered with an error; it changes nothing. N
 from __future__ import annotations
 
 import asyncio
-import math
+import logging
 import os
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import zmq
 import zmq.asyncio
 
 from neox_rl.codec import decode_groups, encode_groups
-from neox_rl.errors import DeadlineError, NeoxRLError, WireError
-from neox_rl.framing import MAX_HEADER_BYTES, Frame, kind_of, pack, unpack
+from neox_rl.errors import DeadlineError, NeoxRLError, ProtocolError, WireError
+from neox_rl.framing import MAX_HEADER_BYTES, Frame, pack, unpack
 from neox_rl.keys import Keys, suspicion
 from neox_rl.queue.consumption import TrainedOnce
+from neox_rl.queue.wire_messages import ONE_WAY, Message, Phase, finite, parse_answer, parse_request
 from neox_rl.types import Group, Json
 
+__all__ = ("Delivery", "ExperienceClient", "ExperienceHandler", "ExperienceServer", "Phase")
+
+logger = logging.getLogger(__name__)
 HEARTBEAT_S: Final = 1.0
 RESEND_S: Final = 3.0
 SILENCE_S: Final = 15.0
 """A greeted orchestrator that says nothing for this long is dead or stuck. It beats every second; on a loaded machine it may stutter."""
 LINGER_MS: Final = 2000
 MAX_MESSAGE_BYTES: Final = 1 << 30
-
-_FIELDS: Final[dict[str, dict[str, type]]] = {
-    "hello": {"world": int, "pid": int, "state": dict},
-    "next": {"phase": str, "step": int},
-    "evaluate": {"label": str, "version": int},
-    "report": {"phase": str, "step": int, "metrics": dict},
-    "published": {"version": int},
-    "done": {"reason": str},
-}
-_ONE_WAY: Final = frozenset({"report", "published"})  # handled at once, before the next message is read
-
-
-class Phase(StrEnum):
-    """What a batch is for: demonstrations, or rollouts through the ticket queue."""
-
-    SFT = "sft"
-    RL = "rl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +81,6 @@ class ExperienceHandler(Protocol):
     def waiting_for(self) -> str:
         """What the request in progress waits for, in words, e.g. ``TicketQueue.waiting_for``."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Message:
-    kind: str
-    session: str
-    id: int
-    body: Mapping[str, Any]
 
 
 class ExperienceServer:
@@ -156,7 +134,7 @@ class ExperienceServer:
     async def _receive(self, frames: Sequence[bytes], handler: ExperienceHandler) -> None:
         peer, *rest = frames
         try:
-            message = _parse(rest)
+            message = parse_request(rest)
         except WireError as error:
             self.malformed += 1
             await self._send(peer, self._pack("error", 0, message=f"malformed message: {error}"))
@@ -177,10 +155,10 @@ class ExperienceServer:
         else:
             self._last, self._peer, self._reply, self._beat_at = message.id, peer, [], time.monotonic()
             self._working = asyncio.create_task(self._answer(message, handler))
-            if message.kind in _ONE_WAY:
+            if message.kind in ONE_WAY:
                 await self._finish()
 
-    async def _answer(self, message: _Message, handler: ExperienceHandler) -> list[Frame]:
+    async def _answer(self, message: Message, handler: ExperienceHandler) -> list[Frame]:
         """The frames of the answer; none for a one-way message."""
         body = message.body
         match message.kind:
@@ -191,7 +169,7 @@ class ExperienceServer:
                 meta: dict[str, Json] = {"id": message.id, "acked": message.id, "state": dict(delivery.state)}
                 return encode_groups(delivery.groups, meta, kind="batch")
             case "evaluate":
-                return self._pack("result", message.id, metrics=_finite(await handler.evaluate(**body)))
+                return self._pack("result", message.id, metrics=finite(await handler.evaluate(**body)))
             case "report":
                 await handler.report(Phase(body["phase"]), body["step"], body["metrics"])
                 return []
@@ -258,6 +236,7 @@ class ExperienceClient:
         self._id = 0
         self._unacked: dict[int, list[Frame]] = {}
         self._greeted = False
+        self.malformed = 0
         self._trained = TrainedOnce()
         self.state: dict[str, Json] = {}
         """The orchestrator's state after the last batch: keep it in the checkpoint, give it back to ``hello``. A delivery of
@@ -291,7 +270,7 @@ class ExperienceClient:
 
     def report(self, phase: Phase, step: int, metrics: Mapping[str, Json]) -> None:
         """Metrics of a trained step. Does not wait; it arrives before the next request does."""
-        self._post("report", phase=str(phase), step=step, metrics=_finite(metrics))
+        self._post("report", phase=str(phase), step=step, metrics=finite(metrics))
 
     def published(self, version: int) -> None:
         """The weights of ``version`` are offered to the servers. Does not wait."""
@@ -333,7 +312,14 @@ class ExperienceClient:
             if not self._socket.poll(int(1000 * min(0.5, self._resend_s))):
                 continue
             frames = self._socket.recv_multipart()
-            answer, id, said = _parse_answer(frames)
+            try:
+                answer, id, said = parse_answer(frames)
+            except ProtocolError:
+                raise
+            except WireError as error:
+                self.malformed += 1
+                logger.warning("ignored an answer of the orchestrator: %s", error)
+                continue  # damaged on its way: the request is repeated, and so is its answer
             if id not in (self._id, 0):
                 continue  # a second answer to a repeated request
             heard = time.monotonic()
@@ -350,35 +336,3 @@ class ExperienceClient:
     def _hint(self) -> str:
         hint = f"see the orchestrator's log; is it alive and bound to {self._address}?"
         return hint if self._greeted else f"{hint} {suspicion(self._keys)}"
-
-
-def _parse(frames: Sequence[Frame]) -> _Message:
-    """A trainer's message whose every field is what ``_FIELDS`` says. Raises WireError."""
-    kind = kind_of(frames)
-    fields = _FIELDS.get(kind)
-    if fields is None or len(frames) != 1:
-        raise WireError(f"{len(frames)} frames of unknown kind {kind[:64]!r}")
-    body = unpack(frames, kind)[0]
-    session, id = body.pop("session", None), body.pop("id", None)
-    if not isinstance(session, str) or not session or type(id) is not int or id < 1:
-        raise WireError(f"{kind}: session {str(session)[:64]!r} or id {str(id)[:64]!r} is not one")
-    if body.keys() != fields.keys() or any(type(body[name]) is not of for name, of in fields.items()):
-        raise WireError(f"{kind}: fields {str(body)[:200]} are not {sorted(fields)}")
-    if body.get("phase", Phase.RL) not in set(Phase):
-        raise WireError(f"{kind}: phase {str(body['phase'])[:64]!r} is not one of {sorted(Phase)}")
-    return _Message(kind, session, id, body)
-
-
-def _parse_answer(frames: Sequence[Frame]) -> tuple[str, int, Mapping[str, Json]]:
-    """``(kind, id, body)`` of an orchestrator's message; the caller decodes a batch's groups. Raises WireError."""
-    kind = kind_of(frames)
-    body = unpack(frames, kind)[0]
-    inner = body.get("meta") if kind == "batch" else body
-    if not isinstance(inner, dict) or type(inner.get("id")) is not int or type(inner.get("acked")) is not int:
-        raise WireError(f"{kind}: answer without id: {str(inner)[:200]}")
-    return kind, int(str(inner["id"])), inner
-
-
-def _finite(metrics: Mapping[str, Json]) -> dict[str, Json]:
-    """JSON has no nan and no inf: a metric without a value is null, and does not end the run."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}

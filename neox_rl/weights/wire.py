@@ -1,7 +1,7 @@
 """The ``weights`` socket: who says what. Every message is ``neox_rl.framing``; only ``snapshot`` carries arrays.
 
     worker    -> publisher   fetch  {have, who}            the newest version > have, as soon as there is one
-    publisher -> worker      snapshot                      see ``neox_rl.weights.snapshot``
+    publisher -> worker      snapshot                      see ``neox_rl.weights.manifest``
     worker    -> publisher   staged {version, who, digest} every byte of ``version`` is verified, and held until a switch
     watcher   -> publisher   watch  {}                     tell me what is and what comes
     publisher -> watcher     offered {version, digest}, staged {version, who, digest}
@@ -11,6 +11,8 @@ Requests are repeated every ``RESEND_S`` seconds, so that a peer that joins late
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import zmq
@@ -25,6 +27,8 @@ FORGET_S = 10 * RESEND_S
 
 FETCH, STAGED, WATCH, OFFERED = "fetch", "staged", "watch", "offered"
 MAX_CONTROL_BYTES = 1 << 16
+_WORD = re.compile(r"[!-~]{1,200}")
+"""What a name or a digest may be: they go into logs."""
 _FIELDS: dict[str, dict[str, type]] = {
     FETCH: {"have": int, "who": str},
     STAGED: {"version": int, "who": str, "digest": str},
@@ -38,20 +42,19 @@ def control(kind: str, **fields: Json) -> list[framing.Frame]:
     return framing.pack(kind, fields, {})
 
 
-def read_control(frames: list[bytes], kinds: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
-    """``(kind, fields)`` of a message that is one of ``kinds``, each field of its exact type. Raises WireError."""
-    failure: WireError | None = None
-    for kind in kinds:
-        try:
-            meta, _ = framing.unpack(frames, kind)
-        except WireError as error:
-            failure = error
-            continue
-        fields = _FIELDS[kind]
-        if meta.keys() != fields.keys() or any(type(meta[name]) is not wanted for name, wanted in fields.items()):
-            raise WireError(f"{kind}: fields {sorted(meta)} are not {sorted(fields)} with their types")
-        return kind, dict(meta)
-    raise failure or WireError("no message kind is expected here")
+def read_control(frames: Sequence[framing.Frame], kinds: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
+    """``(kind, fields)`` of a message that is one of ``kinds``, each field of its exact type and in its range. Raises WireError."""
+    kind = framing.kind_of(frames)
+    if kind not in kinds or len(frames) != 1:
+        raise WireError(f"{len(frames)} frames of kind {kind[:64]!r} where one of {', '.join(kinds)} was expected")
+    meta, _ = framing.unpack(frames, kind)
+    fields = _FIELDS[kind]
+    if meta.keys() != fields.keys() or any(type(meta[name]) is not wanted for name, wanted in fields.items()):
+        raise WireError(f"{kind}: fields {str(sorted(meta))[:200]} are not {sorted(fields)} with their types")
+    for name, value in meta.items():
+        if (isinstance(value, int) and not -1 <= value < 1 << 53) or (isinstance(value, str) and not _WORD.fullmatch(value)):
+            raise WireError(f"{kind}: {name} {str(value)[:64]!r} is no version, name or digest")
+    return kind, dict(meta)
 
 
 def prepare(socket: zmq.Socket[Any] | zmq.SyncSocket) -> None:
