@@ -10,27 +10,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
 
-import torch
 import zmq
 
 from neox_rl.errors import DeadlineError, WeightError
 from neox_rl.keys import Keys, suspicion
-from neox_rl.weights.snapshot import read_snapshot
+from neox_rl.weights.manifest import Verified, verify
 from neox_rl.weights.wire import FETCH, RESEND_S, STAGED, control, prepare
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Staged:
-    """A verified version, not yet live."""
-
-    version: int
-    digest: str
-    tensors: Mapping[str, torch.Tensor]
 
 
 class Stager:
@@ -40,7 +28,7 @@ class Stager:
         self.address, self.who = address, who
         self._resend_s, self._keys = resend_s, keys
         self._changed = threading.Condition()
-        self._held: dict[int, Staged] = {}
+        self._held: dict[int, Verified] = {}
         self._failure = ""
         self._died: Exception | None = None
         self._have = -1
@@ -49,7 +37,7 @@ class Stager:
         self._thread = threading.Thread(target=self._run, name="weight-stager", daemon=True)
         self._thread.start()
 
-    def take(self, version: int, deadline_s: float) -> Staged:
+    def take(self, version: int, deadline_s: float) -> Verified:
         """Hands over ``version`` and forgets it and every older one.
 
         Raises WeightError when it was superseded or the thread died, DeadlineError naming version and publisher when it does not come in
@@ -117,15 +105,15 @@ class Stager:
         """Whether a newer version was staged. A bad one is refused, and asked for again after ``resend_s``."""
         frames = [frame.buffer for frame in socket.recv_multipart(copy=False)]
         try:
-            version, digest, tensors = read_snapshot(frames)
+            staged = verify(frames)
         except WeightError as error:
             logger.error("%s refused a snapshot from %s: %s", self.who, self.address, error)
             self._failure = str(error)
             return False
-        if version <= self._have:
+        if staged.version <= self._have:
             return False
         with self._changed:
-            self._have, self._failure = version, ""
-            self._held[version] = Staged(version, digest, tensors)
+            self._have, self._failure = staged.version, ""
+            self._held[staged.version] = staged
             self._changed.notify_all()
         return True

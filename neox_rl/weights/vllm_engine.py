@@ -19,6 +19,7 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from neox_rl.errors import WeightError
 from neox_rl.keys import Keys
+from neox_rl.weights.snapshot import tensors_of
 from neox_rl.weights.stager import Stager
 
 logger = init_logger("vllm.neox_rl")
@@ -70,7 +71,7 @@ class ZmqWeightTransferEngine(WeightTransferEngine[ZmqInit, ZmqUpdate]):  # type
         expected = {name for name, _ in self.model.named_parameters()}
         initialize_layerwise_reload(self.model)
         load: Callable[[Iterable[tuple[str, torch.Tensor]]], set[str]] = getattr(self.model, "load_weights")  # noqa: B009
-        loaded = load(staged.tensors.items())
+        loaded = load(tensors_of(staged).items())
         if missing := sorted((expected - set(loaded)) | self._partly_loaded()):
             raise WeightError(f"v{staged.version} has no weights, or not all, for {missing[:5]} ({len(missing)} in all)")
         finalize_layerwise_reload(self.model, self.model_config)

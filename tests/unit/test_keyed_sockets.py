@@ -13,7 +13,7 @@ from neox_rl.errors import DeadlineError
 from neox_rl.keys import CLIENT_FILE, Keys
 from neox_rl.queue.wire import ExperienceClient, ExperienceServer
 from neox_rl.weights.publisher import Publisher
-from neox_rl.weights.snapshot import make_snapshot
+from neox_rl.weights.snapshot import make_snapshot, tensors_of
 from neox_rl.weights.stager import Stager
 from neox_rl.weights.watcher import Watcher
 from tests.unit.test_queue_wire import Recorder
@@ -74,7 +74,7 @@ def test_a_server_and_the_orchestrator_follow_the_publisher(run: Keys, server: K
         async with Watcher(publisher.address, keys=run) as watcher:
             with closing(Stager(publisher.address, "a/0", RESEND_S, keys=server)) as stager:
                 assert await watcher.wait_staged(4, {"a/0"}, 10.0) == 4
-                assert stager.take(4, 1.0).tensors["w"].tolist() == [1.0, 1.0]
+                assert tensors_of(stager.take(4, 1.0))["w"].tolist() == [1.0, 1.0]
 
     with closing(Publisher(keys=run)) as publisher:
         publisher.offer(make_snapshot(4, [("w", torch.ones(2))]))

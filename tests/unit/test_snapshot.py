@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from neox_rl.errors import WeightError
 from neox_rl.framing import Frame
-from neox_rl.weights.snapshot import Snapshot, make_snapshot, read_snapshot
+from neox_rl.weights.manifest import verify
+from neox_rl.weights.snapshot import Snapshot, make_snapshot, tensors_of
 from tests.unit.wire_headers import header_of, resealed
 
 
@@ -29,7 +30,8 @@ def received(snapshot: Snapshot) -> list[Frame]:
 
 
 def test_every_dtype_and_shape_arrives_bit_for_bit() -> None:
-    version, digest, tensors = read_snapshot(received(snapshot := make_snapshot(12, weights().items())))
+    found = verify(received(snapshot := make_snapshot(12, weights().items())))
+    version, digest, tensors = found.version, found.digest, tensors_of(found)
     assert (version, digest) == (12, snapshot.digest)
     assert list(tensors) == list(weights())
     for name, sent in weights().items():
@@ -42,12 +44,12 @@ def test_the_trainer_may_change_its_weights_afterwards() -> None:
     before = source["embed"].clone()
     snapshot = make_snapshot(0, source.items())
     source["embed"].zero_()
-    assert torch.equal(read_snapshot(snapshot.frames)[2]["embed"], before)
+    assert torch.equal(tensors_of(verify(snapshot.frames))["embed"], before)
 
 
 def test_a_tensor_that_is_not_contiguous_is_sent_in_its_logical_order() -> None:
     matrix = torch.arange(6.0).reshape(2, 3)
-    assert read_snapshot(make_snapshot(0, [("m", matrix.T)]).frames)[2]["m"].tolist() == matrix.T.tolist()
+    assert tensors_of(verify(make_snapshot(0, [("m", matrix.T)]).frames))["m"].tolist() == matrix.T.tolist()
 
 
 def test_equal_weights_have_equal_digests_whatever_the_version() -> None:
@@ -66,14 +68,14 @@ def test_any_changed_byte_of_any_tensor_is_found_and_named(data: st.DataObject) 
     position = data.draw(st.integers(0, len(frames[index]) - 1))
     frames[index][position] ^= 1 << data.draw(st.integers(0, 7))  # type: ignore[index]
     with pytest.raises(WeightError, match=f"v3.*{snapshot.manifest[index - 1].name}"):
-        read_snapshot(frames)
+        verify(frames)
 
 
 def test_a_truncated_a_missing_and_a_swapped_tensor_are_refused() -> None:
     frames = received(make_snapshot(3, [("a", torch.ones(4)), ("b", torch.zeros(4))]))
     for bad in ([frames[0], frames[1][:-4], frames[2]], frames[:2], [frames[0], frames[2], frames[1]], [], [b"{}"], [b"\xff"]):
         with pytest.raises(WeightError):
-            read_snapshot(bad)
+            verify(bad)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,7 @@ def test_a_manifest_that_lies_is_refused(field: str, value: object) -> None:
     header = header_of(frames)
     header["meta"][field] = value
     with pytest.raises(WeightError):
-        read_snapshot(resealed(header, frames[1:], self_digested=True))
+        verify(resealed(header, frames[1:], self_digested=True))
 
 
 def test_weights_that_cannot_be_sent_are_refused_by_name() -> None:

@@ -15,7 +15,7 @@ import zmq
 
 from neox_rl.errors import DeadlineError, WeightError, WireError
 from neox_rl.weights.publisher import Publisher
-from neox_rl.weights.snapshot import Snapshot, make_snapshot
+from neox_rl.weights.snapshot import Snapshot, make_snapshot, tensors_of
 from neox_rl.weights.stager import Stager
 from neox_rl.weights.watcher import Watcher
 from neox_rl.weights.wire import FETCH, OFFERED, STAGED, WATCH, control, read_control
@@ -45,13 +45,13 @@ def stager(stack: ExitStack, address: str, who: str) -> Stager:
 def test_a_worker_gets_what_is_there_and_what_comes(stack: ExitStack, publisher: Publisher) -> None:
     early = stager(stack, publisher.address, "a/0")
     publisher.offer(snapshot(0))
-    assert early.take(0, 5.0).tensors["w"][0, 0] == 0.0
+    assert tensors_of(early.take(0, 5.0))["w"][0, 0] == 0.0
     publisher.offer(snapshot(1))
     late = stager(stack, publisher.address, "b/0")
     for worker in (early, late):
         staged = worker.take(1, 5.0)
         assert (staged.version, staged.digest) == (1, snapshot(1).digest)
-        assert staged.tensors["w"][-1, -1] == 1.0
+        assert tensors_of(staged)["w"][-1, -1] == 1.0
 
 
 def test_a_worker_that_starts_before_the_publisher_finds_it(stack: ExitStack) -> None:
