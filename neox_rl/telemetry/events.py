@@ -188,7 +188,8 @@ def _event(row: dict[str, Any]) -> Event | None:
 def parts_of(events: Sequence[Event]) -> list[list[Event]]:
     """Events in order of time, cut where the run was started again: at each start of the ranks by the launcher.
 
-    A launcher that was killed early left no such event. Then a process that starts for the second time in a part begins the next.
+    A launcher that was killed early left no such event. Then a process that starts for the second time in a part begins the next, unless
+    the launcher says that it started it again.
     """
     parts: list[list[Event]] = []
     begun: set[tuple[str, str]] = set()
@@ -199,5 +200,7 @@ def parts_of(events: Sequence[Event]) -> list[list[Event]]:
             begun.clear()
         if event.name in ONCE_A_PART:
             begun.add(start)
+        elif event.name == "restarted":
+            begun.clear()
         parts[-1].append(event)
     return parts

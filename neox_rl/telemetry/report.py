@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from neox_rl.telemetry.charts import charts
+from neox_rl.telemetry.display import clock
 from neox_rl.telemetry.events import SPANS
+from neox_rl.telemetry.faults import faults
 from neox_rl.telemetry.layout import choose_pairs, lay_out, most_mixed
 from neox_rl.telemetry.rows import SEARCH_METRICS
 from neox_rl.telemetry.rundata import MODES, RunData, load_run
@@ -60,6 +62,7 @@ def page_data(run: RunData) -> dict[str, Any]:
         "charts": charts(run),
         "shares": _shares(run),
         "span_meaning": SPANS | {IDLE: "nothing that is recorded"},
+        "faults": [asdict(fault) | {"at": clock(fault.at_s)} for fault in faults(run.events)],
         "search": _search(summary),
         "search_mode": search_mode(summary),
         "pairs": choose_pairs(run.rollouts),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from neox_rl.telemetry.events import Event
+from neox_rl.telemetry.faults import restarts
 from neox_rl.telemetry.jsonl import write_json
 from neox_rl.telemetry.rundata import FIRST, LAST, MODES, Row, RunData, load_run, machine
 from neox_rl.types import Json
@@ -46,6 +47,7 @@ def build_summary(run: RunData) -> dict[str, Json]:
         "wall_s": run.wall_s,
         "trainer_idle_frac": _idle_frac(rl),
         **_weight_updates(run.events),
+        "restarts": {**restarts(run.events)},
         "machine": run.summary.get("machine") or machine(),
     }
     return found

@@ -17,14 +17,15 @@ from rich.console import Console
 from synthetic_run import START_NS, rollout_row, write_run
 
 from neox_rl.telemetry.display import LiveDisplay, View, clock, sparkline
-from neox_rl.telemetry.events import Event, EventLog
+from neox_rl.telemetry.events import Event, EventLog, parts_of, read_events
+from neox_rl.telemetry.faults import faults
 from neox_rl.telemetry.jsonl import JsonlWriter, read_jsonl, write_json
 from neox_rl.telemetry.layout import choose_pairs, lay_out
 from neox_rl.telemetry.paths import RunPaths
 from neox_rl.telemetry.report import main, write_report
 from neox_rl.telemetry.rundata import load_run
 from neox_rl.telemetry.shares import time_shares
-from neox_rl.telemetry.status import Status, write_status
+from neox_rl.telemetry.status import ProcessState, Status, write_status
 from neox_rl.telemetry.summary import build_summary, write_summary
 from neox_rl.telemetry.table import print_table
 from neox_rl.types import Problem
@@ -299,7 +300,52 @@ def test_a_report_of_a_run_that_is_not_there_says_so_in_a_line(tmp_path: Path, c
     assert capsys.readouterr().err == f"error: {tmp_path / 'nowhere'} is no run directory; give the directory that holds metrics.jsonl\n"
 
 
+def test_faults_are_listed_with_what_was_lost_and_when_it_was_back(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", rl_steps=2, sft_steps=2)
+    launcher, server = EventLog(paths.event_log("launcher"), "launcher"), EventLog(paths.event_log("server-0"), "server-0")
+    launcher.instant("died", process="server-0", why="was killed by SIGKILL", doing="generating <b>")
+    launcher.instant("restarted", process="server-0", restarts=1)
+    server.instant("suspended", why="silent")
+    server.instant("serving", version=3)
+    launcher.instant("died", process="trainer", why="lost trainer-1", doing="")
+    launcher.add_span("heal", time.time_ns(), 4_200_000_000, process="trainer")
+    launcher.instant("restarted", process="trainer", restarts=1)
+    launcher.close()
+    server.close()
+    summary = build_summary(load_run(paths.root))
+    assert summary["restarts"] == {"server": 1, "orchestrator": 0, "trainer": 1}
+    events = read_events(paths.events)
+    assert [(f.process, f.what, f.healed_s is not None) for f in faults(events)] == [
+        ("server-0", "was killed by SIGKILL, at generating <b>", True),
+        ("server-0", "suspended: silent", False),
+        ("trainer", "lost trainer-1", True),
+    ]
+    page = write_report(paths.root).read_text(encoding="utf-8")
+    parse(page)
+    assert "What failed on the way" in page and "generating &lt;b&gt;" in page and "4.2 s" in page
+
+
+def test_a_process_that_is_started_again_begins_no_new_part_of_the_run() -> None:
+    def at(second: int, process: str, name: str) -> Event:
+        return Event(process, "instant" if name == "restarted" else "span", name, second * 10**9, 10**9)
+
+    healed = [at(0, "launcher", "start_ranks"), at(1, "trainer-0", "build"), at(5, "launcher", "restarted"), at(6, "trainer-0", "build")]
+    assert len(parts_of(healed)) == 1
+    assert len(parts_of([*healed[:2], healed[3]])) == 2
+
+
 # --- the terminal
+
+
+def test_the_terminal_names_who_is_not_as_it_began() -> None:
+    view = View("run")
+    processes = {"server-0": ProcessState("restarting", 2, 3), "server-1": ProcessState("lost", 3, 3), "orchestrator": ProcessState()}
+    status = Status(phase="rl", servers={"server-0": "lost", "server-1": "lost", "joiner": "serving"})
+    assert view.update(status, 0.0, processes) == (
+        "[0:00] rl | servers 1 of 3 serving; server-0 lost, server-1 lost | processes server-0 restarting (2 of 3), server-1 lost"
+    )
+    quiet = View("run").update(Status(phase="rl", servers={"server-0": "serving"}), 0.0, {"trainer": ProcessState()})
+    assert quiet == "[0:00] rl"
 
 
 def console(terminal: bool) -> tuple[Console, io.StringIO]:
