@@ -7,7 +7,10 @@ gone, however it went. Exit status: the child's own, signal included.
     SIGINT, SIGTERM, SIGHUP, SIGUSR1   passed on to the group
     SIGQUIT                            the group is killed now
     lifeline closed                    SIGTERM to the group, SIGKILL after GRACE_S
-    child ends                         what is left of its group, and every orphan it left, is killed
+    child ends                         what is left of its group, and every orphan it left, is killed; so is the shared memory that they had
+
+Shared memory with a name (``/dev/shm``) outlives whoever is killed. Which of it is the group's is seen from time to time in the maps of its
+processes; what was there before, or somebody else has mapped or open, stays.
 """
 
 from __future__ import annotations
@@ -23,6 +26,9 @@ import time
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _REAP_S = 10.0
+_SHARED_MEMORY = "/dev/shm"
+_LOOK_S = (1.0, 2.0, 5.0)
+"""Between looks at the group's shared memory: it is made at the start."""
 
 
 def _prctl(option: int, value: int) -> None:
@@ -61,11 +67,66 @@ def _ended(child: int) -> bool:
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def _watch(child: int, lifeline: int, grace_s: float, wakeup: int) -> None:
+def _group(pgid: int) -> list[int]:
+    """The processes of the group."""
+    found = []
+    for pid in os.listdir("/proc") if os.path.isdir(_SHARED_MEMORY) else ():
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            with open(f"/proc/{pid}/stat") as file:
+                if int(file.read().rpartition(")")[2].split()[2]) == pgid:
+                    found.append(int(pid))
+    return found
+
+
+def _mapped(pid: int | str) -> set[str]:
+    """Files of shared memory that a process has mapped or open."""
+    found = set()
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/maps") as file:
+        found |= {line.rstrip("\n").split(None, 5)[5] for line in file if _SHARED_MEMORY in line}
+    with contextlib.suppress(OSError):
+        for descriptor in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                found.add(os.readlink(f"/proc/{pid}/fd/{descriptor}"))
+    return {path for path in found if path.startswith(_SHARED_MEMORY + "/") and not path.endswith(" (deleted)")}
+
+
+class _SharedMemory:
+    """What the group has in ``/dev/shm``, as far as it was seen."""
+
+    def __init__(self, child: int) -> None:
+        self._child, self._looks, self._next = child, 0, time.monotonic() + _LOOK_S[0]
+        self._before = set(self._all())
+        self._seen: set[str] = set()
+
+    def _all(self) -> list[str]:
+        with contextlib.suppress(OSError):
+            return [f"{_SHARED_MEMORY}/{name}" for name in os.listdir(_SHARED_MEMORY)]
+        return []
+
+    def look(self, now: bool = False) -> None:
+        """From time to time, or ``now``."""
+        if now or time.monotonic() >= self._next:
+            self._looks += 1
+            self._next = time.monotonic() + _LOOK_S[min(self._looks, len(_LOOK_S) - 1)]
+            for pid in _group(self._child) if set(self._all()) - self._before else ():
+                self._seen |= _mapped(pid)
+
+    def remove(self) -> None:
+        """Once the group is gone."""
+        left = (self._seen - self._before) & set(self._all())
+        if left:
+            held = set().union(*(_mapped(pid) for pid in os.listdir("/proc") if pid.isdigit()))
+            for path in left - held:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+
+
+def _watch(child: int, lifeline: int, grace_s: float, wakeup: int, memory: _SharedMemory) -> None:
     """Returns when the child has ended."""
     parent, kill_at = os.getppid(), float("inf")
     watched = [lifeline, wakeup]
     while not _ended(child):
+        memory.look()
         left = max(0.0, min(1.0, kill_at - time.monotonic()))
         ready, _, _ = select.select(watched, [], [], left)
         for number in os.read(wakeup, 64) if wakeup in ready else b"":
@@ -121,8 +182,11 @@ def main(argv: list[str]) -> int:
     if argv[2] and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {int(core) for core in argv[2].split(",")})
     child = _spawn(argv[3:])
-    _watch(child, lifeline, grace_s, wakeup)
+    memory = _SharedMemory(child)
+    _watch(child, lifeline, grace_s, wakeup, memory)
+    memory.look(now=True)
     code = os.waitstatus_to_exitcode(_reap(child))
+    memory.remove()
     if code < 0:  # end as the child did, so that the parent's status says which signal
         signal.set_wakeup_fd(-1)
         if -code not in (signal.SIGKILL, signal.SIGSTOP):

@@ -16,7 +16,7 @@ STAGES = ("problems", "verify", "search", "rollout", "queue", "batch", "loss", "
 # Parts of one floor may import one another, except the stages and megatron_patches, which stand alone.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("types", "config", "framing", "metacot", "arithmetic", "codec", "guard", "guardian", "ages", "keys"),
+    ("types", "config", "framing", "metacot", "arithmetic", "codec", "guard", "guardian", "ages", "keys", "build_locks"),
     ("ports", "telemetry"),
     (*STAGES, "megatron_patches"),
     ("engines",),

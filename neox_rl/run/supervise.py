@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import FrameType
 
+from neox_rl.build_locks import remove_stale_locks
 from neox_rl.config.run import RunConfig
 from neox_rl.errors import DeadlineError, ProcessDiedError
 from neox_rl.guard import GuardedProcess, died, ending, stop
@@ -100,6 +101,8 @@ class Supervisor:
         prefix = f"{name}-" if name == RANKS else name
         forget_beats(self.paths.beats, prefix)
         self._watch.forget(prefix)
+        for lock in remove_stale_locks(self._programs[name].env):
+            self._warn(f"removed {lock}, which a killed compilation left")
         self.running[name] = self._programs[name].start(self.config.metarl.deadlines.shutdown_s)
         self._recovery.started(name, time.monotonic())
         if name == RANKS:

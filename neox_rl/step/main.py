@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from neox_rl.build_locks import remove_stale_locks
 from neox_rl.config.load import load_resolved
 from neox_rl.config.machine import Machine
 from neox_rl.config.network import curve_on
@@ -56,6 +57,8 @@ def train(paths: RunPaths, resume: bool) -> None:
     endpoints: dict[str, Any] = json.loads(paths.endpoints.read_text())
     env = rank_environment(os.environ, config.neox.master_addr)
     pin(config, Machine.here(), env.local_rank)
+    if env.local_rank == 0:
+        remove_stale_locks(os.environ)  # on the first node the launcher has done so
     name = f"trainer-{env.rank}"
     events = EventLog(paths.event_log(name), name)
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # whoever finds this rank stuck asks where it is

@@ -155,3 +155,25 @@ def test_dropping_the_last_reference_ends_the_program(log: Path) -> None:
     with pytest.warns(ResourceWarning):
         del process
     wait_for(lambda: not alive(members))
+
+
+def test_named_shared_memory_of_killed_processes_goes_and_that_of_others_stays(log: Path) -> None:
+    code = """
+import mmap, os, sys, time
+def make(name):
+    descriptor = os.open("/dev/shm/" + name, os.O_CREAT | os.O_RDWR)
+    os.ftruncate(descriptor, 4096)
+    return mmap.mmap(descriptor, 4096)
+held = [make(f"neox-rl-test-{os.getpid()}-{kind}") for kind in ("left", "shared")]
+print(os.getpid(), 0, 0, flush=True)
+time.sleep(60)
+"""
+    process = guarded_popen(python(code), os.environ, log)
+    pid = pids(log, 1)[0]
+    left, shared = (Path(f"/dev/shm/neox-rl-test-{pid}-{kind}") for kind in ("left", "shared"))
+    with shared.open("rb"):
+        time.sleep(1.5)  # the first look
+        os.kill(pid, signal.SIGKILL)
+        assert process.wait(10) == -signal.SIGKILL
+        assert not left.exists() and shared.exists()
+    shared.unlink()
