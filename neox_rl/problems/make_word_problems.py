@@ -69,17 +69,15 @@ def word_problems(num: int, steps: int, max_value: int, seed: int) -> list[dict[
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m neox_rl.problems.make_word_problems", description="Word problems with solutions."
-    )
+    parser = argparse.ArgumentParser(prog="python -m neox_rl.problems.make_word_problems", description="Word problems with solutions.")
     parser.add_argument("--num", type=int, default=10_000, help="problems (default %(default)s)")
     parser.add_argument("--steps", type=int, default=1, help="changes in a story (default %(default)s)")
-    parser.add_argument("--max-value", type=int, default=30, help="largest number (default %(default)s)")
+    parser.add_argument("--max-value", type=int, default=20, help="largest number (default %(default)s)")
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--out", type=Path, required=True, help="JSONL file to write, for metarl.problems.path")
     args = parser.parse_args(argv)
-    if not (0 < args.num <= 100_000 and 1 <= args.steps <= 20 and 30 <= args.max_value <= 10_000):
-        parser.error(f"--num {args.num} must be 1 to 100000, --steps {args.steps} 1 to 20, --max-value {args.max_value} 30 to 10000")
+    if not (0 < args.num <= 100_000 and 1 <= args.steps <= 20 and 10 <= args.max_value <= 10_000):
+        parser.error(f"--num {args.num} must be 1 to 100000, --steps {args.steps} 1 to 20, --max-value {args.max_value} 10 to 10000")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     rows = word_problems(args.num, args.steps, args.max_value, args.seed)
     args.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -8,7 +8,7 @@ The text after the last ``</think>`` is read, at most its last ``MAX_TAIL_CHARS`
 4. else the last formula between math delimiters or plain number, whichever ends later. ``$`` and ``\\(`` set a formula inside a
    line: what they part from the text by line breaks is not read here.
 
-With ``marked``, 4 is left out.
+With ``marked``, 4 is left out. A text that wavers ("5 or maybe 6", "not 5", "at most 5") gives no number: it is its own answer.
 
 After 2 the answer is the first formula: "the answer is 5 because 2+3=7" says 5.
 """
@@ -54,6 +54,11 @@ FUNCTIONS = frozenset(
         "percent pct percentage",
     )
 )
+_NO_VALUE = r"(?:not|neither|either|less than|more than|greater than|at most|at least|between|maybe|perhaps|possibly|any(?:thing)?|one of)"
+_EVADES = re.compile(rf"(?:\s|\\text\s*\{{|[$(])*{_NO_VALUE}\b", re.IGNORECASE)
+_WAVERS = re.compile(r"\b(?:maybe|perhaps|possibly|alternatively)\b|[\d})]\s*\(?\s*\bor\b\s*[\d$\\]", re.IGNORECASE)
+_EVADED_NUMBER = re.compile(rf"\b(?:{_NO_VALUE}|or|alternatively)\s*[$(]*$", re.IGNORECASE)
+_DENIED_NUMBER = re.compile(r"[\s$)]*(?:is|was)\s+(?:not|wrong|incorrect|false)\b", re.IGNORECASE)
 _DECIMAL = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
 _PLAIN = re.compile(rf"(?<![A-Za-z0-9_.\\])[-\u2212]?[\u20ac\u00a3\u00a5$]?{_DECIMAL}(?:\s*[-+*/^\u00d7\u00f7]\s*{_DECIMAL})*(?:\s*\\?%)?")
 _START = re.compile(r"[\s*]*(?:(?:approximately|about|simply|just|equal to|that|equals?|the number|x\s*=)\s+)*[:=]?\s*", re.IGNORECASE)
@@ -153,6 +158,8 @@ def _unwrap(answer: str) -> str:
     """Without emphasis and delimiters around it; what is left of a sentence is its last formula."""
     answer = answer.strip().strip('*"').removesuffix("\\").strip()
     answer = answer[1:-1] if len(answer) > 2 and answer[0] == answer[-1] == "'" else answer
+    if _EVADES.match(answer) or (_WAVERS.search(answer) and _words(_undelimited(answer))):
+        return _undelimited(answer)
     formulas = _formulas(answer)
     if not formulas and _words(_undelimited(answer)):
         return answer if is_bare(answer) else leading_formula(answer) or _last_formula(answer)
@@ -199,6 +206,8 @@ def is_bare(text: str) -> bool:
 def leading_formula(rest: str) -> str:
     """The first formula of the sentence that follows "the answer is"; empty when the sentence has none."""
     rest = rest[_start(rest) :].lstrip('"\u201c ').removeprefix('\\"')
+    if _EVADES.match(rest):
+        return rest.partition("\n")[0].strip()
     match = _MATH.match(rest)
     if match and len(_words(_inner(match))) < 2:
         return _joined(rest, match)
@@ -210,6 +219,8 @@ def leading_formula(rest: str) -> str:
         return line
     masked = _COMMAND.sub(lambda m: "0" * len(m[0]), line)
     prose = next((m for m in _WORD.finditer(masked) if m[0].lower() not in FUNCTIONS), None)
+    if prose and _WAVERS.match(prose[0]):
+        return line
     span = line[: prose.start()].rstrip(" ,;:(").lstrip(" ,;:") if prose else line
     if re.search(r"[\dA-Za-z]", span):
         return span
@@ -260,4 +271,6 @@ def _last_formula(text: str) -> str:
         while first and _JOIN.fullmatch(text[maths[first - 1].end() : maths[first].start()].strip() or "x"):
             first -= 1
         return _joined(text, maths[first]) if first < len(maths) - 1 else _inner(maths[-1]).strip()
-    return last[0].strip().rstrip(",") if last else ""
+    if last is None or _EVADED_NUMBER.search(text, max(0, last.start() - 40), last.start()) or _DENIED_NUMBER.match(text, last.end()):
+        return ""
+    return last[0].strip().rstrip(",")

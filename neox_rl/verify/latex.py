@@ -30,10 +30,13 @@ _REPLACED: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), new)
     for pattern, new in (
         (r"\\(?:left|right|bigl|bigr|Bigl|Bigr|big|Big|biggl|biggr|bigg|Bigg|middle)(?![a-zA-Z])\.?", ""),
+        # Money is a unit: \\$5 is not 5 cents.
+        (r"^\s*\\[$]\s*(\d[\d,]*(?:\.\d+)?)\s*$", r"\1 dollars"),
         (r"\\(?:displaystyle|textstyle|limits|nolimits|rm|bf|it)(?![a-zA-Z])", ""),
         (r"\\(?:dfrac|tfrac|cfrac)(?![a-zA-Z])", r"\\frac"),
         (r"\\(?:dbinom|tbinom)(?![a-zA-Z])", r"\\binom"),
         (r"(?<!\\)\\!\s*|\{\s*\}", ""),
+        (r"(?<=\d)\{,\}(?=\d{3}(?!\d))", ""),
         (r"\{,\}\s*", ","),
         (r"(?<!\\)\\[,;:> ]|~|\\(?:quad|qquad|hspace\{[^{}]*\}|phantom\{[^{}]*\})(?![a-zA-Z])", " "),
         (r"\\(?:textbf|textit|textrm|textnormal|textsf|mbox|hbox)(?=\s*\{)", r"\\text"),
@@ -49,7 +52,7 @@ _REPLACED: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\gt(?![a-zA-Z])", ">"),
         (r"<=|\\(?:le|leqslant|leqq)(?![a-zA-Z])", r"\\leq "),
         (r">=|\\(?:ge|geqslant|geqq)(?![a-zA-Z])", r"\\geq "),
-        (r"!=|\\ne(?![a-zA-Z])", r"\\neq "),
+        (r"!=|\\not\s*=|\\ne(?![a-zA-Z])", r"\\neq "),
         (r"\\(?:varnothing)(?![a-zA-Z])", r"\\emptyset "),
         (r"\\(?:lbrace|lbrack)(?![a-zA-Z])", r"\\{"),
         (r"\\rbrace(?![a-zA-Z])", r"\\}"),
@@ -146,6 +149,8 @@ def split_unit(text: str) -> Quantity:
     if not match:
         return Quantity(text, "")
     words = match["unit"].strip(" .").lower()
+    if re.search(r"\d", words):
+        return Quantity(text, "")
     known = _UNITS.get(words) or _UNITS.get(words.removeprefix("square ").removeprefix("sq ").removeprefix("cubic "))
     if quoted and len(words) == 1 and known is None:
         return Quantity(text, "")

@@ -93,7 +93,7 @@ def choice_of_text(text: str) -> str:
         return match[1]
     if "\\" in answer or "=" in answer or len(answer) > 400:
         return ""
-    rest = re.split(r"answer is|answer:|r\u00e9ponse est|\u7b54\u6848", tail(text))
+    rest = re.split(r"answer is|answer:|r\u00e9ponse est|\u7b54\u6848", _DENIED.sub("", tail(text)))
     if len(rest) > 1 and (match := _CHOICE.search(rest[-1][:40])):
         return match[1]
     picked = _CHOICE.findall(_DENIED.sub("", tail(text)))

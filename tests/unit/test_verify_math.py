@@ -52,6 +52,8 @@ EQUAL = [
     ("x > 3", r"(3, \infty)"),
     (r"(1,2) \cup (4,5)", r"(4,5)\cup(1,2)"),
     ("2, 3, 5", "5, 2, 3"),
+    (r"4 \cdot 3^{2011}", r"4 \cdot 3^{2{,}011}"),
+    (r"\$5", "5 dollars"),
     ("1, -1, 7, -7", "-7, -1, 1, 7"),
     (r"\{1, 4\}", r"\{4, 1\}"),
     ("(1, 4)", r"\left(1, 4\right)"),
@@ -94,6 +96,13 @@ DIFFERENT = [
     ("x = 5", "y = 5"),
     ("2, 3, 5", "2, 3"),
     ("2, 4, 3", "2, 3, 4"),
+    (r"\$5", "5 cents"),
+    ("C", r"The answer is \boxed{not C}."),
+    ("24", r"\boxed{24 or maybe 23}"),
+    ("24", r"\boxed{less than 24}"),
+    ("24", "The answer is between 24 and 25."),
+    ("24", r"\boxed{24 \text{ (or 25)}}"),
+    ("24", r"\boxed{\not= 24}"),
     ("9", "Answer $\n9\n$"),
     ("2, 3", "2, 3, 5"),
     ("32349", "32, 349"),
@@ -160,6 +169,11 @@ def test_where_the_answer_stands(text: str, answer: str) -> None:
 def test_a_thought_that_never_ends_has_no_answer() -> None:
     assert check_math("5", r"<think> so it is \boxed{5}").reason is Reason.NO_ANSWER
     assert check_math("5", "").reason is Reason.NO_ANSWER
+
+
+def test_prose_that_names_two_numbers_or_denies_one_has_no_answer() -> None:
+    for text in ("We see that it can be 23 or 24.", "We see that 24 is not the answer.", "We see that it is less than 24."):
+        assert check_math("24", text).reason is Reason.NO_ANSWER
 
 
 def test_only_the_tail_of_a_long_text_is_read() -> None:
