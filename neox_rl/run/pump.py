@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from neox_rl.config.run import RunConfig
 from neox_rl.errors import ConfigError, DeadlineError, NeoxRLError
@@ -99,8 +100,7 @@ class RolloutPump:
                 raise NeoxRLError(f"ticket g{ticket:06d} failed {MAX_FAILURES} times, the last time so: {error}") from error
             self._queue.fail(ticket)
         else:
-            lengths = [sum(len(s.ids) for s in trace.segments if s.logprobs) for trace in group.traces]
-            self._events.add_span("generate", started, time.monotonic_ns() - begin, ticket=ticket, lengths=lengths)
+            self._events.add_span("generate", started, time.monotonic_ns() - begin, ticket=ticket, **_sizes(group))
             self._accept(group, problem)
         self.changed.fire()
 
@@ -117,3 +117,10 @@ class RolloutPump:
         else:
             self._queue.deliver(group)
             self._on_group(group, problem)
+
+
+def _sizes(group: Group) -> dict[str, list[Any]]:
+    """Tokens of each rollout, and ``[version, tokens]`` of the longest in order: what a planner measures a server's speed by."""
+    spans = [[(s.version, len(s.ids)) for s in trace.segments if s.logprobs] for trace in group.traces]
+    lengths = [sum(tokens for _, tokens in rollout) for rollout in spans]
+    return {"lengths": lengths, "longest": spans[lengths.index(max(lengths))] if lengths else []}
