@@ -67,6 +67,11 @@ def choose_endpoints(config: RunConfig, vocab_size: int) -> Endpoints:
     return Endpoints(network.bind_host, experience, weights, master, join, tuple(addresses), vocab_size)
 
 
+def free_port(host: str) -> int:
+    """One of this machine at ``host``. Raises ConfigError."""
+    return _reserve(host, {"--port": 0})[0]
+
+
 def _reserve(host: str, wanted: dict[str, int]) -> list[int]:
     """All at once, so that no free port is found twice. Raises ConfigError."""
     try:

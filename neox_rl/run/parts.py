@@ -17,13 +17,15 @@ from neox_rl.errors import ConfigError
 from neox_rl.keys import Keys
 from neox_rl.metacot import SOLUTION
 from neox_rl.ports import Tokenizer
-from neox_rl.problems.sources import load_problems
+from neox_rl.problems.sources import problems_of_run
 from neox_rl.problems.split import ProblemSet
 from neox_rl.problems.tokenizer import SymbolicTokenizer, load_tokenizer
 from neox_rl.rollout.groups import Attempts
 from neox_rl.rollout.vllm_client import VllmGenerator
 from neox_rl.run.activity import ServerActivity
 from neox_rl.run.endpoints import Endpoints, read_endpoints, server_specs
+from neox_rl.run.join_wire import JoinSocket
+from neox_rl.run.joining import JoinDesk, Offer
 from neox_rl.run.versions import Deadlines, ServerKeeper
 from neox_rl.search.replay import num_wrong_steps
 from neox_rl.telemetry.events import EventLog
@@ -34,6 +36,7 @@ from neox_rl.verify.verifier import TaskVerifier, make_verifier, readable_gold
 
 logger = logging.getLogger(__name__)
 MAX_NAMED = 5
+MIN_SILENCE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Parts:
     problems: ProblemSet
     attempts: Attempts
     keeper: ServerKeeper
+    joins: JoinDesk
     activity: ServerActivity
     events: EventLog
     keys: Keys | None
@@ -60,12 +64,14 @@ async def build_parts(config: RunConfig, paths: RunPaths, stack: AsyncExitStack)
     task = metarl.problems.task if metarl.problems.source == "jsonl" else metarl.problems.source
     verifier = make_verifier(metarl.verify, task)
     stack.callback(verifier.close)
-    problems = load_problems(metarl.problems, metarl.seed)
+    problems = problems_of_run(config, tokenizer)
+    logger.info("%d training and %d held-out problems: %s", len(problems.train), len(problems.heldout), problems.counts)
     if metarl.problems.source == "jsonl":
         problems = with_readable_answers(problems, verifier, metarl.problems.path)
     generator, keeper, activity = await _generation(config, paths, endpoints, events, keys, stack)
+    joins = _join_desk(config, paths, endpoints, keeper, keys, stack)
     attempts = Attempts(generator, verifier, tokenizer, partial(_reward, config), solution_id(tokenizer))
-    return Parts(endpoints, problems, attempts, keeper, activity, events, keys)
+    return Parts(endpoints, problems, attempts, keeper, joins, activity, events, keys)
 
 
 def with_readable_answers(problems: ProblemSet, verifier: TaskVerifier, path: str) -> ProblemSet:
@@ -115,6 +121,18 @@ async def _generation(
     for spec in server_specs(config, endpoints, paths.root / "model", Machine.here()):
         keeper.add(spec, partial(restart, paths.restart / spec.name))
     return generator, keeper, ServerActivity(lambda: generator.inflight, logs)
+
+
+def _join_desk(
+    config: RunConfig, paths: RunPaths, endpoints: Endpoints, keeper: ServerKeeper, keys: Keys | None, stack: AsyncExitStack
+) -> JoinDesk:
+    """Where servers join; it works beside the keeper."""
+    socket = JoinSocket(config.metarl.network.bind_host, endpoints.join_port, keys)
+    stack.callback(socket.close)
+    offer = Offer.of(config, paths, endpoints, server_specs(config, endpoints, paths.root / "model", Machine.here())[0])
+    desk = JoinDesk(socket, keeper, offer, max(MIN_SILENCE_S, config.metarl.servers.heartbeat_s))
+    keeper.beside(desk.run())
+    return desk
 
 
 def _ask_launcher(request: Path, why: str) -> None:

@@ -1,0 +1,241 @@
+"""A server for a run that is under way: joins it, serves, leaves; on this machine or another.
+
+    python -m neox_rl.run.serve --join tcp://HOST:PORT [--keys FILE] [--name N] [--port P] [--gpus 0,1] [--cores 4-7]
+
+    join -> start the server -> beat each second -> Ctrl-C: leave, let what is in flight end -> end the server
+
+The address is ``join`` in runs/<name>/endpoints.json. The run says what the server must be: nothing else need be here, no file, no config.
+A server that dies is started again; an orchestrator that is started again finds the server as it is; a run that ends ends it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from neox_rl.errors import ConfigError, DeadlineError, NeoxRLError, ProcessDiedError
+from neox_rl.guard import GuardedProcess, died, guarded_popen, stop
+from neox_rl.keys import ENV as KEYS
+from neox_rl.keys import Keys, suspicion
+from neox_rl.rollout.vllm_server import ServerSpec, core_ids
+from neox_rl.run.endpoints import free_port
+from neox_rl.run.join_wire import (
+    BEAT,
+    BEAT_S,
+    BEATEN,
+    GONE,
+    JOIN,
+    LEAVE,
+    NAME,
+    OVER,
+    REFUSED,
+    UNKNOWN,
+    WELCOME,
+    JoinClient,
+    Message,
+    message,
+)
+from neox_rl.run.processes import command_of
+
+logger = logging.getLogger("neox_rl.serve")
+MAX_RESTARTS = 3
+STOP_S = 10.0
+
+
+@dataclass
+class Agent:
+    """``run`` does all of it; ``stop_asked`` is set by a signal."""
+
+    client: JoinClient
+    keys: Keys | None
+    options: argparse.Namespace
+    stop_asked: asyncio.Event = field(default_factory=asyncio.Event)
+    token: str = field(default_factory=lambda: secrets.token_hex(8))
+    name: str = ""
+    process: GuardedProcess | None = None
+    restarts: int = 0
+    asked_restarts: int = 0
+    said: str = ""
+
+    async def run(self) -> None:
+        """Returns when the run is over or the server has left. Raises NeoxRLError."""
+        host = self.options.host or _own_address(self.client.address)
+        port = self.options.port or free_port(host)
+        welcome = await self._join(host, port)
+        if welcome is None:
+            return
+        self.name = welcome.fields["name"]
+        logger.info("joins as %s at http://%s:%d", self.name, host, port)
+        with tempfile.TemporaryDirectory(prefix=f"neox-rl-{self.name}-") as home:
+            for file, data in welcome.files.items():
+                (Path(home) / file).write_bytes(data)
+            spec = ServerSpec(
+                name=self.name,
+                model_dir=Path(home),
+                host=host,
+                port=port,
+                cores=self.options.cores,
+                gpus=self.options.gpus,
+                **welcome.fields["server"],
+            )
+            try:
+                self._start(spec, welcome)
+                if await self._serve(spec, welcome, host, port):
+                    await self._leave("asked to", welcome.fields["drain_s"])
+            except ProcessDiedError:
+                await self._leave("its server does not stay up", 0.0)
+                raise
+            finally:
+                await self._end()
+
+    async def _join(self, host: str, port: int) -> Message | None:
+        """None where the user has no patience. Raises ConfigError where the run refuses, DeadlineError naming the address."""
+        end = time.monotonic() + self.options.timeout
+        while time.monotonic() < end:
+            if self.stop_asked.is_set():
+                return None
+            await self.client.send(message(JOIN, token=self.token, name=self.name or self.options.name, host=host, port=port))
+            got = await self.client.receive(BEAT_S, (WELCOME, REFUSED, OVER, BEATEN))
+            if got is not None and got.kind == REFUSED:
+                raise ConfigError(f"the run at {self.client.address} refuses: {got.fields['message']}")
+            if got is not None and got.kind == WELCOME:
+                return got
+        hint = f"is it the join address in endpoints.json of a run that goes on, and reachable from here? {suspicion(self.keys)}"
+        raise DeadlineError(f"a run to answer at {self.client.address}", self.options.timeout, hint)
+
+    def _start(self, spec: ServerSpec, welcome: Message) -> None:
+        env = {name: value for name, value in os.environ.items() if name != KEYS}
+        if self.keys is not None:
+            env[KEYS] = str(self.keys.path.resolve())
+        argv, env = command_of(welcome.fields["generator"], spec, spec.model_dir / "config.yml", env)
+        log = Path(self.options.log_dir) / f"{self.name}.log"
+        self.process = guarded_popen(argv, env, log, core_ids(spec.cores) if spec.cores and not spec.gpus else None)
+        logger.info("server pid %d, log %s", self.process.pid, log)
+
+    async def _serve(self, spec: ServerSpec, welcome: Message, host: str, port: int) -> bool:
+        """Whether the server is to leave; not where the run is over. Raises ProcessDiedError, DeadlineError."""
+        heard = time.monotonic()
+        while not self.stop_asked.is_set():
+            await self._keep_up(spec, welcome)
+            await self.client.send(message(BEAT, token=self.token, name=self.name))
+            next_beat = time.monotonic() + BEAT_S
+            while (left := next_beat - time.monotonic()) > 0 and not self.stop_asked.is_set():
+                got = await self.client.receive(min(left, 0.2), (BEATEN, UNKNOWN, OVER, WELCOME, REFUSED))
+                if got is None:
+                    continue
+                heard = time.monotonic()
+                match got.kind:
+                    case "over":
+                        logger.info("the run is over: %s", got.fields["reason"])
+                        return False
+                    case "unknown":  # another orchestrator than before
+                        await self.client.send(message(JOIN, token=self.token, name=self.name, host=host, port=port))
+                    case "welcome":
+                        self.asked_restarts = 0
+                    case "refused":
+                        raise ConfigError(f"the run at {self.client.address} refuses: {got.fields['message']}")
+                    case "beaten":
+                        self._note(got, spec, welcome)
+            if (waited := time.monotonic() - heard) > self.options.patience:
+                raise DeadlineError(
+                    f"a word from the orchestrator at {self.client.address}", waited, "the run has ended, or cannot be reached"
+                )
+        return True
+
+    def _note(self, got: Message, spec: ServerSpec, welcome: Message) -> None:
+        version = got.fields["version"]
+        said = got.fields["state"] + (f" v{version}" if version >= 0 else "")
+        if said != self.said:
+            self.said = said
+            logger.info("%s is %s", self.name, said)
+        if got.fields["restarts"] > self.asked_restarts:
+            self.asked_restarts = got.fields["restarts"]
+            logger.warning("the run asks for a new start of the server")
+            assert self.process is not None
+            self.process.send_signal(signal.SIGQUIT)  # its guardian kills the group: what it holds cannot be trusted
+
+    async def _keep_up(self, spec: ServerSpec, welcome: Message) -> None:
+        assert self.process is not None
+        if self.process.poll() is None:
+            return
+        self.restarts += 1
+        if self.restarts > MAX_RESTARTS:
+            raise died(f"the server {self.name}, started again {MAX_RESTARTS} times,", self.process)
+        logger.warning("%s", str(died(self.name, self.process)).splitlines()[0])
+        self._start(spec, welcome)
+
+    async def _leave(self, reason: str, drain_s: float) -> None:
+        """Returns when nothing is in flight at the server, or nobody answers."""
+        logger.info("%s leaves: %s", self.name, reason)
+        end = time.monotonic() + drain_s + 5.0
+        heard = time.monotonic()
+        while time.monotonic() < end and time.monotonic() - heard < 5.0:
+            await self.client.send(message(LEAVE, token=self.token, name=self.name, reason=reason))
+            got = await self.client.receive(BEAT_S, (BEATEN, UNKNOWN, GONE, OVER, WELCOME, REFUSED))
+            heard = heard if got is None else time.monotonic()
+            if got is not None and got.kind in (GONE, OVER, UNKNOWN):
+                return
+
+    async def _end(self) -> None:
+        if self.process is not None:
+            await asyncio.to_thread(stop, self.process, STOP_S)
+
+
+def _own_address(join: str) -> str:
+    """The address of this machine under which whoever listens at ``join`` can reach it. Raises ConfigError."""
+    host, _, port = join.removeprefix("tcp://").rpartition(":")
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, int(port)))  # sends nothing: it only chooses the interface
+            return str(probe.getsockname()[0])
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--join {join}: must be tcp://HOST:PORT, the join address of endpoints.json ({error})") from error
+
+
+async def serve(options: argparse.Namespace) -> None:
+    keys = Keys.load(options.keys) if options.keys else Keys.of_environment()
+    with contextlib.closing(JoinClient(options.join, keys)) as client:
+        agent = Agent(client, keys, options)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, agent.stop_asked.set)
+        await agent.run()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m neox_rl.run.serve", description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--join", required=True, metavar="tcp://HOST:PORT", help="join address of the run, from its endpoints.json")
+    parser.add_argument("--keys", type=Path, help="copy of runs/<name>/keys/client.json, where the run has keys")
+    parser.add_argument("--name", default="", help="name in logs and events; empty: the run chooses")
+    parser.add_argument("--host", default="", help="address of this machine for the run; empty: the one that reaches it")
+    parser.add_argument("--port", type=int, default=0, help="port of the server; 0: a free one")
+    parser.add_argument("--gpus", default="", help="ids of its GPUs, as in 0,1")
+    parser.add_argument("--cores", default="", help="CPU cores of its TP ranks, as in 0-3 or 0|1")
+    parser.add_argument("--log-dir", default=".", help="where the server's log goes")
+    parser.add_argument("--timeout", type=float, default=20.0, help="seconds for the run to answer")
+    parser.add_argument("--patience", type=float, default=60.0, help="seconds without a word after which the run has ended")
+    options = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        if options.name and not NAME.fullmatch(options.name):
+            raise ConfigError(f"--name {options.name!r}: must be 1-64 of A-Z a-z 0-9 . _ - and start with a letter or digit")
+        asyncio.run(serve(options))
+    except NeoxRLError as error:
+        logger.error("%s", error)
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
