@@ -245,6 +245,7 @@ async def serve(config: RunConfig, paths: RunPaths) -> None:
         loop.add_signal_handler(signal.SIGINT, orchestrator.stop)
         loop.add_signal_handler(signal.SIGTERM, serving.cancel)
         reason = await orchestrator.run(server)
+        await parts.joins.over(reason)
         logger.info("the trainer is done: %s", reason)
 
 
