@@ -51,6 +51,7 @@ _SEGMENT = {
     "episode": ("int64", 0, _INT32_MAX),
 }
 _TOKEN = {"ids": ("int32", 0, _INT32_MAX), "logprobs": ("float64", None, None)}
+_HEADER = {"meta", "problem_ids", "trace_ids", "trace_problem_ids", "extracted"}
 _ARRAYS: dict[str, tuple[str, int | None, int | None]] = {**_GROUP, **_TRACE, **_SEGMENT, **_TOKEN}
 
 _T = TypeVar("_T")
@@ -107,8 +108,8 @@ def decode_groups(frames: Sequence[Frame], kind: str = KIND) -> tuple[tuple[Grou
     header, arrays = unpack(frames, kind)
     _check_arrays(kind, arrays)
     meta = header.get("meta")
-    if not isinstance(meta, dict):
-        raise WireError(f"{kind}: the header has no meta")
+    if not isinstance(meta, dict) or header.keys() != _HEADER:
+        raise WireError(f"{kind}: header fields {str(sorted(header))[:200]} are not {sorted(_HEADER)}")
     segments = _segments(kind, arrays)
     traces = _traces(kind, header, arrays, segments)
     per_group = _split(kind, "num_traces", arrays["num_traces"], traces)
@@ -132,6 +133,8 @@ def encode_group(group: Group) -> bytes:
 def decode_group(data: Frame) -> Group:
     """The group of ``encode_group``. Raises WireError for anything else."""
     view = memoryview(data)
+    if view.ndim != 1 or view.format != "B" or view.nbytes < 4:
+        raise WireError(f"a group of {view.nbytes} bytes in {view.ndim} dimensions is none")
     count = int.from_bytes(view[:4], "little")
     if not 1 <= count <= _MAX_FRAMES or len(view) < 4 + 4 * count:
         raise WireError(f"a group of {len(view)} bytes says that it has {count} frames")

@@ -68,6 +68,8 @@ def unpack(frames: Sequence[Frame], kind: str, self_digested: bool = False) -> t
     if header.get("kind") != kind:
         raise WireError(f"message of kind {str(header.get('kind'))[:64]!r} where {kind!r} was expected")
     meta, rows = header.get("meta"), header.get("arrays")
+    if header.keys() != {"kind", "meta", "arrays"}:
+        raise WireError(f"{kind}: header fields {str(sorted(header))[:200]} are not arrays, kind, meta")
     if not isinstance(meta, dict) or not isinstance(rows, list) or len(rows) != len(frames) - 1:
         raise WireError(f"{kind}: {len(frames) - 1} array frames do not match the header")
     arrays: dict[str, Array] = {}

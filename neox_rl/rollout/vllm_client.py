@@ -219,7 +219,7 @@ def parse_response(raw: bytes, n: int, server: str) -> tuple[Completion, ...]:
         choices = sorted(_DECODER.decode(raw).choices, key=lambda choice: choice.index)
     except msgspec.ValidationError as error:
         raise WireError(f"{server}: answer not as expected: {error}") from error
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise WireError(f"{server}: answer of {len(raw)} bytes is not JSON: {error}") from error
     if [choice.index for choice in choices] != list(range(n)):
         raise WireError(f"{server}: {len(choices)} choices where {n} were asked for")
@@ -231,6 +231,8 @@ def _completion(choice: _Choice, server: str) -> Completion:
     logprobs = tuple([token.logprob for token in choice.logprobs.content])
     if len(logprobs) != len(ids) or any(token.token_id != id_ for token, id_ in zip(choice.logprobs.content, ids, strict=False)):
         raise WireError(f"{server}: {len(logprobs)} log-probs that do not belong to the {len(ids)} tokens")
+    if ids and not 0 <= min(ids) <= max(ids) < 1 << 31:
+        raise WireError(f"{server}: tokens {min(ids)}..{max(ids)}, which no vocabulary has")
     if not all(map(math.isfinite, logprobs)) or _NAN_LOGPROB in logprobs:
         raise WireError(f"{server}: a sampled token with a log-prob that is not finite: the weights or the engine are broken")
     spans = tuple(VersionSpan(parse_version(span.version, server), span.start, span.end) for span in choice.weight_versions or ())

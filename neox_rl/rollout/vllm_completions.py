@@ -65,7 +65,7 @@ class CompletionsGenerator:
             raw = await self._call("GET", "/v1/models", None, "its models")
             cards = msgspec.json.decode(raw, type=_Models).data
             self.model, self.max_model_len = cards[0].id, cards[0].max_model_len
-        except (msgspec.DecodeError, IndexError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, IndexError) as error:
             await self._session.close()
             raise WireError(f"{self.address}/v1/models names no model with a max_model_len ({error}): is this a vLLM server?") from error
         except BaseException:
@@ -94,7 +94,7 @@ class CompletionsGenerator:
         raw = await self._call("POST", ROUTE, body, f"rollout {rollout_id}")
         try:
             choices = sorted(_RESPONSE.decode(raw).choices, key=lambda choice: choice.index)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise WireError(f"{self.address}: answer not as expected: {error}") from error
         if len(choices) != n:
             raise WireError(f"{self.address}: {len(choices)} choices where {n} were asked for")

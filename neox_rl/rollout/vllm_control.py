@@ -7,6 +7,7 @@ Requests in flight stay: their KV is computed again under the new weights, and t
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 from typing import Any, Self
@@ -16,6 +17,7 @@ import aiohttp
 from neox_rl.errors import DeadlineError, WeightError
 from neox_rl.types import NO_VERSION
 
+_VERSION = re.compile(r"[0-9]{1,15}")
 UNLABELED = "default"
 """vLLM's label for weights that nobody published: dummy ones, here."""
 
@@ -112,6 +114,6 @@ def parse_version(label: object, server: str) -> int:
     """vLLM's weight label as a policy version; NO_VERSION for dummy weights. Raises WeightError for a label this project did not set."""
     if label == UNLABELED:
         return NO_VERSION
-    if isinstance(label, str) and label.isdecimal():
+    if isinstance(label, str) and _VERSION.fullmatch(label):
         return int(label)
     raise WeightError(f"{server} serves weights labeled {str(label)[:40]!r}, not a policy version: somebody else updates this server")
