@@ -7,8 +7,10 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from neox_rl.config.run import RunConfig
 from neox_rl.config.schema import ProblemsConfig
 from neox_rl.errors import ConfigError
+from neox_rl.ports import Tokenizer
 from neox_rl.problems.countdown import countdown
 from neox_rl.problems.files import from_files
 from neox_rl.problems.game24 import game24
@@ -32,6 +34,22 @@ def load_problems(cfg: ProblemsConfig, seed: int) -> ProblemSet:
         chosen = sorted(random.Random(f"limit/{seed}").sample(range(len(problems.train)), cfg.limit))
         problems = replace(problems, train=tuple(problems.train[i] for i in chosen))
     return problems
+
+
+def problems_of_run(config: RunConfig, tokenizer: Tokenizer) -> ProblemSet:
+    """The problems of a run, without those of a file whose prompt leaves no room for an attempt in ``seq_length``. Raises ConfigError."""
+    problems = load_problems(config.metarl.problems, config.metarl.seed)
+    if config.metarl.problems.source != "jsonl":
+        return problems
+    room = config.neox.seq_length - config.metarl.rollout.max_new_tokens
+    train, heldout = (tuple(p for p in part if len(tokenizer.encode(p.prompt)) <= room) for part in (problems.train, problems.heldout))
+    too_long = len(problems.train) + len(problems.heldout) - len(train) - len(heldout)
+    if not train or (problems.heldout and not heldout):
+        raise ConfigError(
+            f"{config.metarl.problems.path}: {too_long} prompts have more than seq_length - max_new_tokens = {room} tokens, and no problem"
+            " is left to train on, or none to evaluate on; raise seq_length, or lower metarl.rollout.max_new_tokens"
+        )
+    return replace(problems, train=train, heldout=heldout, counts=problems.counts | {"prompts_too_long": too_long})
 
 
 class ProblemCursor:
