@@ -31,6 +31,7 @@ from neox_rl.types import Problem, Reason, Verdict
 from neox_rl.verify.extract import tail
 from neox_rl.verify.finding import Finding
 from neox_rl.verify.policy import DEFAULT_POLICY, MathPolicy
+from neox_rl.verify.quick import quick_finding
 
 START_S = 120.0
 KILL_S = 5.0
@@ -182,19 +183,38 @@ class VerifierPool:
 
     async def check(self, problem: Problem, text: str) -> Verdict:
         """The verdict on ``text`` (the completion, prompt excluded) against ``problem.answer``."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, self.check_sync, problem, text)
+        gold, text = tail(problem.answer), tail(text)
+        if verdict := self._quick(gold, text):
+            return verdict
+        return await asyncio.get_running_loop().run_in_executor(self._executor, self._ask, {"gold": gold, "text": text})
 
     def check_sync(self, problem: Problem, text: str) -> Verdict:
         """``check`` for callers without an event loop, from any thread."""
-        return self._ask({"gold": tail(problem.answer), "text": tail(text)})
+        gold, text = tail(problem.answer), tail(text)
+        return self._quick(gold, text) or self._ask({"gold": gold, "text": text})
 
     def check_gold(self, problem: Problem) -> Verdict:
         """Correct when the problem's own answer can be read; a problem whose answer cannot must not be trained on."""
         return self._ask({"gold": tail(problem.answer)})
 
-    def _ask(self, request: dict[str, Any]) -> Verdict:
+    def _quick(self, gold: str, text: str) -> Verdict | None:
+        """The verdict on plain numbers, which need no worker; None for all else."""
+        started = time.monotonic()
+        self._require_open()
+        finding = quick_finding(gold, text)
+        return self._counted(finding, started) if finding else None
+
+    def _counted(self, finding: Finding, started: float) -> Verdict:
+        with self._lock:
+            self.counts[finding.reason] += 1
+        return finding.verdict((time.monotonic() - started) * 1e3)
+
+    def _require_open(self) -> None:
         if not self._finalizer.alive:
             raise RuntimeError("the verifier pool is closed")
+
+    def _ask(self, request: dict[str, Any]) -> Verdict:
+        self._require_open()
         try:
             slot = self._idle.get(timeout=IDLE_WAIT_S)
         except queue.Empty:
@@ -204,9 +224,7 @@ class VerifierPool:
             finding = slot.ask(request, self.deadline_s)
         finally:
             self._idle.put(slot)
-        with self._lock:
-            self.counts[finding.reason] += 1
-        return finding.verdict((time.monotonic() - started) * 1e3)
+        return self._counted(finding, started)
 
     def close(self) -> None:
         """Ends all worker processes. Safe to call twice."""

@@ -16,7 +16,7 @@ _NUMBER = r"-?(?:0|[1-9][0-9]{0,17})(?:\.[0-9]{1,12})?"
 _ALONE = re.compile(rf"\s*({_NUMBER})\s*")
 _BOXED = re.compile(rf"\\boxed\{{ ?({_NUMBER}) ?\}}")
 _HASHES = re.compile(rf"####[ \t]*({_NUMBER})\s*")
-_LATER_MARKER = re.compile(r"####|<answer>|final\s+answer|boxed|\\fbox", re.IGNORECASE)
+_CLOSERS = re.compile(r"[\s.$*\])!]*")
 
 
 def quick_finding(gold: str, text: str) -> Finding | None:
@@ -40,7 +40,7 @@ def _said(text: str) -> str | None:
     if start >= 0:
         box = _BOXED.match(text, start)
         single = text.find("boxed") == start + 1 and "\\fbox" not in text
-        return box[1] if box and single and not _LATER_MARKER.search(text, box.end()) else None
+        return box[1] if box and single and _CLOSERS.fullmatch(text, box.end()) else None
     start = text.rfind("####")
     hashes = _HASHES.fullmatch(text, start) if start >= 0 and text.find("####") == start else None
     return hashes[1] if hashes and "boxed" not in text and "\\fbox" not in text else None
