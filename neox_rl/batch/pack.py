@@ -217,4 +217,5 @@ def _stats(
         length_max=int(lengths.max()),
         truncated_frac=float(np.mean([s.trace.finish is Finish.LENGTH for s in sequences])),
         packing_efficiency=num_tokens / slots,
+        reasons=Counter(s.trace.verdict.reason.value for s in sequences),
     )

@@ -95,6 +95,8 @@ class BatchStats:
     """Share of sequences that ended for their token budget."""
     packing_efficiency: float
     """num_tokens over all slots of all micro-batches, in (0, 1]."""
+    reasons: Mapping[str, int]
+    """What the verifier found: {reason: sequences}."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,7 @@ def _rollout_metrics(stats: BatchStats) -> dict[str, Json]:
         "staleness_max": max(trained, default=0),
         "staleness_hist": {str(age): count for age, count in stats.staleness.items()},
         "zero_variance_groups": stats.zero_variance_groups,
+        "verdicts": dict(sorted(stats.reasons.items())),
     }
 
 

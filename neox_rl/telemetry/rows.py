@@ -27,6 +27,8 @@ class MetricsRow(TypedDict, total=False):
     reward_std: float
     accuracy: float
     """Share of the step's rollouts with a correct verdict."""
+    verdicts: dict[str, int]
+    """The step's rollouts by what the verifier found: match, mismatch, no_answer, timeout, error."""
     entropy: float
     """Nats a token."""
     length_mean: float

@@ -19,7 +19,10 @@ SUMS = {"tokens": 10.0, "ratio/tokens": 10.0, "ratio_square/tokens": 10.0, "trun
 
 def stats(staleness: Mapping[int, int], trained: Mapping[int, int]) -> BatchStats:
     total, kept = sum(staleness.values()), sum(trained.values())
-    return BatchStats(2, 4, 60, total, total - kept, total - kept, kept, staleness, trained, 0.5, 0.5, 0.5, 1, 12.0, 20, 0.25, 0.9)
+    verdicts = {"mismatch": 1, "match": 3}
+    return BatchStats(
+        2, 4, 60, total, total - kept, total - kept, kept, staleness, trained, 0.5, 0.5, 0.5, 1, 12.0, 20, 0.25, 0.9, verdicts
+    )
 
 
 def row(phase: Phase = Phase.RL, staleness: Mapping[int, int] | None = None, trained: Mapping[int, int] | None = None) -> dict[str, Any]:
@@ -42,6 +45,7 @@ def test_old_tokens_that_are_kept_with_a_truncated_ratio_do_count() -> None:
 def test_the_share_of_truncated_ratios_is_not_taken_for_that_of_truncated_rollouts() -> None:
     found = row()
     assert found["truncated_frac"] == 0.25, "rollouts that ran into their budget"
+    assert found["verdicts"] == {"match": 3, "mismatch": 1}
     assert found["ratio_truncated_frac"] == 0.5 and found["ratio_mean"] == 1.0 and found["ess"] == 1.0
 
 
