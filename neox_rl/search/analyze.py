@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from neox_rl.arithmetic import legal_moves, solvable
-from neox_rl.metacot import GOAL
+from neox_rl.metacot import EOS, GOAL, PAD, SOLUTION
 from neox_rl.search.dfs import expected_nodes, rules
 from neox_rl.search.replay import STEP_FLAWS, Flaw, Kind, Played, replay
 from neox_rl.types import Problem
@@ -20,8 +20,9 @@ class SearchAnalysis:
 
     ``reached_goal``: a true goal at the end of a path without a wrong step. ``nodes_to_goal``: steps up to the first
     of them, None without one. ``expected_nodes``: their mean for a depth-first search of this problem in random
-    order. ``first_on_path``: the first root step is right and leads to a state that still holds a solution;
-    ``first_on_path_chance``: the probability of that for a step drawn evenly from the legal ones.
+    order. ``num_search_words``: words of the search, the solution left out. ``first_on_path``: the first root step is
+    right and leads to a state that still holds a solution; ``first_on_path_chance``: the probability of that for a
+    step drawn evenly from the legal ones.
     """
 
     num_nodes: int
@@ -36,6 +37,8 @@ class SearchAnalysis:
     num_early_backtracks: int
     num_junk_words: int
     num_tokens: int
+    num_words: int
+    num_search_words: int
     has_answer: bool
     reached_goal: bool
     nodes_to_goal: int | None
@@ -55,6 +58,7 @@ def analyze(problem: Problem, text: str, num_tokens: int | None = None) -> Searc
     nodes = [p for p in played if p.kind in (Kind.STEP, Kind.LEAF)]
     leaves = [p for p in nodes if p.kind is Kind.LEAF]
     goal = _first_goal(played)
+    words = [word for word in text.split() if word not in (EOS, PAD)]
     hopeful = [move.after for move in legal_moves(root, max_value) if solvable(move.after, target, max_value)]
     return SearchAnalysis(
         num_nodes=len(nodes),
@@ -69,6 +73,8 @@ def analyze(problem: Problem, text: str, num_tokens: int | None = None) -> Searc
         num_early_backtracks=_early_backtracks(played, max_value),
         num_junk_words=sum(len(p.text.split()) for p in played if p.kind is Kind.JUNK),
         num_tokens=len(text.split()) if num_tokens is None else num_tokens,
+        num_words=len(words),
+        num_search_words=words.index(SOLUTION) if SOLUTION in words else len(words),
         has_answer=any(p.kind is Kind.ANSWER and p.text for p in played),
         reached_goal=goal is not None,
         nodes_to_goal=None if goal is None else sum(p.kind in (Kind.STEP, Kind.LEAF) for p in played[:goal]),
@@ -98,6 +104,7 @@ def summarize(analyses: Sequence[SearchAnalysis]) -> dict[str, float]:
         "early_backtracks_per_output": _ratio(total["num_early_backtracks"], outputs),
         "misplaced_per_output": _ratio(total["num_misplaced"], outputs),
         "junk_words_per_output": _ratio(total["num_junk_words"], outputs),
+        "search_words_frac": _ratio(total["num_search_words"], total["num_words"]),
         "answer_frac": _ratio(sum(a.has_answer for a in analyses), outputs),
         "reached_goal_frac": _ratio(len(reached), outputs),
         "first_on_path_frac": _ratio(sum(a.first_on_path for a in analyses), outputs),

@@ -149,7 +149,7 @@ class ArithmeticDomain:
         return Stepped(operation.text, after)
 
     def _other_words(self, state: Numbers, operation: Operation) -> Numbers | None:
-        """The state after a true operation that ``moves`` has in other words (3 + 5 for 5 + 3, 4 * 1 for 4 / 1); None when it is illegal."""
+        """The state after a true operation that ``moves`` has in other words (3 + 5 for 5 + 3, 4 * 1 for 4 / 1), None when illegal."""
         rest = list(state)
         for operand in (operation.left, operation.right):
             if operand not in rest:

@@ -13,7 +13,7 @@ from typing import TypeAlias, cast
 
 from neox_rl.arithmetic import Move, State, legal_moves, solutions, solvable, state_of
 from neox_rl.metacot import Step, step_text
-from neox_rl.types import Node, Problem, Reason, Tree, Verdict
+from neox_rl.types import NO_NODE, End, Node, Problem, Reason, Tree, Verdict
 
 Order: TypeAlias = Callable[[Sequence[Move], int, random.Random], Sequence[Move]]
 """(moves, target, rng) -> the moves in the order they are tried."""
@@ -92,7 +92,7 @@ def dfs(problem: Problem, rng: random.Random, strategy: Strategy = EXHAUSTIVE, m
             stack.append((nodes[-1].id, moves_from(move.after)))
         elif move.step.result == target:
             break
-    return Tree(problem.id, tuple(nodes))
+    return new_tree(problem.id, tuple(nodes))
 
 
 def solution_path(problem: Problem, rng: random.Random) -> Tree:
@@ -105,7 +105,7 @@ def solution_path(problem: Problem, rng: random.Random) -> Tree:
     steps = rng.choice(found)
     for i, step in enumerate(steps):
         nodes.append(step_node(i + 1, i, step, target if i == len(steps) - 1 else None))
-    return Tree(problem.id, tuple(nodes))
+    return new_tree(problem.id, tuple(nodes))
 
 
 def new_node(id: int, parent: int, text: str, verdict: Verdict | None = None) -> Node:
@@ -114,14 +114,19 @@ def new_node(id: int, parent: int, text: str, verdict: Verdict | None = None) ->
 
 def step_node(id: int, parent: int, step: Step, target: int | None) -> Node:
     """The node of a step; a leaf, compared with ``target`` unless that is None."""
-    verdict = None if target is None else leaf_verdict(step.result, target)
+    verdict = None if target is None else leaf_verdict(str(step.result), step.result == target)
     return new_node(id, parent, _text(step), verdict)
 
 
 @lru_cache(1 << 14)
-def leaf_verdict(result: int, target: int) -> Verdict:
-    correct = result == target
-    return Verdict(correct, str(result), Reason.MATCH if correct else Reason.MISMATCH, 0.0)
+def leaf_verdict(result: str, correct: bool) -> Verdict:
+    return Verdict(correct, result, Reason.MATCH if correct else Reason.MISMATCH, 0.0)
+
+
+def new_tree(problem_id: str, nodes: tuple[Node, ...]) -> Tree:
+    """A tree as its nodes tell it: solved by the first right end among them, else without an answer."""
+    goal = next((n.id for n in nodes if n.verdict is not None and n.verdict.correct), NO_NODE)
+    return Tree(problem_id, nodes, End.EXHAUSTED if goal == NO_NODE else End.SOLVED, goal)
 
 
 @lru_cache(1 << 16)

@@ -86,7 +86,7 @@ class Search:
                 raise answer
 
     async def _propose(self, growth: Growth, proposer: Proposer, ask: Ask, cap: int) -> Sequence[Proposal]:
-        position = growth.position(ask.node, "propose")
+        position = growth.position(ask.node, f"propose/{ask.draw}")
         return await self._persist(growth, lambda: proposer.propose(position, ask.n, cap))
 
     async def _persist(self, growth: Growth, attempt: Callable[[], Awaitable[T]]) -> T:
@@ -110,15 +110,13 @@ def affordable(waiting: deque[Ask], growth: Growth, step_tokens: int) -> list[tu
     taken: list[tuple[Ask, int]] = []
     nodes, tokens = growth.nodes_left, growth.tokens_left
     while waiting and nodes > 0:
-        node, n = waiting[0]
-        n, cap = min(n, nodes), step_tokens or UNBOUNDED
+        n, cap = min(waiting[0].n, nodes), step_tokens or UNBOUNDED
         if tokens is not None and n * step_tokens > tokens:
             if taken:
                 break
             cap = min(step_tokens, tokens)
             n = min(n, tokens // cap)
-        waiting.popleft()
-        taken.append((Ask(node, n), cap))
+        taken.append((waiting.popleft()._replace(n=n), cap))
         nodes -= n
         tokens = None if tokens is None else tokens - n * step_tokens
     return taken

@@ -11,10 +11,11 @@ from neox_rl.search.growth import Distinct, Growth, Leaf
 
 
 class Ask(NamedTuple):
-    """Expand ``node`` with ``n`` proposed steps."""
+    """Expand ``node`` with ``n`` proposed steps. ``draw`` tells asks for the same node apart: each has random numbers of its own."""
 
     node: int
     n: int
+    draw: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class Strategy(Protocol):
     distinct: ClassVar[Distinct]
 
     def pick(self, tree: Growth) -> Sequence[Ask]:
-        """The nodes of the next round, each at most once ever; none when nothing is left to try."""
+        """The nodes of the next round, each ask once ever; none when nothing is left to try."""
         ...
 
     def add(self, tree: Growth, node: int, children: Sequence[int]) -> None:

@@ -125,16 +125,16 @@ def test_solution_paths_are_drawn_evenly() -> None:
     assert all(len(tree.nodes) == 3 for tree in drawn)
 
 
-def test_trees_in_another_order_than_depth_first_are_refused() -> None:
+def test_trees_that_no_text_can_hold_and_texts_of_no_tree_are_refused() -> None:
     task = problem([3, 5, 7], 26)
     steps = ["", *map(step_text, (Step(5, "+", 3, 8), Step(5, "-", 3, 2), Step(8, "+", 7, 15)))]
-    tree = Tree(task.id, tuple(Node(i, parent, steps[i], i) for i, parent in enumerate((-1, 0, 0, 1))))
-    with pytest.raises(ValueError, match="not depth-first"):
-        linearize(tree, task)
-    with pytest.raises(ValueError, match="order of expansion"):
+    with pytest.raises(ValueError, match="in their order"):
         linearize(Tree(task.id, (Node(0, -1, "", 0), Node(1, 0, steps[1], 7))), task)
-    with pytest.raises(ValueError, match="not of a linearized tree"):
-        tree_of(task, "hello")
+    with pytest.raises(ValueError, match="merge them"):
+        linearize(Tree(task.id, (Node(0, -1, "", 0), Node(1, 0, steps[1], 1), Node(2, 0, steps[1], 2))), task)
+    for text in ("hello", "back", f"{steps[1]} back back", f"{steps[1]} {metacot.LOW}", f"{steps[1]} {steps[3]} {metacot.GOAL}", "5 +3"):
+        with pytest.raises(ValueError, match="linearized tree"):
+            tree_of(task, text)
 
 
 @given(problems(), st.integers(0, 1000), st.sampled_from([0.0, 0.25, 1.0]))

@@ -114,6 +114,7 @@ def test_summary_gives_rates_over_all_outputs() -> None:
     assert summary["wrong_nodes_per_output"] == pytest.approx(1 / 3) and summary["wrong_nodes_frac"] == pytest.approx(1 / 4)
     assert summary["false_goals_per_output"] == summary["first_on_path_frac"] == summary["reached_goal_frac"] == pytest.approx(1 / 3)
     assert summary["answer_frac"] == pytest.approx(2 / 3) and summary["mean_nodes_to_goal"] == 2
+    assert summary["search_words_frac"] == pytest.approx((7 + 7) / (15 + 9)), "the solution is not search"
     assert summary["search_effort"] == pytest.approx(2 / look(GOOD).expected_nodes)
     assert summarize([]) == {"outputs": 0.0}, "a rate with nothing to count over is left out"
     assert "search_effort" not in summarize([look(wrong)])

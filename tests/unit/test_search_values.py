@@ -1,0 +1,344 @@
+"""Values: what each says of a node, what it costs, and what it does when a model behind it fails."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from neox_rl.errors import ConfigError, DeadlineError, NeoxRLError, WireError
+from neox_rl.rollout.vllm_client import ServerFailedError
+from neox_rl.rollout.vllm_completions import CompletionsGenerator
+from neox_rl.search.analyze_lines import analyze_lines, equations_of
+from neox_rl.search.arithmetic_domain import ArithmeticDomain
+from neox_rl.search.domain import BACK_LINE, SOLUTION_LINE, WRONG_LINE, Rejection
+from neox_rl.search.growth import Budget
+from neox_rl.search.proposers import ExhaustiveProposer, PolicyProposer, Position, step_ends
+from neox_rl.search.scorers import Discouraged, JudgeValue, PrmValue, ScorerFailedError, ServedScorer
+from neox_rl.search.search import Search
+from neox_rl.search.strategy import Options
+from neox_rl.search.text_domain import TextDomain, TextState
+from neox_rl.search.values import HeuristicValue, MonteCarloValue, NoValue, OracleValue, PolicyPlayouts, Scores, StepPlayouts, Value
+from neox_rl.types import Completion, End, Finish, Problem, Reason, SamplingParams, Tree, Verdict
+from neox_rl.verify.verifier import ArithmeticVerifier
+from tests.unit.search_worlds import GRAPH_PROBLEM, TOKENIZER, Graph, RandomPlayer, countdown, policy
+
+TASK = countdown([3, 5, 7], 26)
+DOMAIN = ArithmeticDomain(TASK)
+
+
+def position(*texts: str, problem: Problem = TASK, earlier: Sequence[tuple[str, ...]] = (), seed: int = 1) -> Position:
+    domain = ArithmeticDomain(problem)
+    state = domain.root
+    for text in texts:
+        stepped = domain.step(state, text, False)
+        assert not isinstance(stepped, Rejection)
+        state = stepped.state
+    return Position(problem, domain, state, texts, tuple(i for t in texts for i in TOKENIZER.encode(t)), seed, earlier)
+
+
+def score(value: Value, *positions: Position, max_tokens: int | None = None) -> Scores:
+    return asyncio.run(value.score(positions, max_tokens))
+
+
+GOOD, BAD, ROOT = position("7 *3 =21"), position("7 +5 =12"), position()
+
+
+def test_the_oracle_knows_where_a_solution_is_left() -> None:
+    assert score(OracleValue(), ROOT, GOOD, BAD) == Scores([1.0, 1.0, 0.0])
+    assert all(0 < v < 1 for v in score(HeuristicValue(), ROOT, GOOD, BAD).values)
+    assert score(NoValue(), GOOD, BAD).values == [0.5, 0.5]
+
+
+def test_monte_carlo_is_the_mean_of_random_play_and_pays_for_it() -> None:
+    """From 21, 5 one of two steps is right: 21 + 5."""
+    value = MonteCarloValue(StepPlayouts(ExhaustiveProposer()), k=400)
+    scores = score(value, GOOD, BAD)
+    assert abs(scores.values[0] - 1 / len(DOMAIN.legal(GOOD.state))) < 4 * math.sqrt(1 / 4 / 400)
+    assert scores.values[1] == 0.0 and scores.num_tokens == 2 * 400 * 3
+    assert score(value, GOOD) == score(value, GOOD), "by seed"
+    assert score(value, GOOD, max_tokens=399) == Scores([0.0]), "what it cannot pay it does not ask"
+
+
+class Writes:
+    """A generator that always writes the same text."""
+
+    def __init__(self, text: str, finish: Finish = Finish.STOP) -> None:
+        self.ids, self.finish, self.prompts = TOKENIZER.encode(text), finish, list[str]()
+
+    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> tuple[Completion, ...]:
+        self.prompts.append(TOKENIZER.decode(prompt_ids))
+        ids = self.ids[: params.max_tokens]
+        return (Completion(ids, (-1.0,) * len(ids), (), self.finish),) * n
+
+
+def test_monte_carlo_with_a_policy_completes_in_one_request_and_asks_the_verifier() -> None:
+    right = "21 +5 =26 goal solution ( 7 * 3 ) + 5"
+    for finish, expected in ((Finish.STOP, 1.0), (Finish.LENGTH, 0.0)):
+        generator = Writes(right, finish)
+        proposer = PolicyProposer(generator, TOKENIZER, step_ends(TOKENIZER))
+        scores = score(MonteCarloValue(PolicyPlayouts(proposer, ArithmeticVerifier()), k=4, max_tokens=40), GOOD)
+        assert scores == Scores([expected], 4 * len(right.split()))
+        assert generator.prompts == [f"{TASK.prompt} 7 *3 =21"]
+
+
+def test_a_process_reward_model_sees_the_path_and_the_meta_critic_earlier_attempts_too() -> None:
+    seen: list[str] = []
+
+    class Scorer:
+        async def score(self, texts: Sequence[str]) -> Sequence[float]:
+            seen.extend(texts)
+            return [0.25] * len(texts)
+
+    tried = position("7 *3 =21", earlier=[("7 +5 =12", "12 +3 =15")])
+    assert score(PrmValue(Scorer()), tried).values == [0.25]
+    assert score(PrmValue(Scorer(), sees_earlier=True), tried).values == [0.25]
+    assert seen[0] == f"{TASK.prompt}\n7 *3 =21\n"
+    assert seen[1] == f"{TASK.prompt}\nEarlier attempt:\n7 +5 =12\n12 +3 =15\n\n7 *3 =21\n"
+
+
+class Says:
+    """A tokenizer and a generator of votes: what each says is its own index."""
+
+    eos_id, vocab_size = 0, 10
+
+    def __init__(self, *votes: str) -> None:
+        self.votes = votes
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        self.asked = text
+        return (1, 2, 3)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.votes[ids[0]]
+
+    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> tuple[Completion, ...]:
+        return tuple(Completion((i,), (-1.0,), (), Finish.STOP) for i in range(n))
+
+
+def test_the_judge_is_the_mean_of_the_votes_that_can_be_read() -> None:
+    for votes, expected in ((("Sure.", "likely", "impossible"), 0.5), (("sure", "what?", "sure"), 1.0), (("?", "!", ""), 0.0)):
+        judge = Says(*votes)
+        assert score(JudgeValue(judge, judge, votes=3), GOOD) == Scores([expected], 3)
+        assert "7 *3 =21" in judge.asked
+    assert score(JudgeValue(judge, judge, votes=3), GOOD, max_tokens=2) == Scores([0.0])
+
+
+def test_a_step_that_earlier_attempts_took_is_discouraged() -> None:
+    tried = [("7 *3 =21", "21 -5 =16"), ("7 +5 =12", "12 +3 =15"), ("7 *3 =21", "21 *5 =105")]
+    value = Discouraged(NoValue(), decay=0.5)
+    assert score(value, position("7 *3 =21", earlier=tried), position("7 -3 =4", earlier=tried), position(earlier=tried)).values == [
+        0.125,
+        0.5,
+        0.5,
+    ]
+
+
+def test_values_that_a_domain_has_not_are_refused_by_name() -> None:
+    domain = TextDomain(Problem("p", "math", "", "", ""), ArithmeticVerifier())
+    here = Position(domain.problem, domain, domain.root, (), (), 0)
+    for value, fix in (
+        (OracleValue(), "monte-carlo"),
+        (HeuristicValue(), "monte-carlo"),
+        (MonteCarloValue(StepPlayouts(ExhaustiveProposer())), "--server"),
+    ):
+        with pytest.raises(ConfigError, match=fix):
+            score(value, here)
+
+
+def test_a_text_ends_where_the_policy_ends_and_never_repeats_a_line() -> None:
+    domain = TextDomain(Problem("p", "math", "", "", ""), ArithmeticVerifier())
+    start = TextState(("One.",), False)
+    assert domain.step(start, "Two.\n", False) == ("Two.\n", TextState(("One.", "Two."), False))
+    assert domain.is_end(TextState(("One.",), True)) and not domain.is_end(start)
+    assert domain.step(start, "", True) == ("", TextState(("One.", ""), True)), "nothing more to say is an end"
+    for text, ended, expected in (
+        ("One. \n", False, Rejection.CYCLE),
+        ("\n", False, Rejection.EMPTY),
+        ("", True, None),
+        (f" {SOLUTION_LINE}\n", False, Rejection.ILLEGAL),
+        ("x" * 20_001, False, Rejection.TOO_LONG),
+    ):
+        assert expected is None or domain.step(start, text, ended) is expected
+    assert domain.step(domain.root, "", True) is Rejection.EMPTY
+
+
+class LineModel:
+    """Bytes as tokens; writes one of two lines by seed, and ends after the second."""
+
+    eos_id, vocab_size = 0, 256
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        return tuple(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(i for i in ids if i).decode(errors="replace")
+
+    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> tuple[Completion, ...]:
+        depth = self.decode(prompt_ids).count("\n") - 1
+        texts = [f"line {depth} of {(params.seed or 0) + i}\n" if depth < 2 else f"answer {i}" for i in range(n)]
+        ids = [(*self.encode(text), *(() if text.endswith("\n") else (0,)))[: params.max_tokens] for text in texts]
+        return tuple(Completion(i, (-0.5,) * len(i), (), Finish.STOP) for i in ids)
+
+
+def text_search(right: str, scorer: Callable[[str], float], strategy: str = "bfs") -> Tree:
+    class Verifies:
+        async def check(self, problem: Problem, text: str) -> Verdict:
+            return Verdict(text.endswith(right), text.rsplit("\n", 1)[-1], Reason.MATCH, 1.0)
+
+    class Scores_:
+        async def score(self, texts: Sequence[str]) -> Sequence[float]:
+            return [scorer(text) for text in texts]
+
+    model = LineModel()
+    assert step_ends(model) == (10,)
+    proposer = PolicyProposer(model, model, (10,), 60)
+    made = Search(strategy, lambda problem: TextDomain(problem, Verifies()), Options(2))
+    return asyncio.run(made.run(Problem("p", "math", "question\n", "", ""), proposer, PrmValue(Scores_()), Budget(20)))
+
+
+def test_a_search_over_lines_ends_with_the_text_of_the_highest_value() -> None:
+    tree = text_search("answer 1", lambda text: 0.9 if "answer 0" in text else 0.4)
+    assert tree.end is End.EXHAUSTED and len(tree.nodes) - 1 == 2 + 4 + 8
+    assert [node.text.split()[0] for node in tree.path(tree.answer)] == ["line", "line", "answer"]
+    answer = tree.nodes[tree.answer].verdict
+    assert answer is not None and answer.extracted == "answer 0" and not answer.correct, "a right one was there, and nobody told"
+    assert any(n.verdict is not None and n.verdict.correct for n in tree.nodes)
+
+
+@asynccontextmanager
+async def server(**routes: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> AsyncIterator[str]:
+    app = web.Application()
+    for route, handler in routes.items():
+        app.router.add_route("*", "/" + route.replace("_", "/"), handler)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+def answers(body: Any, status: int = 200, wait_s: float = 0.0) -> Callable[[web.Request], Awaitable[web.Response]]:
+    async def handler(request: web.Request) -> web.Response:
+        await asyncio.sleep(wait_s)
+        return web.json_response(body, status=status)
+
+    return handler
+
+
+@pytest.mark.parametrize(
+    ("handler", "error", "message"),
+    [
+        (answers({"data": [{"index": 0, "probs": [0.5]}]}), WireError, "1 scores for 2 texts"),
+        (answers({"data": [{"index": 0, "probs": []}, {"index": 1, "probs": [1.0]}]}), WireError, "not as expected"),
+        (answers({"what": 1}), WireError, "not as expected"),
+        (answers({"error": "x"}, status=500), ScorerFailedError, "answered 500"),
+        (answers({}, wait_s=1.0), DeadlineError, "2 scores"),
+    ],
+)
+def test_a_served_scorer_that_fails_is_named(handler: Any, error: type[NeoxRLError], message: str) -> None:
+    async def story() -> None:
+        async with server(classify=handler) as address:
+            with pytest.raises(error, match=message):
+                await ServedScorer(address, "prm", deadline_s=0.3).score(["a", "b"])
+
+    asyncio.run(story())
+
+
+def test_a_served_scorer_gives_the_chance_of_its_last_class_in_the_order_of_the_texts() -> None:
+    async def story() -> None:
+        body = {"data": [{"index": 1, "probs": [0.9, 0.1]}, {"index": 0, "probs": [0.2, 0.8]}]}
+        async with server(classify=answers(body)) as address:
+            assert await ServedScorer(address, "prm").score(["a", "b"]) == [0.8, 0.1]
+        with pytest.raises(ScorerFailedError):
+            await ServedScorer(address, "prm").score(["a"])
+
+    asyncio.run(story())
+
+
+MODELS = {"data": [{"id": "tiny", "max_model_len": 64}]}
+CHOICE = {"index": 0, "token_ids": [4, 5], "logprobs": {"token_logprobs": [-0.5, -1.5]}, "finish_reason": "stop"}
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "error"),
+    [
+        ({"choices": [CHOICE]}, 200, "1 choices where 2"),
+        ({"choices": [CHOICE, {**CHOICE, "index": 1, "token_ids": [4]}]}, 200, "2 finite log-probs for 1 tokens"),
+        ({"choices": "no"}, 200, "not as expected"),
+        ({}, 503, "answered 503"),
+        ({"error": "too long"}, 400, "refused"),
+    ],
+)
+def test_a_completions_server_that_answers_badly_is_named(body: Any, status: int, error: str) -> None:
+    async def story() -> None:
+        async with (
+            server(v1_models=answers(MODELS), v1_completions=answers(body, status)) as address,
+            CompletionsGenerator(address) as generator,
+        ):
+            with pytest.raises(NeoxRLError, match=error):
+                await generator.sample((1, 2), SamplingParams(4), 2, "p")
+
+    asyncio.run(story())
+
+
+def test_a_completions_server_gives_tokens_without_versions() -> None:
+    async def story() -> None:
+        body = {"choices": [{**CHOICE, "index": 1}, CHOICE]}
+        routes = {"v1_models": answers(MODELS), "v1_completions": answers(body)}
+        async with server(**routes) as address, CompletionsGenerator(address) as generator:
+            found = await generator.sample((1, 2), SamplingParams(4, seed=3), 2, "p")
+            assert found == (Completion((4, 5), (-0.5, -1.5), (), Finish.STOP),) * 2
+            assert (generator.model, generator.max_model_len) == ("tiny", 64)
+        with pytest.raises(ServerFailedError):
+            await CompletionsGenerator(address).__aenter__()
+        async with server(v1_models=answers({"data": []})) as address:
+            with pytest.raises(WireError, match="is this a vLLM server"):
+                await CompletionsGenerator(address).__aenter__()
+
+    asyncio.run(story())
+
+
+def test_random_play_in_a_graph_stops_at_its_tokens() -> None:
+    long = Graph({"R": ["a"], "a": ["b"], "b": ["c"]}, frozenset({"c"}))
+    here = Position(GRAPH_PROBLEM, long, "R", (), (), 0)
+    assert score(MonteCarloValue(StepPlayouts(ExhaustiveProposer()), k=2, max_tokens=3), here) == Scores([1.0], 6)
+    assert score(MonteCarloValue(StepPlayouts(ExhaustiveProposer()), k=2, max_tokens=2), here) == Scores([0.0], 4)
+
+
+def test_a_random_player_is_a_policy() -> None:
+    played = asyncio.run(policy(RandomPlayer()).propose(GOOD, 3, 100))
+    assert len(played) == 3 and all(p.text in DOMAIN.legal(GOOD.state) and p.complete and not p.ended for p in played)
+
+
+def test_lines_are_analyzed_move_by_move() -> None:
+    text = f"2+2=4\n2 + 3 = 6\n{WRONG_LINE}\n{WRONG_LINE}\n2 + 3 = 6\n{BACK_LINE}\n{BACK_LINE}\n{BACK_LINE}\n2+2=4\n{SOLUTION_LINE}\n2+2=4"
+    seen = analyze_lines(text)
+    assert (seen.num_steps, seen.num_backtracks, seen.num_illegal_backtracks, seen.num_misplaced) == (4, 3, 1, 1)
+    assert (seen.num_equations, seen.num_false_equations, seen.num_repeated) == (4, 2, 2)
+    assert seen.search_frac == pytest.approx((text.index(SOLUTION_LINE)) / len(text))
+    assert analyze_lines("").num_steps == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("so 3 * 5 = 15.", [True]),
+        ("3*5=16 and 4-5=-1", [False, True]),
+        ("0.5 + 0.25 = 0.75", [True]),
+        ("1 + 2 * 3 = 7", []),
+        ("7 / 0 = 7", [False]),
+        ("x1 + 2 = 4", []),
+        ("6/4 = 1.5", [True]),
+    ],
+)
+def test_only_plain_equations_are_judged(line: str, expected: list[bool]) -> None:
+    assert equations_of(line) == expected
