@@ -30,6 +30,13 @@ _REPLACED: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), new)
     for pattern, new in (
         (r"\\(?:left|right|bigl|bigr|Bigl|Bigr|big|Big|biggl|biggr|bigg|Bigg|middle)(?![a-zA-Z])\.?", ""),
+        (r"\\\{\s*\\\}", r"\\emptyset "),
+        (r"^\\text\s*\{([^{}]*\d[^{}]*)\}$", r"\1"),
+        (r"(?<=\d)\s*(?:\\text\s*\{\s*million\s*\}|million)$", r" \\cdot 10^{6}"),
+        (r"(?<=\d)\s*(?:\\text\s*\{\s*billion\s*\}|billion)$", r" \\cdot 10^{9}"),
+        (r"\\pmod\s*(\w)", r"\\pmod{\1}"),
+        (r"\\langle(?![a-zA-Z])", "("),
+        (r"\\rangle(?![a-zA-Z])", ")"),
         # Money is a unit: \\$5 is not 5 cents.
         (r"^\s*\\[$]\s*(\d[\d,]*(?:\.\d+)?)\s*$", r"\1 dollars"),
         (r"\\(?:displaystyle|textstyle|limits|nolimits|rm|bf|it)(?![a-zA-Z])", ""),

@@ -83,7 +83,7 @@ def choice_of_gold(gold: str) -> str:
 
 def choice_of_text(text: str) -> str:
     """The letter that a text picks: its final answer's first letter, else the last option letter named in it."""
-    answer = normalize(final_answer(text))
+    answer = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", normalize(final_answer(text)))
     if re.fullmatch(r"[A-Za-z].{0,2}", answer) and not _CHOICE.match(answer):
         return ""
     # "A, B, C, D" names every option and picks none; "C, not A" picks C.
@@ -195,7 +195,7 @@ def _same_side(gold: str, pred: str) -> tuple[str, str]:
         return (a[1], b[1]) if heads[0] == heads[1] else (gold, pred)
     if a and pred_is_formula:
         return a[1], pred
-    if b and gold_is_formula:
+    if b and (gold_is_formula or b[0].startswith("(")):
         return gold, b[1]
     # "m + n = 7" says 7, as the end of any computation does, for a gold answer that is no equation itself.
     if gold_is_formula and len(_sides(pred)) > 1 and not re.search(r"[,;]", pred) and not _RELATION.search(pred):
@@ -291,6 +291,9 @@ def _equal_forms(a: Form, b: Form, policy: MathPolicy, depth: int) -> bool | Non
         whole, leaf = (a, b) if b.kind == "leaf" else (b, a)
         if whole.kind in ("set", "list", "braces") and len(whole.parts) == 1:
             return equal(a.parts[0], b.parts[0], policy, depth + 1)
+        if whole.kind == "list" and "\\cup" in leaf.parts[0] and all(_RELATION.search(part) for part in whole.parts):
+            pieces = [tuple(f.parts[0].split("\\cup")) if f is leaf else f.parts for f in (a, b)]
+            return _same_elements(pieces[0], pieces[1], policy, depth) if len(pieces[0]) == len(pieces[1]) else False
         # A tuple or an interval may equal a union, an inequality or a vector; a list or a matrix equals no single formula.
         symbolic_leaf = re.search(r"[<>]|\\(?:leq|geq|cup|cap|in|setminus|begin|mathbb)", leaf.parts[0])
         return None if symbolic_leaf else False

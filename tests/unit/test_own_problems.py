@@ -39,7 +39,8 @@ def test_word_problems_are_seeded_different_and_right() -> None:
     assert len({row["problem"] for row in rows}) == 200
     for row in rows:
         steps = row["solution"].split(". ")[:-1]
-        assert len(steps) == 3 and all(check_math(*reversed(step.split(" = "))).reason is Reason.MATCH for step in steps)
+        sides = [step.split(" = ") for step in steps]
+        assert len(steps) == 3 and all(check_math(right, left).reason is Reason.MATCH for left, right in sides)
         assert check_math(row["answer"], row["solution"]).reason is Reason.MATCH
     terse = [row["solution"].startswith("The answer") for row in word_problems(200, 3, 50, 0.5, seed=1)]
     assert 70 < sum(terse) < 130
