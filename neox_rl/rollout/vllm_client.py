@@ -194,7 +194,7 @@ class VllmGenerator:
             async with self._session.post(address + ROUTE, data=body, headers={"Content-Type": "application/json"}) as response:
                 return response.status, await response.read()
         except aiohttp.ClientError as error:
-            raise ServerFailedError(f"{address}: {error!r}") from error
+            raise ServerFailedError(f"{address}: {type(error).__name__}: {error}") from error
 
 
 def request_body(prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> bytes:

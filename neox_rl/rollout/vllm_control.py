@@ -107,7 +107,7 @@ class VllmControl:
         except TimeoutError as error:
             raise DeadlineError(f"{self.address}{route}", deadline_s, "see the server's log") from error
         except aiohttp.ClientError as error:
-            raise ServerGoneError(f"{self.address}{route}: {error!r}: the server is gone") from error
+            raise ServerGoneError(f"{self.address}{route}: {type(error).__name__}: {error}: the server is gone") from error
 
 
 def parse_version(label: object, server: str) -> int:

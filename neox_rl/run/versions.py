@@ -34,8 +34,8 @@ from neox_rl.weights.watcher import Watcher
 logger = logging.getLogger(__name__)
 RETRY_S = 0.5
 """Between probes of a server that does not serve: a restart between two of them would not be seen."""
-BROKEN_RETRY_S = 0.1
-"""Of one that must first be seen to be gone."""
+ABSENT_RETRY_S = 0.1
+"""Of one that does not answer, which may at any moment, or must first be seen to be gone."""
 TICK_S = 0.1
 EVENT_OF = {State.STARTING: "joined"} | {state: str(state) for state in State if state is not State.STARTING}
 
@@ -66,13 +66,15 @@ class Deadlines:
 @dataclass(slots=True)
 class _Tended:
     """What the requests to a member need beside its state. ``answering``: its last probe came through. ``gone``: nobody has listened at its
-    address since it was lost, so that what answers there next is another process. ``leaving``: it gets no new requests."""
+    address since it was lost, so that what answers there next is another process; ``held`` is the version that it had then. ``leaving``: it
+    gets no new requests."""
 
     control: VllmControl
     restart: Callable[[str], None]
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     answering: bool = False
     gone: bool = True
+    held: int = NO_VERSION
     suspect: bool = False
     leaving: bool = False
 
@@ -190,8 +192,9 @@ class ServerKeeper:
             while member.here:
                 if tended.suspect or time.monotonic() >= probe_at:
                     await self._probe(member, tended)
-                    wait_s = BROKEN_RETRY_S if not tended.gone else self._deadlines.heartbeat_s
-                    probe_at = time.monotonic() + (wait_s if member.state is State.SERVING else min(wait_s, RETRY_S))
+                    retry_s = RETRY_S if tended.answering else ABSENT_RETRY_S
+                    wait_s = self._deadlines.heartbeat_s if member.state is State.SERVING else retry_s
+                    probe_at = time.monotonic() + min(wait_s, self._deadlines.heartbeat_s)
                 held = self._watcher.staged_by(member.workers)
                 if tended.answering and held > member.version and member.here:
                     await self._switch(member, tended, held)
@@ -216,7 +219,8 @@ class ServerKeeper:
             if hangs and now - member.since > limit_s:
                 self._lose(member, tended, f"silent for {limit_s:g} s: {error}", gone=False)
             return
-        if not member.here or (member.state is State.LOST and not tended.gone):
+        another = tended.gone or (label == NO_VERSION and tended.held != NO_VERSION)
+        if not member.here or (member.state is State.LOST and not another):
             return
         tended.answering = True
         if member.incarnation and label == member.version:
@@ -252,7 +256,7 @@ class ServerKeeper:
             self.members.attested(member, version, digest, time.monotonic())
 
     def _lose(self, member: Member, tended: _Tended, why: str, *, gone: bool) -> None:
-        tended.answering, tended.gone = False, gone
+        tended.answering, tended.gone, tended.held = False, gone, member.version
         self.members.lose(member, why, time.monotonic())
         if not gone:  # whoever started it sees by itself that a process is gone
             tended.restart(why)

@@ -60,9 +60,10 @@ def small_snapshot(version: int) -> Snapshot:
 
 
 @asynccontextmanager
-async def scripted_server(config: RunConfig, address: str, name: str = "server-0") -> AsyncIterator[ScriptedServer]:
-    """The run's scripted server in this event loop, at an address of ``Endpoints.servers``."""
+async def scripted_server(config: RunConfig, address: str, name: str = "server-0", *middlewares: Any) -> AsyncIterator[ScriptedServer]:
+    """The run's scripted server in this event loop, at an address of ``Endpoints.servers``. ``middlewares`` are aiohttp's."""
     server = ScriptedServer(scripts_of(config), config.metarl.scripted.token_s, config.metarl.servers.max_num_seqs, name)
+    server.app.middlewares.extend(middlewares)
     runner = web.AppRunner(server.app, handler_cancellation=True, shutdown_timeout=0.1)
     await runner.setup()
     host, _, port = address.removeprefix("http://").rpartition(":")
