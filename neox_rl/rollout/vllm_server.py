@@ -21,6 +21,8 @@ from neox_rl.guard import GuardedProcess, died, guarded_popen
 
 BACKEND = "zmq"
 _POLL_S = 0.5
+MIN_BATCHED_TOKENS = 2048
+"""Prompt tokens that a CPU server reads at once: vLLM's default with chunked prefill."""
 _IN_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 
@@ -75,6 +77,9 @@ def server_command(spec: ServerSpec, base_env: Mapping[str, str]) -> tuple[list[
         argv += ["--kv-cache-memory-bytes", str(int(spec.kv_cache_gib * 2**30))]
         # Only whole blocks of a prompt are shared between the completions of a group: vLLM's 128 shares nothing of a short prompt.
         argv += ["--block-size", "32"]
+        # A prompt read in two parts would end the server where its request has a seed: vLLM rewinds the request's generator by an
+        # offset, which generators on CPUs do not have.
+        argv += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(MIN_BATCHED_TOKENS, spec.max_model_len))]
         if spec.cores and spec.tensor_parallel_size == 1:
             # vLLM's default on CPUs, a worker process of its own, makes the engine spin on the worker's core while it waits. What that
             # default is for, binding threads, is done here: affinity is inherited and OMP_NUM_THREADS is set.

@@ -31,6 +31,7 @@ def test_a_cpu_server_has_its_own_core_and_a_bounded_kv_cache() -> None:
     assert env["VLLM_CPU_OMP_THREADS_BIND"] == "0" and env["OMP_NUM_THREADS"] == "1"
     assert env["PATH"] == "/bin" and env["VLLM_SERVER_DEV_MODE"] == "1"
     assert "CUDA_VISIBLE_DEVICES" not in env and "--gpu-memory-utilization" not in argv
+    assert "--no-enable-chunked-prefill" in argv and int(option(argv, "--max-num-batched-tokens")) >= SPEC.max_model_len
 
 
 def test_a_gpu_server_sees_only_its_devices() -> None:
