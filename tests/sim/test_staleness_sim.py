@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import pytest
 
 from neox_rl.errors import NeoxRLError
-from neox_rl.queue.simulate import Scenario, Simulation, compare
+from neox_rl.queue.sim.cluster import Cluster
+from neox_rl.queue.sim.rules import compare
+from neox_rl.queue.sim.scenario import LogNormal, Publishing, Scenario
 from neox_rl.queue.state import Mode, TicketQueue
 from neox_rl.types import Group
 
 
 @pytest.mark.parametrize("mode", list(Mode))
 @pytest.mark.parametrize(("eta", "rho"), [(0, 0), (3, 1), (1, 3), (4, 0), (0, 2)])
-@pytest.mark.parametrize("publish_delay", [0.0, 0.1, 2.5])
-def test_no_token_is_trained_beyond_the_bound_and_nothing_deadlocks(mode: Mode, eta: int, rho: int, publish_delay: float) -> None:
-    scenario = Scenario(num_steps=140, publish_delay_steps=publish_delay, sigma=1.2, refuse_frac=0.1, fail_frac=0.05, seed=7)
-    queue = TicketQueue(scenario.groups_per_step, eta, rho, mode, scenario.num_steps)
-    outcome = Simulation(scenario, queue, masks=mode is Mode.TOKEN).run()
+@pytest.mark.parametrize("stage_s", [0.0, 2.5])
+def test_no_token_is_trained_beyond_the_bound_and_nothing_deadlocks(mode: Mode, eta: int, rho: int, stage_s: float) -> None:
+    lengths = LogNormal(60, 1.2)
+    publishing = Publishing(stage_s=stage_s, pause_s=stage_s / 5)
+    scenario = Scenario(num_steps=140, lengths=lengths, publishing=publishing, refuse_frac=0.1, fail_frac=0.05, seed=7)
+    queue = partial(TicketQueue, scenario.groups_per_step, eta, rho, mode, scenario.num_steps)
+    outcome = Cluster(scenario, queue, masks=mode is Mode.TOKEN).run()
     assert outcome.tokens_consumed >= 100_000
     assert outcome.tokens_beyond == 0
     assert outcome.max_staleness <= eta + rho
     assert mode is Mode.TOKEN or outcome.tokens_masked == 0, "strict trains every token"
-    assert queue.counts.trained == scenario.groups_per_step * scenario.num_steps
-    assert (queue.groups_dropped, queue.groups_trained_twice, queue.num_ready, queue.num_in_flight) == (0, 0, 0, 0)
+    assert outcome.tokens_generated == outcome.tokens_consumed + outcome.tokens_refused + outcome.tokens_lost
 
 
 def test_the_bound_is_reached_so_that_it_is_not_proved_by_idleness() -> None:
     scenario = Scenario(num_steps=120)
-    queue = TicketQueue(scenario.groups_per_step, 3, 1, Mode.STRICT, scenario.num_steps)
-    assert Simulation(scenario, queue, masks=False).run().max_staleness == 4
+    queue = partial(TicketQueue, scenario.groups_per_step, 3, 1, Mode.STRICT, scenario.num_steps)
+    assert Cluster(scenario, queue, masks=False).run().max_staleness == 4
 
 
 def test_what_each_rule_costs_under_one_bound() -> None:
@@ -41,7 +47,7 @@ def test_what_each_rule_costs_under_one_bound() -> None:
     assert outcomes["strict"].idle_frac > 0.3, "a strict bound has to wait for the longest rollouts"
     token = outcomes["token"]
     assert (token.tokens_beyond, token.tokens_dropped) == (0, 0)
-    assert token.idle_frac < 0.04
+    assert token.idle_frac < 0.06
     assert token.masked_frac < 0.15
     assert token.long_frac > 0.5
     assert token.tokens_generated == token.tokens_consumed, "a run ends with nothing generated for nothing"
@@ -54,5 +60,20 @@ def test_a_lost_group_is_a_deadlock_that_names_its_ticket() -> None:
                 super().deliver(group)
 
     scenario = Scenario(num_steps=20)
-    with pytest.raises(NeoxRLError, match="deadlock at step 4: g000037, due by step 4"):
-        Simulation(scenario, Losing(scenario.groups_per_step, 1, 1, Mode.STRICT, scenario.num_steps), masks=False).run()
+    with pytest.raises(NeoxRLError, match=r"deadlock at step 4, .*; g000037, due by step 4"):
+        Cluster(scenario, partial(Losing, scenario.groups_per_step, 1, 1, Mode.STRICT, scenario.num_steps), masks=False).run()
+
+
+def test_a_ticket_trained_twice_is_found_by_books_apart_from_the_queues() -> None:
+    class Doubling(TicketQueue):
+        first: Group | None = None
+
+        def take(self, step: int, tickets: Sequence[int] = ()) -> tuple[Group, ...] | None:
+            batch = super().take(step, tickets)
+            if batch and step == 4:
+                self.first = batch[0]
+            return (*batch[:-1], self.first) if batch and self.first and step == 5 else batch
+
+    scenario = Scenario(num_steps=20)
+    with pytest.raises(NeoxRLError, match="is trained at step 4 and at step 5"):
+        Cluster(scenario, partial(Doubling, scenario.groups_per_step, 1, 1, Mode.TOKEN, scenario.num_steps), masks=True).run()
