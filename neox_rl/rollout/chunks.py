@@ -1,0 +1,114 @@
+"""Completions made chunk by chunk, so that a crash costs at most the chunk in flight.
+
+    request 1   prompt                     -> chunk 1 of all n rollouts
+    request 2   prompt + chunk 1           -> chunk 2 of one rollout        until it stops or has ``max_tokens``
+    ...
+
+Every chunk brings its own log-probs and version spans from the engine, and their concatenation is what one request would have given: the
+same budget, the same stop tokens, log-probs under the weights that were live. The server's prefix cache has the earlier tokens' keys and
+values, but for the switches of version in between. Versions rise along a completion and never fall: where a server is behind the one that
+made the chunk before, it is asked again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeAlias
+
+from neox_rl.ports import Generator
+from neox_rl.rollout.vllm_client import ServerFailedError
+from neox_rl.types import Completion, Finish, SamplingParams, VersionSpan
+
+OnChunk: TypeAlias = Callable[[str, int, int, Completion], None]
+"""(rollout id of the request, rollout's index, tokens before the chunk, chunk)."""
+Earlier: TypeAlias = Callable[[str], Mapping[int, Sequence[Completion]]]
+"""rollout id of the request -> index -> chunks that are there already."""
+BEHIND_TRIES, BEHIND_S = 6, 0.1
+"""A server switches within moments of another; the pause before the next try doubles."""
+
+
+class ChunkedGenerator:
+    """``ports.Generator`` around another. ``flush_tokens`` is the most of one chunk; 0: a completion is one chunk.
+
+    ``on_chunk`` gets each finished chunk, unless the first one finishes all rollouts at once: then the group is as good as there.
+    """
+
+    def __init__(self, generator: Generator, flush_tokens: int, on_chunk: OnChunk, earlier: Earlier) -> None:
+        self._generator, self._flush_tokens, self._on_chunk, self._earlier = generator, flush_tokens, on_chunk, earlier
+
+    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> tuple[Completion, ...]:
+        """See ``ports.Generator``. Raises ServerFailedError too when only servers with older weights than those of the chunks answer."""
+        chunks = {index: list(found) for index, found in self._earlier(rollout_id).items() if found and index < n}
+        if not chunks:
+            first = await self._generator.sample(prompt_ids, self._params(params, 0, 0), n, rollout_id)
+            chunks = {index: [self._stopped(chunk, params)] for index, chunk in enumerate(first)}
+            if all(self._done(found, params) for found in chunks.values()):
+                return tuple(merged(found) for found in chunks.values())
+            for index, found in chunks.items():
+                self._on_chunk(rollout_id, index, 0, found[0])
+        rest = (self._rest(prompt_ids, params, index, chunks.get(index, []), rollout_id) for index in range(n))
+        tasks = [asyncio.ensure_future(work) for work in rest]
+        try:
+            return tuple(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()  # one that failed fails the request: no other may hand on chunks after that
+
+    async def _rest(self, prompt_ids: Sequence[int], params: SamplingParams, index: int, chunks: list[Completion], name: str) -> Completion:
+        while not self._done(chunks, params):
+            ids = [i for chunk in chunks for i in chunk.ids]
+            chunk = await self._next([*prompt_ids, *ids], self._params(params, index, len(ids)), chunks, f"{name}/r{index}")
+            chunks.append(self._stopped(chunk, params))
+            self._on_chunk(name, index, len(ids), chunks[-1])
+        return merged(chunks)
+
+    async def _next(self, ids: Sequence[int], params: SamplingParams, chunks: Sequence[Completion], name: str) -> Completion:
+        reached = max((span.version for chunk in chunks for span in chunk.spans), default=0)
+        for attempt in range(BEHIND_TRIES):
+            (chunk,) = await self._generator.sample(ids, params, 1, name)
+            if not chunk.ids and chunk.finish is Finish.LENGTH:
+                raise ServerFailedError(f"rollout {name}: a server answered with no token, and does not say that the rollout is done")
+            if not chunk.spans or chunk.spans[0].version >= reached:
+                return chunk
+            await asyncio.sleep(BEHIND_S * 2**attempt)
+        raise ServerFailedError(f"rollout {name}: it has tokens of v{reached}, but {BEHIND_TRIES} answers came from older weights")
+
+    def _params(self, params: SamplingParams, index: int, start: int) -> SamplingParams:
+        left = params.max_tokens - start
+        seed = params.seed if params.seed is None or start == 0 else _seed(params.seed, index, start)
+        return replace(params, max_tokens=min(left, self._flush_tokens or left), seed=seed)
+
+    def _stopped(self, chunk: Completion, params: SamplingParams) -> Completion:
+        """An engine that looks at the budget first calls a stop token in a chunk's last place its length."""
+        if chunk.finish is Finish.LENGTH and chunk.ids and chunk.ids[-1] in params.stop_token_ids:
+            return replace(chunk, finish=Finish.STOP)
+        return chunk
+
+    def _done(self, chunks: Sequence[Completion], params: SamplingParams) -> bool:
+        if not chunks:
+            return False
+        return chunks[-1].finish is not Finish.LENGTH or sum(len(chunk.ids) for chunk in chunks) >= params.max_tokens
+
+
+def merged(chunks: Sequence[Completion]) -> Completion:
+    """One completion; spans of one version that touch become one."""
+    spans: list[VersionSpan] = []
+    start = 0
+    for chunk in chunks:
+        for span in chunk.spans:
+            if spans and spans[-1].version == span.version:
+                spans[-1] = replace(spans[-1], end=start + span.end)
+            else:
+                spans.append(VersionSpan(span.version, start + span.start, start + span.end))
+        start += len(chunk.ids)
+    ids = tuple(i for chunk in chunks for i in chunk.ids)
+    logprobs = tuple(p for chunk in chunks for p in chunk.logprobs)
+    return Completion(ids, logprobs, tuple(spans), chunks[-1].finish)
+
+
+def _seed(seed: int, index: int, start: int) -> int:
+    """Of a later chunk: the same seed again would draw the same numbers again."""
+    return int.from_bytes(hashlib.blake2s(f"{seed}/{index}/{start}".encode(), digest_size=4).digest(), "big")
