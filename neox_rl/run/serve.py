@@ -148,9 +148,7 @@ class Agent:
                     case "beaten":
                         self._note(got, spec, welcome)
             if (waited := time.monotonic() - heard) > self.options.patience:
-                raise DeadlineError(
-                    f"a word from the orchestrator at {self.client.address}", waited, "the run has ended, or cannot be reached"
-                )
+                raise DeadlineError(f"a word from the run at {self.client.address}", waited, "it has ended, or cannot be reached")
         return True
 
     def _note(self, got: Message, spec: ServerSpec, welcome: Message) -> None:

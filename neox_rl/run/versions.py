@@ -154,6 +154,10 @@ class ServerKeeper:
         absent = [str(member) for member in self.members.all if member.state is not State.SERVING]
         return what + (f"; {', '.join(absent)}" if absent else "")
 
+    def states(self) -> dict[str, str]:
+        """The state of each member by its name, in a word."""
+        return {member.name: str(member.state) for member in self.members.all}
+
     async def run(self, on_live: Callable[[int], None]) -> None:
         """Raises DeadlineError for a promised version that is not offered, and when no server can get to the offered one in time."""
         self._report_live, self._offered_at = on_live, time.monotonic()

@@ -67,12 +67,12 @@ class Run:
         self.keeper.promise(version)
         return time.monotonic()
 
-    async def until_live(self, version: int, *, deadline_s: float = 10.0) -> float:
+    async def until_live(self, version: int, *, deadline_s: float = 30.0) -> float:
         await until(lambda: version in self.live or self.running.done(), f"v{version} to be live", deadline_s)
         return self.live[version]
 
     def states(self) -> dict[str, str]:
-        return {member.name: str(member.state) for member in self.keeper.members.all}
+        return self.keeper.states()
 
     async def until_state(self, name: str, state: State) -> None:
         await until(lambda: self.states().get(name) == state, f"{name} to be {state}")
@@ -86,7 +86,7 @@ class Run:
         return await self.generator.sample(tokenizer.encode(problems.train[0].prompt), SamplingParams(96), n, "g000000")
 
 
-async def until(condition: Callable[[], bool], what: str, deadline_s: float = 10.0) -> None:
+async def until(condition: Callable[[], bool], what: str, deadline_s: float = 30.0) -> None:
     end = time.monotonic() + deadline_s
     while not condition():
         assert time.monotonic() < end, f"{what} did not come"
@@ -124,7 +124,7 @@ async def server(run: Run, spec: ServerSpec) -> AsyncIterator[Faults]:
 
 def story(told: Callable[[Run], Awaitable[None]], root: Path, limits: Deadlines = LIMITS) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(60.0), AsyncExitStack() as stack:
+        async with asyncio.timeout(150.0), AsyncExitStack() as stack:
             await told(Run(root, stack, limits))
 
     asyncio.run(bounded())

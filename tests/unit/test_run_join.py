@@ -1,0 +1,222 @@
+"""Servers that join a run and leave it: the agent's process, its scripted server, a run's desk over real sockets; who is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import zmq
+
+from neox_rl.config.dump import dump
+from neox_rl.config.machine import Machine
+from neox_rl.errors import WireError
+from neox_rl.framing import PROTOCOL, pack
+from neox_rl.run.endpoints import choose_endpoints, free_port, server_specs
+from neox_rl.run.join_wire import BEAT, BEATEN, GONE, JOIN, LEAVE, WELCOME, JoinSocket, message, read_message
+from neox_rl.run.joining import JoinDesk, Offer
+from neox_rl.run.members import State
+from neox_rl.run.serve import main
+from tests.unit.small_run import scripted_server, small_paths
+from tests.unit.test_run_versions import Run, story, until
+
+SOON_S = 60.0
+"""For processes to start and end, on a loaded machine."""
+
+
+class Host:
+    """A run with one server of its own and a desk. ``agent`` starts the real program."""
+
+    def __init__(self, run: Run, stack: AsyncExitStack) -> None:
+        self.run, self.stack = run, stack
+        self.paths = small_paths(run.config)
+        self.paths.config.write_text(dump(run.config))
+        self.endpoints = choose_endpoints(run.config, 99)
+        self.log = self.paths.root / "agent.log"
+
+    async def open(self) -> None:
+        """As a new orchestrator does."""
+        (spec,) = server_specs(self.run.config, self.endpoints, self.paths.root / "model", Machine((0,)))
+        self.socket = JoinSocket("127.0.0.1", self.endpoints.join_port)
+        offer = Offer.of(self.run.config, self.paths, self.endpoints, spec)
+        await self.run.start(spec)
+        self.desk = JoinDesk(self.socket, self.run.keeper, Offer(offer.generator, self.run.publisher.address, 5.0, spec, offer.files), 2.0)
+        self.desking = asyncio.create_task(self.desk.run())
+
+    async def close(self) -> None:
+        self.desking.cancel()
+        await asyncio.gather(self.desking, return_exceptions=True)
+        self.socket.close()
+        await self.run.end()
+
+    async def agent(self, *arguments: str) -> asyncio.subprocess.Process:
+        argv = ["-m", "neox_rl.run.serve", "--join", self.endpoints.join, "--log-dir", str(self.paths.logs), *arguments]
+        with self.log.open("wb") as log:
+            process = await asyncio.create_subprocess_exec(sys.executable, *argv, stdout=log, stderr=log)
+
+        async def end() -> None:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+
+        self.stack.push_async_callback(end)
+        return process
+
+    def server_of(self, agent: asyncio.subprocess.Process) -> psutil.Process:
+        found = [p for p in psutil.Process(agent.pid).children(recursive=True) if "neox_rl.run.scripted_server" in p.cmdline()]
+        return max(found, key=lambda p: (p.create_time(), p.pid))  # its guardian has the same words
+
+
+@asynccontextmanager
+async def host(run: Run) -> AsyncIterator[Host]:
+    async with AsyncExitStack() as stack:
+        it = Host(run, stack)
+        await stack.enter_async_context(scripted_server(run.config, it.endpoints.servers[0]))
+        await it.open()
+        try:
+            yield it
+        finally:
+            await it.close()
+
+
+def test_a_server_joins_serves_is_healed_outlives_an_orchestrator_and_leaves(tmp_path: Path) -> None:
+    async def told(run: Run) -> None:
+        async with host(run) as it:
+            run.publish(3)
+            await run.until_live(3)
+            agent = await it.agent("--name", "guest")
+            await until(lambda: run.states().get("guest") == State.SERVING, "the guest to serve", SOON_S)
+            member = run.keeper.members.get("guest")
+            assert member is not None and (member.version, member.address in run.generator.inflight) == (3, True)
+
+            first = it.server_of(agent)
+            first.kill()
+            await until(lambda: run.states()["guest"] == State.SUSPENDED, "the death to be seen")
+            await until(lambda: run.states()["guest"] == State.SERVING, "its agent to start it again", SOON_S)
+            second = it.server_of(agent)
+            assert second.pid != first.pid
+
+            await it.close()
+            await it.open()
+            await until(lambda: run.states().get("guest") == State.SERVING, "it to join the new orchestrator", SOON_S)
+            assert it.server_of(agent).pid == second.pid, "the server stays as it is"
+
+            agent.send_signal(signal.SIGTERM)
+            assert await asyncio.wait_for(agent.wait(), SOON_S) == 0
+            assert "guest" not in run.states() and not second.is_running()
+            assert "joins as guest" in it.log.read_text() and "leaves: asked to" in it.log.read_text()
+
+    story(told, tmp_path)
+
+
+def test_when_the_run_is_over_the_agents_end_their_servers(tmp_path: Path) -> None:
+    async def told(run: Run) -> None:
+        async with host(run) as it:
+            agent = await it.agent()
+            await until(lambda: "joined-0" in run.states(), "it to join", SOON_S)
+            server = it.server_of(agent)
+            await it.desk.over("finished")
+            assert await asyncio.wait_for(agent.wait(), SOON_S) == 0
+            assert not server.is_running() and "the run is over: finished" in it.log.read_text()
+            await until(lambda: "joined-0" not in run.states(), "its silence to be noticed")
+
+    story(told, tmp_path)
+
+
+def test_an_agent_that_hears_nothing_more_ends_with_a_word(tmp_path: Path) -> None:
+    async def told(run: Run) -> None:
+        async with host(run) as it:
+            agent = await it.agent("--patience", "1")
+            await until(lambda: "joined-0" in run.states(), "it to join", SOON_S)
+            server = it.server_of(agent)
+            await it.close()
+            assert await asyncio.wait_for(agent.wait(), SOON_S) == 1
+            assert not server.is_running() and "for a word from the run at tcp://" in it.log.read_text()
+            await it.open()
+
+    story(told, tmp_path)
+
+
+def test_names_of_the_runs_own_and_of_others_are_refused(tmp_path: Path) -> None:
+    async def told(run: Run) -> None:
+        async with host(run) as it:
+            for name in ("server-0", "orchestrator"):
+                agent = await it.agent("--name", name)
+                assert await asyncio.wait_for(agent.wait(), SOON_S) == 2
+                assert f"--name {name}: names that begin with" in it.log.read_text()
+            assert await asyncio.wait_for((await it.agent("--port", it.endpoints.servers[0].rpartition(":")[2])).wait(), SOON_S) == 2
+            assert re.search(r"cannot bind|another server's", it.log.read_text())
+
+    story(told, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("address", "complaint"),
+    [
+        ("tcp://127.0.0.1:{free}", r"waited 1\.0 s for a run to answer at tcp://127\.0\.0\.1:\d+.*is it the join address"),
+        ("tcp://127.0.0.1:{other}", r"is not the join socket of a run of this release: .*kind 'error'"),
+        ("http://127.0.0.1:80", "is no address to join: .*give tcp://HOST:PORT"),
+        ("tcp://127.0.0.1", "is no address to join: .*give tcp://HOST:PORT"),
+    ],
+)
+def test_what_is_no_run_is_said_so_in_bounded_time(address: str, complaint: str, caplog: pytest.LogCaptureFixture) -> None:
+    begin = time.monotonic()
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as other:
+        other.linger = 0
+        filled = address.format(free=free_port("127.0.0.1"), other=other.bind_to_random_port("tcp://127.0.0.1"))
+        answering = threading.Thread(target=_answer_once, args=(other,), daemon=True)
+        answering.start()
+        assert main(["--join", filled, "--timeout", "1"]) in (1, 2)
+        answering.join(10.0)
+    assert re.search(complaint, caplog.text) and time.monotonic() - begin < 10.0
+
+
+def _answer_once(socket: zmq.SyncSocket) -> None:
+    """As an experience socket answers what is not its own."""
+    if socket.poll(2000):
+        peer, *_ = socket.recv_multipart()
+        socket.send_multipart([peer, *pack("error", {"id": 0, "acked": 0, "message": "malformed message"}, {})])
+
+
+def test_messages_are_read_exactly() -> None:
+    server = {
+        "dtype": "float32",
+        "max_model_len": 8,
+        "max_num_seqs": 2,
+        "tensor_parallel_size": 1,
+        "enforce_eager": True,
+        "seed": 0,
+        "kv_cache_gib": 1.0,
+        "gpu_memory_frac": 0.9,
+    }
+    fields = {"name": "a", "generator": "vllm", "publisher": "tcp://h:1", "drain_s": 1.0}
+    good = message(WELCOME, {"config.json": b"{}"}, server=server, **fields)  # type: ignore[arg-type]
+    assert read_message(good, (WELCOME,)).files == {"config.json": b"{}"}
+    for bad in (
+        message(WELCOME, {"../x": b""}, server=server, **fields),  # type: ignore[arg-type]
+        message(WELCOME, {"x": b""}, server=server | {"dtype": "int4; rm"}, **fields),  # type: ignore[arg-type]
+        message(WELCOME, {"x": b""}, server=server | {"max_model_len": 0}, **fields),  # type: ignore[arg-type]
+        message(WELCOME, {f"f{i}": b"" for i in range(17)}, server=server, **fields),  # type: ignore[arg-type]
+        message(JOIN, token="t", name="a/b", host="h", port=1),
+        message(JOIN, token="t", name="a", host="h", port=0),
+        message(JOIN, token="t", name="a", host="h\n", port=1),
+        message(JOIN, token="t", name="a", host="h", port=True),
+        message(BEAT, token="t"),
+        message(BEAT, {"x": b""}, token="t", name="a"),
+        message(GONE),
+        [],
+        [b"GET / HTTP/1.1"],
+    ):
+        with pytest.raises(WireError):
+            read_message([bytes(frame) for frame in bad], (WELCOME, JOIN, BEAT, LEAVE, BEATEN))
+    other = bytes(message(GONE)[0])
+    with pytest.raises(WireError, match="run one release on both sides"):
+        read_message([other[:3] + bytes([PROTOCOL + 1]) + other[4:]], (GONE,))
