@@ -161,7 +161,7 @@ def _array(kind: str, row: object, frame: Frame) -> tuple[str, Array]:
         ):
             expected = math.prod(shape) * np.dtype(dtype).itemsize
         case _:
-            raise WireError(f"{kind}: array entry {str(row)[:120]} is not [name, dtype, shape]")
+            raise WireError(f"{kind}: array entry {repr(row)[:120]} is not [name, dtype, shape]")
     if len(frame) != expected:
         raise WireError(f"{kind}: array {name!r} has {len(frame)} bytes, its header says {expected}")
     return name, np.frombuffer(frame, dtype=dtype).reshape(shape)

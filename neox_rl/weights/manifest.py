@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -66,8 +67,9 @@ def verify(frames: Sequence[framing.Frame]) -> Verified:
     except WireError as error:
         raise WeightError(f"not a snapshot: {error}") from error
     version, digest, manifest = meta.get("version"), meta.get("digest"), meta.get("manifest")
-    if type(version) is not int or not isinstance(digest, str) or not isinstance(manifest, list):
+    if type(version) is not int or version < 0 or not _is_digest(digest) or not isinstance(manifest, list):
         raise WeightError("snapshot without version, digest and manifest")
+    assert isinstance(digest, str)
     rows = [_row(version, entry) for entry in manifest]
     check_names(version, [row.name for row in rows])
     if {row.name for row in rows} != arrays.keys():
@@ -89,11 +91,15 @@ def bytes_digest(array: framing.Array) -> str:
 
 def _row(version: int, entry: Json) -> TensorRow:
     match entry:
-        case [str() as name, str() as dtype, list() as shape, str() as digest] if dtype in ITEM_BYTES:
+        case [str() as name, str() as dtype, list() as shape, str() as digest] if dtype in ITEM_BYTES and _is_digest(digest):
             sizes = tuple(n for n in shape if type(n) is int and 0 <= n < 1 << 48)
             if len(sizes) == len(shape):
                 return TensorRow(name, dtype, sizes, digest)
-    raise WeightError(f"v{version}: manifest entry {str(entry)[:120]} is not [name, dtype, shape, digest]")
+    raise WeightError(f"v{version}: manifest entry {repr(entry)[:120]} is not [name, dtype, shape, digest]")
+
+
+def _is_digest(value: Json) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{32}", value) is not None
 
 
 def check_names(version: int, names: list[str]) -> None:
