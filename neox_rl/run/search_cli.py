@@ -121,7 +121,7 @@ class Verifiers:
         return await self.of(problem.task).check(problem, text)
 
     def domain(self, problem: Problem) -> Domain:
-        return ArithmeticDomain(problem) if problem.task in ARITHMETIC_TASKS else TextDomain(problem, self.of(problem.task))
+        return ArithmeticDomain(problem) if problem.task in ARITHMETIC_TASKS else TextDomain(problem, self)
 
     def close(self) -> None:
         for verifier in self._made.values():

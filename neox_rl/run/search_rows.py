@@ -85,7 +85,7 @@ def result_line(row: Row, tree: Tree, domain: Domain) -> dict[str, Json]:
     if verdict is not None:
         if domain.checkable:
             texts = [node.text for node in tree.path(tree.answer)]
-            answer = domain.answer(texts).removeprefix(f"{SOLUTION} ") if verdict.correct else None
+            answer = domain.answer(texts).removeprefix(f"{SOLUTION} ")
         else:
             answer = verdict.extracted
     return {

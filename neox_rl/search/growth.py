@@ -174,8 +174,10 @@ class Growth:
 
     @property
     def answer(self) -> int:
-        """The goal, or else the end of the highest value, the earliest of them."""
-        return max(self.ends, key=lambda i: (i == self.goal, self.nodes[i].value, -i), default=NO_NODE)
+        """The goal; where the domain cannot know one, the end of the highest value, the earliest of them."""
+        if self.domain.checkable:
+            return self.goal
+        return max(self.ends, key=lambda i: (self.nodes[i].value, -i), default=NO_NODE)
 
     def tree(self, end: End) -> Tree:
         counts = {name: count for name, count in sorted(self.counts.items()) if count}

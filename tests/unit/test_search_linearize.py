@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from functools import cache
 
 import pytest
 from hypothesis import given, settings
@@ -110,6 +111,7 @@ def test_what_is_told_holds_no_flaw_and_its_solution_is_right(seed: int, strateg
         assert ArithmeticVerifier().check_sync(task, text).correct
 
 
+@cache
 def solved_tree(seed: int = 0, wrong_ends: int = 0) -> Tree:
     """A search of TASKS[1] with a right end and at least so many wrong ones."""
     for s in range(seed, seed + 500):
