@@ -7,6 +7,7 @@ undone versions sampled is used only once the replayed steps made the same weigh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -148,7 +149,7 @@ class FaultyCluster(Cluster):
             self._undone.pop(step, None)
             self._taken[step] = tuple(group.ticket for group in batch)
             for group in batch:
-                self._journal[group.ticket] = (-1.0, group)  # durable before the batch leaves
+                self._journal[group.ticket] = (-math.inf, group)  # durable before the batch leaves
         return batch
 
     def _trained(self, step: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from itertools import combinations, groupby, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from neox_rl.telemetry.rundata import RunData, load_run
 
 Floats = NDArray[np.float64]
 NS = 1e9
+NS_TICK = 1e-6
 FIT_ROUNDS = 5
 TOGETHER_S = 0.02
 """Requests sent within this time reach the server as one crowd."""
@@ -130,7 +131,10 @@ def _decoding(run: RunData, groups: Sequence[Event], servers: int, max_num_seqs:
     running = _Steps(np.repeat([e.t_ns / NS for e in groups], [len(n) for n in lengths]), stops)
     sent = np.sort([e.t_ns / NS for e in groups])
     prefilled = (np.searchsorted(sent, ends) - np.searchsorted(sent, starts - first * TOGETHER_S)) / servers
-    recomputed = (1 - first) * running.at(starts) / servers
+    before, after = (np.sort([edge[side] for edge in switches.values()]) for side in (0, 1))
+    last = np.maximum(0, np.searchsorted(after, starts, side="right") - 1)
+    fresh = starts - after[last] < TOGETHER_S  # the switch was just before: what ran then is computed again, and all wait for it
+    recomputed = fresh * running.at(before[last] - NS_TICK) / servers
     evaluated = np.array([[row["time"] - row["seconds"], row["time"]] for row in run.evaluations]).reshape(-1, 2)
     alone = _Steps(evaluated[:, 0], evaluated[:, 1]).integral(starts, ends) == 0
     fit = Decoding(1.0, 0.0, max_num_seqs=max_num_seqs)
@@ -147,7 +151,8 @@ def _decoding(run: RunData, groups: Sequence[Event], servers: int, max_num_seqs:
 
 def _stretches(group: Event, switches: Mapping[int, tuple[float, float]]) -> Iterator[tuple[float, float, float, float]]:
     """(start, end, tokens, 1 for the first else 0) of what each version sampled of the longest rollout, without the pauses between."""
-    spans = group.fields["longest"]
+    merged = groupby(group.fields["longest"], key=lambda span: span[0])
+    spans = [(version, sum(tokens for _, tokens in parts)) for version, parts in merged]
     start = group.t_ns / NS
     for i, (_, tokens) in enumerate(spans):
         last = i == len(spans) - 1
