@@ -136,6 +136,7 @@ class Supervisor:
             del self._due[name]
             self._start(name)
             self.events.instant("restarted", process=name, restarts=self._states[name].restarts)
+            self.events.flush()
         if not self._up and (RANKS not in self._due) and read_status(self.paths.status).phase != "starting":
             self._up = True
             self._healed(RANKS)
@@ -245,6 +246,7 @@ class Supervisor:
         if name in self._healing:
             wall_ns, start_ns = self._healing.pop(name)
             self.events.add_span("heal", wall_ns, time.monotonic_ns() - start_ns, process=name)
+            self.events.flush()
 
     def _show(self, name: str, state: ProcessState) -> None:
         self._states[name] = state
@@ -252,6 +254,7 @@ class Supervisor:
 
     def _warn(self, text: str) -> None:
         sys.stderr.write(f"warning: {text}\n")
+        self.events.flush()  # a fault must be on the disk when its cause comes for the launcher too
         with self.paths.log("launcher").open("a") as log:
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
