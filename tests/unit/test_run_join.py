@@ -121,7 +121,7 @@ def test_when_the_run_is_over_the_agents_end_their_servers(tmp_path: Path) -> No
     async def told(run: Run) -> None:
         async with host(run) as it:
             agent = await it.agent()
-            await until(lambda: "joined-0" in run.states(), "it to join", SOON_S)
+            await until(lambda: run.states().get("joined-0") == State.STAGING, "its server to answer", SOON_S)
             server = it.server_of(agent)
             await it.desk.over("finished")
             assert await asyncio.wait_for(agent.wait(), SOON_S) == 0
@@ -135,7 +135,7 @@ def test_an_agent_that_hears_nothing_more_ends_with_a_word(tmp_path: Path) -> No
     async def told(run: Run) -> None:
         async with host(run) as it:
             agent = await it.agent("--patience", "1")
-            await until(lambda: "joined-0" in run.states(), "it to join", SOON_S)
+            await until(lambda: run.states().get("joined-0") == State.STAGING, "its server to answer", SOON_S)
             server = it.server_of(agent)
             await it.close()
             assert await asyncio.wait_for(agent.wait(), SOON_S) == 1
