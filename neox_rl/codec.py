@@ -140,11 +140,13 @@ def decode_group(data: Frame) -> Group:
         raise WireError(f"a group of {len(view)} bytes says that it has {count} frames")
     at = -(-(4 + 4 * count) // _ALIGN) * _ALIGN
     frames: list[Frame] = []
+    padding = [view[4 + 4 * count : at]]
     for size in struct.unpack_from(f"<{count}I", view, 4):
         frames.append(view[at : at + size])
         at += size + -size % _ALIGN
-    if at != len(view):
-        raise WireError(f"a group of {len(view)} bytes has frames of {at}")
+        padding.append(view[at - -size % _ALIGN : at])
+    if at != len(view) or any(map(any, padding)):
+        raise WireError(f"a group of {len(view)} bytes has frames of {at}, or something between them")
     groups, _ = decode_groups(frames)
     if len(groups) != 1:
         raise WireError(f"{len(groups)} groups where one was expected")

@@ -66,6 +66,11 @@ class RolloutConfig:
     temperature: float = key(1.0, "sampling temperature", low=0.0)
     top_p: float = key(1.0, "nucleus sampling mass; the policy's log-probs are exact only at 1", low=0.0, high=1.0)
     max_new_tokens: int = key(128, "token budget of a completion", low=1)
+    flush_tokens: int = key(
+        512,
+        "a longer completion is made by several requests, each of so many tokens at most: what is finished survives a crash; 0: never",
+        low=0,
+    )
     max_inflight_groups: int = key(0, "groups generated at once; 0: as many as the admission rule allows", low=0)
     record_every: int = key(50, "write every n-th group to rollouts.jsonl; 0: none", low=0)
 
@@ -77,6 +82,14 @@ class ScriptedConfig:
     token_s: float = key(0.002, "seconds that a token takes", low=0.0)
     mean_tokens: int = key(0, "mean of the lengths, which are log-normal; 0: those of the searches that are shown", low=0)
     sigma: float = key(0.8, "standard deviation of the logarithm of the lengths; 0: all alike", low=0.0, high=3.0)
+
+
+@dataclass(frozen=True)
+class QueueConfig:
+    """The journal of tickets, groups and unfinished rollouts (``runs/<name>/journal``)."""
+
+    flush_s: float = key(0.1, "the journal reaches the disk this often, and before any batch leaves", low=0.001, high=60.0)
+    disk_full_s: float = key(600.0, "how long a full disk is waited for; meanwhile nothing is admitted or trained, nor lost", low=0.0)
 
 
 @dataclass(frozen=True)
@@ -227,6 +240,7 @@ class DeadlinesConfig:
 
     batch_s: float = key(600.0, "the trainer waits for a batch", low=1.0)
     evaluate_s: float = key(1800.0, "the trainer waits for a whole evaluation, before and after RL", low=1.0)
+    orchestrator_s: float = key(60.0, "the trainer waits for a word from an orchestrator that is down or starts again", low=5.0)
     ranks_start_s: float = key(300.0, "the launcher waits for training ranks, and for an orchestrator, to come up", low=1.0)
     step_s: float = key(900.0, "a training rank's one step, publish or save, and each collective operation in it", low=1.0)
     silence_s: float = key(30.0, "a rank or orchestrator that shows no sign of life for this long is stuck, and is ended", low=1.0)
@@ -266,13 +280,16 @@ class MetaRLConfig:
     engine: str = key("megatron-core", "trainer engine; any other is registered (engines/registry.py) by the script that the ranks run")
     seed: int = key(1234, "seed of problems, demonstrations and sampling", low=0)
     restarts: int = key(0, "how often a run that lost a training rank goes on from its last checkpoint by itself (--restarts)", low=0)
-    orchestrator_restarts: int = key(3, "how often an orchestrator that died is started again; well for five minutes, it is forgiven", low=0)
+    orchestrator_restarts: int = key(
+        3, "how often an orchestrator that died is started again; well for five minutes, it is forgiven", low=0
+    )
     pack_tokens: int = key(2048, "most tokens in one packed micro-batch of one rank", low=16)
     trainer_cores: str = key("auto", "CPU cores of the training ranks: auto, or one a rank as in '1' or '0;1'")
     problems: ProblemsConfig = field(default_factory=ProblemsConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     warmstart: WarmstartConfig = field(default_factory=WarmstartConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    queue: QueueConfig = field(default_factory=QueueConfig)
     scripted: ScriptedConfig = field(default_factory=ScriptedConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     staleness: StalenessConfig = field(default_factory=StalenessConfig)

@@ -51,13 +51,14 @@ class Book:
             rollouts=len(group.traces),
         )
 
-    def chunk(self, ticket: int, rollout: int, chunk: Completion) -> None:
-        """``chunk`` follows on the rollout's earlier ones."""
+    def chunk(self, ticket: int, rollout: int, start: int, chunk: Completion) -> None:
+        """``chunk`` follows on the ``start`` tokens of the rollout's earlier ones."""
         self.add(
             "span",
             chunk_body(chunk),
             ticket=ticket,
             rollout=rollout,
+            start=start,
             spans=[[span.version, span.start, span.end] for span in chunk.spans],
             finish=chunk.finish.value,
             digests=self._digests(span.version for span in chunk.spans),

@@ -5,16 +5,19 @@
     session     session, attempt, sft_step, rl_step, state              a trainer says hello with the position of its checkpoint: what came
                                                                         after it is undone
     issued      ticket, position, live                                  the ticket is in flight, with the cursor's problem at ``position``
-    span        ticket, rollout, spans, finish, digests; body           a finished chunk of an unfinished group (``chunk_body``)
+    span        ticket, rollout, start, spans, finish, digests; body    a finished chunk of an unfinished group, behind ``start`` tokens
+                                                                        (``chunk_body``)
     group       ticket, digests, tokens, rollouts; body                 all rollouts of the ticket, verified (``codec.encode_group``)
     refused     ticket, tokens, rollouts                                dynamic sampling refused the group
     failed      ticket                                                  the generation failed; finished chunks are kept
-    discarded   tickets                                                 made by a policy that a rollback undid and that did not come back
+    discarded   tickets, parted                                         made by a policy that a rollback undid and that did not come back;
+                                                                        parted: nor will any other of those steps
     taken       id, phase, step, tickets, versions, state               the batch of a step; versions: {version: tokens} a ticket; for sft
                                                                         also draws, ticket: where the demonstrations stood before
     published   id, version, digest                                     the trainer offers weights
     live        version, digest                                         every serving server attests it
     evaluated   id, label, version, metrics                             the answer to an evaluation
+    stopped     id                                                      the user asked to stop: the answer said so
     reported    id, phase, step                                         the step's metrics are written
     checkpoint  id, sft_step, rl_step                                   the trainer has saved; a new segment begins
     state       (this class)                                            first in the segment after a checkpoint, before its open groups and
@@ -37,6 +40,8 @@ from neox_rl.queue.records import Record
 from neox_rl.types import Completion, Finish, Json, VersionSpan
 
 PHASES = ("sft", "rl")
+_PLAIN = (*("session", "attempt", "last", "steps", "reported", "fresh", "cursor", "published", "evaluated", "state", "sft", "stopped"),)
+"""Fields that are JSON as they are."""
 
 
 class Standing(Enum):
@@ -99,17 +104,16 @@ class History:
     sft: dict[str, int] = field(default_factory=dict)
     """Where the demonstrations stood before the last batch of the warm start: draws, ticket."""
     tally: Tally = field(default_factory=Tally)
+    stopped: bool = False
     complete: bool = False
     """The state that the segment begins with was read: its copy says nothing new."""
 
     def apply(self, record: Record) -> None:
-        handler = _HANDLERS.get(record.kind)
-        if handler is None:
-            return
         meta = record.meta
+        if record.kind in _HANDLERS:
+            _HANDLERS[record.kind](self, meta, record.body)
         if isinstance(id := meta.get("id"), int):
             self.last = max(self.last, id)
-        handler(self, meta, record.body)
 
     def standing(self, digests: Mapping[int, str | None]) -> Standing:
         found = Standing.USABLE
@@ -126,6 +130,23 @@ class History:
         found = [self.standing(m.digests) for m in made]
         return next((s for s in (Standing.FOREIGN, Standing.WAITING) if s in found), Standing.USABLE)
 
+    def chunks(self, ticket: int) -> dict[int, list[Completion]]:
+        """Rollout -> its finished chunks, each following on the one before it; what comes after one that was lost is of no use."""
+        found: dict[int, list[Completion]] = {}
+        for made in self.spans.get(ticket, ()):
+            earlier = found.setdefault(int(made.meta["rollout"]), [])
+            if sum(len(chunk.ids) for chunk in earlier) == made.meta["start"]:
+                earlier.append(chunk_of(made.meta, made.body))
+        return found
+
+    def queue_state(self, groups_per_step: int) -> dict[str, Json]:
+        """For ``TicketQueue.restore``."""
+        counts = {name: getattr(self.tally, name) for name in ("issued", "delivered", "refused", "failed")}
+        counts["trained"] = groups_per_step * self.steps["rl"]
+        opened: list[Json] = [*sorted(self.open)]
+        step = self.steps["rl"]
+        return {"groups_per_step": groups_per_step, "step": step, "fresh": self.fresh, "open": opened, "counts": {**counts}}
+
     def release(self, tickets: Iterable[int]) -> None:
         """Forgets the bytes of trained groups: a living orchestrator has delivered them, and one that takes over reads the journal."""
         for ticket in tickets:
@@ -139,8 +160,7 @@ class History:
         self.digests = {v: d for v, d in self.digests.items() if v >= oldest or v == self.published}
         self.taken = {}
         self._prune()
-        simple = ("session", "attempt", "last", "steps", "reported", "fresh", "cursor", "published", "evaluated", "state", "sft")
-        meta: dict[str, Any] = {name: getattr(self, name) for name in simple}
+        meta: dict[str, Any] = {name: getattr(self, name) for name in _PLAIN}
         meta |= {name: _pairs(getattr(self, name)) for name in ("positions", "refusals", "replay", "digests")}
         meta |= {"open": sorted(self.open), "tally": dict(vars(self.tally))}
         yield "state", meta, b""
@@ -175,7 +195,7 @@ class History:
     def _session(self, meta: Mapping[str, Any], _: bytes | memoryview) -> None:
         if "state" not in meta:
             return  # an entry of the ledger
-        self.session, self.attempt, self.last = str(meta["session"]), int(meta["attempt"]), 1
+        self.session, self.attempt, self.last, self.stopped = str(meta["session"]), int(meta["attempt"]), 1, False
         self._rollback(int(meta["sft_step"]), int(meta["rl_step"]), dict(meta["state"]))
 
     def _rollback(self, sft_step: int, rl_step: int, state: dict[str, Any]) -> None:
@@ -238,9 +258,10 @@ class History:
         self.tally.failed += 1
 
     def _discarded(self, meta: Mapping[str, Any], _: bytes | memoryview) -> None:
-        self.tally.failed += len(meta["tickets"])
+        self.tally.failed += sum(ticket in self.groups for ticket in meta["tickets"])
         self.release(meta["tickets"])
-        self.replay = {}
+        if meta["parted"]:
+            self.replay = {}
 
     def _taken(self, meta: Mapping[str, Any], _: bytes | memoryview) -> None:
         phase, step = str(meta["phase"]), int(meta["step"])
@@ -266,6 +287,9 @@ class History:
         self.published = int(meta["version"])
         self.digests[self.published] = str(meta["digest"])
 
+    def _stopped(self, meta: Mapping[str, Any], _: bytes | memoryview) -> None:
+        self.stopped = True
+
     def _evaluated(self, meta: Mapping[str, Any], _: bytes | memoryview) -> None:
         self.evaluated[str(meta["label"])] = meta["metrics"]
 
@@ -283,7 +307,7 @@ class History:
         elif self.complete:
             return
         self.complete = not meta.get("copy")
-        for name in ("session", "attempt", "last", "steps", "reported", "fresh", "cursor", "published", "evaluated", "state", "sft"):
+        for name in _PLAIN:
             setattr(self, name, meta[name])
         self.open = set(meta["open"])
         self.positions, self.refusals = ({int(t): int(v) for t, v in meta[name]} for name in ("positions", "refusals"))
@@ -298,6 +322,7 @@ _HANDLERS = {
     kind: getattr(History, f"_{kind}")
     for kind in (
         *("session", "issued", "span", "group", "refused", "failed", "discarded", "taken", "published", "evaluated", "reported"),
+        "stopped",
         *("checkpoint", "state"),
     )
 }

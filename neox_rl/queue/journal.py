@@ -142,7 +142,7 @@ class Journal:
 
     def append(self, payload: bytes) -> int:
         """Buffers a record (``payload_of``); returns its number. Raises JournalError once the journal has given up."""
-        self._check()
+        self.check()
         with self._wake:
             seq = self._take_seq()
             self._buffer.append((seq, payload))
@@ -153,7 +153,7 @@ class Journal:
 
     async def durable(self) -> None:
         """Returns once everything appended so far is on the disk. Raises JournalError when it cannot be brought there."""
-        self._check()
+        self.check()
         loop = asyncio.get_running_loop()
         with self._wake:
             if self._committed >= self._appended:
@@ -166,7 +166,7 @@ class Journal:
 
     def rotate(self, payloads: Sequence[bytes]) -> None:
         """A new segment that begins with ``payloads``. Once it is on the disk the older ones shrink to their entries in the ledger."""
-        self._check()
+        self.check()
         with self._wake:
             first = self._seq
             self._seq += 1 + len(payloads)
@@ -184,7 +184,8 @@ class Journal:
             self._segment.close()
         self._lock_file.close()
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises JournalError once the journal has given up."""
         if self._failed is not None:
             raise JournalError(str(self._failed)) from self._failed
 

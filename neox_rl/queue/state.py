@@ -235,7 +235,7 @@ class TicketQueue:
             "counts": {**asdict(self.counts)},
         }
 
-    def restore(self, state: Mapping[str, Json]) -> None:
+    def restore(self, state: Mapping[str, Json], refusals: Mapping[int, int] | None = None) -> None:
         """Continues from ``snapshot()``: its open tickets are issued again, first. The live version must be attested anew.
 
         Slacks, mode and ``num_steps`` may differ from those of the snapshot, B may not. Raises ConfigError.
@@ -244,6 +244,7 @@ class TicketQueue:
         if self._fresh:
             raise StalenessError(f"restore after {self._fresh} tickets were issued: a queue is restored before its first ticket")
         self._step, self._fresh, self._again = step, fresh, set(tickets)
+        self._refusals = dict(refusals or {})
         ended = counts.refused + counts.failed + counts.trained
         issued = max(counts.issued, ended)  # fewer where the journal lost records
         self.counts = Counts(issued, counts.delivered, counts.refused, counts.failed + issued - ended, counts.trained)

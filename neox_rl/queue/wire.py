@@ -1,11 +1,12 @@
 """The experience socket: the orchestrator (ROUTER, asyncio) binds, training rank 0 (DEALER, blocking) connects.
 
     trainer                                orchestrator
-    hello {world, pid, state}        ->    ok                              state: what the checkpoint kept, or {}
-    next {phase, step}               ->    batch (groups, state)           the codec of neox_rl/codec.py
+    hello {world, pid, attempt, state} ->  ok                              state: what the checkpoint kept, or {}
+    next {phase, step}               ->    batch (state, groups)           an array a group, as in neox_rl/codec.py
     evaluate {label, version}        ->    result {metrics}
     report {phase, step, metrics}    ->    (one way)
-    published {version}              ->    (one way)
+    published {version, digest}      ->    (one way)                       of the weights that the servers are offered
+    checkpoint {sft_step, rl_step}   ->    (one way)                       every rank has saved
     done {reason}                    ->    ok
                                      <-    heartbeat {waiting_for}         every second while the trainer waits
                                      <-    error {message}                 raised at the trainer as NeoxRLError
@@ -14,7 +15,13 @@ The trainer numbers its messages 1, 2, 3 ... within a session. The orchestrator 
 a number after a gap, answers a repeated last request with the answer it gave, and says in every message how far it has
 got (``acked``). The trainer repeats what is not acknowledged when it hears nothing. So a connection may break at any point and
 no message is lost, none handled twice, and no batch trained twice; only the answer to ``done`` cannot be repeated.
-One trainer holds the session until it is done.
+
+The orchestrator may die at any point too. It acknowledges only what its handler has made durable, so that its successor is told again
+what is not in the journal, and answers a repeated request as its predecessor did. A message also says which is the first that the
+trainer could still repeat (``since``): a successor whose journal ends before that has lost something, and says so.
+
+One trainer holds the session until it is done. Another begins one only at an orchestrator that has not heard of the first, and with a
+higher attempt: whoever starts trainers counts them up, once the earlier one is gone.
 
 A malformed message is counted and answered with an error; it changes nothing. Non-finite metrics travel as null.
 """
@@ -22,61 +29,65 @@ A malformed message is counted and answered with an error; it changes nothing. N
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
+import numpy as np
 import zmq
 import zmq.asyncio
 
-from neox_rl.codec import decode_groups, encode_groups
-from neox_rl.errors import DeadlineError, NeoxRLError, ProtocolError, WireError
-from neox_rl.framing import MAX_HEADER_BYTES, Frame, pack, unpack
-from neox_rl.keys import Keys, suspicion
-from neox_rl.queue.consumption import TrainedOnce
-from neox_rl.queue.wire_messages import ONE_WAY, Message, Phase, finite, parse_answer, parse_request
-from neox_rl.types import Group, Json
+from neox_rl.errors import JournalError, NeoxRLError, WireError
+from neox_rl.framing import MAX_HEADER_BYTES, Frame, pack
+from neox_rl.keys import Keys
+from neox_rl.queue.wire_messages import ATTEMPT, ONE_WAY, Message, Phase, finite, parse_request
+from neox_rl.types import Json
 
-__all__ = ("Delivery", "ExperienceClient", "ExperienceHandler", "ExperienceServer", "Phase")
+__all__ = ("Delivery", "ExperienceHandler", "ExperienceServer", "Phase")
 
-logger = logging.getLogger(__name__)
 HEARTBEAT_S: Final = 1.0
-RESEND_S: Final = 3.0
-SILENCE_S: Final = 15.0
-"""A greeted orchestrator that says nothing for this long is dead or stuck. It beats every second; on a loaded machine it may stutter."""
+NO_ATTEMPT: Final = -1
 LINGER_MS: Final = 2000
 MAX_MESSAGE_BYTES: Final = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """The groups of one step, and the orchestrator's state after them, which the trainer keeps in the checkpoint of that step.
+    """The groups of one step, each as ``codec.encode_group`` makes it, and the orchestrator's state after them, which the trainer keeps in
+    the checkpoint of that step.
 
     No groups: the orchestrator asks the trainer to stop.
     """
 
-    groups: Sequence[Group]
+    groups: Sequence[bytes | memoryview]
     state: Mapping[str, Json] = field(default_factory=dict)
 
 
 class ExperienceHandler(Protocol):
-    """What the orchestrator does with the trainer's messages. An exception is told to the trainer, then ends ``serve``."""
+    """What the orchestrator does with the trainer's messages. An exception is told to the trainer, then ends ``serve``.
 
-    async def hello(self, world: int, pid: int, state: Mapping[str, Json]) -> None: ...
+    ``id`` is the message's number, to be written down with its effect. Where this process took over from another, the last message may come
+    once more; then its answer must be the same.
+    """
 
-    async def next_groups(self, phase: Phase, step: int) -> Delivery: ...
+    async def hello(self, session: str, world: int, pid: int, attempt: int, state: Mapping[str, Json]) -> None: ...
 
-    async def evaluate(self, label: str, version: int) -> Mapping[str, Json]: ...
+    async def next_groups(self, id: int, phase: Phase, step: int) -> Delivery: ...
 
-    async def report(self, phase: Phase, step: int, metrics: Mapping[str, Json]) -> None: ...
+    async def evaluate(self, id: int, label: str, version: int) -> Mapping[str, Json]: ...
 
-    async def published(self, version: int) -> None: ...
+    async def report(self, id: int, phase: Phase, step: int, metrics: Mapping[str, Json]) -> None: ...
+
+    async def published(self, id: int, version: int, digest: str) -> None: ...
+
+    async def checkpoint(self, id: int, sft_step: int, rl_step: int) -> None: ...
 
     async def done(self, reason: str) -> None: ...
+
+    async def durable(self) -> None:
+        """Returns once what was written down so far survives a crash."""
+        ...
 
     def waiting_for(self) -> str:
         """What the request in progress waits for, in words, e.g. ``TicketQueue.waiting_for``."""
@@ -101,9 +112,10 @@ class ExperienceServer:
         self.malformed = self.strangers = self.duplicates = self.out_of_order = 0
         self._heartbeat_s = heartbeat_s
         self._beat_at = 0.0
-        self._session = ""
+        self._session, self._attempt, self._heard = "", NO_ATTEMPT, False
         self._peer = b""  # changes when the trainer reconnects
-        self._last = 0
+        self._last = self._acked = 0
+        self._follows = False  # nothing was handled since the take-over
         self._reply: list[Frame] = []
         self._working: asyncio.Task[list[Frame]] | None = None
         self._done: str | None = None
@@ -127,6 +139,11 @@ class ExperienceServer:
             if self._working is not None:
                 self._working.cancel()
 
+    def take_over(self, session: str, attempt: int, last: int) -> None:
+        """Before ``serve``: this orchestrator follows on one that handled the messages of ``session`` up to ``last``."""
+        self._session, self._attempt, self._last, self._acked = session, attempt, last, last
+        self._follows = bool(session)
+
     def close(self) -> None:
         """Lets the last answers go out for ``LINGER_MS``."""
         self._socket.close()
@@ -139,47 +156,72 @@ class ExperienceServer:
             self.malformed += 1
             await self._send(peer, self._pack("error", 0, message=f"malformed message: {error}"))
             return
-        if not self._session and message.kind == "hello" and message.id == 1:
-            self._session = message.session
+        if message.session != self._session and self._may_begin(message):
+            self._session, self._attempt, self._last, self._acked = message.session, message.body["attempt"], 0, 0
         if message.session != self._session:
             self.strangers += 1
-            reason = "another trainer holds the session" if self._session else "this orchestrator was restarted and knows no session"
-            await self._send(peer, self._pack("error", message.id, message=f"{reason}: restart the run"))
-        elif message.id <= self._last:
+            await self._send(peer, self._pack("error", message.id, message=self._refusal()))
+            return
+        self._heard = True
+        if self._follows and message.since > self._last + 1:
+            lost = f"messages {self._last + 1} to {message.since - 1} of the trainer were handled, but the journal does not hold them"
+            await self._send(peer, self._pack("error", 0, message=f"{lost}: the run goes on from its checkpoint, with --resume"))
+            raise JournalError(lost)
+        if message.id <= self._last:
             self.duplicates += 1
             self._peer = peer
             if message.id == self._last and self._reply:
                 await self._send(peer, self._reply)
+            elif message.id == self._last and self._working is None and message.kind not in ONE_WAY:
+                self._working = asyncio.create_task(self._answer(message, handler))  # the process that had answered is gone
         elif message.id > self._last + 1 or self._working is not None:
             self.out_of_order += 1
         else:
-            self._last, self._peer, self._reply, self._beat_at = message.id, peer, [], time.monotonic()
+            self._last, self._peer, self._reply, self._beat_at, self._follows = message.id, peer, [], time.monotonic(), False
             self._working = asyncio.create_task(self._answer(message, handler))
             if message.kind in ONE_WAY:
                 await self._finish()
 
+    def _may_begin(self, message: Message) -> bool:
+        return message.kind == "hello" and message.id == 1 and not self._heard and message.body["attempt"] > self._attempt
+
+    def _refusal(self) -> str:
+        if self._attempt == NO_ATTEMPT:
+            return "this orchestrator was restarted and knows no session: restart the run with --resume"
+        return (
+            f"another trainer holds the session (attempt {self._attempt}): end it, then start orchestrator and ranks again "
+            f"with {ATTEMPT}={self._attempt + 1} in their environment"
+        )
+
     async def _answer(self, message: Message, handler: ExperienceHandler) -> list[Frame]:
-        """The frames of the answer; none for a one-way message."""
-        body = message.body
+        """The frames of the answer, once what it acknowledges is durable; none for a one-way message."""
+        body, id = message.body, message.id
+        kind, answer, groups = "ok", dict[str, Json](), list[bytes | memoryview]()
         match message.kind:
-            case "hello":
-                await handler.hello(**body)
-            case "next":
-                delivery = await handler.next_groups(Phase(body["phase"]), body["step"])
-                meta: dict[str, Json] = {"id": message.id, "acked": message.id, "state": dict(delivery.state)}
-                return encode_groups(delivery.groups, meta, kind="batch")
-            case "evaluate":
-                return self._pack("result", message.id, metrics=finite(await handler.evaluate(**body)))
             case "report":
-                await handler.report(Phase(body["phase"]), body["step"], body["metrics"])
+                await handler.report(id, Phase(body["phase"]), body["step"], body["metrics"])
                 return []
             case "published":
-                await handler.published(**body)
+                await handler.published(id, **body)
                 return []
+            case "checkpoint":
+                await handler.checkpoint(id, **body)
+                return []
+            case "hello":
+                await handler.hello(message.session, **body)
+            case "next":
+                delivery = await handler.next_groups(id, Phase(body["phase"]), body["step"])
+                kind, answer, groups = "batch", {"state": dict(delivery.state)}, list(delivery.groups)
+            case "evaluate":
+                kind, answer = "result", {"metrics": finite(await handler.evaluate(id, **body))}
             case "done":
                 await handler.done(**body)
-                self._done = body["reason"]
-        return self._pack("ok", message.id)
+        await handler.durable()
+        self._acked = max(self._acked, id)
+        if message.kind == "done":
+            self._done = body["reason"]
+        arrays = {str(i): np.frombuffer(group, np.uint8) for i, group in enumerate(groups)}
+        return pack(kind, {"id": id, "acked": self._acked, **answer}, arrays)
 
     async def _finish(self) -> None:
         """The answer of the request in progress, or its failure: told to the trainer, then raised here."""
@@ -199,140 +241,8 @@ class ExperienceServer:
             await self._send(self._peer, self._pack("heartbeat", self._last, waiting_for=handler.waiting_for()))
 
     def _pack(self, kind: str, id: int, **body: Json) -> list[Frame]:
-        return pack(kind, {"id": id, "acked": self._last, **body}, {})
+        return pack(kind, {"id": id, "acked": self._acked, **body}, {})
 
     async def _send(self, peer: bytes, frames: Sequence[Frame]) -> None:
         # A ROUTER drops what it sends to a peer that is gone: the trainer repeats its request when it is back.
         await self._socket.send_multipart([peer, *frames])
-
-
-class ExperienceClient:
-    """The trainer's end; blocking, one thread. Every wait ends with an answer or with a DeadlineError naming what was waited for.
-
-    ``deadline_s`` is for one answer, ``evaluate_s`` for that of an evaluation. ``silence_s``: once greeted, an orchestrator
-    that says nothing for this long is taken for dead, long before the deadline.
-    """
-
-    def __init__(
-        self,
-        address: str,
-        deadline_s: float,
-        evaluate_s: float | None = None,
-        silence_s: float = SILENCE_S,
-        resend_s: float = RESEND_S,
-        keys: Keys | None = None,
-    ) -> None:
-        self._address, self._deadline_s, self._silence_s, self._resend_s = address, deadline_s, silence_s, resend_s
-        self._evaluate_s = deadline_s if evaluate_s is None else evaluate_s
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.LINGER, LINGER_MS)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-        # No zmq.IMMEDIATE here: with it libzmq throws away answers that came but were not read yet when the peer closes.
-        if keys is not None:
-            keys.apply_client(self._socket)
-        self._keys = keys
-        self._socket.connect(address)
-        self._session = uuid.uuid4().hex
-        self._id = 0
-        self._unacked: dict[int, list[Frame]] = {}
-        self._greeted = False
-        self.malformed = 0
-        self._trained = TrainedOnce()
-        self.state: dict[str, Json] = {}
-        """The orchestrator's state after the last batch: keep it in the checkpoint, give it back to ``hello``. A delivery of
-        no groups (the orchestrator asks to stop) leaves it as it was, so that the checkpoint of a stopped run can be resumed."""
-
-    def hello(self, world: int, state: Mapping[str, Json] | None = None) -> None:
-        """The first call. Waits for an orchestrator that may start later; ``state`` is that of the checkpoint resumed from."""
-        what = f"the orchestrator to answer on {self._address}"
-        self._request("ok", what, "hello", world=world, pid=os.getpid(), state=dict(state or {}))
-        self._greeted = True
-        self.state = dict(state or {})
-
-    def next_groups(self, phase: Phase, step: int) -> tuple[Group, ...]:
-        """The batch of a step. Raises StalenessError when a ticket comes a second time in the RL phase."""
-        frames = self._request("batch", f"the batch of {phase} step {step}", "next", phase=str(phase), step=step)
-        groups, meta = decode_groups(frames, "batch")
-        if phase is Phase.RL:
-            self._trained.add(groups, step)
-        state = meta.get("state")
-        if groups and isinstance(state, dict):
-            self.state = state
-        return groups
-
-    def evaluate(self, label: str, version: int) -> dict[str, Json]:
-        """Held-out metrics of a version, once the servers serve it. Takes as long as generation does."""
-        frames = self._request("result", f"the evaluation {label!r} of v{version}", "evaluate", label=label, version=version)
-        metrics = unpack(frames, "result")[0].get("metrics")
-        if not isinstance(metrics, dict):
-            raise WireError(f"the result of evaluation {label!r} has no metrics")
-        return metrics
-
-    def report(self, phase: Phase, step: int, metrics: Mapping[str, Json]) -> None:
-        """Metrics of a trained step. Does not wait; it arrives before the next request does."""
-        self._post("report", phase=str(phase), step=step, metrics=finite(metrics))
-
-    def published(self, version: int) -> None:
-        """The weights of ``version`` are offered to the servers. Does not wait."""
-        self._post("published", version=version)
-
-    def done(self, reason: str) -> None:
-        """The last call: everything sent has been handled when it returns."""
-        self._request("ok", "the orchestrator to take note of the end", "done", reason=reason)
-
-    def close(self) -> None:
-        self._socket.close()
-
-    def _post(self, kind: str, **body: Json) -> None:
-        self._id += 1
-        self._unacked[self._id] = pack(kind, {"session": self._session, "id": self._id, **body}, {})
-        self._send(self._id)
-
-    def _send(self, *ids: int) -> None:
-        try:
-            for id in ids:
-                self._socket.send_multipart(self._unacked[id], zmq.DONTWAIT)
-        except zmq.Again:
-            return  # the outgoing buffer is full, for want of a peer: repeated by the next request
-
-    def _request(self, expected: str, what: str, kind: str, **body: Json) -> list[bytes]:
-        self._post(kind, **body)
-        start = heard = sent = time.monotonic()
-        limit_s = self._evaluate_s if kind == "evaluate" else self._deadline_s
-        waiting_for = ""
-        while True:
-            now = time.monotonic()
-            if now - start > limit_s:
-                raise DeadlineError(what, now - start, f"the orchestrator last waited for {waiting_for}" if waiting_for else self._hint())
-            if self._greeted and now - heard > self._silence_s:
-                raise DeadlineError(f"a word from the orchestrator at {self._address} about {what}", now - heard, self._hint())
-            if now - max(heard, sent) > self._resend_s:
-                self._send(*self._unacked)
-                sent = now
-            if not self._socket.poll(int(1000 * min(0.5, self._resend_s))):
-                continue
-            frames = self._socket.recv_multipart()
-            try:
-                answer, id, said = parse_answer(frames)
-            except ProtocolError:
-                raise
-            except WireError as error:
-                self.malformed += 1
-                logger.warning("ignored an answer of the orchestrator: %s", error)
-                continue  # damaged on its way: the request is repeated, and so is its answer
-            if id not in (self._id, 0):
-                continue  # a second answer to a repeated request
-            heard = time.monotonic()
-            if answer == "error":
-                raise NeoxRLError(f"the orchestrator failed while the trainer waited for {what}: {said.get('message')}")
-            self._unacked = {i: f for i, f in self._unacked.items() if i > int(str(said["acked"]))}
-            if answer == "heartbeat":
-                waiting_for = str(said.get("waiting_for"))
-            elif answer == expected:
-                return frames
-            else:
-                raise WireError(f"answer of kind {answer!r} while waiting for {what}")
-
-    def _hint(self) -> str:
-        hint = f"see the orchestrator's log; is it alive and bound to {self._address}?"
-        return hint if self._greeted else f"{hint} {suspicion(self._keys)}"

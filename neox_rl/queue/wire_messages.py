@@ -8,19 +8,22 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
-from neox_rl.errors import WireError
+from neox_rl.errors import ConfigError, WireError
 from neox_rl.framing import Frame, kind_of, unpack
 from neox_rl.types import Json
 
+ATTEMPT: Final = "NEOX_RL_ATTEMPT"
+"""In the environment of trainers and orchestrator: how often trainers of this run were started before."""
 _FIELDS: Final[dict[str, dict[str, type]]] = {
-    "hello": {"world": int, "pid": int, "state": dict},
+    "hello": {"world": int, "pid": int, "attempt": int, "state": dict},
     "next": {"phase": str, "step": int},
     "evaluate": {"label": str, "version": int},
     "report": {"phase": str, "step": int, "metrics": dict},
-    "published": {"version": int},
+    "published": {"version": int, "digest": str},
+    "checkpoint": {"sft_step": int, "rl_step": int},
     "done": {"reason": str},
 }
-ONE_WAY: Final = frozenset({"report", "published"})  # handled at once, before the next message is read
+ONE_WAY: Final = frozenset({"report", "published", "checkpoint"})  # handled at once, before the next message is read
 _ANSWERS: Final = frozenset({"ok", "batch", "result", "heartbeat", "error"})
 _MAX_INT, _MAX_TEXT, _MAX_SESSION = 1 << 53, 1000, 64
 
@@ -39,6 +42,7 @@ class Message:
     kind: str
     session: str
     id: int
+    since: int
     body: Mapping[str, Any]
 
 
@@ -49,9 +53,11 @@ def parse_request(frames: Sequence[Frame]) -> Message:
     if fields is None or len(frames) != 1:
         raise WireError(f"{len(frames)} frames of unknown kind {kind[:64]!r}")
     body = unpack(frames, kind)[0]
-    session, id = body.pop("session", None), body.pop("id", None)
+    session, id, since = body.pop("session", None), body.pop("id", None), body.pop("since", None)
     if not isinstance(session, str) or not 1 <= len(session) <= _MAX_SESSION or type(id) is not int or not 1 <= id < _MAX_INT:
         raise WireError(f"{kind}: session {str(session)[:64]!r} or id {str(id)[:64]!r} is not one")
+    if type(since) is not int or not 1 <= since <= id:
+        raise WireError(f"{kind}: since {str(since)[:64]!r} is not in 1..{id}")
     if body.keys() != fields.keys() or any(type(body[name]) is not of for name, of in fields.items()):
         raise WireError(f"{kind}: fields {str(body)[:200]} are not {sorted(fields)}")
     for name, value in body.items():
@@ -59,7 +65,7 @@ def parse_request(frames: Sequence[Frame]) -> Message:
             raise WireError(f"{kind}: {name} {str(value)[:64]!r} is beyond 0..{_MAX_INT} or {_MAX_TEXT} characters")
     if body.get("phase", Phase.RL) not in set(Phase):
         raise WireError(f"{kind}: phase {str(body['phase'])[:64]!r} is not one of {sorted(Phase)}")
-    return Message(kind, session, id, body)
+    return Message(kind, session, id, since, body)
 
 
 def parse_answer(frames: Sequence[Frame]) -> tuple[str, int, Mapping[str, Json]]:
@@ -68,16 +74,20 @@ def parse_answer(frames: Sequence[Frame]) -> tuple[str, int, Mapping[str, Json]]
     if kind not in _ANSWERS:
         raise WireError(f"{len(frames)} frames of unknown kind {kind[:64]!r}")
     body = unpack(frames, kind)[0]
-    inner = body.get("meta") if kind == "batch" else body
-    numbers = [inner.get("id"), inner.get("acked")] if isinstance(inner, dict) else []
-    match numbers, inner:
-        case [int() as id, int() as acked], dict() as said if (
-            bool not in map(type, numbers) and min(id, acked) >= 0 and max(id, acked) < _MAX_INT
-        ):
-            return kind, id, said
-    raise WireError(f"{kind}: answer without id and acked: {str(inner)[:200]}")
+    id, acked = body.get("id"), body.get("acked")
+    if type(id) is not int or type(acked) is not int or min(id, acked) < 0 or max(id, acked) >= _MAX_INT:
+        raise WireError(f"{kind}: answer without id and acked: {str(body)[:200]}")
+    return kind, id, body
 
 
 def finite(metrics: Mapping[str, Json]) -> dict[str, Json]:
     """JSON has no nan and no inf: a metric without a value is null, and does not end the run."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+
+
+def attempt_of(env: Mapping[str, str]) -> int:
+    """The attempt that the environment names; 0 where it names none. Raises ConfigError."""
+    text = env.get(ATTEMPT, "0")
+    if not text.isdecimal():
+        raise ConfigError(f"{ATTEMPT}={text!r}: must be a number, counted up with each start of the run's trainers")
+    return int(text)

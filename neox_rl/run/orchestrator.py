@@ -4,7 +4,9 @@
                               -- rl:  queue.take <- deliver <- pump <- (generator, verifier) <- next_ticket
     trainer --published--> keeper -> servers switch -> live -> queue.set_live -> pump
 
-One event loop owns all state. A background task that fails ends the process with its error; the launcher names it.
+One event loop owns all state, and what must not be forgotten is in the journal before anybody hears of it: this process may be killed at
+any point, and the next one goes on (``comeback.py``). A background task that fails ends the process with its error; the launcher
+names it.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import signal
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -19,35 +22,42 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+from neox_rl.codec import encode_group
 from neox_rl.config.load import load_resolved
 from neox_rl.config.run import RunConfig
-from neox_rl.errors import ConfigError, NeoxRLError, exit_status
+from neox_rl.errors import ConfigError, JournalError, NeoxRLError, exit_status
 from neox_rl.problems.sources import ProblemCursor
-from neox_rl.queue.state import TicketQueue
+from neox_rl.queue.book import Book
+from neox_rl.queue.state import TicketQueue, name
 from neox_rl.queue.wire import Delivery, ExperienceServer, Phase
+from neox_rl.queue.wire_messages import attempt_of
+from neox_rl.run.comeback import Comeback
 from neox_rl.run.evaluation import Evaluator
 from neox_rl.run.parts import Parts, build_parts
-from neox_rl.run.pump import PumpCounts, RolloutPump
+from neox_rl.run.pump import RolloutPump
 from neox_rl.run.scoreboard import Scoreboard
 from neox_rl.search.demonstrations import Demonstrations
 from neox_rl.telemetry.heartbeat import Heartbeat, interval_s
+from neox_rl.telemetry.jsonl import read_jsonl
 from neox_rl.telemetry.metrics import MetricsWriter
 from neox_rl.telemetry.paths import RunPaths
-from neox_rl.telemetry.rewind import rewind
+from neox_rl.telemetry.rewind import SMALL, rewind, settle
 from neox_rl.types import Group, Json, Problem, SamplingParams
 
 logger = logging.getLogger(__name__)
 MAX_ERRORS = 3
 """Errors in the log: a server that is gone fails every ticket in flight."""
+DISK_S = 0.5
+"""Between two looks at whether the journal can be written."""
 T = TypeVar("T")
 
 
 class Orchestrator:
-    """The ``ExperienceHandler`` of a run."""
+    """The ``ExperienceHandler`` of a run. ``attempt``: of the trainer that it serves, or of the one whose session it continues."""
 
-    def __init__(self, config: RunConfig, paths: RunPaths, parts: Parts, writer: MetricsWriter) -> None:
+    def __init__(self, config: RunConfig, paths: RunPaths, parts: Parts, writer: MetricsWriter, book: Book, attempt: int) -> None:
         metarl = config.metarl
-        self._config, self._paths, self._parts = config, paths, parts
+        self._config, self._paths, self._parts, self._book, self._attempt = config, paths, parts, book, attempt
         self._stopping = asyncio.Event()
         self._waiting = ""
         staleness = metarl.staleness
@@ -58,8 +68,9 @@ class Orchestrator:
         params = SamplingParams(
             metarl.rollout.max_new_tokens, metarl.rollout.temperature, metarl.rollout.top_p, (parts.attempts.tokenizer.eos_id,)
         )
-        self._pump = RolloutPump(config, self._queue, self._cursor, parts.attempts, params, parts.events, self._on_group)
-        self._board = Scoreboard(config, paths, writer, self._queue, self._pump.counts, parts.attempts.tokenizer, parts.events)
+        self._pump = RolloutPump(config, book, self._queue, self._cursor, parts.attempts, params, parts.events, self._on_group)
+        self._comeback = Comeback(book, self._queue, self._cursor, self._pump, self._on_load)
+        self._board = Scoreboard(config, paths, writer, self._queue, book.history.tally, parts.attempts.tokenizer, parts.events)
         self._evaluator = Evaluator(config, parts.problems.heldout, parts.attempts, params)
         self._demonstrations = self._new_demonstrations(0, 0)
         self._tasks: asyncio.TaskGroup | None = None
@@ -87,7 +98,11 @@ class Orchestrator:
 
     async def run(self, server: ExperienceServer) -> str:
         """Serves the trainer until it is done. Raises, in an ExceptionGroup, what a background task raises."""
+        for word in self._book.damage:
+            self._parts.events.instant("journal", message=word)
         async with asyncio.TaskGroup() as self._tasks:
+            self._take_over(server)
+            self._start("disk", self._watch_disk())
             self._start("versions", self._parts.keeper.run(self._on_live))
             if self._parts.activity is not None:
                 self._start("activity", self._parts.activity.run())
@@ -104,53 +119,130 @@ class Orchestrator:
     def close(self) -> None:
         self._board.close()
 
+    def _take_over(self, server: ExperienceServer) -> None:
+        """The journal of a session that nobody ended: its trainer lives and goes on, unless one of a later attempt was started."""
+        history = self._book.history
+        if not history.session:
+            return
+        if self._attempt > history.attempt:
+            server.take_over("", history.attempt, 0)
+            return
+        server.take_over(history.session, history.attempt, history.last)
+        settle(self._paths, history.reported["sft"], history.reported["rl"], history.evaluated.keys())
+        small = [row["step"] for row in read_jsonl(self._paths.evaluations) if row["label"].startswith(SMALL)]
+        self._evaluated = max(small, default=0)
+        self._restore("a new orchestrator goes on")
+        if history.stopped:
+            self._stopping.set()
+        if history.published >= 0:
+            self._parts.keeper.promise(history.published)
+        if history.steps["rl"]:
+            self._start("rollouts", self._pump.run())
+
+    def _restore(self, message: str) -> None:
+        found, history = self._comeback.restore(), self._book.history
+        match history.state:
+            case {"draws": int() as draws, "ticket": int() as ticket}:
+                self._demonstrations = self._new_demonstrations(draws, ticket)
+        self._parts.events.instant("recovered", message=message, sft_step=history.steps["sft"], rl_step=history.steps["rl"], **found)
+        warm = history.steps["sft"] < self._config.metarl.warmstart.steps
+        self._board.phase("warmstart" if warm else "rl", message)
+
+    async def _watch_disk(self) -> None:
+        """Says when the journal cannot be written, and when it can again."""
+        told = ""
+        while True:
+            self._book.journal.check()
+            if (trouble := self._book.journal.trouble) != told and bool(trouble) != bool(told):
+                self._parts.events.instant("journal", message=trouble or "the disk takes the journal again")
+                self._board.say(f"waits for {trouble}" if trouble else "")
+                self._pump.changed.fire()
+            told = trouble
+            await asyncio.sleep(DISK_S)
+
     # ExperienceHandler
 
-    async def hello(self, world: int, pid: int, state: Mapping[str, Json]) -> None:
+    async def durable(self) -> None:
+        await self._book.durable()
+
+    async def hello(self, session: str, world: int, pid: int, attempt: int, state: Mapping[str, Json]) -> None:
         logger.info("trainer with %d ranks, rank 0 is pid %d", world, pid)
+        if session == self._book.history.session:
+            return  # its answer went out with the orchestrator before this one
         match state:
             case {"sft_step": int() as sft_step, "rl_step": int() as rl_step}:
                 rewind(self._paths, sft_step, rl_step)
             case _:
                 raise ConfigError(f"the trainer does not say which steps it has done: {str(state)[:200]}")
-        self._restore(state)
+        self._book.add("session", id=1, session=session, attempt=attempt, sft_step=sft_step, rl_step=rl_step, state=dict(state))
         self._evaluated = rl_step
-        warm = sft_step < self._config.metarl.warmstart.steps
-        self._board.phase("warmstart" if warm else "rl", "" if sft_step + rl_step == 0 else f"continues after step {sft_step or rl_step}")
+        self._restore("" if sft_step + rl_step == 0 else f"continues after step {rl_step or sft_step}")
 
-    def _restore(self, state: Mapping[str, Json]) -> None:
-        match state:
-            case {"queue": dict() as queue, "cursor": dict() as cursor, "draws": int() as draws, "ticket": int() as ticket}:
-                self._queue.restore(queue)
-                self._cursor.restore(cursor)
-                self._demonstrations = self._new_demonstrations(draws, ticket)
-        match state.get("problems"):
-            case dict() as problems:
-                self._pump.restore_problems(problems)
-        match state.get("counts"):
-            case {"tokens_generated": int() as tokens, "rollouts": int() as rollouts, "rollouts_refused": int() as refused}:
-                self._pump.counts.restore(PumpCounts(tokens, rollouts, refused))
-
-    async def next_groups(self, phase: Phase, step: int) -> Delivery:
-        groups: Sequence[Group] | None = None
-        if phase is Phase.SFT and not self._stopping.is_set():
-            return Delivery(self._demonstrate(), self._state())
+    async def next_groups(self, id: int, phase: Phase, step: int) -> Delivery:
+        if phase is Phase.SFT:
+            return self._demonstrate(id, step)
         if "rollouts" not in self._background:
             self._start("rollouts", self._pump.run())
-        while not self._stopping.is_set() and (groups := self._queue.take(step)) is None:
+        if id <= self._book.history.last:
+            return self._again(step)
+        groups: Sequence[Group] | None = None
+        before = self._comeback.batch_of(step)
+        while not self._stopping.is_set() and (groups := self._queue.take(step, before)) is None:
             self._waiting = self._queue.waiting_for(step)
             if self._queue.num_in_flight == 0:
                 self._waiting += f"; {self._parts.keeper.waiting_for()}"
             await self._pump.changed.wait()
         if not groups:
+            self._book.add("stopped", id=id)
             return Delivery(())
         self._parts.events.instant("delivered", step=step, ready=self._queue.num_ready, in_flight=self._queue.num_in_flight)
         self._board.delivered(groups)
         self._pump.taken(groups)
-        return Delivery(groups, self._state())
+        bodies, state = self._book.bodies(groups), self._state()
+        self._book.taken(id, step, groups, state)
+        self._book.history.release(group.ticket for group in groups)
+        return Delivery(bodies, state)
 
-    async def evaluate(self, label: str, version: int) -> Mapping[str, Json]:
+    def _again(self, step: int) -> Delivery:
+        """The batch that the orchestrator before this one had handed out when it died."""
+        history = self._book.history
+        tickets = history.taken.get(step, ())
+        if not tickets or not history.groups.keys() >= set(tickets):
+            lost = ", ".join(name(ticket) for ticket in tickets if ticket not in history.groups) or "what it was"
+            raise JournalError(
+                f"the batch of step {step} was handed out, but the journal lost {lost}: go on from the checkpoint (--resume)"
+            )
+        return Delivery([history.groups[ticket].body for ticket in tickets], history.state)
+
+    def _demonstrate(self, id: int, step: int) -> Delivery:
+        history = self._book.history
+        if id > history.last and self._stopping.is_set():
+            self._book.add("stopped", id=id)
+            return Delivery(())
+        if id <= history.last:
+            before = self._new_demonstrations(history.sft["draws"], history.sft["ticket"])
+            return Delivery([encode_group(group) for group in self._batch(before)], history.state)
+        draws, ticket = self._demonstrations.draws, self._demonstrations.ticket
+        groups = self._batch(self._demonstrations)
+        state = self._state()
+        self._book.add("taken", id=id, phase="sft", step=step, draws=draws, ticket=ticket, state=state)
+        return Delivery([encode_group(group) for group in groups], state)
+
+    def _batch(self, demonstrations: Demonstrations) -> Sequence[Group]:
+        groups: list[Group] = []
+        tokens = 0
+        with self._parts.events.span("demonstrate"):
+            while tokens < self._config.metarl.warmstart.tokens_per_step:
+                trace = next(demonstrations)
+                groups.append(Group(demonstrations.ticket - 1, trace.problem_id, (trace,)))
+                tokens += trace.num_tokens
+        return groups
+
+    async def evaluate(self, id: int, label: str, version: int) -> Mapping[str, Json]:
         """Accuracy by mode; nothing where the user asked to stop before it was known."""
+        known = self._book.history.evaluated.get(label)
+        if id <= self._book.history.last and isinstance(known, dict):
+            return known
         self._board.phase("evaluate", f"held-out problems, {label}")
         while self._queue.live_version < version and not self._stopping.is_set():
             self._waiting = self._parts.keeper.waiting_for()
@@ -159,12 +251,15 @@ class Orchestrator:
         with self._parts.events.span("evaluate", label=label):
             found = await self._unless_stopped(self._evaluator.full(label, self._queue.step, version))
         if found is None:
+            self._book.add("stopped", id=id)
             return {}
         rows, attempts = found
         for row in rows:
             self._board.evaluation(row)
         self._board.evaluated(label, attempts, sum(row["seconds"] for row in rows))
-        return {row["mode"]: row["accuracy"]["mean"] for row in rows}
+        metrics: dict[str, Json] = {row["mode"]: row["accuracy"]["mean"] for row in rows}
+        self._book.add("evaluated", id=id, label=label, version=version, metrics=metrics)
+        return metrics
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, T]) -> T | None:
         """The result, or None once the user asks to stop: the work is abandoned."""
@@ -177,22 +272,30 @@ class Orchestrator:
             stopping.cancel()
             await asyncio.gather(working, stopping, return_exceptions=True)
 
-    async def report(self, phase: Phase, step: int, metrics: Mapping[str, Json]) -> None:
-        self._board.step(phase, step, metrics)
+    async def report(self, id: int, phase: Phase, step: int, metrics: Mapping[str, Json]) -> None:
+        self._board.step(phase, step, metrics)  # first: a row without a record is cut and told again, a record without a row is a hole
+        self._book.add("reported", id=id, phase=phase.value, step=step)
 
-    async def published(self, version: int) -> None:
+    async def published(self, id: int, version: int, digest: str) -> None:
+        self._book.add("published", id=id, version=version, digest=digest)
+        self._comeback.published()
+        self._pump.changed.fire()
         self._parts.keeper.promise(version)
+
+    async def checkpoint(self, id: int, sft_step: int, rl_step: int) -> None:
+        self._book.checkpoint(id, sft_step, rl_step)
 
     async def done(self, reason: str) -> None:
         self._board.phase("report", reason)
 
     def waiting_for(self) -> str:
-        return self._waiting
+        return self._book.journal.trouble or self._waiting
 
     # events
 
     def _on_live(self, version: int) -> None:
         self._queue.set_live(version)
+        self._book.add("live", version=version, digest=self._book.history.digests.get(version))
         self._pump.changed.fire()
         every = self._config.metarl.evaluation.every_steps
         # Not version % every: a version that was superseded while it was staged is never live.
@@ -209,15 +312,9 @@ class Orchestrator:
     def _on_group(self, group: Group, problem: Problem) -> None:
         self._board.group(group, problem)
 
-    def _demonstrate(self) -> Sequence[Group]:
-        groups: list[Group] = []
-        tokens = 0
-        with self._parts.events.span("demonstrate"):
-            while tokens < self._config.metarl.warmstart.tokens_per_step:
-                trace = next(self._demonstrations)
-                groups.append(Group(self._demonstrations.ticket - 1, trace.problem_id, (trace,)))
-                tokens += trace.num_tokens
-        return groups
+    def _on_load(self, group: Group) -> None:
+        if (problem := self._pump.problem(group.ticket)) is not None:
+            self._board.recovered(group, problem)
 
     def _state(self) -> dict[str, Json]:
         return {
@@ -226,7 +323,7 @@ class Orchestrator:
             "problems": {**self._pump.open_problems()},
             "draws": self._demonstrations.draws,
             "ticket": self._demonstrations.ticket,
-            "counts": asdict(self._pump.counts),
+            "counts": asdict(self._book.history.tally),
         }
 
 
@@ -236,7 +333,10 @@ async def serve(config: RunConfig, paths: RunPaths) -> None:
         parts = await build_parts(config, paths, stack)
         server = ExperienceServer(config.metarl.network.bind_host, parts.endpoints.experience_port, keys=parts.keys)
         stack.callback(server.close)
-        orchestrator = Orchestrator(config, paths, parts, MetricsWriter(paths, config.metarl.logging, asdict(config)))
+        attempt, metarl = attempt_of(os.environ), config.metarl
+        book = Book.open(paths.journal, attempt, metarl.queue.flush_s, metarl.queue.disk_full_s)
+        stack.callback(book.close)
+        orchestrator = Orchestrator(config, paths, parts, MetricsWriter(paths, metarl.logging, asdict(config)), book, attempt)
         stack.callback(orchestrator.close)
         heartbeat = Heartbeat(paths.beats, "orchestrator", parts.events, interval_s(config.metarl.deadlines.silence_s))
         stack.callback(asyncio.ensure_future(heartbeat.forever()).cancel)

@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from neox_rl.config.run import RunConfig
-from neox_rl.errors import ConfigError, DeadlineError, NeoxRLError
+from neox_rl.errors import DeadlineError, NeoxRLError
 from neox_rl.problems.sources import ProblemCursor
+from neox_rl.queue.book import Book
+from neox_rl.queue.history import Standing
 from neox_rl.queue.state import TicketQueue
+from neox_rl.rollout.chunks import ChunkedGenerator
 from neox_rl.rollout.groups import Attempts, rewards_differ
 from neox_rl.rollout.vllm_client import ServerFailedError
 from neox_rl.run.pulse import Pulse
 from neox_rl.telemetry.events import EventLog
-from neox_rl.types import Group, Json, Problem, SamplingParams
+from neox_rl.types import Completion, Group, Problem, SamplingParams
 
 MAX_FAILURES = 3
 """Failed generations of one ticket before the run ends: by then it is not the server that is at fault."""
@@ -24,24 +27,16 @@ RETRY_S = 1.0
 """Before a ticket is handed on, twice as long each time: a server that died has ended by then, and the run names it."""
 
 
-@dataclass
-class PumpCounts:
-    """Since the start of the run, resumes included. Tokens and rollouts of refused groups are counted too."""
-
-    tokens_generated: int = 0
-    rollouts: int = 0
-    rollouts_refused: int = 0
-
-    def restore(self, saved: PumpCounts) -> None:
-        self.tokens_generated, self.rollouts, self.rollouts_refused = saved.tokens_generated, saved.rollouts, saved.rollouts_refused
-
-
 class RolloutPump:
-    """``run`` issues tickets until cancelled; ``changed`` fires after every event that may complete a batch or admit a ticket."""
+    """``run`` issues tickets until cancelled; ``changed`` fires after every event that may complete a batch or admit a ticket.
+
+    What it does is written down in ``book``, and while that cannot reach the disk no ticket is issued.
+    """
 
     def __init__(
         self,
         config: RunConfig,
+        book: Book,
         queue: TicketQueue,
         cursor: ProblemCursor,
         attempts: Attempts,
@@ -50,9 +45,10 @@ class RolloutPump:
         on_group: Callable[[Group, Problem], None],
         retry_s: float = RETRY_S,
     ) -> None:
-        self._config, self._queue, self._cursor, self._attempts, self._params = config, queue, cursor, attempts, params
+        self._config, self._book, self._queue, self._cursor, self._params = config, book, queue, cursor, params
+        chunked = ChunkedGenerator(attempts.generator, config.metarl.rollout.flush_tokens, self._on_chunk, self._earlier_chunks)
+        self._attempts = replace(attempts, generator=chunked)
         self._events, self._on_group, self._retry_s = events, on_group, retry_s
-        self.counts = PumpCounts()
         self._positions: dict[int, int] = {}
         self.changed = Pulse()
 
@@ -61,7 +57,11 @@ class RolloutPump:
         limit = self._config.metarl.rollout.max_inflight_groups or 1 << 30
         async with asyncio.TaskGroup() as tasks:
             while True:
-                while self._queue.num_in_flight < limit and (ticket := self._queue.next_ticket()) is not None:
+                while self._may_issue(limit) and (ticket := self._queue.next_ticket()) is not None:
+                    if ticket not in self._positions:
+                        self._positions[ticket] = self._cursor.position
+                        self._cursor.next()
+                    self._book.add("issued", ticket=ticket, position=self._positions[ticket], live=self._queue.live_version)
                     tasks.create_task(self._make(ticket), name=f"group {ticket}")
                     self._events.instant("admitted", ticket=ticket, live=self._queue.live_version)
                 await self.changed.wait()
@@ -70,24 +70,36 @@ class RolloutPump:
         """Ticket -> the cursor's position of its problem, of tickets that were issued and not taken: for a checkpoint."""
         return {str(ticket): position for ticket, position in self._positions.items()}
 
-    def restore_problems(self, saved: Mapping[str, Json]) -> None:
-        """The tickets that are issued again get the problems they had: none is passed over in its epoch. Raises ConfigError."""
-        for ticket, position in saved.items():
-            if not ticket.isdecimal() or type(position) is not int or position < 0:
-                raise ConfigError(
-                    f"the checkpoint's problem of ticket {ticket!r} is {position!r}: must be a position; take another checkpoint"
-                )
-            self._positions[int(ticket)] = position
+    def restore_problems(self, positions: Mapping[int, int]) -> None:
+        """The tickets that are issued again get the problems they had: none is passed over in its epoch."""
+        self._positions = dict(positions)
+
+    def problem(self, ticket: int) -> Problem | None:
+        """Of an open ticket, where it has one."""
+        return self._cursor.at(self._positions[ticket]) if ticket in self._positions else None
 
     def taken(self, groups: Sequence[Group]) -> None:
         """A step took these groups: their tickets are closed."""
         for group in groups:
             self._positions.pop(group.ticket, None)
 
+    def _may_issue(self, limit: int) -> bool:
+        return self._queue.num_in_flight < limit and not self._book.journal.trouble
+
+    def _on_chunk(self, rollout_id: str, index: int, start: int, chunk: Completion) -> None:
+        self._book.chunk(_ticket(rollout_id), index, start, chunk)
+
+    def _earlier_chunks(self, rollout_id: str) -> Mapping[int, Sequence[Completion]]:
+        """What an earlier attempt at this ticket has finished, if the policies that made it are of this timeline."""
+        ticket, history = _ticket(rollout_id), self._book.history
+        if ticket not in history.spans:
+            return {}
+        if history.standing_of(ticket) is Standing.USABLE:
+            return history.chunks(ticket)
+        self._book.add("discarded", tickets=[ticket], parted=False)
+        return {}
+
     async def _make(self, ticket: int) -> None:
-        if ticket not in self._positions:
-            self._positions[ticket] = self._cursor.position
-            self._cursor.next()
         problem = self._cursor.at(self._positions[ticket])
         started, begin = time.time_ns(), time.monotonic_ns()
         try:
@@ -99,23 +111,23 @@ class RolloutPump:
             if failures + 1 >= MAX_FAILURES:
                 raise NeoxRLError(f"ticket g{ticket:06d} failed {MAX_FAILURES} times, the last time so: {error}") from error
             self._queue.fail(ticket)
+            self._book.add("failed", ticket=ticket)
         else:
             self._events.add_span("generate", started, time.monotonic_ns() - begin, ticket=ticket, **_sizes(group))
             self._accept(group, problem)
         self.changed.fire()
 
     def _accept(self, group: Group, problem: Problem) -> None:
-        self.counts.rollouts += len(group.traces)
-        self.counts.tokens_generated += sum(len(s.ids) for t in group.traces for s in t.segments if s.logprobs)
         staleness = self._config.metarl.staleness
         refusable = staleness.dynamic_sampling and self._queue.refusals(group.ticket) < staleness.max_refusals
         if refusable and not rewards_differ(group.traces):
             self._queue.refuse(group.ticket)
+            self._book.refused(group)
             del self._positions[group.ticket]  # another problem may teach something
-            self.counts.rollouts_refused += len(group.traces)
             self._events.instant("refused", ticket=group.ticket)
         else:
             self._queue.deliver(group)
+            self._book.group(group)
             self._on_group(group, problem)
 
 
@@ -124,3 +136,8 @@ def _sizes(group: Group) -> dict[str, list[Any]]:
     spans = [[(s.version, len(s.ids)) for s in trace.segments if s.logprobs] for trace in group.traces]
     lengths = [sum(tokens for _, tokens in rollout) for rollout in spans]
     return {"lengths": lengths, "longest": spans[lengths.index(max(lengths))] if lengths else []}
+
+
+def _ticket(rollout_id: str) -> int:
+    """Of ``g000017``."""
+    return int(rollout_id[1:])

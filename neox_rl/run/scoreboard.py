@@ -11,17 +11,18 @@ from neox_rl.arithmetic import ARITHMETIC_TASKS
 from neox_rl.config.derived import staleness_bound
 from neox_rl.config.run import RunConfig
 from neox_rl.ports import Tokenizer
+from neox_rl.queue.history import Tally
 from neox_rl.queue.state import TicketQueue
 from neox_rl.queue.wire import Phase
 from neox_rl.rollout.groups import sampled_ids
 from neox_rl.run.evaluation import Attempt
 from neox_rl.run.pace import Pace
-from neox_rl.run.pump import PumpCounts
 from neox_rl.search.analyze import SearchAnalysis, analyze, summarize
 from neox_rl.search.render import render
 from neox_rl.telemetry.events import EventLog
 from neox_rl.telemetry.metrics import MetricsWriter
 from neox_rl.telemetry.paths import RunPaths
+from neox_rl.telemetry.rewind import TRAIN
 from neox_rl.telemetry.rollouts import RolloutRecorder, rollout_row
 from neox_rl.telemetry.rows import EvaluationRow, MetricsRow, RolloutRow
 from neox_rl.telemetry.status import Status, write_status
@@ -53,7 +54,7 @@ class Scoreboard:
         paths: RunPaths,
         writer: MetricsWriter,
         queue: TicketQueue,
-        counts: PumpCounts,
+        counts: Tally,
         tokenizer: Tokenizer,
         events: EventLog,
     ) -> None:
@@ -136,14 +137,17 @@ class Scoreboard:
     def group(self, group: Group, problem: Problem) -> None:
         """A group of a training problem is ready."""
         self._count()
-        if problem.task in ARITHMETIC_TASKS:
-            # Here and not all at once when the step takes its batch: the trainer would wait for it.
-            written = [sampled_ids(trace) for trace in group.traces]
-            self._searches[group.ticket] = [analyze(problem, self._tokenizer.decode(ids), len(ids)) for ids in written]
+        self.recovered(group, problem)  # here and not when the step takes its batch: the trainer would wait for it
         if self._recorder.wants(group.ticket):
             ids = sampled_ids(group.traces[0])
             attempt = Attempt(problem, group.traces[0], self._tokenizer.decode(ids), len(ids))
-            self._recorder.record(rollout_to_read(attempt, "train", self._queue.step))
+            self._recorder.record(rollout_to_read(attempt, TRAIN, self._queue.step))
+
+    def recovered(self, group: Group, problem: Problem) -> None:
+        """A group that was ready before this process began."""
+        if problem.task in ARITHMETIC_TASKS:
+            written = [sampled_ids(trace) for trace in group.traces]
+            self._searches[group.ticket] = [analyze(problem, self._tokenizer.decode(ids), len(ids)) for ids in written]
 
     def delivered(self, groups: Sequence[Group]) -> None:
         """A step took these groups."""

@@ -13,7 +13,8 @@ from typing import Protocol, cast
 from neox_rl.batch.record import read_batch, record_batch, recorded_steps
 from neox_rl.config.derived import staleness_bound
 from neox_rl.config.run import RunConfig
-from neox_rl.queue.wire import ExperienceClient, Phase
+from neox_rl.queue.wire_client import ExperienceClient
+from neox_rl.queue.wire_messages import Phase
 from neox_rl.step.position import Position
 from neox_rl.telemetry.metrics import MetricsWriter
 from neox_rl.telemetry.paths import RunPaths
@@ -39,7 +40,13 @@ class Feed(Protocol):
 
     def report(self, phase: Phase, step: int, metrics: Mapping[str, Json]) -> None: ...
 
-    def published(self, version: int) -> None: ...
+    def published(self, version: int, digest: str) -> None:
+        """The weights of ``version`` are offered; ``digest`` is that of their snapshot, empty where nobody publishes."""
+        ...
+
+    def saved(self, position: Position) -> None:
+        """Every rank has saved a checkpoint at ``position``."""
+        ...
 
     def done(self, reason: str) -> None: ...
 
@@ -69,6 +76,9 @@ class LiveFeed:
 
     def evaluate(self, label: str, version: int) -> bool:
         return bool(self._client.evaluate(label, version))
+
+    def saved(self, position: Position) -> None:
+        self._client.checkpoint(position.sft_step, position.rl_step)
 
 
 class RecordedFeed:
@@ -104,7 +114,10 @@ class RecordedFeed:
         loss = cast("float | None", metrics.get("loss"))
         write_status(self._paths.status, Status("warmstart" if sft else "rl", step, total, bound=bound, loss=loss))
 
-    def published(self, version: int) -> None:
+    def published(self, version: int, digest: str) -> None:
+        return None
+
+    def saved(self, position: Position) -> None:
         return None
 
     def done(self, reason: str) -> None:

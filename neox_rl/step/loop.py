@@ -186,9 +186,12 @@ class TrainingLoop:
         with self.events.span("publish", version=version):
             tensors = list(self.engine.named_tensors())  # every rank takes part in the gather, rank 0 alone gets something
             if self.leader is not None:
+                digest = ""
                 if self.leader.publisher is not None:
-                    self.leader.publisher.offer(make_snapshot(version, tensors))
-                self.leader.feed.published(version)
+                    snapshot = make_snapshot(version, tensors)
+                    self.leader.publisher.offer(snapshot)
+                    digest = snapshot.digest
+                self.leader.feed.published(version, digest)
         self._published = time.monotonic() - start
 
     def _evaluate(self, label: str) -> bool:
@@ -205,3 +208,5 @@ class TrainingLoop:
             with self.events.span("checkpoint", step=sum(here)):
                 self.engine.save(self._checkpoints, self.position.to_json())
             self._saved = here
+            if self.leader is not None:
+                self.leader.feed.saved(self.position)

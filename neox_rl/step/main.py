@@ -22,7 +22,8 @@ from neox_rl.engines.rank_env import rank_environment
 from neox_rl.engines.registry import build_engine
 from neox_rl.errors import ConfigError, NeoxRLError, exit_status
 from neox_rl.keys import Keys
-from neox_rl.queue.wire import ExperienceClient
+from neox_rl.queue.wire_client import ExperienceClient
+from neox_rl.queue.wire_messages import attempt_of
 from neox_rl.step.feed import LiveFeed, RecordedFeed
 from neox_rl.step.loop import Leader, TrainingLoop
 from neox_rl.telemetry.events import EventLog
@@ -93,6 +94,9 @@ def _leader(config: RunConfig, paths: RunPaths, endpoints: dict[str, Any]) -> Le
     if metarl.debug.mode == "train_only":
         return Leader(RecordedFeed(config, paths), None)
     keys = Keys.of_run(curve_on(metarl.network), paths.keys)
-    client = ExperienceClient(str(endpoints["experience"]), metarl.deadlines.batch_s, metarl.deadlines.evaluate_s, keys=keys)
+    deadlines, attempt = metarl.deadlines, attempt_of(os.environ)
+    client = ExperienceClient(
+        str(endpoints["experience"]), deadlines.batch_s, deadlines.evaluate_s, deadlines.orchestrator_s, keys=keys, attempt=attempt
+    )
     record = Path(metarl.debug.record_batches) if metarl.debug.record_batches else None
     return Leader(LiveFeed(client, record), Publisher(metarl.network.bind_host, int(endpoints["weights_port"]), keys))

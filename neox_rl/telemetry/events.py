@@ -50,6 +50,8 @@ INSTANTS: Final[dict[str, str]] = {
     "delivered": "a batch goes to the trainer",
     "refused": "a group is refused by dynamic sampling",
     "error": "something failed",
+    "recovered": "an orchestrator took over from the journal, or a trainer began anew from its checkpoint",
+    "journal": "damage that was found in the journal, or a disk that cannot take it",
     # a server, as the orchestrator sees it: neox_rl/run/members.py
     "joined": "a server belongs to the run from now on",
     "staging": "it answers, and gets its first version since it was started",

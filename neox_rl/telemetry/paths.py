@@ -117,6 +117,11 @@ class RunPaths:
         return self.root / "checkpoints"
 
     @property
+    def journal(self) -> Path:
+        """Directory of the queue's journal (``queue/journal.py``)."""
+        return self.root / "journal"
+
+    @property
     def tensorboard(self) -> Path:
         return self.root / "tensorboard"
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from neox_rl.telemetry.paths import RunPaths
+
+SMALL, TRAIN = "step ", "train"
+"""How the labels of small evaluations begin, and the label of recorded rollouts of training problems."""
 
 
 def rewind(paths: RunPaths, sft_step: int, rl_step: int) -> None:
@@ -21,6 +24,17 @@ def rewind(paths: RunPaths, sft_step: int, rl_step: int) -> None:
     cut(paths.metrics, lambda row: row["step"] <= last[row["phase"]])
     cut(paths.evaluations, lambda row: 0 < rl_step >= row["step"] and row["label"] != "final")
     cut(paths.rollouts, lambda row: 0 < rl_step >= row["step"] and row["label"] != "final")
+
+
+def settle(paths: RunPaths, sft_step: int, rl_step: int, evaluated: Collection[str]) -> None:
+    """Cuts what an orchestrator wrote and could not answer for before it died: it is told, or does it, again.
+
+    ``sft_step`` and ``rl_step`` are the last steps whose report counts, ``evaluated`` the full evaluations that do.
+    """
+    last = {"sft": sft_step, "rl": rl_step}
+    cut(paths.metrics, lambda row: row["step"] <= last[row["phase"]])
+    cut(paths.evaluations, lambda row: row["label"] in evaluated or row["label"].startswith(SMALL))
+    cut(paths.rollouts, lambda row: row["label"] in evaluated or row["label"] == TRAIN)
 
 
 def cut(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:

@@ -11,7 +11,8 @@ import torch
 
 from neox_rl.errors import DeadlineError
 from neox_rl.keys import CLIENT_FILE, Keys
-from neox_rl.queue.wire import ExperienceClient, ExperienceServer
+from neox_rl.queue.wire import ExperienceServer
+from neox_rl.queue.wire_client import ExperienceClient
 from neox_rl.weights.publisher import Publisher
 from neox_rl.weights.snapshot import make_snapshot, tensors_of
 from neox_rl.weights.stager import Stager

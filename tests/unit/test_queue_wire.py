@@ -7,16 +7,19 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
 import pytest
 import zmq
 
-from neox_rl.errors import DeadlineError, NeoxRLError, StalenessError
+from neox_rl.codec import encode_group
+from neox_rl.errors import DeadlineError, JournalError, NeoxRLError, StalenessError
 from neox_rl.framing import Frame, kind_of, pack, unpack
-from neox_rl.queue.wire import Delivery, ExperienceClient, ExperienceServer, Phase
+from neox_rl.queue.wire import Delivery, ExperienceServer, Phase
+from neox_rl.queue.wire_client import ExperienceClient
+from neox_rl.queue.wire_messages import parse_answer
 from neox_rl.types import Finish, Group, Json, Reason, Role, Segment, Trace, Verdict
 
 HEARTBEAT_S, RESEND_S = 0.05, 0.1
@@ -34,28 +37,33 @@ class Recorder:
         self.delay_s, self.failure, self.stuck, self.same = delay_s, failure, stuck, same
         self.calls: list[tuple[object, ...]] = []
 
-    async def hello(self, world: int, pid: int, state: Mapping[str, Json]) -> None:
+    async def hello(self, session: str, world: int, pid: int, attempt: int, state: Mapping[str, Json]) -> None:
         self.calls.append(("hello", world, dict(state)))
 
-    async def next_groups(self, phase: Phase, step: int) -> Delivery:
+    async def next_groups(self, id: int, phase: Phase, step: int) -> Delivery:
         self.calls.append(("next", phase, step))
         if self.stuck:
             time.sleep(self.delay_s)  # the event loop itself stands still: no heartbeat either
         await asyncio.sleep(self.delay_s)
         if self.failure:
             raise self.failure
-        return Delivery([make_group(0 if self.same else step)], {"after": step})
+        return Delivery([encode_group(make_group(0 if self.same else step))], {"after": step})
 
-    async def evaluate(self, label: str, version: int) -> Mapping[str, Json]:
+    async def evaluate(self, id: int, label: str, version: int) -> Mapping[str, Json]:
         self.calls.append(("evaluate", label, version))
         await asyncio.sleep(self.delay_s)
         return {"accuracy": 0.25, "none": float("nan")}
 
-    async def report(self, phase: Phase, step: int, metrics: Mapping[str, Json]) -> None:
+    async def report(self, id: int, phase: Phase, step: int, metrics: Mapping[str, Json]) -> None:
         self.calls.append(("report", phase, step, dict(metrics)))
 
-    async def published(self, version: int) -> None:
+    async def published(self, id: int, version: int, digest: str) -> None:
         self.calls.append(("published", version))
+
+    async def checkpoint(self, id: int, sft_step: int, rl_step: int) -> None:
+        self.calls.append(("checkpoint", sft_step, rl_step))
+
+    async def durable(self) -> None: ...
 
     async def done(self, reason: str) -> None:
         self.calls.append(("done", reason))
@@ -67,8 +75,9 @@ class Recorder:
 class Running:
     """A server in a thread with its own event loop; ``result`` is what ``serve`` returned or raised."""
 
-    def __init__(self, handler: Recorder, port: int = 0) -> None:
+    def __init__(self, handler: Recorder, port: int = 0, session: str | None = None, attempt: int = 0, last: int = 0) -> None:
         self.server: ExperienceServer
+        self._before = (session, attempt, last)
         self._up, self._handler, self._port = threading.Event(), handler, port
         self._stop: asyncio.Event
         self._loop: asyncio.AbstractEventLoop
@@ -79,6 +88,8 @@ class Running:
     async def _main(self) -> str | None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         self.server = ExperienceServer("127.0.0.1", self._port, heartbeat_s=HEARTBEAT_S)
+        if self._before[0] is not None:
+            self.server.take_over(*self._before)
         self._up.set()
         serving, stopping = asyncio.ensure_future(self.server.serve(self._handler)), asyncio.ensure_future(self._stop.wait())
         try:
@@ -97,8 +108,8 @@ class Running:
 
 
 @contextmanager
-def serving(handler: Recorder, port: int = 0) -> Iterator[Running]:
-    running = Running(handler, port)
+def serving(handler: Recorder, port: int = 0, session: str | None = None, attempt: int = 0, last: int = 0) -> Iterator[Running]:
+    running = Running(handler, port, session, attempt, last)
     try:
         yield running
     finally:
@@ -106,8 +117,10 @@ def serving(handler: Recorder, port: int = 0) -> Iterator[Running]:
 
 
 @contextmanager
-def connected(address: str, deadline_s: float = 30.0, silence_s: float = 30.0, greet: bool = True) -> Iterator[ExperienceClient]:
-    client = ExperienceClient(address, deadline_s, silence_s=silence_s, resend_s=RESEND_S)
+def connected(
+    address: str, deadline_s: float = 30.0, silence_s: float = 30.0, greet: bool = True, attempt: int = 0
+) -> Iterator[ExperienceClient]:
+    client = ExperienceClient(address, deadline_s, silence_s=silence_s, resend_s=RESEND_S, attempt=attempt)
     try:
         if greet:
             client.hello(world=2)
@@ -128,7 +141,7 @@ def test_a_run_is_handled_in_the_order_it_was_sent() -> None:
         client.hello(world=2, state={"cursor": 4})
         assert client.next_groups(Phase.SFT, 1) == (make_group(1),)
         client.report(Phase.SFT, 1, {"loss": 2.5, "grad_norm": float("inf")})
-        client.published(0)
+        client.published(0, "d0")
         assert client.evaluate("warmstart", 0) == {"accuracy": 0.25, "none": None}
         assert client.next_groups(Phase.RL, 1) == (make_group(1),)
         assert client.state == {"after": 1}
@@ -149,8 +162,8 @@ def test_a_run_is_handled_in_the_order_it_was_sent() -> None:
 
 def test_a_stop_leaves_the_state_for_the_checkpoint_as_it_was() -> None:
     class Stopping(Recorder):
-        async def next_groups(self, phase: Phase, step: int) -> Delivery:
-            return await super().next_groups(phase, step) if step == 6 else Delivery(())
+        async def next_groups(self, id: int, phase: Phase, step: int) -> Delivery:
+            return await super().next_groups(id, phase, step) if step == 6 else Delivery(())
 
     with serving(Stopping()) as running, connected(running.address, greet=False) as client:
         client.hello(world=2, state={"after": 4})
@@ -224,7 +237,7 @@ def test_messages_lost_with_a_connection_arrive_once_and_in_order() -> None:
         for step in range(1, 6):
             client.next_groups(Phase.RL, step)
             client.report(Phase.RL, step, {})
-            client.published(step)
+            client.published(step, f"d{step}")
         healed.set()  # nobody can repeat the very last answer: the orchestrator has ended
         client.done("end")
         assert running.result.result(timeout=10) == "end"
@@ -269,13 +282,13 @@ def test_an_answer_follows_the_trainer_to_its_new_connection() -> None:
     with serving(handler) as running:
         old, new = raw_peer(running.address), raw_peer(running.address)
         body: dict[str, Json] = {"session": "s", "phase": "rl"}
-        old.send_multipart(pack("hello", {"session": "s", "id": 1, "world": 1, "pid": 1, "state": {}}, {}))
+        old.send_multipart(pack("hello", {"session": "s", "id": 1, "since": 1, "world": 1, "pid": 1, "attempt": 0, "state": {}}, {}))
         assert kind_of(old.recv_multipart()) == "ok"
-        old.send_multipart(pack("next", {**body, "id": 2, "step": 1}, {}))
+        old.send_multipart(pack("next", {**body, "since": 2, "id": 2, "step": 1}, {}))
         assert kind_of(old.recv_multipart()) == "heartbeat"
         old.close(linger=0)
-        new.send_multipart(pack("next", {**body, "id": 2, "step": 1}, {}))
-        new.send_multipart(pack("next", {**body, "id": 3, "step": 2}, {}))
+        new.send_multipart(pack("next", {**body, "since": 2, "id": 2, "step": 1}, {}))
+        new.send_multipart(pack("next", {**body, "since": 2, "id": 3, "step": 2}, {}))
         assert kind_of(new.recv_multipart()) == "heartbeat", "the answer is on its way to the new connection"
         while running.server.out_of_order == 0:
             assert kind_of(new.recv_multipart()) == "heartbeat"
@@ -295,10 +308,10 @@ class Gated(Recorder):
         super().__init__()
         self.gate = threading.Event()
 
-    async def next_groups(self, phase: Phase, step: int) -> Delivery:
+    async def next_groups(self, id: int, phase: Phase, step: int) -> Delivery:
         while not self.gate.is_set():
             await asyncio.sleep(0.01)
-        return await super().next_groups(phase, step)
+        return await super().next_groups(id, phase, step)
 
 
 def raw_peer(address: str) -> zmq.Socket[bytes]:
@@ -329,7 +342,7 @@ def test_a_second_trainer_is_refused_and_the_first_goes_on() -> None:
         assert client.next_groups(Phase.RL, 1) == (make_group(1),)
 
 
-def test_an_orchestrator_that_was_restarted_refuses_a_run_it_does_not_know() -> None:
+def test_an_orchestrator_without_a_journal_refuses_a_run_it_does_not_know() -> None:
     port = free_port()
     with serving(Recorder(), port) as first, connected(f"tcp://127.0.0.1:{port}") as client:
         first.stop()
@@ -337,10 +350,84 @@ def test_an_orchestrator_that_was_restarted_refuses_a_run_it_does_not_know() -> 
             client.next_groups(Phase.RL, 1)
 
 
+def test_a_successor_goes_on_in_the_session_and_nothing_is_handled_twice() -> None:
+    """The first dies with a request in progress: its successor knows what was durable, and is told the rest."""
+    port, first_calls, second_calls = free_port(), Recorder(delay_s=30), Recorder()
+    with serving(first_calls, port) as first, connected(f"tcp://127.0.0.1:{port}") as client:
+        client.report(Phase.SFT, 1, {"loss": 1.0})
+        client.published(0, "d0")
+        with ThreadPoolExecutor(1) as pool:
+            batch = pool.submit(client.next_groups, Phase.RL, 1)
+            wait_until(lambda: ("next", "rl", 1) in first_calls.calls)
+            first.stop()
+            with serving(second_calls, port, session=client._session, last=2):
+                assert batch.result(timeout=10) == (make_group(1),)
+                client.done("end")
+    assert second_calls.calls == [("published", 0), ("next", "rl", 1), ("done", "end")], "the report was in the journal, the rest was not"
+
+
+def test_a_successor_answers_a_repeated_request_again() -> None:
+    port, calls = free_port(), Recorder()
+    with serving(Recorder(delay_s=30), port) as first, connected(f"tcp://127.0.0.1:{port}") as client, ThreadPoolExecutor(1) as pool:
+        batch = pool.submit(client.next_groups, Phase.RL, 1)
+        time.sleep(0.3)
+        first.stop()
+        with serving(calls, port, session=client._session, last=2):
+            assert batch.result(timeout=10) == (make_group(1),) and calls.calls == [("next", "rl", 1)]
+
+
+def test_a_successor_whose_journal_lost_what_the_trainer_cannot_repeat_says_so() -> None:
+    port = free_port()
+    with serving(Recorder(), port) as first, connected(f"tcp://127.0.0.1:{port}") as client:
+        client.next_groups(Phase.RL, 1)
+        first.stop()
+        with serving(Recorder(), port, session=client._session, last=1) as second:
+            with pytest.raises(NeoxRLError, match="messages 2 to 2 of the trainer were handled, but the journal"):
+                client.next_groups(Phase.RL, 2)
+            assert isinstance(second.result.exception(timeout=10), JournalError)
+
+
+def test_a_new_trainer_needs_a_higher_attempt_and_an_orchestrator_that_has_not_heard_the_old_one() -> None:
+    handler = Recorder()
+    with serving(handler, session="", attempt=1) as running:
+        with connected(running.address, greet=False) as same, pytest.raises(NeoxRLError, match=r"attempt 1.*NEOX_RL_ATTEMPT=2"):
+            same.hello(world=1)
+        with connected(running.address, greet=False, attempt=2) as client:
+            client.hello(world=1)
+            with (
+                connected(running.address, greet=False, attempt=3) as later,
+                pytest.raises(NeoxRLError, match="another trainer holds the session"),
+            ):
+                later.hello(world=1)
+            assert client.next_groups(Phase.RL, 1) == (make_group(1),)
+
+
+def test_nothing_is_acknowledged_before_it_is_durable() -> None:
+    class Slow(Recorder):
+        async def durable(self) -> None:
+            await asyncio.sleep(0.5)
+
+    with serving(Slow()) as running:
+        peer = raw_peer(running.address)
+        peer.send_multipart(pack("hello", {"session": "s", "id": 1, "since": 1, "world": 1, "pid": 1, "attempt": 0, "state": {}}, {}))
+        answers = [parse_answer(peer.recv_multipart())]
+        while answers[-1][0] == "heartbeat":
+            answers.append(parse_answer(peer.recv_multipart()))
+        peer.close(linger=0)
+    assert len(answers) > 1 and {said["acked"] for _, _, said in answers[:-1]} == {0} and answers[-1][2]["acked"] == 1
+
+
+def wait_until(reached: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not reached():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def test_a_ticket_that_comes_twice_stops_the_trainer() -> None:
     with serving(Recorder(same=True)) as running, connected(running.address) as client:
         client.next_groups(Phase.RL, 1)
-        with pytest.raises(StalenessError, match="g000000 was trained at step 1"):
+        with pytest.raises(StalenessError, match="g000000 was trained by step 1"):
             client.next_groups(Phase.RL, 2)
 
 
@@ -368,7 +455,7 @@ def hostile(rng: random.Random, session: str) -> list[Frame]:
 
 def replayed(rng: random.Random, session: str) -> list[Frame]:
     """A well-formed message that was handled before, comes after a gap, or is of another session."""
-    return pack("published", {"session": session, "id": rng.choice([1, 10**9]), "version": 7}, {})
+    return pack("published", {"session": session, "id": rng.choice([1, 10**9]), "since": 1, "version": 7, "digest": "d"}, {})
 
 
 def test_ten_thousand_hostile_messages_are_counted_and_change_nothing() -> None:
@@ -384,7 +471,7 @@ def test_ten_thousand_hostile_messages_are_counted_and_change_nothing() -> None:
                 while peer.poll(0):
                     answer = peer.recv_multipart()
                     unpack(answer, "ok" if kind_of(answer) == "ok" else "error")
-            client.published(0)
+            client.published(0, "d0")
             assert client.next_groups(Phase.RL, 1) == (make_group(1),)
             server, deadline = running.server, time.monotonic() + 20
             while (unused := server.malformed + server.strangers + server.duplicates + server.out_of_order) < 10_000:

@@ -18,7 +18,9 @@ from neox_rl.config.run import RunConfig
 from neox_rl.errors import NeoxRLError
 from neox_rl.problems.sources import ProblemCursor
 from neox_rl.problems.tokenizer import load_tokenizer
-from neox_rl.queue.wire import ExperienceClient, ExperienceServer, Phase
+from neox_rl.queue.book import Book
+from neox_rl.queue.wire import ExperienceServer, Phase
+from neox_rl.queue.wire_client import ExperienceClient
 from neox_rl.run.endpoints import choose_endpoints, write_endpoints
 from neox_rl.run.orchestrator import Orchestrator, leaves
 from neox_rl.run.parts import build_parts
@@ -36,7 +38,8 @@ METRICS: dict[str, Json] = {"loss": 0.5, "tokens_trained": 10, "reward_mean": 0.
 class Run:
     """The orchestrator on a thread of its own; ``failure`` is what ended it, None when the trainer did."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, attempt: int = 0) -> None:
+        self.attempt = attempt
         self.config, self.paths = config, small_paths(config)
         self.paths.config.write_text(dump(config))
         self.endpoints = choose_endpoints(config, load_tokenizer(config.metarl.tokenizer, config.metarl.problems).vocab_size)
@@ -62,7 +65,11 @@ class Run:
             parts = await build_parts(self.config, self.paths, stack)
             server = ExperienceServer("127.0.0.1", self.endpoints.experience_port)
             stack.callback(server.close)
-            self.it = Orchestrator(self.config, self.paths, parts, MetricsWriter(self.paths, self.config.metarl.logging))
+            book = Book.open(self.paths.journal, self.attempt, 0.02, 5.0)
+            stack.callback(book.close)
+            self.it = Orchestrator(
+                self.config, self.paths, parts, MetricsWriter(self.paths, self.config.metarl.logging), book, self.attempt
+            )
             stack.callback(self.it.close)
             self.parts, self.loop = parts, asyncio.get_running_loop()
             self.up.set()
@@ -70,8 +77,9 @@ class Run:
 
     def publish(self, client: ExperienceClient, version: int) -> None:
         """As the trainer does. Returns when the version is live, so that none is superseded."""
-        self.publisher.offer(small_snapshot(version))
-        client.published(version)
+        snapshot = small_snapshot(version)
+        self.publisher.offer(snapshot)
+        client.published(version, snapshot.digest)
         end = time.monotonic() + 10.0
         while self.parts.keeper.members.live < version:
             assert time.monotonic() < end
@@ -91,7 +99,7 @@ class Run:
 
 @contextmanager
 def client_of(run: Run) -> Iterator[ExperienceClient]:
-    client = ExperienceClient(run.endpoints.experience, 20.0)
+    client = ExperienceClient(run.endpoints.experience, 20.0, attempt=run.attempt)
     try:
         yield client
     finally:
@@ -191,7 +199,7 @@ def test_a_resumed_run_goes_on_with_tickets_problems_and_counts(tmp_path: Path) 
         client.report(Phase.RL, 2, METRICS)
         client.done("stopped")
     assert run.ended() == []
-    run = Run(config)
+    run = Run(config, attempt=1)
     with client_of(run) as client:
         client.hello(1, state | {"sft_step": 2, "rl_step": 1})
         assert [(row["phase"], row["step"]) for row in read_jsonl(run.paths.metrics)] == [("rl", 1)], "step 2 is done again"
@@ -217,7 +225,7 @@ def test_another_seed_on_resume_is_refused_and_the_trainer_is_told(tmp_path: Pat
         state = dict(client.state)
         client.done("stopped")
     assert run.ended() == []
-    run = Run(small_config(tmp_path, problems={"max_number": 7}))
+    run = Run(small_config(tmp_path, problems={"max_number": 7}), attempt=1)
     with client_of(run) as client, pytest.raises(NeoxRLError, match="does not fit seed"):
         client.hello(1, state | {"sft_step": 2, "rl_step": 1})
     assert "does not fit seed" in str(run.ended()[0])

@@ -12,6 +12,7 @@ import pytest
 from neox_rl.config.run import RunConfig
 from neox_rl.errors import NeoxRLError
 from neox_rl.problems.sources import ProblemCursor
+from neox_rl.queue.book import Book
 from neox_rl.queue.state import TicketQueue
 from neox_rl.rollout.groups import Attempts
 from neox_rl.rollout.vllm_client import ServerFailedError
@@ -71,8 +72,9 @@ class Story:
         )
         cursor = ProblemCursor(PROBLEMS, 0)
         params = SamplingParams(8)
+        self.book = Book.open(self.paths.journal, 0, 0.01, 1.0)
         self.pump = RolloutPump(
-            self.config, self.queue, cursor, attempts, params, self.events, lambda g, p: self.groups.append(g), retry_s=0.0
+            self.config, self.book, self.queue, cursor, attempts, params, self.events, lambda g, p: self.groups.append(g), retry_s=0.0
         )
 
     async def until(self, num_ready: int) -> None:
@@ -95,7 +97,11 @@ def test_as_many_at_once_as_the_rule_admits(tmp_path: Path) -> None:
     story.queue.set_live(0)
     story.go(4)
     assert story.generator.most == 4 and [g.ticket for g in story.groups] == [0, 1, 2, 3], "B (eta + 1) tickets at v0"
-    assert (story.pump.counts.rollouts, story.pump.counts.tokens_generated, story.pump.counts.rollouts_refused) == (8, 24, 0)
+    assert (story.book.history.tally.rollouts, story.book.history.tally.tokens_generated, story.book.history.tally.rollouts_refused) == (
+        8,
+        24,
+        0,
+    )
     assert story.queue.groups_dropped == 0
     story.events.close()
     assert [e.name for e in read_events(story.paths.events)].count("generate") == 4
@@ -149,5 +155,5 @@ def test_groups_that_teach_nothing_are_refused_so_often_and_no_oftener(tmp_path:
     story = Story(tmp_path, verifier=NeverRight(), staleness={"dynamic_sampling": True, "max_refusals": 2})
     story.queue.set_live(0)
     story.go(4)
-    assert story.queue.counts.refused == 4 * 2 and story.pump.counts.rollouts_refused == 16
-    assert story.pump.counts.rollouts == 24 and len(story.groups) == 4
+    assert story.queue.counts.refused == 4 * 2 and story.book.history.tally.rollouts_refused == 16
+    assert story.book.history.tally.rollouts == 24 and len(story.groups) == 4

@@ -98,7 +98,10 @@ class WrittenFeed:
     def report(self, phase: Phase, step: int, metrics: Mapping[str, Json]) -> None:
         self.story.said.append(f"{phase} {step}")
 
-    def published(self, version: int) -> None:
+    def saved(self, position: Position) -> None:
+        self.story.said.append(f"saved sft {position.sft_step} rl {position.rl_step}")
+
+    def published(self, version: int, digest: str) -> None:
         self.story.said.append(f"v{version}")
 
     def done(self, reason: str) -> None:
@@ -126,7 +129,7 @@ def test_warm_start_then_v0_then_a_version_a_step_then_checkpoint_and_export(tmp
     assert run(small_config(tmp_path, train_iters=2), story) == "finished"
     assert story.said == [
         *("hello sft 0 rl 0", "step", "sft 1", "step", "sft 2", "v0", "evaluate warmstart v0"),
-        *("step", "rl 1", "v1", "step", "rl 2", "v2", "evaluate final v2", "save", "save_hf", "done finished"),
+        *("step", "rl 1", "v1", "step", "rl 2", "v2", "evaluate final v2", "save", "saved sft 2 rl 2", "save_hf", "done finished"),
     ]
     assert story.saved == {"sft_step": 2, "rl_step": 2, "feed": {"after": "rl 2"}}
 
@@ -143,7 +146,8 @@ def test_warm_start_then_v0_then_a_version_a_step_then_checkpoint_and_export(tmp
 def test_a_stopped_run_is_saved_where_it_is_and_goes_on_from_there(tmp_path: Path, stop_at: str, saved: dict[str, Json]) -> None:
     config, story = small_config(tmp_path), Story()
     assert run(config, story, WrittenFeed(story, stop_at)) == "stopped"
-    assert story.said[-2:] == ["save", "done stopped"] and "save_hf" not in story.said and story.saved == saved
+    told = f"saved sft {saved['sft_step']} rl {saved['rl_step']}"
+    assert story.said[-3:] == ["save", told, "done stopped"] and "save_hf" not in story.said and story.saved == saved
     before, story.said = [s for s in story.said if s.startswith(("sft", "rl"))], []
     assert run(config, story, resume=True) == "finished"
     again = [s for s in story.said if s.startswith(("sft", "rl"))]
