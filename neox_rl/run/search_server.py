@@ -53,7 +53,14 @@ async def connect(args: argparse.Namespace, stack: AsyncExitStack) -> Policy:
         # A server of a run: its other route attests which policy version made each token.
         generator = await stack.enter_async_context(VllmGenerator([address], args.timeout_s))
     proposer = PolicyProposer(
-        generator, tokenizer, step_ends(tokenizer), args.max_step_tokens, args.temperature, args.top_p, served.max_model_len
+        generator,
+        tokenizer,
+        step_ends(tokenizer),
+        args.max_step_tokens,
+        args.temperature,
+        args.top_p,
+        served.max_model_len,
+        cut_steps=args.cut_steps,
     )
     return Policy(generator, tokenizer, proposer, writes_words(tokenizer))
 

@@ -85,7 +85,8 @@ class ExhaustiveProposer:
 class PolicyProposer:
     """Samples the next step from the policy, given the prompt and the path's own tokens, so that siblings share their prefix.
 
-    ``max_context`` bounds prompt, path and step together; 0: no bound.
+    ``max_context`` bounds prompt, path and step together; 0: no bound. A step that ``max_step_tokens`` cuts off is too long, unless
+    ``cut_steps``: then that is where a step ends.
     """
 
     generator: Generator
@@ -96,6 +97,7 @@ class PolicyProposer:
     top_p: float = 1.0
     max_context: int = 0
     seeded: bool = True
+    cut_steps: bool = False
     _prompts: dict[str, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -125,7 +127,7 @@ class PolicyProposer:
                 c.ids,
                 c.logprobs,
                 c.spans,
-                complete=c.finish is Finish.STOP,
+                complete=c.finish is Finish.STOP or self.cut_steps,
                 ended=c.ids[-1:] == (eos,) or (c.finish is Finish.STOP and c.ids[-1:] not in self._stops),
             )
             for c in completions
