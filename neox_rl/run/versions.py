@@ -200,7 +200,7 @@ class ServerKeeper:
                     wait_s = self._deadlines.heartbeat_s if member.state is State.SERVING else retry_s
                     probe_at = time.monotonic() + min(wait_s, self._deadlines.heartbeat_s)
                 held = self._watcher.staged_by(member.workers)
-                if tended.answering and held > member.version and member.here:
+                if tended.answering and member.here and held > member.version and held >= self.members.live:
                     await self._switch(member, tended, held)
                 else:
                     tended.wake.clear()
