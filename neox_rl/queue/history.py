@@ -40,6 +40,8 @@ from neox_rl.queue.records import Record
 from neox_rl.types import Completion, Finish, Json, VersionSpan
 
 PHASES = ("sft", "rl")
+KEPT_VERSIONS = 256
+"""Digests that are kept for rollouts still in flight, beside those of what is in the journal."""
 _PLAIN = (*("session", "attempt", "last", "steps", "reported", "fresh", "cursor", "published", "evaluated", "state", "sft", "stopped"),)
 """Fields that are JSON as they are."""
 
@@ -155,9 +157,8 @@ class History:
 
     def compact(self) -> Iterator[tuple[str, dict[str, Json], bytes | memoryview]]:
         """``(kind, meta, body)`` of the records that say all this anew, without what was trained."""
-        kept = [v for ticket in self.open for m in self._made(ticket) for v in m.digests]
-        oldest = min(kept, default=self.published)
-        self.digests = {v: d for v, d in self.digests.items() if v >= oldest or v == self.published}
+        used = {version for ticket in self.open for made in self._made(ticket) for version in made.digests}
+        self.digests = {v: d for v, d in self.digests.items() if v in used or v > self.published - KEPT_VERSIONS}
         self.taken = {}
         self._prune()
         meta: dict[str, Any] = {name: getattr(self, name) for name in _PLAIN}
