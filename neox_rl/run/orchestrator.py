@@ -103,9 +103,9 @@ class Orchestrator:
         async with asyncio.TaskGroup() as self._tasks:
             self._take_over(server)
             self._start("disk", self._watch_disk())
+            self._parts.keeper.on_states = self._board.servers
             self._start("versions", self._parts.keeper.run(self._on_live))
-            if self._parts.activity is not None:
-                self._start("activity", self._parts.activity.run())
+            self._start("activity", self._parts.activity.run())
             try:
                 return await server.serve(self)
             finally:

@@ -153,6 +153,10 @@ class Scoreboard:
         """A step took these groups."""
         self._delivered = [analysis for group in groups for analysis in self._searches.pop(group.ticket, ())]
 
+    def servers(self, states: Mapping[str, str]) -> None:
+        """What each server is now."""
+        self._show(servers=dict(states))
+
     def close(self) -> None:
         self._writer.close()
         self._recorder.close()

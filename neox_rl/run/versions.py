@@ -102,6 +102,9 @@ class ServerKeeper:
         self._promised_at = self._offered_at = 0.0
         # Two keepers never share a name for a server's life, so no ack of an earlier one's is taken for this one's.
         self._lives = (f"{secrets.token_hex(3)}.{n}" for n in itertools.count(1))
+        self.on_states: Callable[[dict[str, str]], None] = lambda _: None
+        """Called with ``states()`` whenever one changes."""
+        self._told: dict[str, str] = {}
         generator.on_failure = self._suspect
 
     # who belongs to the run
@@ -294,6 +297,9 @@ class ServerKeeper:
                 tended.wake.set()
         else:
             self._generator.move(member.address)
+        if (states := self.states()) != self._told:
+            self._told = states
+            self.on_states(states)
         if member.state in (State.SUSPENDED, State.LOST):
             logger.warning("%s", member)
         else:
