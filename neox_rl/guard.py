@@ -90,9 +90,12 @@ def died(name: str, process: GuardedProcess, why: str = "", doing: str = "") -> 
 
 
 def ending(process: GuardedProcess) -> str:
-    """How it ended, in words."""
+    """How it ended, in words. A wrapper tells of a child that was killed by signal n as exit status 256 - n (DeepSpeed's runner)."""
     code = process.poll()
-    return "is running" if code is None else f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+    if code is None or code >= 0:
+        child = next((f" (a process of it was killed by {s.name})" for s in signal.Signals if code == 256 - s), "")
+        return "is running" if code is None else f"ended with exit status {code}{child}"
+    return f"was killed by {signal.Signals(-code).name}"
 
 
 def last_lines(log_path: Path) -> str:

@@ -34,6 +34,7 @@ class Watch:
         self._every_s = min(0.5, interval_s(deadlines.silence_s))
         self._looked = 0.0
         self._gone: float | None = None
+        self._lost = ""
         self._started = time.monotonic()
 
     def forget(self, prefix: str) -> None:
@@ -42,7 +43,7 @@ class Watch:
         if prefix == ORCHESTRATOR:
             self._started = time.monotonic()
         else:
-            self._gone = None
+            self._gone, self._lost = None, ""
 
     def heard_of(self, name: str) -> list[Beat]:
         return self._signs.heard_of(name)
@@ -81,14 +82,15 @@ class Watch:
         gone = [beat for beat in self.heard_of(f"{RANKS}-") if beat.host == here and not Path(f"/proc/{beat.pid}").exists()]
         if not gone or not Path("/proc/self").exists():
             return ""
-        self._gone = now if self._gone is None else self._gone
-        return f"lost {name_all(gone)}" if now - self._gone > EXIT_S else ""
+        if self._gone is None:  # their runner ends the others in a moment: who was gone first is what matters
+            self._gone, self._lost = now, name_all(gone)
+        return f"lost {self._lost}" if now - self._gone > EXIT_S else ""
 
     def doing(self, name: str) -> str:
         """What it was last known to be at, in words."""
         beats = self.heard_of(f"{RANKS}-" if name == RANKS else name)
         if name == RANKS:
-            return name_all(beats) if beats else ""
+            return f"the loss of {self._lost}" if self._lost else name_all(beats) if beats else ""
         if beats:
             return beats[0].doing
         return _last_event(self._paths.event_log(name))

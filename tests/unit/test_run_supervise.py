@@ -35,7 +35,7 @@ POLITE = "import signal, sys, time; signal.signal(signal.SIGINT, lambda *_: sys.
 @pytest.fixture
 def supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Supervisor]:
     monkeypatch.setattr(supervise, "FALL_S", 0.4)
-    config = small_config(tmp_path, deadlines={"ranks_start_s": 20.0, "stop_s": 20.0, "shutdown_s": 2.0}, servers={"max_restarts": 0})
+    config = small_config(tmp_path, deadlines={"ranks_start_s": 20.0, "stop_s": 20.0, "shutdown_s": 8.0}, servers={"max_restarts": 0})
     config = replace(config, metarl=replace(config.metarl, orchestrator_restarts=0))
     paths = small_paths(config)
     write_status(paths.status, Status(phase="rl"))
@@ -185,8 +185,13 @@ def once(paths: RunPaths, name: str, first: str, then: str) -> str:
     return f"import os\nif os.path.exists({mark!r}):\n    {then}\nelse:\n    open({mark!r}, 'w').close()\n    {first}"
 
 
+def last_word(paths: RunPaths, after_s: float) -> str:
+    """An orchestrator that says so when all is trained."""
+    path, row = str(paths.status), json.dumps({"phase": "report"})
+    return f"import time; time.sleep({after_s}); open({path!r}, 'w').write({row!r})"
+
+
 DIE = "import time; time.sleep(0.3); os.kill(os.getpid(), 9)"
-LATER = "import time; time.sleep(2.0)"
 
 
 def faults(supervisor: Supervisor) -> list[tuple[str, str]]:
@@ -200,8 +205,8 @@ def test_a_server_and_an_orchestrator_that_were_killed_come_back_and_the_ranks_n
 ) -> None:
     supervisor = healing(supervisor)
     server = once(supervisor.paths, "server", DIE, FOREVER)
-    orchestrator = once(supervisor.paths, "orchestrator", DIE, LATER)
-    assert run(supervisor, server0=server, orchestrator=orchestrator, trainer="import time; time.sleep(2.0)") is True
+    orchestrator = once(supervisor.paths, "orchestrator", DIE, last_word(supervisor.paths, 0.5))
+    assert run(supervisor, server0=server, orchestrator=orchestrator, trainer="import time; time.sleep(4.0)") is True
     assert sorted(faults(supervisor)) == [(what, who) for what in ("died", "restarted") for who in ("orchestrator", "server-0")]
     said = capsys.readouterr().err
     for name in ("server-0", ORCHESTRATOR):
@@ -224,11 +229,8 @@ def test_a_lost_rank_takes_the_orchestrator_along_and_both_start_again_while_the
     paths = supervisor.paths
     (paths.checkpoints / "step000001").mkdir()
     said = f"import json, sys; open({str(paths.root / 'said')!r}, 'w').write(json.dumps([sys.argv[1:], os.environ[{ATTEMPT!r}]]))"
-    up = f"from pathlib import Path; p = Path({str(paths.status)!r}); p.write_text(p.read_text().replace('starting', 'rl'))"
-    trainer = program(supervisor, RANKS, once(paths, "trainer", DIE, f"{said}; import time; time.sleep(1.5)"))
-    orchestrator = program(
-        supervisor, ORCHESTRATOR, once(paths, "orchestrator", FOREVER, f"import time; time.sleep(0.4); {up}; time.sleep(1.0)")
-    )
+    trainer = program(supervisor, RANKS, once(paths, "trainer", DIE, f"{said}; import time; time.sleep(3.0)"))
+    orchestrator = program(supervisor, ORCHESTRATOR, once(paths, "orchestrator", FOREVER, last_word(paths, 0.4)))
     assert supervisor.run([program(supervisor, "server-0", FOREVER), orchestrator, trainer]) is True
     assert faults(supervisor) == [("died", RANKS), ("restarted", RANKS)]
     assert json.loads((paths.root / "said").read_text()) == [["--resume"], "1"], "the launcher's own start was not counted here"
@@ -239,7 +241,7 @@ def test_a_lost_rank_takes_the_orchestrator_along_and_both_start_again_while_the
 def test_a_server_is_started_again_when_the_orchestrator_asks_for_it(supervisor: Supervisor, capsys: pytest.CaptureFixture[str]) -> None:
     supervisor = healing(supervisor)
     (supervisor.paths.restart / "server-0").write_text("answers nothing")
-    assert run(supervisor, server0=FOREVER, orchestrator=LATER, trainer=LATER) is True
+    assert run(supervisor, server0=FOREVER, orchestrator=last_word(supervisor.paths, 1.5), trainer="import time; time.sleep(3.0)") is True
     assert "server-0 was to be started again: answers nothing; log " in capsys.readouterr().err
     assert not list(supervisor.paths.restart.iterdir())
 
@@ -265,8 +267,8 @@ def test_a_silent_orchestrator_is_started_again(supervisor: Supervisor) -> None:
     with_deadline(supervisor, "silence_s", 1.0)
     supervisor = healing(supervisor)
     stopped = beating(supervisor, ORCHESTRATOR, "os.kill(os.getpid(), 19)")
-    orchestrator = once(supervisor.paths, "orchestrator", stopped, "import time; time.sleep(1.0)")
-    assert run(supervisor, orchestrator=orchestrator, trainer="import time; time.sleep(5.0)") is True
+    orchestrator = once(supervisor.paths, "orchestrator", stopped, last_word(supervisor.paths, 0.2))
+    assert run(supervisor, orchestrator=orchestrator, trainer="import time; time.sleep(6.0)") is True
     assert faults(supervisor) == [("died", ORCHESTRATOR), ("restarted", ORCHESTRATOR)]
 
 

@@ -1,0 +1,74 @@
+"""Whole runs in which processes are killed or stopped: they heal, finish, and train every step and ticket once."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from neox_rl.telemetry.events import read_events
+from neox_rl.telemetry.faults import faults
+from tests.e2e.runs import Run
+
+SFT, RL = 2, 30
+SETTINGS = (
+    *(f"metarl.warmstart.steps={SFT}", f"train_iters={RL}", "metarl.evaluation.num_problems=4", "checkpoint_factor=4"),
+    *("metarl.deadlines.silence_s=6", "metarl.deadlines.shutdown_s=5"),
+)
+STEPS = [*(("sft", s) for s in range(1, SFT + 1)), *(("rl", s) for s in range(1, RL + 1))]
+SERVER, ORCHESTRATOR, RANK = ("neox_rl.run.scripted_server",), ("neox_rl.run.orchestrator",), ("train.py", "--run-dir", "--local_rank")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fault-runs")
+
+
+def finished_in_order(run: Run) -> None:
+    """To the end, with every step once and nothing lost or doubled, and nothing left behind."""
+    assert run.wait(200.0) == 0, run.said()
+    assert run.steps() == STEPS and run.gone()
+    summary = run.summary()
+    assert summary["phase"] == "done" and summary["rollouts_dropped"] == summary["rollouts_trained_twice"] == 0
+    assert summary["max_staleness_seen"] <= summary["max_staleness_bound"]
+
+
+def died(run: Run) -> Counter[str]:
+    return Counter(fault.process for fault in faults(read_events(run.paths.events)) if fault.healed_s is not None)
+
+
+def test_a_killed_server_and_a_killed_orchestrator_come_back_while_the_trainer_goes_on(runs: Path) -> None:
+    run = Run(runs, "healed", *SETTINGS)
+    run.until_step("rl", 3)
+    rank = run.one(*RANK)
+    run.kill_one(*SERVER)
+    run.until_step("rl", 8)
+    run.kill_one(*ORCHESTRATOR)
+    run.until_step("rl", 13)
+    assert rank.is_running(), "the very same rank"
+    finished_in_order(run)
+    assert run.summary()["restarts"] == {"server": 1, "orchestrator": 1, "trainer": 0}
+    assert died(run) == {"server-0": 1, "orchestrator": 1}
+    for name in ("server-0", "orchestrator"):
+        assert f"warning: {name} was killed by SIGKILL" in run.said() and f"{name} is started again (1 of 3)" in run.said()
+    assert "What failed on the way" in run.paths.report.read_text()
+
+
+def test_a_stopped_rank_is_found_and_the_run_goes_on_from_its_checkpoint(runs: Path) -> None:
+    """Two tensor-parallel ranks: the other one waits in a collective, and would for as long as that may."""
+    run = Run(runs, "resumed", *SETTINGS, "num_gpus=2", "model_parallel_size=2", flags=("--restarts", "1"))
+    run.until_step("rl", 6)
+    server = run.one(*SERVER)
+    rank = next(p for p in run.processes() if "--local_rank=1" in p.cmdline())
+    rank.send_signal(signal.SIGSTOP)
+    begin = time.monotonic()
+    run.until(lambda: "start again (1 of 1)" in run.said(), "the second attempt", 60.0)
+    assert time.monotonic() - begin < 30.0
+    assert server.is_running(), "the very same server"
+    finished_in_order(run)
+    said = next(line for line in run.said().splitlines() if line.startswith("warning: trainer"))
+    assert f"shows no sign of life for 6 s: trainer-1 (pid {rank.pid}" in said and ", at " in said
+    assert run.summary()["restarts"] == {"server": 0, "orchestrator": 0, "trainer": 1} and died(run) == {"trainer": 1}
