@@ -32,7 +32,8 @@ async def tokens_per_s(make: Make, numbers: Iterator[int], in_flight: int, secon
     async def worker() -> None:
         nonlocal done
         while True:
-            done += await make(next(numbers))
+            made = await make(next(numbers))  # by itself: += would add to what the sum was before the wait
+            done += made
 
     async with asyncio.TaskGroup() as tasks:
         workers = [tasks.create_task(worker()) for _ in range(in_flight)]
