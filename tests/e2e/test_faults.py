@@ -16,7 +16,7 @@ from tests.e2e.runs import Run
 SFT, RL = 2, 30
 SETTINGS = (
     *(f"metarl.warmstart.steps={SFT}", f"train_iters={RL}", "metarl.evaluation.num_problems=4", "checkpoint_factor=4"),
-    *("metarl.deadlines.silence_s=6", "metarl.deadlines.shutdown_s=5"),
+    "metarl.deadlines.silence_s=6",
 )
 STEPS = [*(("sft", s) for s in range(1, SFT + 1)), *(("rl", s) for s in range(1, RL + 1))]
 SERVER, ORCHESTRATOR, RANK = ("neox_rl.run.scripted_server",), ("neox_rl.run.orchestrator",), ("train.py", "--run-dir", "--local_rank")
