@@ -7,6 +7,7 @@ Requests in flight stay: their KV is computed again under the new weights, and t
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from dataclasses import dataclass
@@ -60,9 +61,12 @@ class VllmControl:
 
     async def probe(self, deadline_s: float) -> int:
         """The version that a healthy server attests, as in ``live_version``. Raises ServerGoneError, WeightError or DeadlineError."""
-        end = time.perf_counter() + deadline_s
-        await self._call("GET", "/health", deadline_s)
-        return await self.live_version(max(0.001, end - time.perf_counter()))
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self._call("GET", "/health", deadline_s)
+                return await self.live_version(deadline_s)
+        except TimeoutError as error:
+            raise DeadlineError(f"{self.address} to say that it is well", deadline_s, "see the server's log") from error
 
     async def live_version(self, deadline_s: float = 10.0) -> int:
         """The policy version that the server attests; NO_VERSION while it has only dummy weights."""

@@ -10,9 +10,11 @@ import os
 import signal
 import socket
 from collections.abc import Coroutine, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+import aiohttp
 import psutil
 import pytest
 import torch
@@ -20,9 +22,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from neox_rl.errors import DeadlineError, ProcessDiedError, WeightError, WireError
+from neox_rl.errors import DeadlineError, ProcessDiedError, WeightError
 from neox_rl.guard import GuardedProcess, died, stop
-from neox_rl.rollout.vllm_client import VllmGenerator
+from neox_rl.rollout.vllm_client import ServerFailedError, VllmGenerator
 from neox_rl.rollout.vllm_control import VllmControl
 from neox_rl.rollout.vllm_server import ServerSpec, start, wait_ready
 from neox_rl.types import NO_VERSION, Completion, Finish, SamplingParams
@@ -130,7 +132,7 @@ def test_nothing_is_sampled_from_dummy_weights(server: Server) -> None:
         async with VllmControl(server.spec.address) as control, VllmGenerator([server.spec.address]) as generator:
             assert await control.healthy() and await control.live_version() == NO_VERSION
             await control.init_weights(server.publisher.address, server.spec.name)
-            with pytest.raises(WireError, match="dummy weights"):
+            with pytest.raises(ServerFailedError, match="dummy weights"):
                 await generator.sample(PROMPT, SamplingParams(max_tokens=4), 1, "g000000")
 
     run(story())
@@ -179,6 +181,45 @@ def test_requests_in_flight_carry_over_and_each_span_matches_its_own_policy(serv
             assert crossed > 0
             (after,) = await generator.sample(prompts[0], SamplingParams(8), 1, "g000009")  # its prompt was cached under the old weights
             assert [span.version for span in after.spans] == [new] and largest_error(after, prompts[0], 1.0) <= TOLERANCE
+
+    run(story())
+
+
+def test_requests_of_a_client_that_is_gone_end_in_the_server(server: Server) -> None:
+    """So an orchestrator that dies leaves nothing behind that its successor would have to wait for."""
+
+    async def story() -> None:
+        async with VllmGenerator([server.spec.address]) as generator, aiohttp.ClientSession() as session:
+            params = SamplingParams(max_tokens=400, stop_token_ids=(VOCAB - 1,))
+            request = asyncio.create_task(generator.sample(PROMPT, params, 16, "g000001"))
+            await asyncio.sleep(0.2)
+            request.cancel()
+            await asyncio.sleep(0.3)
+            async with session.post(f"{server.spec.address}/abort_requests", json={}) as response:
+                assert (await response.json())["aborted"] == 0
+
+    run(story())
+
+
+def test_a_second_init_stages_anew_so_that_versions_may_go_back(server: Server) -> None:
+    async def story() -> None:
+        address = server.spec.address
+        async with VllmControl(address) as control, VllmGenerator([address]) as generator:
+            live = await control.live_version()
+            assert live > 0
+            with closing(Publisher()) as resumed:
+                resumed.offer(snapshot(live - 1))
+                await control.init_weights(resumed.address, "again")
+                async with Watcher(resumed.address) as watcher:
+                    assert await watcher.wait_staged(live - 1, {"again/0"}, 20.0) == live - 1
+                await control.switch(live - 1, 30.0)
+                (completion,) = await generator.sample(PROMPT, SamplingParams(8), 1, "g000001")
+                assert completion.spans[0].version == live - 1 and largest_error(completion, PROMPT, 1.0) <= TOLERANCE
+            await control.init_weights(server.publisher.address, server.spec.name)
+            async with Watcher(server.publisher.address) as watcher:
+                await watcher.wait_staged(live, server.spec.workers, 20.0)
+            await control.switch(live, 30.0)
+            assert await control.live_version() == live
 
     run(story())
 
