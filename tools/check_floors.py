@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-STAGES = ("problems", "verify", "search", "rollout", "queue", "batch", "loss", "weights")
+STAGES = ("problems", "verify", "search", "episodes", "rollout", "queue", "batch", "loss", "weights")
 # Parts of one floor may import one another, except the stages and megatron_patches, which stand alone.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),

@@ -1,0 +1,77 @@
+"""What a rollout of several episodes is worth, and what of that each episode is credited with. Equations of arXiv 2501.04682."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from types import MappingProxyType
+
+
+class Objective(StrEnum):
+    """Over the rewards r_1..r_K of the episodes of one rollout."""
+
+    SUM = "sum"  # RL^2 (13): the sum; tends to collapse to greedy behavior
+    FINAL = "final"  # E-RL^2 (14): the last alone, so that earlier ones may explore
+    ANY = "any"  # the best
+    FIRST = "first"  # plain RL: one attempt
+
+
+GAMMA_TAGS: Mapping[str, float] = MappingProxyType({"work quickly": 0.99, "take a moment": 0.997, "take your time": 1.0})
+"""Prompt tags, each with the discount a token under which it is trained (21): one policy, several lengths of search."""
+
+
+def total(rewards: Sequence[float], objective: Objective) -> float:
+    """The objective's value; 0 for a rollout without an episode."""
+    if not rewards:
+        return 0.0
+    match objective:
+        case Objective.SUM:
+            return sum(rewards)
+        case Objective.FINAL:
+            return rewards[-1]
+        case Objective.ANY:
+            return max(rewards)
+        case Objective.FIRST:
+            return rewards[0]
+
+
+def credits(rewards: Sequence[float], objective: Objective) -> tuple[float, ...]:
+    """What the tokens of each episode could still bring about: one number an episode, the first that of ``total``.
+
+    ``sum``: the rewards from there on. ``final``: the last reward. ``any``: how far the best from there on exceeds the best before (the
+    first: exceeds 0). ``first``: nothing after the first.
+    """
+    match objective:
+        case Objective.SUM:
+            return tuple(reversed(list(itertools.accumulate(reversed(rewards)))))
+        case Objective.FINAL:
+            return (rewards[-1],) * len(rewards) if rewards else ()
+        case Objective.ANY:
+            before = [0.0, *itertools.accumulate(rewards, max)]
+            return tuple(max(0.0, max(rewards[i:]) - before[i]) for i in range(len(rewards)))
+        case Objective.FIRST:
+            return tuple(r if i == 0 else 0.0 for i, r in enumerate(rewards))
+
+
+def discounted(reward: float, num_search_tokens: int, gamma: float) -> float:
+    """(21): gamma^|Z| r. With gamma < 1 a search is worth its length only up to a point. Raises ValueError for gamma outside (0, 1]."""
+    if not 0.0 < gamma <= 1.0:
+        raise ValueError(f"gamma {gamma} must be in (0, 1]: it shrinks the reward with every token of search")
+    return gamma**num_search_tokens * reward
+
+
+def kl_penalized(reward: float, logprobs: Sequence[float], reference: Sequence[float], beta: float) -> float:
+    """(15): r - beta KL to the reference, by its sample log pi(Z, S | q) - log pi_ref(Z, S | q), summed over the policy's tokens."""
+    return reward - beta * math.fsum(p - r for p, r in zip(logprobs, reference, strict=True))
+
+
+def qstar_reward(solution_logprobs: Sequence[float], without_search: Sequence[float] = ()) -> float:
+    """(18)-(20): log pi(S | Z, q) of a given solution S after the search Z, with no verifier; less log pi(S | q) where that is given.
+
+    With the second term a search earns what it adds to the solution's likelihood.
+    """
+    if without_search and len(without_search) != len(solution_logprobs):
+        raise ValueError(f"{len(solution_logprobs)} log-probs of the solution after the search, {len(without_search)} without it")
+    return math.fsum(solution_logprobs) - math.fsum(without_search)
