@@ -26,7 +26,7 @@ Numbers: TypeAlias = tuple[Number, ...]
 MAX_NUMBERS, MAX_RATIONAL_NUMBERS = 6, 5
 """Beyond these the exact oracle takes minutes a problem."""
 MAX_MAGNITUDE = 10**6
-_NUMBER = r"([0-9]{1,9}(?:/[0-9]{1,9})?)"
+_NUMBER = r"([0-9]{1,40}(?:/[0-9]{1,40})?)"  # what MAX_RATIONAL_NUMBERS numbers of MAX_MAGNITUDE can make
 _STEP = re.compile(rf"\s*{_NUMBER}\s*([-+*/])\s*{_NUMBER}\s*=\s*{_NUMBER}(?![0-9/])")
 
 

@@ -16,6 +16,7 @@ from neox_rl.search.domain import Domain, State
 from neox_rl.types import Finish, Problem, SamplingParams, VersionSpan
 
 WORD_STEP = "3 *5 =15"
+CACHED_PROMPTS = 4096
 MARKS = (metacot.LOW, metacot.HIGH, metacot.GOAL, metacot.BACK)
 
 
@@ -107,6 +108,8 @@ class PolicyProposer:
     def prompt_ids(self, problem: Problem) -> tuple[int, ...]:
         found = self._prompts.get(problem.prompt)
         if found is None:
+            if len(self._prompts) >= CACHED_PROMPTS:
+                self._prompts.clear()
             found = self._prompts[problem.prompt] = self.tokenizer.encode(problem.prompt)
         return found
 

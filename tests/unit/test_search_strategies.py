@@ -155,6 +155,14 @@ def eval_path(tree: Tree, problem: Problem) -> object:
     return number
 
 
+def test_large_numbers_are_read_as_they_are_written() -> None:
+    problem = countdown([10**6] * 5, 10**6, None)
+    tree = search("best-first", value=OracleValue(), options=Options(width=ALL, prune=0.0), problem=problem)
+    assert tree.end is End.SOLVED and "unparsable" not in tree.counts
+    text = ArithmeticDomain(problem).legal((10**6, 10**24))[2]
+    assert ArithmeticDomain(problem).step((10**6, 10**24), text, False) == (text, (10**30,))
+
+
 def test_fractions_count_where_no_max_value_forbids_them() -> None:
     fractions = search("dfs", value=OracleValue(), options=Options(width=ALL, prune=0.0), problem=countdown([1, 3, 4, 6], 24, None))
     assert fractions.path(fractions.answer)[-1].text == "6 /1/4 =24" and fractions.end is End.SOLVED
