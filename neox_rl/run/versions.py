@@ -66,8 +66,8 @@ class Deadlines:
 @dataclass(slots=True)
 class _Tended:
     """What the requests to a member need beside its state. ``answering``: its last probe came through. ``gone``: nobody has listened at its
-    address since it was lost, so that what answers there next is another process; ``held`` is the version that it had then. ``leaving``: it
-    gets no new requests."""
+    address since it was lost, so that what answers there next is another process; ``held`` is the version that it had then. ``found``: what
+    it attested when its staging began, and goes on attesting until its first switch. ``leaving``: it gets no new requests."""
 
     control: VllmControl
     restart: Callable[[str], None]
@@ -75,6 +75,7 @@ class _Tended:
     answering: bool = False
     gone: bool = True
     held: int = NO_VERSION
+    found: int = NO_VERSION
     suspect: bool = False
     leaving: bool = False
 
@@ -230,7 +231,7 @@ class ServerKeeper:
         if not member.here or (member.state is State.LOST and not another):
             return
         tended.answering = True
-        if member.incarnation and label == member.version:
+        if member.incarnation and label == (tended.found if member.version == NO_VERSION else member.version):
             self.members.answers(member, time.monotonic())
             if member.state is State.SERVING:
                 self._serve(member)
@@ -244,6 +245,7 @@ class ServerKeeper:
             tended.answering = False
             self.members.suspend(member, str(error), time.monotonic())
         else:
+            tended.found = label
             self.members.begin(member, incarnation, time.monotonic())
 
     async def _switch(self, member: Member, tended: _Tended, version: int) -> None:

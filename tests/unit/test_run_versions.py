@@ -243,6 +243,11 @@ def test_a_new_orchestrator_takes_the_servers_over_and_a_rolled_back_trainer_the
             run.publisher.close()
             run.publisher = run.stack.enter_context(closing(Publisher()))
             await run.start(spec)
+            await run.until_state("a", State.STAGING)
+            life = run.keeper.members.get("a")
+            assert life is not None and (begun := life.incarnation)
+            await asyncio.sleep(2.5 * BEAT_S)
+            assert life.incarnation == begun, "while there is nothing to stage, it is not told again and again to begin"
             run.publish(4)
             await run.until_live(4)
             assert {span.version for c in await run.sample() for span in c.spans} == {4}
