@@ -30,35 +30,39 @@ class Mcts(Strategy):
     distinct = Distinct.SIBLINGS
     _closed: set[int] = field(default_factory=set)
     _expanded: set[int] = field(default_factory=set)
-    _pending: set[int] = field(default_factory=set)
+    _busy: set[int] = field(default_factory=set)
 
     def pick(self, tree: Growth) -> list[Ask]:
+        self._busy.clear()
         virtual: Counter[int] = Counter()
         asks: list[Ask] = []
-        for _ in range(self.options.batch):
+        while len(asks) < self.options.batch and not self._blocked(0):
             node = self._descend(tree, virtual)
-            if node is None:
-                break
             asks.append(Ask(node, self.options.width))
-            self._pending.add(node)
             virtual.update([0, *(leaf.id for leaf in tree.path(node))])
+            self._mark_up(tree, node, self._busy)
         return asks
 
-    def _descend(self, tree: Growth, virtual: Counter[int]) -> int | None:
-        """The open leaf that UCT leads to; None when each is closed or waits in this round."""
+    def _descend(self, tree: Growth, virtual: Counter[int]) -> int:
+        """The open leaf that UCT leads to, from a root that is not blocked."""
         node = 0
         while node in self._expanded:
-            open_children = [c for c in tree.nodes[node].children if not self._blocked(tree, c)]
-            if not open_children:
-                return None  # the root: below it only open nodes are entered
             above = tree.nodes[node].visits + virtual[node]
+            open_children = [c for c in tree.nodes[node].children if not self._blocked(c)]
             node = max(open_children, key=lambda c: (self.uct(tree.nodes[c], above, virtual[c]), -c))
-        return None if node in self._closed or node in self._pending else node
+        return node
 
-    def _blocked(self, tree: Growth, node: int) -> bool:
-        if node in self._closed or node in self._pending:
-            return True
-        return node in self._expanded and all(self._blocked(tree, c) for c in tree.nodes[node].children)
+    def _blocked(self, node: int) -> bool:
+        """Nothing is left to expand at or below it, or all that is left was picked in this round."""
+        return node in self._closed or node in self._busy
+
+    def _mark_up(self, tree: Growth, node: int, marked: set[int]) -> None:
+        """Adds ``node`` to ``marked``, and the ancestors that are blocked by that."""
+        marked.add(node)
+        node = tree.nodes[node].parent
+        while node != NO_NODE and all(self._blocked(c) for c in tree.nodes[node].children):
+            marked.add(node)
+            node = tree.nodes[node].parent
 
     def uct(self, leaf: Leaf, parent_visits: int, virtual: int = 0) -> float:
         visits = leaf.visits + virtual
@@ -66,13 +70,14 @@ class Mcts(Strategy):
         return mean + self.options.exploration * math.sqrt(math.log(max(parent_visits, 1)) / visits)
 
     def add(self, tree: Growth, node: int, children: Sequence[int]) -> None:
-        self._pending.discard(node)
+        self._busy.clear()
         self._expanded.add(node)
         for child in children:
             self._back_up(tree, node, tree.nodes[child].value)
             if not self.options.hopeful(tree.nodes[child]):
                 self._closed.add(child)
-        self._close_up(tree, node)
+        if all(c in self._closed for c in tree.nodes[node].children):
+            self._mark_up(tree, node, self._closed)
 
     def _back_up(self, tree: Growth, node: int, value: float) -> None:
         while node != NO_NODE:
@@ -80,9 +85,3 @@ class Mcts(Strategy):
             leaf.visits += 1
             leaf.value += (value - leaf.value) / leaf.visits
             node = leaf.parent
-
-    def _close_up(self, tree: Growth, node: int) -> None:
-        """Closes ``node`` and the ancestors that have nothing open left."""
-        while node != NO_NODE and all(c in self._closed for c in tree.nodes[node].children):
-            self._closed.add(node)
-            node = tree.nodes[node].parent

@@ -109,6 +109,13 @@ def test_virtual_loss_spreads_a_round_and_leaves_nothing_behind() -> None:
     assert spread.nodes[0].visits == len(spread.nodes) - 1, "each node was backed up once, the virtual visits are gone"
 
 
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+def test_a_chain_of_a_thousand_steps_is_no_deeper_than_the_budget(strategy: str) -> None:
+    chain = Graph({"R" if i == 0 else str(i): [str(i + 1)] for i in range(1100)}, frozenset({"1100"}))
+    tree = search(strategy, chain, Options(width=1, batch=2), budget=Budget(4000))
+    assert tree.end is End.SOLVED and len(tree.nodes) == 1101
+
+
 def test_search_of_a_whole_tree_ends() -> None:
     for strategy in STRATEGIES:
         tree = search(strategy, OPEN, Options(width=8, batch=3))
