@@ -147,8 +147,10 @@ class VllmGenerator:
                         failures.append(str(error))
                         self._failed(tried[-1])
         except TimeoutError as error:
-            where = tried[-1] if tried and tried[-1] in self._servers and self._servers[tried[-1]].serving else "a server that serves"
-            hint = "; ".join(failures) or "raise servers.request_timeout_s, or lower max_inflight_groups"
+            serving = [address for address, server in self._servers.items() if server.serving]
+            where = tried[-1] if tried and tried[-1] in serving else "a server that serves"
+            idle = "" if serving else f"no requests go to {', '.join(self._servers) or 'anybody'}: see the servers' logs"
+            hint = "; ".join(filter(None, [*failures, idle])) or "raise servers.request_timeout_s, or lower max_inflight_groups"
             raise DeadlineError(f"rollout {rollout_id} from {where}", self._timeout_s, hint) from error
         raise ServerFailedError(f"rollout {rollout_id}: {len(failures)} attempts failed: {'; '.join(failures)}")
 

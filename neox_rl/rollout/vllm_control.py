@@ -110,6 +110,8 @@ class VllmControl:
                 return dict(await response.json()) if response.content_type == "application/json" else {}
         except TimeoutError as error:
             raise DeadlineError(f"{self.address}{route}", deadline_s, "see the server's log") from error
+        except (ValueError, TypeError) as error:
+            raise WeightError(f"{self.address}{route} answered what is no JSON object: {error}: is it a server of this run?") from error
         except aiohttp.ClientError as error:
             raise ServerGoneError(f"{self.address}{route}: {type(error).__name__}: {error}: the server is gone") from error
 

@@ -231,7 +231,8 @@ def test_a_request_waits_for_a_server_that_serves_and_names_that_when_none_comes
             generator.serve(addresses[0])
             assert len(await waiting) == 2
         async with VllmGenerator((), 0.1) as generator:
-            with pytest.raises(DeadlineError, match="rollout g000017 from a server that serves"):
+            generator.suspend("http://h:1")
+            with pytest.raises(DeadlineError, match="rollout g000017 from a server that serves.*no requests go to http://h:1"):
                 await generator.sample([1], PARAMS, 2, "g000017")
         await close()
 
