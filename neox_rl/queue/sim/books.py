@@ -32,6 +32,9 @@ class Outcome:
     """Waits for the batches after the first."""
     elapsed_s: float = 0.0
     longest_wait_s: float = 0.0
+    num_groups: int = 0
+    groups_s: float = 0.0
+    """From admission to delivery, over all groups, refused ones included."""
     server_s: float = 0.0
     """Seconds that servers were there, all together."""
     busy_s: float = 0.0
@@ -85,6 +88,11 @@ class Outcome:
         return self.sequence_s / max(self.server_s, 1e-9)
 
     @property
+    def group_s(self) -> float:
+        """Mean time of a group from admission to delivery."""
+        return self.groups_s / max(1, self.num_groups)
+
+    @property
     def tokens_per_s(self) -> float:
         """Tokens consumed by training steps a second."""
         return self.tokens_consumed / max(self.elapsed_s, 1e-9)
@@ -116,9 +124,8 @@ class Books:
         """Takes note of a step; ``lengths`` is what each rollout was to have. The tokens of the batch."""
         if step != len(self._steps) + 1:
             raise StalenessError(f"step {step} trains after step {len(self._steps)}")
-        rollouts: list[tuple[int, int]] = []
-        ages: Counter[int] = Counter()
-        masked = 0
+        spans: list[tuple[int, int, int]] = []  # rollout, version, tokens
+        names: list[str] = []
         for group in batch:
             if group.ticket in self._step_of:
                 raise StalenessError(f"ticket {group.ticket} is trained at step {self._step_of[group.ticket]} and at step {step}")
@@ -126,20 +133,22 @@ class Books:
             if (found := tuple(t.num_tokens for t in group.traces)) != lengths[group.ticket]:
                 raise StalenessError(f"ticket {group.ticket} brings rollouts of {found} tokens where {lengths[group.ticket]} were sampled")
             for trace in group.traces:
-                versions = np.array([s.version for s in trace.segments])
-                counts = np.array([len(s.ids) for s in trace.segments])
-                if (np.diff(versions) < 0).any():
-                    raise StalenessError(f"versions fall within {trace.id}: {versions}")
-                old = beyond(step - 1 - versions, self.bound)
-                if versions.max() > step - 1 or (self._guards and not self._masks and old.any()):
-                    raise StalenessError(f"{trace.id} of versions {versions} is trained at step {step} under the bound {self.bound}")
-                used = ~old if self._masks else np.ones_like(old)
-                for version, count in zip(versions[used], counts[used], strict=True):
-                    ages[step - 1 - int(version)] += int(count)
-                masked += int(counts[~used].sum())
-                rollouts.append((int(counts.sum()), int(counts[used].sum())))
-        self._steps[step] = Step(tuple(g.ticket for g in batch), ages, masked, tuple(rollouts))
-        return sum(tokens for tokens, _ in rollouts)
+                spans += [(len(names), s.version, len(s.ids)) for s in trace.segments]
+                names.append(trace.id)
+        rollout, versions, counts = np.array(spans).T
+        falls = (np.diff(versions) < 0) & (np.diff(rollout) == 0)
+        if falls.any():
+            raise StalenessError(f"versions fall within {names[int(rollout[falls.argmax()])]}")
+        old = beyond(step - 1 - versions, self.bound)
+        if versions.max() > step - 1 or (self._guards and not self._masks and old.any()):
+            raise StalenessError(f"step {step} trains versions {sorted(set(versions.tolist()))} under the bound {self.bound}")
+        used = np.where(old, 0, counts) if self._masks else counts
+        by_age = np.bincount(step - 1 - versions, weights=used)
+        ages = Counter({age: int(tokens) for age, tokens in enumerate(by_age) if tokens})
+        totals, trained = (np.bincount(rollout, weights=tokens).astype(int).tolist() for tokens in (counts, used))
+        masked = int(counts.sum() - used.sum())
+        self._steps[step] = Step(tuple(g.ticket for g in batch), ages, masked, tuple(zip(totals, trained, strict=True)))
+        return int(counts.sum())
 
     def roll_back(self, step: int) -> None:
         """The steps after ``step`` did not happen."""

@@ -11,6 +11,7 @@ import heapq
 import math
 from collections.abc import Callable
 from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 
@@ -116,7 +117,7 @@ class Cluster:
         if flight is None:
             lengths = [int(n) for n in self.scenario.lengths.group(self.scenario.group_size, self.rng)]
             self.lengths[ticket] = tuple(lengths)
-            flight = self.flights[ticket] = Flight(ticket, [], len(lengths))
+            flight = self.flights[ticket] = Flight(ticket, [], len(lengths), self.now)
             flight.works = [Work(flight, n) for n in lengths]
         self._send([work for work in flight.works if not work.finished])
         if not flight.open:
@@ -171,6 +172,8 @@ class Cluster:
         del self.flights[flight.ticket]
         tokens = sum(work.length for work in flight.works)
         self.outcome.tokens_generated += tokens
+        self.outcome.num_groups += 1
+        self.outcome.groups_s += self.now - flight.since
         draw = self.rng.random()
         if draw < self.scenario.fail_frac:
             self.queue.fail(flight.ticket)
@@ -311,7 +314,9 @@ class Cluster:
 
 @lru_cache(maxsize=1 << 14)
 def _tokens(count: int, version: int) -> Segment:
-    return Segment((0,) * count, Role.THINK, (0.0,) * count, version, 1.0)
+    """As long as its tokens, which nobody reads: a cluster's worth of them would fill the memory."""
+    absent: Any = range(count)
+    return Segment(absent, Role.THINK, absent, version, 1.0)
 
 
 def group_of(flight: Flight) -> Group:

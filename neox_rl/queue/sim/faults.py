@@ -215,7 +215,7 @@ class FaultyCluster(Cluster):
         """A flight of the next orchestrator with the tokens that are safe; the requests of the dead one find nobody who waits."""
         if flight.ticket < 0 or not self.faults.flush_tokens:
             return None
-        again = Flight(flight.ticket, [], 0)
+        again = Flight(flight.ticket, [], 0, flight.since)
         again.works = [Work(again, work.length, list(work.spans)) for work in flight.works]
         again.open = sum(not work.finished for work in again.works)
         return again

@@ -25,6 +25,8 @@ from neox_rl.telemetry.rundata import RunData, load_run
 Floats = NDArray[np.float64]
 NS = 1e9
 NS_TICK = 1e-6
+MIN_STEPS = 500
+"""Simulated at least: a short run is one draw of luck, a prediction is of the mean."""
 FIT_ROUNDS = 5
 TOGETHER_S = 0.02
 """Requests sent within this time reach the server as one crowd."""
@@ -49,6 +51,8 @@ class Measured:
     admission_slack: int
     delivery_slack: int
     mode: str
+    group_s: float
+    """Mean time of a group from admission to delivery."""
     rates: Rates
 
 
@@ -65,7 +69,7 @@ def measure(run_dir: Path) -> Measured:
     wait_s = np.array([e.dur_ns for e in waits[1:]]) / NS
     busy = np.array([b.t_ns - a.end_ns for a, b in pairwise(waits)]) / NS
     scenario = Scenario(
-        num_steps=config.neox.train_iters,
+        num_steps=max(MIN_STEPS, config.neox.train_iters),
         groups_per_step=rl.rollout.groups_per_step,
         group_size=rl.rollout.group_size,
         num_servers=servers,
@@ -79,7 +83,8 @@ def measure(run_dir: Path) -> Measured:
         seed=rl.seed,
     )
     achieved = _rates(run, waits, groups, float(wait_s.sum()))
-    return Measured(scenario, rl.staleness.admission_slack, rl.staleness.delivery_slack, rl.staleness.mode, achieved)
+    group_s = float(np.mean([e.dur_ns for e in groups])) / NS
+    return Measured(scenario, rl.staleness.admission_slack, rl.staleness.delivery_slack, rl.staleness.mode, group_s, achieved)
 
 
 def _rates(run: RunData, waits: Sequence[Event], groups: Sequence[Event], wait_s: float) -> Rates:

@@ -17,12 +17,13 @@ from neox_rl.errors import ConfigError
 from neox_rl.queue.sim.books import Outcome
 from neox_rl.queue.sim.cluster import Cluster
 from neox_rl.queue.sim.faults import FaultyCluster
-from neox_rl.queue.sim.measured import Rates
+from neox_rl.queue.sim.measured import Measured, Rates
 from neox_rl.queue.sim.scenario import Faults, Scenario, StepTimes
 from neox_rl.queue.state import Mode, TicketQueue
 
 MAX_SERVERS = 64
 """Servers that are simulated one by one; of more, a part."""
+CALIBRATION_ROUNDS = 4
 MIN_GROUPS = 64
 """Groups a step that a thinned cluster keeps at least: with fewer, the luck of single rollouts would show."""
 
@@ -68,6 +69,21 @@ def predict(scenario: Scenario, rule: Rule, max_servers: int = MAX_SERVERS) -> t
     return outcome, Rates(outcome.idle_frac, outcome.busy_frac, outcome.mean_staleness, outcome.masked_frac, tokens_per_s)
 
 
+def calibrated(measured: Measured) -> Scenario:
+    """The run's scenario, its servers' times scaled by one factor until a simulated group takes as long as the run's did on average.
+
+    The fit explains single groups; what it leaves over adds up where each group waits for the one before it.
+    """
+    scenario = measured.scenario
+    rule = Rule(measured.admission_slack, measured.delivery_slack, measured.mode)
+    for _ in range(CALIBRATION_ROUNDS):
+        factor = measured.group_s / predict(scenario, rule)[0].group_s
+        d = scenario.decoding
+        times = {name: factor * getattr(d, name) for name in ("base_s", "seq_s", "latency_s", "prefill_s", "recompute_s")}
+        scenario = replace(scenario, decoding=replace(d, **times))
+    return scenario
+
+
 def demand(scenario: Scenario) -> float:
     """Servers that would keep the trainer busy if each always decoded as many sequences as fit: no plan can do with fewer."""
     tokens = _mean_tokens(scenario)
@@ -88,12 +104,15 @@ def _mean_tokens(scenario: Scenario) -> float:
 
 
 def fewest_servers(scenario: Scenario, rule: Rule, idle_frac: float, limit: int, max_servers: int = MAX_SERVERS) -> int | None:
-    """The smallest number of servers, to 2 %, with the trainer idle at most ``idle_frac``; None if ``limit`` are not enough."""
+    """The smallest number of servers, to 2 %, with the trainer idle at most ``idle_frac``; None if ``limit`` are not enough, or a server
+    for every two sequences that may be in flight: then it is the bound, or the longest rollouts, that keep the trainer waiting."""
 
     def enough(servers: int) -> bool:
         return predict(replace(scenario, num_servers=servers), rule, max_servers)[1].idle_frac <= idle_frac
 
-    return _smallest(enough, max(1, int(0.9 * demand(scenario))), limit)
+    in_flight = (rule.admission_slack + 1) * scenario.groups_per_step * scenario.group_size
+    limit = min(limit, max(1, in_flight // 2))
+    return _smallest(enough, max(1, int(0.9 * demand(scenario))), limit) if enough(limit) else None
 
 
 def smallest_bound(scenario: Scenario, rule: Rule, idle_frac: float, limit: int, max_servers: int = MAX_SERVERS) -> int | None:

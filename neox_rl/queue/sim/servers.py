@@ -24,6 +24,7 @@ class Flight:
     ticket: int
     works: list[Work]
     open: int
+    since: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
