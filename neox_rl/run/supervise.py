@@ -154,6 +154,7 @@ class Supervisor:
         if self._asked is not None:
             self._ask_to_stop()
             if now - self._asked > deadlines.stop_s:
+                self._watch.ask_for_tracebacks(self.running[RANKS].pid)
                 raise DeadlineError("the trainer to save after Ctrl-C", now - self._asked, log)
         orchestrator = self.running.get(ORCHESTRATOR)
         done = {name for name in (RANKS, ORCHESTRATOR) if (process := self.running.get(name)) is not None and process.poll() == 0}
@@ -163,6 +164,7 @@ class Supervisor:
         if now - self._served > deadlines.shutdown_s:
             late = "the orchestrator to end after the ranks" if RANKS in done else "the training ranks to exit after their last word"
             name = ORCHESTRATOR if RANKS in done else RANKS
+            self._watch.ask_for_tracebacks(self.running[RANKS].pid)
             raise DeadlineError(late, now - self._served, f"log {self.paths.log(name)}")
 
     def _fallen(self) -> list[tuple[str, str]]:
@@ -195,7 +197,8 @@ class Supervisor:
         status = process.poll()
         doing = self._watch.doing(name) if status is not None or name != RANKS else ""  # else ``why`` has it
         if status is None:
-            self._watch.ask_for_tracebacks(name)
+            if name == RANKS:
+                self._watch.ask_for_tracebacks(process.pid)
             stop(process, AT_ONCE_S)
         said = died(name, process, why, doing)
         self.events.instant("died", process=name, why=why, doing=doing)

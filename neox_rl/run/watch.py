@@ -100,15 +100,25 @@ class Watch:
         servers = read_status(self._paths.status).servers
         return any(state == "serving" and name not in ours for name, state in servers.items())
 
-    def ask_for_tracebacks(self, name: str) -> None:
-        """Has the ranks of this machine write to their log where each of their threads is (``faulthandler``, in ``step.main``)."""
+    def ask_for_tracebacks(self, guardian: int) -> None:
+        """Has the ranks below this process write to their log where each of their threads is (``faulthandler``, in ``step.main``)."""
         here = socket.gethostname()
-        asked = [beat for beat in self.heard_of(f"{RANKS}-") if name == RANKS and beat.host == here]
+        asked = [beat for beat in self.heard_of(f"{RANKS}-") if beat.host == here and _descends(beat.pid, guardian)]
         for beat in asked:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(beat.pid, signal.SIGUSR1)
         if asked:
             time.sleep(TRACEBACKS_S)
+
+
+def _descends(pid: int, ancestor: int) -> bool:
+    """Whether a process was started below another: its number may be a stranger's by now."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        while pid > 1:
+            if pid == ancestor:
+                return True
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return False
 
 
 def _last_event(path: Path) -> str:

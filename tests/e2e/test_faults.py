@@ -13,7 +13,7 @@ from neox_rl.telemetry.events import read_events
 from neox_rl.telemetry.faults import faults
 from tests.e2e.runs import Run
 
-SFT, RL = 2, 30
+SFT, RL = 2, 20
 SETTINGS = (
     *(f"metarl.warmstart.steps={SFT}", f"train_iters={RL}", "metarl.evaluation.num_problems=4", "checkpoint_factor=4"),
     "metarl.deadlines.silence_s=6",

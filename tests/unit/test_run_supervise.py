@@ -263,6 +263,19 @@ def test_a_stopped_rank_is_found_by_its_silence_and_named(supervisor: Supervisor
     assert no_process_is_left(supervisor)
 
 
+def test_ranks_that_stand_still_say_where_they_are_before_they_are_ended(supervisor: Supervisor) -> None:
+    with_deadline(supervisor, "step_s", 1.0)
+    supervisor = healing(supervisor)
+    beats = "import faulthandler, signal; faulthandler.register(signal.SIGUSR1); row = json.load(open({path!r}))\nwhile True:\n"
+    beats += "    time.sleep(0.1); row['number'] += 1; open({path!r}, 'w').write(json.dumps(row))"
+    rank = beating(supervisor, "trainer-0", beats.format(path=str(supervisor.paths.beats / "trainer-0.json")))
+    with pytest.raises(
+        ProcessDiedError, match=r"trainer stands still for 1 s: trainer-0 .* at train_step phase rl step 3; .*(?s:.*)line \d+ in <module>"
+    ):
+        run(supervisor, orchestrator=FOREVER, trainer=rank)
+    assert no_process_is_left(supervisor)
+
+
 def test_a_silent_orchestrator_is_started_again(supervisor: Supervisor) -> None:
     with_deadline(supervisor, "silence_s", 1.0)
     supervisor = healing(supervisor)
