@@ -6,6 +6,7 @@
 
 A process that was well for ``HEALTHY_S`` has its restarts forgiven, so that a run of weeks does not end by a death a day, and one that dies
 again and again right after its start does. The restarts of ranks are what the user allowed, and are never forgiven: each costs training.
+A restart waits only where the process died within ``SOON_S`` of its start, the longer the more often in a row it did so.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from neox_rl.errors import GIVES_UP
 from neox_rl.run.processes import ORCHESTRATOR, RANKS
 
 HEALTHY_S = 300.0
+SOON_S = 20.0
 BACKOFF_S = 1.0
 LONGEST_BACKOFF_S = 30.0
 
@@ -47,10 +49,11 @@ class Decision:
 
 @dataclass(slots=True)
 class _Record:
-    """Of one process: restarts that count, and when it was last started."""
+    """Of one process: restarts that count, when it was last started, and how often in a row it died soon after."""
 
     used: int = 0
     started: float = 0.0
+    soon: int = 0
 
 
 class Recovery:
@@ -71,13 +74,14 @@ class Recovery:
         record = self._records.setdefault(name, _Record(started=now))
         if name != RANKS and now - record.started >= HEALTHY_S:
             record.used = 0
+        record.soon = record.soon + 1 if record.used and now - record.started < SOON_S else 0
         limit = self._limits.get(name, self._server_limit)
         if status == GIVES_UP:
             return Decision(Act.END, record.used, limit, why="its error would come again")
         if record.used < limit:
             record.used += 1
             act = Act.RESUME if name == RANKS else Act.RESTART
-            return Decision(act, record.used, limit, _backoff_s(record.used))
+            return Decision(act, record.used, limit, _backoff_s(record.soon))
         if name in self._limits:
             return Decision(Act.END, record.used, limit, why=_spent(record.used, limit))
         self._lost.add(name)
@@ -86,9 +90,9 @@ class Recovery:
         return Decision(Act.END, record.used, limit, why=f"{_spent(record.used, limit)}, and no other server is left")
 
 
-def _backoff_s(used: int) -> float:
-    """Nothing before the first restart: a lone kill is healed at once."""
-    return 0.0 if used <= 1 else min(LONGEST_BACKOFF_S, BACKOFF_S * 2.0 ** (used - 2))
+def _backoff_s(soon: int) -> float:
+    """A lone death is healed at once, and so is one after a while of work."""
+    return 0.0 if soon == 0 else min(LONGEST_BACKOFF_S, BACKOFF_S * 2.0 ** (soon - 1))
 
 
 def _spent(used: int, limit: int) -> str:

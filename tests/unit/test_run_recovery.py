@@ -9,7 +9,7 @@ import pytest
 
 from neox_rl.errors import GIVES_UP
 from neox_rl.run.processes import ORCHESTRATOR, RANKS
-from neox_rl.run.recovery import HEALTHY_S, LONGEST_BACKOFF_S, Act, Recovery
+from neox_rl.run.recovery import HEALTHY_S, LONGEST_BACKOFF_S, SOON_S, Act, Recovery
 from neox_rl.run.signs import Signs
 from neox_rl.telemetry.heartbeat import Beat
 from tests.unit.small_run import small_config
@@ -56,6 +56,14 @@ def test_a_lone_death_is_healed_at_once_and_each_further_one_later(tmp_path: Pat
     found = recovery(tmp_path, servers=9)
     delays = [found.fell("server-0", 1.0, -9).delay_s for _ in range(9)]
     assert delays[:4] == [0.0, 1.0, 2.0, 4.0] and delays == sorted(delays) and delays[-1] == LONGEST_BACKOFF_S
+
+
+def test_a_death_after_a_while_of_work_waits_for_nothing(tmp_path: Path) -> None:
+    found, now = recovery(tmp_path, servers=9), 0.0
+    for _ in range(9):
+        found.started("server-0", now)
+        now += SOON_S + 1
+        assert found.fell("server-0", now, -9).delay_s == 0.0
 
 
 def test_ranks_resume_as_often_as_the_user_allowed_however_long_they_were_well(tmp_path: Path) -> None:
