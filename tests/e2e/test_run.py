@@ -57,7 +57,7 @@ def test_the_keys_of_its_sockets_are_nowhere_but_in_their_files(finished: Run) -
 
 def test_it_leaves_a_report_events_of_every_process_and_tensorboard_files(finished: Run) -> None:
     assert finished.paths.report.stat().st_size > 10_000 and list(finished.paths.tensorboard.iterdir())
-    assert {e.process for e in read_events(finished.paths.events)} == {"launcher", "orchestrator", "trainer-0"}
+    assert {e.process for e in read_events(finished.paths.events)} == {"launcher", "orchestrator", "server-0", "trainer-0"}
     assert "after RL" in finished.said() and str(finished.paths.report) in finished.said()
 
 
