@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import sys
 import time
 from contextlib import AsyncExitStack
@@ -236,8 +237,13 @@ def main(argv: list[str] | None = None) -> int:
         return asyncio.run(search_file(args))
     except NeoxRLError as error:
         p.error(str(error))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read the lines has seen enough
+        return 1
     except OSError as error:
-        p.error(f"{error.filename}: {error.strerror}")
+        p.error(str(error))
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Searches over arithmetic problems, their linearization to Meta-CoT, and the analysis of what a policy wrote."""
+"""Tree search over steps of reasoning, trees as Meta-CoT text, demonstrations by search, and the analysis of what a policy wrote."""
