@@ -21,28 +21,38 @@ from neox_rl.rollout.groups import sampled_ids
 from neox_rl.rollout.vllm_client import ROUTE, request_body
 from neox_rl.types import Problem, SamplingParams
 
-Make = Callable[[int], Awaitable[int]]
-"""Generates the n-th group; returns its tokens."""
+Answer = int | bytes
+"""The tokens of a group, or the bytes in which they stand: counted when the window is over."""
+Make = Callable[[int], Awaitable[Answer]]
+"""Generates the n-th group."""
+
+
+def num_tokens(answer: Answer) -> int:
+    """Of what was generated, or of the JSON of either route."""
+    if isinstance(answer, int):
+        return answer
+    found = json.loads(answer)
+    return int(found["usage"]["completion_tokens"]) if "usage" in found else sum(len(choice["token_ids"]) for choice in found["choices"])
 
 
 async def tokens_per_s(make: Make, numbers: Iterator[int], in_flight: int, seconds: float) -> float:
     """A closed loop of ``in_flight`` groups. Counted are groups that end within the window; the loop has filled up before it opens."""
-    done = 0
+    answers: list[Answer] = []
 
     async def worker() -> None:
-        nonlocal done
         while True:
-            made = await make(next(numbers))  # by itself: += would add to what the sum was before the wait
-            done += made
+            answers.append(await make(next(numbers)))
 
     async with asyncio.TaskGroup() as tasks:
         workers = [tasks.create_task(worker()) for _ in range(in_flight)]
         await asyncio.sleep(0.2 * seconds)
-        before, begin = done, time.perf_counter()
+        answers.clear()
+        begin = time.perf_counter()
         await asyncio.sleep(0.8 * seconds)
-        found = (done - before) / (time.perf_counter() - begin)
+        passed = time.perf_counter() - begin
         for task in workers:
             task.cancel()
+    found = sum(map(num_tokens, answers)) / passed
     await asyncio.sleep(1.0)  # the server drops what was cancelled
     return found
 
@@ -71,13 +81,11 @@ def ways(half: Half, session: aiohttp.ClientSession) -> dict[str, Make]:
                 raise SystemExit(f"{address}{route} answered {response.status}: {raw[:300]!r}")
             return raw
 
-    async def bare(number: int) -> int:
-        return (await post(ROUTE, bodies[number % len(bodies)])).count(b'"token_id":')
+    async def bare(number: int) -> bytes:
+        return await post(ROUTE, bodies[number % len(bodies)])
 
-    async def completions(number: int) -> int:
-        return int(
-            json.loads(await post("/v1/completions", completion_bodies[number % len(completion_bodies)]))["usage"]["completion_tokens"]
-        )
+    async def completions(number: int) -> bytes:
+        return await post("/v1/completions", completion_bodies[number % len(completion_bodies)])
 
     return {
         "through the run": ours,
