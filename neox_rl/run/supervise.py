@@ -77,7 +77,7 @@ class Supervisor:
         self._asked: float | None = None
         self._told: GuardedProcess | None = None
         self._served: float | None = None
-        self._trained = False
+        self._trained = self._enough = False
 
     def run(self, parts: list[Program]) -> bool:
         """True when the ranks trained everything, False when the user stopped the run. Raises ProcessDiedError, DeadlineError."""
@@ -113,7 +113,7 @@ class Supervisor:
         """Whether the ranks are done, and the orchestrator with them; or the user has no more patience."""
         if self.interrupts.count and not self._up and read_status(self.paths.status).phase == "starting":
             self.interrupts.count = max(2, self.interrupts.count)  # nothing is trained yet
-        if self.interrupts.count >= 2:
+        if self.interrupts.count >= 2 or self._enough:
             return True
         if self.running[RANKS].poll() != 0:
             return False
@@ -165,7 +165,11 @@ class Supervisor:
             late = "the orchestrator to end after the ranks" if RANKS in done else "the training ranks to exit after their last word"
             name = ORCHESTRATOR if RANKS in done else RANKS
             self._watch.ask_for_tracebacks(self.running[RANKS].pid)
-            raise DeadlineError(late, now - self._served, f"log {self.paths.log(name)}")
+            error = DeadlineError(late, now - self._served, f"log {self.paths.log(name)}")
+            if not self._said_last_word():
+                raise error
+            self._warn(f"{error}; all is trained and saved, so they are ended")
+            self._enough = True
 
     def _fallen(self) -> list[tuple[str, str]]:
         """Who must be healed, and why where it was not its own end: in the order of the parts."""

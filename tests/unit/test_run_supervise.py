@@ -161,6 +161,15 @@ def test_every_wait_has_its_deadline(
     assert no_process_is_left(supervisor)
 
 
+def test_ranks_that_do_not_exit_after_their_last_word_are_ended_and_the_run_is_whole(
+    supervisor: Supervisor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_deadline(supervisor, "shutdown_s", 0.8)
+    write_status(supervisor.paths.status, Status(phase="report", message="finished"))
+    assert run(supervisor, orchestrator="pass", trainer=FOREVER) is True and no_process_is_left(supervisor)
+    assert "for the training ranks to exit after their last word, which did not come" in capsys.readouterr().err
+
+
 def test_signals_are_counted_only_inside(supervisor: Supervisor) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with supervisor.interrupts.caught():
