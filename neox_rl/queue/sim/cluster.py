@@ -130,8 +130,12 @@ class Cluster:
             self._send(flight.works)
 
     def _send(self, works: list[Work]) -> None:
-        """To the least loaded serving server, all as one request; with none, they wait for one."""
-        serving = [s for s in self.servers if s.state is Member.SERVING]
+        """To the least loaded server as new as their tokens, all as one request; with none, they wait for one.
+
+        A server that came back early serves a version before it is live: what it began goes on on no older one when it dies.
+        """
+        newest = max((version for work in works for version, _ in work.spans), default=NO_VERSION)
+        serving = [s for s in self.servers if s.state is Member.SERVING and s.version >= newest]
         if not serving or not works:
             self.stranded += works
             return
@@ -273,9 +277,9 @@ class Cluster:
             return
         if server.state is Member.CATCHING_UP:
             server.state = Member.SERVING
-            waiting, self.stranded = self.stranded, []
-            for work in waiting:
-                self._send([work])
+        waiting, self.stranded = self.stranded, []
+        for work in waiting:
+            self._send([work])
 
     def join_switch(self, server: Server) -> None:
         """It is done with this switch, or out of it; the last one makes the version live."""
@@ -287,8 +291,7 @@ class Cluster:
     def _live(self) -> None:
         version = self.target
         if not any(s.state in (Member.SERVING, Member.CATCHING_UP) and s.version == version for s in self.servers):
-            self.target = NO_VERSION  # none of them made it
-            self.in_era(AGAIN_S, self._follow)
+            self.in_era(AGAIN_S, self._switch_all)  # none of them made it
             return
         self.live(version)
         self._follow()
