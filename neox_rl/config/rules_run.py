@@ -18,6 +18,8 @@ HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
 SERVER_GIB = 2.5
 """Resident memory of one vLLM server's processes beside its KV cache."""
 RANK_GIB = 0.6
+COMEBACK_S = 20.0
+"""What an orchestrator may need to be ended and to come up again."""
 
 
 def name_is_a_file_name(config: RunConfig, machine: Machine) -> Iterator[str]:
@@ -205,6 +207,11 @@ def inner_deadlines_come_first(config: RunConfig, machine: Machine) -> Iterator[
         )
     if d.batch_s < s.request_timeout_s:
         yield f"metarl.deadlines.batch_s = {d.batch_s:g}: must be >= servers.request_timeout_s = {s.request_timeout_s:g}; set it so"
+    if d.orchestrator_s < (needed := d.silence_s + COMEBACK_S):
+        yield (
+            f"metarl.deadlines.orchestrator_s = {d.orchestrator_s:g}: must be >= deadlines.silence_s + {COMEBACK_S:g} = {needed:g}, or the"
+            " trainer gives a stuck orchestrator up before it is started again; set it so"
+        )
 
 
 def sockets_are_private(config: RunConfig, machine: Machine) -> Iterator[str]:

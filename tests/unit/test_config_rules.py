@@ -273,6 +273,7 @@ CASES = (
     Case(
         "inner_deadlines_come_first", "metarl.deadlines.batch_s=100", "must be >= servers.request_timeout_s", "metarl.deadlines.batch_s=120"
     ),
+    Case("inner_deadlines_come_first", "metarl.deadlines.silence_s=50", "orchestrator_s = 60: must be >=", "metarl.deadlines.silence_s=40"),
     Case("sockets_are_private", "metarl.network.bind_host=0.0.0.0", "keep it in a private network", "metarl.network.bind_host=127.0.0.1"),
     Case("cores_are_enough", "num_gpus=4", "want 5 cores and this machine has 4", "num_gpus=3"),
     Case("memory_is_enough", "metarl.servers.kv_cache_gib=100", "need about 103.1 GiB of 64.0 GiB", "metarl.servers.kv_cache_gib=4"),
