@@ -207,7 +207,7 @@ def test_a_checkpoint_that_does_not_add_up_is_refused(change: dict[str, object],
 def test_a_ticket_that_comes_again_stops_the_run() -> None:
     guard = TrainedOnce()
     guard.add([make_group(4, [0])], step=1)
-    with pytest.raises(StalenessError, match="g000004 was trained at step 1"):
+    with pytest.raises(StalenessError, match="g000004 was trained by step 1"):
         guard.add([make_group(4, [0])], step=2)
     with pytest.raises(StalenessError, match="comes again at step 3"):
         guard.add([make_group(5, [0]), make_group(5, [0])], step=3)

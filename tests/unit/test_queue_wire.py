@@ -7,7 +7,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
@@ -15,11 +15,10 @@ import pytest
 import zmq
 
 from neox_rl.codec import encode_group
-from neox_rl.errors import DeadlineError, JournalError, NeoxRLError, StalenessError
+from neox_rl.errors import DeadlineError, NeoxRLError, StalenessError
 from neox_rl.framing import Frame, kind_of, pack, unpack
 from neox_rl.queue.wire import Delivery, ExperienceServer, Phase
 from neox_rl.queue.wire_client import ExperienceClient
-from neox_rl.queue.wire_messages import parse_answer
 from neox_rl.types import Finish, Group, Json, Reason, Role, Segment, Trace, Verdict
 
 HEARTBEAT_S, RESEND_S = 0.05, 0.1
@@ -118,7 +117,7 @@ def serving(handler: Recorder, port: int = 0, session: str | None = None, attemp
 
 @contextmanager
 def connected(
-    address: str, deadline_s: float = 30.0, silence_s: float = 30.0, greet: bool = True, attempt: int = 0
+    address: str, deadline_s: float = 30, silence_s: float = 30, greet: bool = True, attempt: int = 0
 ) -> Iterator[ExperienceClient]:
     client = ExperienceClient(address, deadline_s, silence_s=silence_s, resend_s=RESEND_S, attempt=attempt)
     try:
@@ -340,88 +339,6 @@ def test_a_second_trainer_is_refused_and_the_first_goes_on() -> None:
         with connected(running.address, greet=False) as second, pytest.raises(NeoxRLError, match="another trainer holds the session"):
             second.hello(world=1)
         assert client.next_groups(Phase.RL, 1) == (make_group(1),)
-
-
-def test_an_orchestrator_without_a_journal_refuses_a_run_it_does_not_know() -> None:
-    port = free_port()
-    with serving(Recorder(), port) as first, connected(f"tcp://127.0.0.1:{port}") as client:
-        first.stop()
-        with serving(Recorder(), port), pytest.raises(NeoxRLError, match="was restarted and knows no session"):
-            client.next_groups(Phase.RL, 1)
-
-
-def test_a_successor_goes_on_in_the_session_and_nothing_is_handled_twice() -> None:
-    """The first dies with a request in progress: its successor knows what was durable, and is told the rest."""
-    port, first_calls, second_calls = free_port(), Recorder(delay_s=30), Recorder()
-    with serving(first_calls, port) as first, connected(f"tcp://127.0.0.1:{port}") as client:
-        client.report(Phase.SFT, 1, {"loss": 1.0})
-        client.published(0, "d0")
-        with ThreadPoolExecutor(1) as pool:
-            batch = pool.submit(client.next_groups, Phase.RL, 1)
-            wait_until(lambda: ("next", "rl", 1) in first_calls.calls)
-            first.stop()
-            with serving(second_calls, port, session=client._session, last=2):
-                assert batch.result(timeout=10) == (make_group(1),)
-                client.done("end")
-    assert second_calls.calls == [("published", 0), ("next", "rl", 1), ("done", "end")], "the report was in the journal, the rest was not"
-
-
-def test_a_successor_answers_a_repeated_request_again() -> None:
-    port, calls = free_port(), Recorder()
-    with serving(Recorder(delay_s=30), port) as first, connected(f"tcp://127.0.0.1:{port}") as client, ThreadPoolExecutor(1) as pool:
-        batch = pool.submit(client.next_groups, Phase.RL, 1)
-        time.sleep(0.3)
-        first.stop()
-        with serving(calls, port, session=client._session, last=2):
-            assert batch.result(timeout=10) == (make_group(1),) and calls.calls == [("next", "rl", 1)]
-
-
-def test_a_successor_whose_journal_lost_what_the_trainer_cannot_repeat_says_so() -> None:
-    port = free_port()
-    with serving(Recorder(), port) as first, connected(f"tcp://127.0.0.1:{port}") as client:
-        client.next_groups(Phase.RL, 1)
-        first.stop()
-        with serving(Recorder(), port, session=client._session, last=1) as second:
-            with pytest.raises(NeoxRLError, match="messages 2 to 2 of the trainer were handled, but the journal"):
-                client.next_groups(Phase.RL, 2)
-            assert isinstance(second.result.exception(timeout=10), JournalError)
-
-
-def test_a_new_trainer_needs_a_higher_attempt_and_an_orchestrator_that_has_not_heard_the_old_one() -> None:
-    handler = Recorder()
-    with serving(handler, session="", attempt=1) as running:
-        with connected(running.address, greet=False) as same, pytest.raises(NeoxRLError, match=r"attempt 1.*NEOX_RL_ATTEMPT=2"):
-            same.hello(world=1)
-        with connected(running.address, greet=False, attempt=2) as client:
-            client.hello(world=1)
-            with (
-                connected(running.address, greet=False, attempt=3) as later,
-                pytest.raises(NeoxRLError, match="another trainer holds the session"),
-            ):
-                later.hello(world=1)
-            assert client.next_groups(Phase.RL, 1) == (make_group(1),)
-
-
-def test_nothing_is_acknowledged_before_it_is_durable() -> None:
-    class Slow(Recorder):
-        async def durable(self) -> None:
-            await asyncio.sleep(0.5)
-
-    with serving(Slow()) as running:
-        peer = raw_peer(running.address)
-        peer.send_multipart(pack("hello", {"session": "s", "id": 1, "since": 1, "world": 1, "pid": 1, "attempt": 0, "state": {}}, {}))
-        answers = [parse_answer(peer.recv_multipart())]
-        while answers[-1][0] == "heartbeat":
-            answers.append(parse_answer(peer.recv_multipart()))
-        peer.close(linger=0)
-    assert len(answers) > 1 and {said["acked"] for _, _, said in answers[:-1]} == {0} and answers[-1][2]["acked"] == 1
-
-
-def wait_until(reached: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
-    while not reached():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_a_ticket_that_comes_twice_stops_the_trainer() -> None:
