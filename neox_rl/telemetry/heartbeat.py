@@ -97,5 +97,5 @@ def read_beats(directory: Path, prefix: str) -> dict[str, Beat]:
 
 def forget_beats(directory: Path, prefix: str) -> None:
     """Before the processes of these names are started: no beat of a predecessor is taken for one of theirs."""
-    for path in directory.glob(f"{prefix}*.json"):
+    for path in directory.glob(f"{prefix}*"):  # what a killed writer left unfinished included
         path.unlink(missing_ok=True)
