@@ -118,9 +118,10 @@ class Supervisor:
         if self.running[RANKS].poll() != 0:
             return False
         orchestrator = self.running.get(ORCHESTRATOR)
+        if orchestrator is None or orchestrator.poll() == 0:
+            return True
         # One that died after the trainer's last word has nothing left to do, nor has its successor.
-        fell_late = self._said_last_word() and (ORCHESTRATOR in self._due or self._states[ORCHESTRATOR].restarts > 0)
-        return orchestrator is None or orchestrator.poll() == 0 or fell_late
+        return self._said_last_word() and (ORCHESTRATOR in self._due or self._states[ORCHESTRATOR].restarts > 0)
 
     def _said_last_word(self) -> bool:
         """Whether the trainer has said that all is trained and saved: it brings the run to its last phase."""
