@@ -1,7 +1,7 @@
 """Predicts what a cluster would do, and searches for the smallest one that keeps the trainer fed.
 
 A large cluster is simulated as a smaller one of the same proportions: servers, groups a step and evaluations are divided by one number.
-Every server decodes as before, so means are kept; a smaller batch only fluctuates a little more, and the true one is a little better.
+Every server decodes as before, so means are kept, as long as the batch still holds the tail of the lengths.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from neox_rl.queue.state import Mode, TicketQueue
 MAX_SERVERS = 64
 """Servers that are simulated one by one; of more, a part."""
 CALIBRATION_ROUNDS = 4
-MIN_GROUPS = 64
-"""Groups a step that a thinned cluster keeps at least: with fewer, the luck of single rollouts would show."""
+MIN_GROUPS = 256
+"""Groups a step that a thinned cluster keeps at least: the longest of a smaller batch is shorter (at 128: 4 % more tokens/s)."""
 
 
 @dataclass(frozen=True, slots=True)
