@@ -121,8 +121,10 @@ class Members:
         self._settle()
 
     def leave(self, member: Member, why: str, now: float) -> None:
-        """Forgotten: its name and address may come again."""
-        self._members.pop(member.name, None)
+        """Forgotten: its name and address may come again. A second time: nothing."""
+        if not member.here:
+            return
+        del self._members[member.name]
         self._set(member, State.LEFT, why, now)
         self._settle()
 

@@ -101,6 +101,7 @@ class Supervisor:
         prefix = f"{name}-" if name == RANKS else name
         forget_beats(self.paths.beats, prefix)
         self._watch.forget(prefix)
+        (self.paths.restart / name).unlink(missing_ok=True)  # what was asked of the process before
         for lock in remove_stale_locks(self._programs[name].env):
             self._warn(f"removed {lock}, which a killed compilation left")
         self.running[name] = self._programs[name].start(self.config.metarl.deadlines.shutdown_s)
