@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 OPERATORS = "+-*/"
 NUMBERS, TARGET, SEARCH = "numbers", "target", "search"
@@ -60,6 +61,8 @@ class Junk:
 
 
 Event = Step | Mark | Answer | Junk
+CACHED_STEPS = 1 << 14
+"""A policy writes the same few thousand steps again and again."""
 
 
 def prompt_text(numbers: Sequence[int], target: int) -> str:
@@ -107,12 +110,13 @@ def _event(words: Sequence[str], i: int) -> tuple[Event | None, int]:
         return Mark(word), 1
     if word == SOLUTION:
         return Answer(" ".join(w for w in words[i + 1 :] if w != EOS)), len(words) - i
-    step = _step(words[i : i + 3])
+    step = _step(*words[i : i + 3]) if i + 3 <= len(words) else None
     return (step, 3) if step is not None else (None, 1)
 
 
-def _step(words: Sequence[str]) -> Step | None:
-    if len(words) < 3 or words[1][0] not in OPERATORS or words[2][0] != "=":
+@lru_cache(CACHED_STEPS)
+def _step(*words: str) -> Step | None:
+    if words[1][0] not in OPERATORS or words[2][0] != "=":
         return None
     numbers = (words[0], words[1][1:], words[2][1:])
     if not all(n.isascii() and n.isdigit() and len(n) <= 9 for n in numbers):

@@ -53,7 +53,7 @@ def analyze(problem: Problem, text: str, num_tokens: int | None = None) -> Searc
     A back is early when a legal step of the state it leaves was not tried; the root's is not counted among them.
     """
     root, target, max_value = rules(problem)
-    played = list(replay(problem, text))
+    played = replay(problem, text)
     flaws = Counter(p.flaw for p in played if p.flaw is not None)
     nodes = [p for p in played if p.kind in (Kind.STEP, Kind.LEAF)]
     leaves = [p for p in nodes if p.kind is Kind.LEAF]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 
 from neox_rl.arithmetic import State, compute, state_of, without
 from neox_rl.metacot import BACK, EOS, GOAL, PAD, Answer, Junk, Mark, Step, compare_word, parse, step_text
@@ -38,6 +39,8 @@ class Flaw(StrEnum):
 
 STEP_FLAWS = frozenset((Flaw.OPERAND, Flaw.ARITHMETIC, Flaw.ILLEGAL))
 CHARGED_FLAWS = STEP_FLAWS | {Flaw.COMPARISON, Flaw.FALSE_GOAL}
+CACHED_TEXTS = 1 << 10
+"""The reward and the analysis read the same text within seconds of one another, and a group holds it more than once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +72,22 @@ def num_wrong_steps(problem: Problem, text: str) -> int:
     return sum(played.flaw in CHARGED_FLAWS for played in replay(problem, text))
 
 
-def replay(problem: Problem, text: str) -> Iterator[Played]:
+def replay(problem: Problem, text: str) -> tuple[Played, ...]:
     """The events of ``text``, the completion after the prompt, replayed with a stack of states.
 
     After a wrong step the search goes on from the state that the policy has in mind: its result in the place of the
     two operands, or of the largest numbers where the state does not hold them. So one slip is counted once, and the
     steps below it are judged by themselves, but nothing below it is sound.
     """
-    player = _Player(problem)
+    return _replayed(rules(problem), text)
+
+
+@lru_cache(CACHED_TEXTS)
+def _replayed(game: tuple[State, int, int], text: str) -> tuple[Played, ...]:
+    return tuple(_events(_Player(*game), text))
+
+
+def _events(player: _Player, text: str) -> Iterator[Played]:
     for event in parse(" ".join(word for word in text.split() if word not in (EOS, PAD))):
         match event:
             case Step():
@@ -92,8 +103,8 @@ def replay(problem: Problem, text: str) -> Iterator[Played]:
 
 
 class _Player:
-    def __init__(self, problem: Problem) -> None:
-        root, self.target, self.max_value = rules(problem)
+    def __init__(self, root: State, target: int, max_value: int) -> None:
+        self.target, self.max_value = target, max_value
         self.path = [_Frame(root, sound=True)]
         self.tried: set[tuple[State, State]] = set()
 
