@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from benching import NO_EVALUATION, describe_machine, parser, percent, policy, ratio, run_job, table
+from benching import NO_CHECKPOINT, NO_EVALUATION, describe_machine, parser, percent, policy, ratio, run_job, table
 
 SKIP = 8
 """Steps before the pipeline is full."""
@@ -53,7 +53,7 @@ def ways(cores: Sequence[int]) -> list[Way]:
 
 
 def run(way: Way, work: Path, model: Path, steps: int, settings: Sequence[str]) -> None:
-    fixed = [f"metarl.warmstart.hf_checkpoint={model}", f"train_iters={steps}", *NO_EVALUATION]
+    fixed = [f"metarl.warmstart.hf_checkpoint={model}", f"train_iters={steps}", *NO_EVALUATION, NO_CHECKPOINT]
     shutil.rmtree(work / "async", ignore_errors=True)
     rows = run_job(work, "async", [*fixed, *settings, *way.settings]).rl
     window = [row for row in rows if row["step"] > SKIP]

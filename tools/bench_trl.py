@@ -6,7 +6,10 @@ budget, learning rates, optimizer and number of samples a step. TRL runs in an e
     python3.11 -m venv trl-env && trl-env/bin/pip install torch==2.13.0+cpu transformers==5.19.0 trl==1.16.0 pyyaml
     .venv/bin/python tools/bench_trl.py --trl-python trl-env/bin/python
 
-It trains and generates in one process with as many threads as there are cores: transformers' generate, its way on a CPU. Held-out accuracy
+Lengths are those of whole searches (``--max-new-tokens 192``: no search is cut, so a few are many times as long as most); with the main
+config's budget of 40, two in five attempts end there and all are about equally long, which suits a padded batch.
+
+TRL trains and generates in one process with as many threads as there are cores: transformers' generate, its way on a CPU. Held-out accuracy
 of the policies that both wrote on their way is measured afterwards, by one evaluator: every held-out problem four times, sampled.
 """
 
@@ -50,10 +53,10 @@ class Side:
     policies: dict[int, Path]
 
 
-def ours(work: Path, model: Path, steps: int, save_every: int) -> tuple[Side, RunData]:
+def ours(work: Path, model: Path, steps: int, save_every: int, more: Sequence[str]) -> tuple[Side, RunData]:
     shutil.rmtree(work / "against-trl", ignore_errors=True)
     begin = time.time()
-    settings = [f"metarl.warmstart.hf_checkpoint={model}", f"train_iters={steps}", *NO_EVALUATION, f"checkpoint_factor={save_every}"]
+    settings = [f"metarl.warmstart.hf_checkpoint={model}", f"train_iters={steps}", f"checkpoint_factor={save_every}", *NO_EVALUATION, *more]
     run = run_job(work, "against-trl", settings)
     first = next(e for e in run.events if e.name == "wait_batch" and e.fields.get("phase") == "rl").t_ns / 1e9
     hf = work / "against-trl/policies"
@@ -180,6 +183,8 @@ def main() -> int:
     options.add_argument("--steps", type=int, default=160, help="optimizer steps of each side")
     options.add_argument("--targets", type=float, nargs="+", default=[0.55, 0.6], help="held-out accuracies")
     options.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of TRL's process")
+    options.add_argument("--max-new-tokens", type=int, default=192, help="token budget; 192: whole searches; the main config has 40")
+    options.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for both sides, as for deepy.py")
     options.add_argument("--micro-batch", type=int, default=0, help="TRL's per_device_train_batch_size; 0: the whole step at once")
     options.add_argument("--continuous-batching", action="store_true", help="TRL's use_transformers_continuous_batching")
     args = options.parse_args()
@@ -187,7 +192,7 @@ def main() -> int:
     model = policy(args.work, args.quick)
     steps = SKIP + 4 if args.quick else args.steps
     save_every = 4 if args.quick else 10
-    side, run = ours(args.work, model, steps, save_every)
+    side, run = ours(args.work, model, steps, save_every, [f"metarl.rollout.max_new_tokens={args.max_new_tokens}", *args.set])
     config = load_resolved(run.paths.config)
     job: dict[str, object] = {"steps": steps, "save_every": save_every, "threads": args.threads}
     job |= {"micro_batch": args.micro_batch, "continuous_batching": args.continuous_batching}

@@ -34,8 +34,8 @@ NO_EVALUATION = (
     "metarl.evaluation.num_problems=1",
     "metarl.evaluation.samples=0",
     "metarl.evaluation.every_steps=0",
-    "checkpoint_factor=0",
 )
+NO_CHECKPOINT = "checkpoint_factor=0"
 START_S = 240.0
 
 
@@ -99,7 +99,7 @@ def policy(work: Path, quick: bool) -> Path:
         print(f"making {final}: the warm start of {CONFIG.name}", flush=True)
         # One step of RL belongs to every run. Without rollouts of its own and with a learning rate of 0, it changes nothing.
         without_rl = ["metarl.rollout.generator=scripted", "train_iters=1", "min_lr=0", "metarl.rollout.groups_per_step=1"]
-        run_job(work, name, [*NO_EVALUATION, *without_rl, *["metarl.warmstart.steps=3"] * quick])
+        run_job(work, name, [*NO_EVALUATION, NO_CHECKPOINT, *without_rl, *["metarl.warmstart.steps=3"] * quick])
     return final
 
 
