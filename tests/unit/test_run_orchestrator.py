@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from neox_rl.config.run import RunConfig
 from neox_rl.errors import NeoxRLError
 from neox_rl.problems.sources import ProblemCursor
 from neox_rl.problems.tokenizer import load_tokenizer
+from neox_rl.queue import journal
 from neox_rl.queue.book import Book
 from neox_rl.queue.wire import ExperienceServer, Phase
 from neox_rl.queue.wire_client import ExperienceClient
@@ -229,3 +232,31 @@ def test_another_seed_on_resume_is_refused_and_the_trainer_is_told(tmp_path: Pat
     with client_of(run) as client, pytest.raises(NeoxRLError, match="does not fit seed"):
         client.hello(1, state | {"sft_step": 2, "rl_step": 1})
     assert "does not fit seed" in str(run.ended()[0])
+
+
+def test_a_full_disk_holds_batches_back_and_says_so_until_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room, write = threading.Event(), journal._Segment.write
+
+    def full(segment: Any, items: Any) -> None:
+        if not room.is_set():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(segment, items)
+
+    monkeypatch.setattr(journal, "RETRY_S", 0.02)
+    run = Run(small_config(tmp_path))
+    with client_of(run) as client, ThreadPoolExecutor(1) as pool:
+        client.hello(1, {"sft_step": 2, "rl_step": 0})
+        run.publish(client, 0)
+        monkeypatch.setattr(journal._Segment, "write", full)
+        batch = pool.submit(client.next_groups, Phase.RL, 1)
+        try:
+            end = time.monotonic() + 10.0
+            while "bytes free" not in read_status(run.paths.status).message:
+                assert time.monotonic() < end
+                time.sleep(0.02)
+            assert str(run.paths.journal) in run.it.waiting_for() and not batch.done()
+        finally:
+            room.set()
+        assert len(batch.result(10.0)) == 2
+        client.done("stopped")
+    assert run.ended() == []

@@ -1,0 +1,281 @@
+"""The queue against what it is made of: batches a second against raw ZeroMQ, groups a second on the disk against bare fsync, recovery.
+
+    .venv/bin/python tools/bench_queue.py            a minute, two cores
+
+Raw ZeroMQ: a ROUTER in another process answers each request of a DEALER with the same bytes, ready-made, in one multi-part message; nobody
+looks at them. The queue: the real socket, with tickets, order and digests checked, up to ``Group`` objects in the trainer; the groups are
+encoded already, as the orchestrator has them from writing them down. The sides run in turn, several times; the median counts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import zmq
+
+from neox_rl.codec import decode_group, encode_group
+from neox_rl.framing import unpack
+from neox_rl.queue.book import Book
+from neox_rl.queue.consumption import TrainedOnce
+from neox_rl.queue.history import fold
+from neox_rl.queue.journal import read_journal
+from neox_rl.queue.records import payload_of
+from neox_rl.queue.state import Mode, TicketQueue
+from neox_rl.queue.wire import Delivery, ExperienceServer
+from neox_rl.queue.wire_client import ExperienceClient
+from neox_rl.queue.wire_messages import Phase
+from neox_rl.types import Finish, Group, Json, Reason, Role, Segment, Trace, Verdict
+
+B, ROLLOUTS, ROUNDS, SECONDS, IN_FLIGHT = 16, 8, 5, 1.0, 256
+RECOVERED = 10_000
+DISTINCT = 16 * B
+
+
+def make_group(ticket: int, tokens: int) -> Group:
+    ids, logprobs = tuple(range(tokens)), (-0.5,) * tokens
+    verdict = Verdict(True, "42", Reason.MATCH, 0.1)
+    segments = (Segment((1, 2, 3, 4, 5, 6), Role.PROMPT), Segment(ids, Role.THINK, logprobs, 0, 1.0))
+    traces = [Trace(f"g{ticket:06d}/r{i}", "p", segments, 1.0, Finish.STOP, verdict) for i in range(ROLLOUTS)]
+    return Group(ticket, "p", tuple(traces))
+
+
+class Handler:
+    """Hands out batches of groups that are always ready; ``book`` writes them down where there is one."""
+
+    def __init__(self, tokens: int, book: Book | None) -> None:
+        self._queue = TicketQueue(B, 1 << 20, 0, Mode.TOKEN, 1 << 20)
+        self._queue.set_live(0)
+        self._groups, self._book = [make_group(ticket, tokens) for ticket in range(DISTINCT)], book
+        self._bodies = [encode_group(group) for group in self._groups]
+
+    async def hello(self, session: str, world: int, pid: int, attempt: int, state: Mapping[str, Json]) -> None: ...
+
+    async def next_groups(self, id: int, phase: Phase, step: int) -> Delivery:
+        for _ in range(B):
+            ticket = self._queue.next_ticket()
+            assert ticket is not None
+            self._queue.deliver(Group(ticket, "p", self._groups[ticket % DISTINCT].traces))
+            if self._book is not None:
+                meta: dict[str, Json] = {"ticket": ticket, "digests": {}, "tokens": 0, "rollouts": ROLLOUTS}
+                self._book.journal.append(payload_of("group", meta, self._bodies[ticket % DISTINCT]))
+        batch = self._queue.take(step)
+        assert batch is not None
+        if self._book is not None:
+            self._book.journal.append(payload_of("taken", {"step": step, "tickets": [g.ticket for g in batch]}))
+        return Delivery([self._bodies[group.ticket % DISTINCT] for group in batch], {"step": step})
+
+    async def durable(self) -> None:
+        if self._book is not None:
+            await self._book.durable()
+
+    async def evaluate(self, id: int, label: str, version: int) -> Mapping[str, Json]:
+        return {}
+
+    async def report(self, id: int, phase: Phase, step: int, metrics: Mapping[str, Json]) -> None: ...
+
+    async def published(self, id: int, version: int, digest: str) -> None: ...
+
+    async def checkpoint(self, id: int, sft_step: int, rl_step: int) -> None: ...
+
+    async def done(self, reason: str) -> None: ...
+
+    def waiting_for(self) -> str:
+        return "nothing"
+
+
+def serve_queue(port: Connection, tokens: int, journal: str) -> None:
+    async def main() -> None:
+        book = Book.open(Path(journal), 0, 0.1, 60.0) if journal else None
+        server = ExperienceServer("127.0.0.1", 0)
+        port.send(server.port)
+        await server.serve(Handler(tokens, book))
+        server.close()
+        if book is not None:
+            book.close()
+
+    asyncio.run(main())
+
+
+def serve_raw(port: Connection, tokens: int, _: str) -> None:
+    socket = zmq.Context.instance().socket(zmq.ROUTER)
+    port.send(socket.bind_to_random_port("tcp://127.0.0.1"))
+    bodies = [encode_group(make_group(0, tokens))] * B
+    while True:
+        peer, request = socket.recv_multipart()
+        socket.send_multipart([peer, b"header", *bodies], copy=False)
+        if request == b"done":
+            break
+    socket.close(linger=1000)
+
+
+def ask_raw(port: int) -> float:
+    socket = zmq.Context.instance().socket(zmq.DEALER)
+    socket.connect(f"tcp://127.0.0.1:{port}")
+
+    def ask(word: bytes) -> None:
+        socket.send(word)
+        socket.recv_multipart(copy=False)
+
+    rate = rate_of(lambda: ask(b"next"))
+    ask(b"done")
+    socket.close(linger=0)
+    return rate
+
+
+def ask_queue(port: int, decode: bool = True) -> float:
+    client = ExperienceClient(f"tcp://127.0.0.1:{port}", 60.0)
+    client.hello(1)
+    step = 0
+
+    def ask() -> None:
+        nonlocal step
+        step += 1
+        if step * B % DISTINCT < B:
+            client._trained = TrainedOnce()  # the same groups come again
+        if decode:
+            client.next_groups(Phase.RL, step)
+        else:
+            unpack(client._request("batch", "a batch", "next", phase="rl", step=step), "batch")
+
+    rate = rate_of(ask)
+    client.done("measured")
+    client.close()
+    return rate
+
+
+def rate_of(work: Callable[[], object], seconds: float = SECONDS) -> float:
+    """Calls a second, after a few that do not count."""
+    for _ in range(3):
+        work()
+    begin, count = time.perf_counter(), 0
+    while (took := time.perf_counter() - begin) < seconds:
+        work()
+        count += 1
+    return count / took
+
+
+def measure(serve: Callable[[Connection, int, str], None], ask: Callable[[int], float], tokens: int, journal: str = "") -> float:
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=serve, args=(there, tokens, journal))
+    process.start()
+    try:
+        return ask(int(here.recv()))
+    finally:
+        process.join(10.0)
+        if process.is_alive():
+            process.kill()
+
+
+def journal_rate(directory: Path, body: bytes) -> float:
+    """Groups a second, each awaited by one of ``IN_FLIGHT`` writers."""
+
+    async def main() -> float:
+        book = Book.open(directory, 0, 0.1, 60.0)
+        payload, end, written = payload_of("group", {"ticket": 0, "digests": {}, "tokens": 0, "rollouts": 8}, body), 0.0, 0
+
+        async def writer() -> None:
+            nonlocal written
+            while time.perf_counter() < end:
+                book.journal.append(payload)
+                await book.durable()
+                written += 1
+
+        begin = time.perf_counter()
+        end = begin + SECONDS
+        await asyncio.gather(*(writer() for _ in range(IN_FLIGHT)))
+        took = time.perf_counter() - begin
+        book.close()
+        return written / took
+
+    return asyncio.run(main())
+
+
+def fsync_rate(directory: Path, body: bytes) -> float:
+    """Bare: one write and one fdatasync a group."""
+    file = os.open(directory / "bare", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def one() -> None:
+        os.write(file, body)
+        os.fdatasync(file)
+
+    try:
+        return rate_of(one)
+    finally:
+        os.close(file)
+
+
+def recovery_s(directory: Path) -> tuple[float, float]:
+    """(seconds to read and add up a journal of ``RECOVERED`` groups, its MiB)."""
+    group = make_group(0, 40)
+
+    async def main() -> None:
+        book = Book.open(directory, 0, 0.1, 60.0)
+        body = encode_group(group)
+        for ticket in range(RECOVERED):
+            book.add("issued", ticket=ticket, position=ticket, live=0)
+            book.add("group", body, ticket=ticket, digests={"0": "d"}, tokens=8 * 40, rollouts=8)
+        await book.durable()
+        book.close()
+
+    asyncio.run(main())
+    begin = time.perf_counter()
+    history = fold(read_journal(directory).records)
+    took = time.perf_counter() - begin
+    assert len(history.groups) == RECOVERED
+    return took, sum(path.stat().st_size for path in directory.iterdir()) / 2**20
+
+
+def median_of(*sides: Callable[[], float]) -> list[float]:
+    rounds = [[side() for side in sides] for _ in range(ROUNDS)]
+    return [statistics.median(column) for column in zip(*rounds, strict=True)]
+
+
+def main(argv: Sequence[str]) -> int:
+    work = Path(argv[0]) if argv else Path.cwd() / "runs"
+    work.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=work) as name:
+        fresh = iter(range(1 << 20))
+
+        def directory() -> Path:
+            path = Path(name) / str(next(fresh))
+            path.mkdir()
+            return path
+
+        print(f"{B} groups a batch, {ROLLOUTS} rollouts a group, median of {ROUNDS}\n")
+        print(
+            "| tokens a rollout | KiB a group | raw ZeroMQ, groups/s | queue, undecoded | ratio | queue | with journal | decoding alone |"
+        )
+        print("|---|---|---|---|---|---|---|---|")
+        for tokens in (40, 512):
+            body = encode_group(make_group(0, tokens))
+            raw, checked, queue, kept, decoding = median_of(
+                lambda t=tokens: B * measure(serve_raw, ask_raw, t),  # type: ignore[misc]
+                lambda t=tokens: B * measure(serve_queue, partial(ask_queue, decode=False), t),  # type: ignore[misc]
+                lambda t=tokens: B * measure(serve_queue, ask_queue, t),  # type: ignore[misc]
+                lambda t=tokens: B * measure(serve_queue, ask_queue, t, str(directory())),  # type: ignore[misc]
+                lambda b=body: rate_of(lambda: decode_group(b), 0.3),  # type: ignore[misc]
+            )
+            figures = (raw, checked, checked / raw, queue, kept, decoding)
+            print(f"| {tokens} | {len(body) / 1024:.1f} | " + " | ".join(f"{x:,.0f}" if x > 2 else f"{x:.3f}" for x in figures) + " |")
+        print("\n| tokens a rollout | bare fsync, groups/s | journal | ratio |\n|---|---|---|---|")
+        for tokens in (40, 512):
+            body = encode_group(make_group(0, tokens))
+            bare, grouped = median_of(lambda b=body: fsync_rate(directory(), b), lambda b=body: journal_rate(directory(), b))  # type: ignore[misc]
+            print(f"| {tokens} | {bare:,.0f} | {grouped:,.0f} | {grouped / bare:.1f} |")
+        took, size = recovery_s(directory())
+        print(f"\nRecovery of a journal of {RECOVERED} groups, {size:.0f} MiB: {took:.2f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
