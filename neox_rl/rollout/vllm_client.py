@@ -65,9 +65,10 @@ class _MovedError(Exception):
 
 @dataclass(slots=True)
 class _Server:
-    """``calls``: its requests in flight; ``inflight``: the completions that these ask for."""
+    """``calls``: its requests in flight; ``inflight``: the completions that these ask for. ``left``: what is in flight is to move."""
 
     serving: bool = True
+    left: bool = False
     inflight: int = 0
     failures: int = 0
     calls: set[asyncio.Task[tuple[int, bytes]]] = field(default_factory=set)
@@ -100,18 +101,24 @@ class VllmGenerator:
 
     def serve(self, address: str) -> None:
         """Requests may go there from now on."""
-        self._servers.setdefault(address, _Server()).serving = True
+        server = self._servers.setdefault(address, _Server())
+        server.serving, server.left = True, False
         self._served.set()
+        self._move()
 
     def suspend(self, address: str) -> None:
         """No new request goes there. Those in flight stay where they are."""
         self._servers.setdefault(address, _Server()).serving = False
 
     def move(self, address: str) -> None:
-        """As ``suspend``, and what is in flight there begins again elsewhere, if anybody else serves."""
+        """As ``suspend``, and what is in flight there begins again elsewhere, as soon as anybody else serves."""
         self.suspend(address)
+        self._servers[address].left = True
+        self._move()
+
+    def _move(self) -> None:
         if any(server.serving for server in self._servers.values()):
-            for call in self._servers[address].calls:
+            for call in [call for server in self._servers.values() if server.left for call in server.calls]:
                 call.cancel()
 
     def forget(self, address: str) -> None:

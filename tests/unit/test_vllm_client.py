@@ -249,7 +249,6 @@ def test_what_is_in_flight_on_a_server_that_is_taken_out_begins_again_elsewhere_
             await asyncio.sleep(0.05)
             assert generator.inflight == {addresses[0]: 4}, "nobody else could make it: it stays, should the server come back"
             generator.serve(addresses[1])
-            generator.move(addresses[0])
             assert len(await moved) == 4 and generator.num_inflight == 0
             generator.forget(addresses[0])
             assert generator.inflight == {addresses[1]: 0}
