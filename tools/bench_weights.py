@@ -1,8 +1,8 @@
 """How long does a new version take? The transfer against raw ZeroMQ, publish to live, and the pause that requests in flight see.
 
 Transfer: a snapshot of random tensors from the publisher to a stager in another process, until its ack is heard: every digest verified. Raw
-ZeroMQ sends the same frames to a process that drops them and answers. Live and pause: the main config's policy and server, with as many
-requests in flight as a step has rollouts, each of them a stream whose tokens are timed as they arrive.
+ZeroMQ sends the same frames to a process that drops them and answers. Live and pause: the main config's policy and server, with two steps'
+groups in flight as in a run, and beside them some streams whose tokens are timed as they arrive.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count, pairwise
 from pathlib import Path
 
 import aiohttp
@@ -25,6 +26,7 @@ from benching import Half, at_most, describe_machine, parser, policy, ratio, rol
 
 from neox_rl.rollout.vllm_client import ROUTE
 from neox_rl.telemetry.events import read_events
+from neox_rl.types import SamplingParams
 from neox_rl.weights.publisher import Publisher
 from neox_rl.weights.snapshot import Snapshot, make_snapshot
 from neox_rl.weights.stager import Stager
@@ -36,6 +38,20 @@ PUBLISH_EVERY_S = 0.7
 """About a step of the main config."""
 SETTLED_S = 0.3
 """After a switch, before gaps between tokens are those of plain decoding again."""
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Of the server, as the keeper measured it: wall-clock start, its length, the load in it."""
+
+    start: float
+    pause_s: float
+    load_s: float
+
+    @property
+    def loading(self) -> float:
+        """A moment of the load, which ends shortly before the pause does."""
+        return self.start + self.pause_s - 0.6 * self.load_s
 
 
 def receive(role: str, address: str) -> None:
@@ -141,7 +157,16 @@ async def stream(half: Half, session: aiohttp.ClientSession, index: int, arrival
                 raise SystemExit(f"{address} answered {response.status}: {await response.text()}")
             async for line in response.content:
                 if b'"token_ids"' in line:
-                    times.append(time.perf_counter())
+                    times.append(time.time())
+
+
+async def groups(half: Half, numbers: Iterator[int]) -> None:
+    """Groups one after another, until cancelled: what a run has in flight."""
+    attempts, rollout, problems = half.parts.attempts, half.config.metarl.rollout, half.parts.problems.train
+    params = SamplingParams(rollout.max_new_tokens, rollout.temperature, 1.0, (attempts.tokenizer.eos_id,))
+    while True:
+        number = next(numbers)
+        await attempts.group(problems[number % len(problems)], number, params, rollout.group_size)
 
 
 async def live(work: Path, model: Path, publishes: int, streams: int) -> None:
@@ -149,38 +174,43 @@ async def live(work: Path, model: Path, publishes: int, streams: int) -> None:
     arrivals: list[list[float]] = []
     spans: list[tuple[float, float]] = []
     async with rollout_half(work, "weights", model, [f"metarl.servers.cores='{min(os.sched_getaffinity(0))}'"]) as half:
+        metarl, numbers = half.config.metarl, count()
+        in_flight = (metarl.staleness.admission_slack + 1) * metarl.rollout.groups_per_step - streams // metarl.rollout.group_size
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session, asyncio.TaskGroup() as tasks:
             loops = [tasks.create_task(stream(half, session, i, arrivals)) for i in range(streams)]
+            loops += [tasks.create_task(groups(half, numbers)) for _ in range(in_flight)]
             await asyncio.sleep(5.0)
             for _ in range(publishes):
-                begin = time.perf_counter()
+                begin = time.time()
                 await half.publish()
-                spans.append((begin, time.perf_counter()))
+                spans.append((begin, time.time()))
                 await asyncio.sleep(PUBLISH_EVERY_S)
             for loop in loops:
                 loop.cancel()
         paths = half.paths
-    paused = [(e.dur_ns / 1e9, e.fields["load_s"]) for e in read_events(paths.events) if e.name == "paused" and e.fields["version"] > 0]
-    report(spans, paused, arrivals, streams)
+    pauses = [
+        Pause(e.t_ns / 1e9, e.dur_ns / 1e9, e.fields["load_s"])
+        for e in read_events(paths.events)
+        if e.name == "paused" and e.fields["version"] > 0
+    ]
+    print(f"### Publish to live with {in_flight} groups and {streams} streams in flight, {len(spans)} versions\n")
+    report(spans, pauses, arrivals)
 
 
-def report(
-    spans: Sequence[tuple[float, float]], paused: Sequence[tuple[float, float]], arrivals: Sequence[Sequence[float]], streams: int
-) -> None:
-    """``spans``: publish to live of each version; ``paused``: the server's pause and the load in it."""
+def report(spans: Sequence[tuple[float, float]], pauses: Sequence[Pause], arrivals: Sequence[Sequence[float]]) -> None:
+    """``spans``: publish to live of each version."""
     gaps = [(a, b) for times in arrivals for a, b in pairwise(times)]
     step = statistics.median([b - a for a, b in gaps if not any(a < end + SETTLED_S and b > start for start, end in spans)])
-    # What a stream sees of a version: its longest wait for a token from the pause to the end of the recomputation.
-    seen = [sorted(b - a for a, b in gaps if a < end and b > end) for _, end in spans]
+    # No token is made during the load: the gap that it falls into is the one that the switch made, recomputation included.
+    seen = [sorted(b - a for a, b in gaps if a < pause.loading < b) for pause in pauses]
     rows = {
         "publish to live": [end - start for start, end in spans],
-        "the server's pause": [pause for pause, _ in paused],
-        "the load in it": [load for _, load in paused],
+        "the server's pause": [pause.pause_s for pause in pauses],
+        "the load in it": [pause.load_s for pause in pauses],
         "a stream's wait for its next token across the switch, median stream": [statistics.median(waits) for waits in seen if waits],
         "the same, last stream": [waits[-1] for waits in seen if waits],
         "decode step": [step],
     }
-    print(f"### Publish to live with {streams} streams in flight, {len(spans)} versions\n")
     table(["what", "ms, median", "ms, most"], [[k, f"{1e3 * statistics.median(v):.1f}", f"{1e3 * max(v):.1f}"] for k, v in rows.items()])
     load = statistics.median(rows["the load in it"])
     at_most("publish to live, median", statistics.median(rows["publish to live"]), 0.3, "s")
@@ -207,7 +237,7 @@ def main() -> int:
     if args.only != "live":
         asyncio.run(transfer(32 if args.quick else 512, 2 if args.quick else 9))
     if args.only != "transfer":
-        asyncio.run(live(args.work, policy(args.work, args.quick), 3 if args.quick else 30, 16 if args.quick else 128))
+        asyncio.run(live(args.work, policy(args.work, args.quick), 3 if args.quick else 30, 16))
     return 0
 
 
