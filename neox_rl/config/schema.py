@@ -283,6 +283,12 @@ class MetaRLConfig:
     orchestrator_restarts: int = key(
         3, "how often an orchestrator that died is started again; well for five minutes, it is forgiven", low=0
     )
+    audit: str = key(
+        "warn",
+        "the orchestrator checks its journal while it writes it (bound, exactly once, digests, versions): a violation is told, or ends the"
+        " run. tools/audit.py checks a run afterwards",
+        choices=("off", "warn", "stop"),
+    )
     pack_tokens: int = key(2048, "most tokens in one packed micro-batch of one rank", low=16)
     trainer_cores: str = key("auto", "CPU cores of the training ranks: auto, or one a rank as in '1' or '0;1'")
     problems: ProblemsConfig = field(default_factory=ProblemsConfig)

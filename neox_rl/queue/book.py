@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from neox_rl.codec import encode_group
-from neox_rl.queue.history import History, chunk_body, fold
+from neox_rl.queue.history import chunk_body, fold
 from neox_rl.queue.journal import Journal, open_journal
 from neox_rl.queue.records import Record, payload_of
 from neox_rl.types import NO_VERSION, Completion, Group, Json
@@ -20,25 +20,39 @@ logger = logging.getLogger(__name__)
 class Book:
     """``history`` is the present state; ``damage`` the words about what could not be read. ``add`` and its kin are for one event loop."""
 
-    def __init__(self, journal: Journal, history: History, damage: list[str]) -> None:
-        self.journal, self.history, self.damage = journal, history, damage
+    def __init__(self, journal: Journal, records: Sequence[Record], damage: list[str]) -> None:
+        self.journal, self.history, self.damage = journal, fold(records), damage
+        self._follow: Callable[[Record], None] = lambda _: None
+        self._past = records
 
     @classmethod
-    def open(cls, directory: Path, attempt: int, flush_s: float, full_s: float) -> Book:
-        """Takes over what is there. Raises ConfigError like ``open_journal``."""
+    def open(cls, directory: Path, attempt: int, flush_s: float, full_s: float, rule: Mapping[str, Json] | None = None) -> Book:
+        """Takes over what is there. ``rule``: what the run keeps to, for who audits it. Raises ConfigError like ``open_journal``."""
         begin = time.monotonic()
         journal, reading = open_journal(directory, flush_s, full_s)
-        book = cls(journal, fold(reading.records), reading.words())
+        book = cls(journal, reading.records, reading.words())
         for word in book.damage:
             logger.warning("%s", word)
         logger.info("%d records of %s read in %.2f s", len(reading.records), directory, time.monotonic() - begin)
-        book.add("opened", attempt=attempt, pid=os.getpid(), time=time.time())
+        book.add("opened", attempt=attempt, pid=os.getpid(), time=time.time(), rule=dict(rule or {}) or None)
         return book
+
+    def follow(self, hear: Callable[[Record], None]) -> None:
+        """``hear`` gets every record, those that are there already first. Call it once."""
+        for record in self._past:
+            hear(record)
+        self._past, self._follow = (), hear
 
     def add(self, kind: str, body: bytes = b"", **meta: Json) -> None:
         """Raises JournalError once the journal has given up."""
         seq = self.journal.append(payload_of(kind, meta, body))
-        self.history.apply(Record(seq, kind, meta, body))
+        record = Record(seq, kind, meta, body)
+        self._follow(record)
+        self.history.apply(record)
+
+    def session(self, session: str, attempt: int, sft_step: int, rl_step: int, state: Mapping[str, Json]) -> None:
+        """A trainer says hello, at its checkpoint."""
+        self.add("session", id=1, session=session, attempt=attempt, sft_step=sft_step, rl_step=rl_step, time=time.time(), state=dict(state))
 
     def group(self, group: Group) -> None:
         versions = version_tokens(group)
@@ -72,7 +86,8 @@ class Book:
         taken = list(groups)
         versions: list[Json] = [{str(version): tokens for version, tokens in version_tokens(group).items()} for group in taken]
         tickets: list[Json] = [group.ticket for group in taken]
-        self.add("taken", id=id, phase="rl", step=step, tickets=tickets, versions=versions, state=dict(state))
+        made = self._makers(group.ticket for group in taken)
+        self.add("taken", id=id, phase="rl", step=step, tickets=tickets, versions=versions, made=made, state=dict(state))
 
     def checkpoint(self, id: int, sft_step: int, rl_step: int) -> None:
         """A new segment, without what a resume from this checkpoint cannot need."""
@@ -89,6 +104,14 @@ class Book:
 
     def close(self) -> None:
         self.journal.close()
+
+    def _makers(self, tickets: Iterable[int]) -> dict[str, Json]:
+        """Version -> digests of the weights that made tokens of it, as the groups say: one each, or the timelines got mixed."""
+        found: dict[int, set[str]] = {}
+        for ticket in tickets:
+            for version, digest in self.history.groups[ticket].digests.items():
+                found.setdefault(version, set()).update([digest] if digest else [])
+        return {str(version): [*sorted(digests)] for version, digests in sorted(found.items())}
 
     def _digests(self, versions: Iterable[int]) -> dict[str, Json]:
         return {str(version): self.history.digests.get(version) for version in versions}

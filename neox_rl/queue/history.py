@@ -1,8 +1,8 @@
 """What the journal's records add up to: a pure fold, the same for the orchestrator that lives and for the one that takes over.
 
     kind        meta                                                    means
-    opened      attempt, pid, time                                      an orchestrator starts
-    session     session, attempt, sft_step, rl_step, state              a trainer says hello with the position of its checkpoint: what came
+    opened      attempt, pid, time, rule                                an orchestrator starts; ``rule`` is what the run keeps to
+    session     session, attempt, sft_step, rl_step, time, state        a trainer says hello with the position of its checkpoint: what came
                                                                         after it is undone
     issued      ticket, position, live                                  the ticket is in flight, with the cursor's problem at ``position``
     span        ticket, rollout, start, spans, finish, digests; body    a finished chunk of an unfinished group, behind ``start`` tokens
@@ -12,8 +12,9 @@
     failed      ticket                                                  the generation failed; finished chunks are kept
     discarded   tickets, parted                                         made by a policy that a rollback undid and that did not come back;
                                                                         parted: nor will any other of those steps
-    taken       id, phase, step, tickets, versions, state               the batch of a step; versions: {version: tokens} a ticket; for sft
-                                                                        also draws, ticket: where the demonstrations stood before
+    taken       id, phase, step, tickets, versions, made, state         the batch of a step; versions: {version: tokens} a ticket; made:
+                                                                        {version: digests of its weights}; for sft instead draws, ticket:
+                                                                        where the demonstrations stood before
     published   id, version, digest                                     the trainer offers weights
     live        version, digest                                         every serving server attests it
     evaluated   id, label, version, metrics                             the answer to an evaluation
@@ -30,6 +31,7 @@ experience of an undone timeline is recognised. A record that was lost makes its
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
@@ -309,7 +311,7 @@ class History:
             return
         self.complete = not meta.get("copy")
         for name in _PLAIN:
-            setattr(self, name, meta[name])
+            setattr(self, name, copy(meta[name]))  # the record stays as it was read
         self.open = set(meta["open"])
         self.positions, self.refusals = ({int(t): int(v) for t, v in meta[name]} for name in ("positions", "refusals"))
         self.replay = {int(step): tuple(tickets) for step, tickets in meta["replay"]}

@@ -31,8 +31,10 @@ from neox_rl.queue.book import Book
 from neox_rl.queue.state import TicketQueue, name
 from neox_rl.queue.wire import Delivery, ExperienceServer, Phase
 from neox_rl.queue.wire_messages import attempt_of
+from neox_rl.run.audit import Rule
 from neox_rl.run.comeback import Comeback
 from neox_rl.run.evaluation import Evaluator
+from neox_rl.run.live_audit import LiveAudit
 from neox_rl.run.parts import Parts, build_parts
 from neox_rl.run.pump import RolloutPump
 from neox_rl.run.scoreboard import Scoreboard
@@ -69,6 +71,7 @@ class Orchestrator:
             metarl.rollout.max_new_tokens, metarl.rollout.temperature, metarl.rollout.top_p, (parts.attempts.tokenizer.eos_id,)
         )
         self._pump = RolloutPump(config, book, self._queue, self._cursor, parts.attempts, params, parts.events, self._on_group)
+        self._audit = LiveAudit(config, book, parts.events)
         self._comeback = Comeback(book, self._queue, self._cursor, self._pump, self._on_load)
         self._board = Scoreboard(config, paths, writer, self._queue, book.history.tally, parts.attempts.tokenizer, parts.events)
         self._evaluator = Evaluator(config, parts.problems.heldout, parts.attempts, params)
@@ -104,6 +107,7 @@ class Orchestrator:
             self._take_over(server)
             self._start("disk", self._watch_disk())
             self._parts.keeper.on_states = self._board.servers
+            self._parts.keeper.on_member = self._audit.member
             self._start("versions", self._parts.keeper.run(self._on_live))
             self._start("activity", self._parts.activity.run())
             try:
@@ -174,7 +178,7 @@ class Orchestrator:
                 rewind(self._paths, sft_step, rl_step)
             case _:
                 raise ConfigError(f"the trainer does not say which steps it has done: {str(state)[:200]}")
-        self._book.add("session", id=1, session=session, attempt=attempt, sft_step=sft_step, rl_step=rl_step, state=dict(state))
+        self._book.session(session, attempt, sft_step, rl_step, state)
         self._evaluated = rl_step
         self._restore("" if sft_step + rl_step == 0 else f"continues after step {rl_step or sft_step}")
 
@@ -275,6 +279,8 @@ class Orchestrator:
     async def report(self, id: int, phase: Phase, step: int, metrics: Mapping[str, Json]) -> None:
         self._board.step(phase, step, metrics)  # first: a row without a record is cut and told again, a record without a row is a hole
         self._book.add("reported", id=id, phase=phase.value, step=step)
+        if phase is Phase.RL:
+            self._audit.reported(step, metrics)
 
     async def published(self, id: int, version: int, digest: str) -> None:
         self._book.add("published", id=id, version=version, digest=digest)
@@ -334,7 +340,7 @@ async def serve(config: RunConfig, paths: RunPaths) -> None:
         server = ExperienceServer(config.metarl.network.bind_host, parts.endpoints.experience_port, keys=parts.keys)
         stack.callback(server.close)
         attempt, metarl = attempt_of(os.environ), config.metarl
-        book = Book.open(paths.journal, attempt, metarl.queue.flush_s, metarl.queue.disk_full_s)
+        book = Book.open(paths.journal, attempt, metarl.queue.flush_s, metarl.queue.disk_full_s, Rule.of(config).json())
         stack.callback(book.close)
         orchestrator = Orchestrator(config, paths, parts, MetricsWriter(paths, metarl.logging, asdict(config)), book, attempt)
         stack.callback(orchestrator.close)

@@ -105,6 +105,8 @@ class ServerKeeper:
         self._lives = (f"{secrets.token_hex(3)}.{n}" for n in itertools.count(1))
         self.on_states: Callable[[dict[str, str]], None] = lambda _: None
         """Called with ``states()`` whenever one changes."""
+        self.on_member: Callable[[Member], None] = lambda _: None
+        """Called after every change of a member's state or version."""
         self._told: dict[str, str] = {}
         generator.on_failure = self._suspect
 
@@ -299,6 +301,7 @@ class ServerKeeper:
                 tended.wake.set()
         else:
             self._generator.move(member.address)
+        self.on_member(member)
         if (states := self.states()) != self._told:
             self._told = states
             self.on_states(states)

@@ -51,6 +51,7 @@ INSTANTS: Final[dict[str, str]] = {
     "refused": "a group is refused by dynamic sampling",
     "error": "something failed",
     "recovered": "an orchestrator took over from the journal, or a trainer began anew from its checkpoint",
+    "violation": "the audit finds that the run broke one of its rules",
     "journal": "damage that was found in the journal, or a disk that cannot take it",
     # a server, as the orchestrator sees it: neox_rl/run/members.py
     "joined": "a server belongs to the run from now on",

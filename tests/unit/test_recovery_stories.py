@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -23,8 +23,7 @@ from neox_rl.codec import decode_group
 from neox_rl.problems.sources import load_problems
 from neox_rl.problems.tokenizer import load_tokenizer
 from neox_rl.queue.book import Book
-from neox_rl.queue.history import fold
-from neox_rl.queue.journal import Journal
+from neox_rl.queue.journal import LEDGER_KINDS, NOT_IN_LEDGER, Journal
 from neox_rl.queue.records import Record, scan, to_bytes
 from neox_rl.queue.wire_messages import ONE_WAY, Phase
 from neox_rl.rollout.groups import Attempts
@@ -46,29 +45,36 @@ class Crash(Exception):
 class Disk:
     """A journal in memory. The process dies at the append number ``dies_at``; what was not awaited by then may be lost."""
 
-    def __init__(self, records: Sequence[Record], dies_at: int | None, rng: random.Random) -> None:
+    def __init__(self, records: Sequence[Record], dies_at: int | None, rng: random.Random, answering: bool = False) -> None:
+        self._answering = answering
         self.records, self.dies_at, self._rng = list(records), dies_at, rng
         self.appended, self.safe, self.trouble = 0, len(self.records), ""
 
     def append(self, payload: bytes) -> int:
-        if self.appended == self.dies_at:
+        if self.appended == self.dies_at and not self._answering:
             raise Crash
         self.appended += 1
         self.records += self._read([payload])
         return len(self.records)
 
     def rotate(self, payloads: Sequence[bytes]) -> None:
-        self.records = self._read(payloads)
+        ledger = [r for r in self.records if r.kind in LEDGER_KINDS]
+        short = [Record(r.seq, r.kind, {k: v for k, v in r.meta.items() if k not in NOT_IN_LEDGER}) for r in ledger]
+        self.records = [*short, *self._read(payloads)]
         self.safe = 0
 
     async def durable(self) -> None:
+        if self._answering and self.dies_at is not None and self.appended >= self.dies_at:
+            raise Crash  # everything is on the disk, and the answer does not leave
         self.safe = len(self.records)
 
     def check(self) -> None: ...
 
     def left(self) -> list[Record]:
         """What a successor finds."""
-        return self.records[: self._rng.randint(self.safe, len(self.records))] if self.safe else self.records
+        if self._answering or not self.safe:
+            return self.records
+        return self.records[: self._rng.randint(self.safe, len(self.records))]
 
     @staticmethod
     def _read(payloads: Sequence[bytes]) -> list[Record]:
@@ -80,7 +86,7 @@ class World:
     """What outlives the processes: the trainer's position and checkpoint, the weights of each version, and who made each token."""
 
     def __init__(self, root: Path, seed: int, faithful: bool) -> None:
-        self.config = small_config(
+        config = small_config(
             root,
             train_iters=STEPS,
             rollout={"groups_per_step": B, "group_size": 2, "max_new_tokens": 9, "flush_tokens": 3, "record_every": 0},
@@ -88,6 +94,7 @@ class World:
             staleness={"mode": "strict", "admission_slack": 1, "delivery_slack": 1},
             evaluation={"num_problems": 1, "samples": 0},
         )
+        self.config = replace(config, metarl=replace(config.metarl, audit="stop"))
         self.paths = small_paths(self.config)
         self.rng, self.faithful = random.Random(seed), faithful
         self.maker: list[str] = []  # token id -> digest of the weights that sampled it
@@ -245,7 +252,7 @@ async def live_on(world: World, trainer: Trainer, disk: Disk) -> None:
     attempts = Attempts(policy, verifier, tokenizer, lambda problem, verdict, text, length: float(verdict.correct))
     parts = cast(Parts, SimpleNamespace(problems=world.problems, attempts=attempts, keeper=policy, activity=None, events=events))
     writer = MetricsWriter(world.paths, world.config.metarl.logging)
-    book = Book(cast(Journal, disk), fold(disk.records), [])
+    book = Book(cast(Journal, disk), tuple(disk.records), [])
     orchestrator = Orchestrator(world.config, world.paths, parts, writer, book, trainer.attempt)
     try:
         async with asyncio.timeout(20.0), asyncio.TaskGroup() as orchestrator._tasks:
@@ -262,14 +269,14 @@ async def live_on(world: World, trainer: Trainer, disk: Disk) -> None:
 def tell(root: Path, crashes: Sequence[tuple[int | None, str]], faithful: bool = True, seed: int = 1) -> tuple[World, Trainer, Disk]:
     """A run whose n-th orchestrator dies at ``crashes[n]``: (append, who dies with it)."""
     world = World(root, seed, faithful)
-    trainer, disk = Trainer(world, 0, None), Disk([], crashes[0][0], world.rng)
+    trainer, disk = Trainer(world, 0, None), Disk([], crashes[0][0], world.rng, crashes[0][1].startswith("answering"))
     for (_, who), following in itertools.pairwise([*crashes, (None, "")]):
         try:
             asyncio.run(live_on(world, trainer, disk))
             return world, trainer, disk
         except* Crash:
             disk = Disk(disk.left(), following[0], world.rng)
-            if who == "ranks":
+            if who.endswith("ranks"):
                 trainer = Trainer(world, trainer.attempt + 1, trainer.checkpoint)
     with contextlib.suppress(Crash):
         asyncio.run(live_on(world, trainer, disk))
@@ -303,7 +310,7 @@ def num_appends(root: Path) -> int:
     return disk.appended
 
 
-@pytest.mark.parametrize("who", ["orchestrator", "ranks", "unfaithful ranks"])
+@pytest.mark.parametrize("who", ["orchestrator", "answering orchestrator", "ranks", "unfaithful ranks"])
 def test_a_run_killed_after_any_record_trains_every_ticket_once_and_within_the_bound(tmp_path: Path, who: str) -> None:
     for at in range(num_appends(tmp_path / "whole")):
         world, trainer, _ = tell(tmp_path / f"{at}", [(at, who.removeprefix("unfaithful "))], faithful=not who.startswith("un"), seed=at)

@@ -1,0 +1,351 @@
+"""Checks a run by what it wrote down: journal records, events, metrics and checkpoints go in, violations come out. Pure.
+
+    bound         no trained token is older than S, and those that are were masked, token by token
+    admission     no token is older than its ticket's admission allows, or made by a version that was not there yet
+    once          in the timeline that survives no ticket is trained twice, and none is lost
+    steps         steps follow one another; those that a rollback undid were done again
+    policy        the policies that made the trained tokens are of this timeline, by the digest of their weights
+    digests       servers serve what the trainer published, by digest
+    versions      versions of a server never fall while it lives
+    checkpoints   a checkpoint and the journal agree on what was trained
+    metrics       each step has one row, and its token counts are those of the journal
+    summary       counts of the summary are those of journal and metrics
+
+``Audit`` takes records in their order, a whole journal or one at a time while the run goes on. What cannot be judged, because a record that
+it takes is gone, is told as a gap, never as right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from neox_rl.config.run import RunConfig
+from neox_rl.queue.records import Record
+from neox_rl.queue.staleness import bound, oldest_version
+from neox_rl.queue.state import name
+from neox_rl.types import NO_VERSION, Json
+
+CHECKS = ("bound", "admission", "once", "steps", "policy", "digests", "versions", "checkpoints", "metrics", "summary")
+MAX_NAMED = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What the journal's ``opened`` record says that the run must keep to."""
+
+    groups_per_step: int
+    admission_slack: int
+    delivery_slack: int
+    mode: str
+    stale_tokens: str
+    num_steps: int
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Rule:
+        s, metarl = config.metarl.staleness, config.metarl
+        return cls(metarl.rollout.groups_per_step, s.admission_slack, s.delivery_slack, s.mode, s.stale_tokens, config.neox.train_iters)
+
+    @property
+    def bound(self) -> int:
+        return bound(self.admission_slack, self.delivery_slack)
+
+    def json(self) -> dict[str, Json]:
+        return asdict(self)
+
+
+@dataclass(slots=True)
+class Result:
+    """Of one check: how many things were checked, what is wrong with which, and what could not be checked, and why."""
+
+    checked: int = 0
+    violations: list[str] = field(default_factory=list)
+    gaps: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """An RL step that took its batch: ``ages`` are sampled tokens by staleness."""
+
+    tickets: tuple[int, ...]
+    ages: Mapping[int, int]
+    rule: Rule
+
+
+@dataclass(slots=True)
+class Session:
+    """A trainer from its hello on. ``since_ns`` is None where the record does not say; ``published``: version -> digest."""
+
+    since_ns: int | None
+    rl_step: int
+    published: dict[int, str]
+
+
+class Audit:
+    """``rule`` holds until the journal says another. ``damaged``: what is missing is a gap. ``on_violation(check, what)`` hears at once."""
+
+    def __init__(self, rule: Rule, damaged: bool = False, on_violation: Callable[[str, str], None] = lambda *_: None) -> None:
+        self.rule, self.damaged, self._on_violation = rule, damaged, on_violation
+        self.results = {check: Result() for check in CHECKS}
+        self.steps: dict[int, Step] = {}
+        self.last = self.sft_step = self.num_undone = self.num_repeated = 0
+        self.sessions = [Session(None, 0, {})]
+        self._step_of: dict[int, int] = {}
+        self._undone: dict[int, tuple[int, ...]] = {}
+        self._served: dict[str, int] = {}
+        self._told: dict[str, str] = {}
+        self._queue: dict[str, Any] = {}
+        self._unknown = 0
+
+    @property
+    def violations(self) -> list[str]:
+        return [f"{check}: {what}" for check, result in self.results.items() for what in result.violations]
+
+    # the journal
+
+    def apply(self, record: Record) -> None:
+        """Takes one record. Kinds that say nothing about a rule are passed over."""
+        match record.kind:
+            case "opened" if isinstance(rule := record.meta.get("rule"), dict):
+                self.rule = Rule(**rule)
+            case "session":
+                self._begin(record.meta)
+            case "taken":
+                self._take(record.meta)
+            case "published":
+                self._publish(int(record.meta["version"]), str(record.meta["digest"]))
+            case "live":
+                self._live(int(record.meta["version"]), record.meta.get("digest"))
+            case "state" if not record.meta.get("copy"):
+                self._catch_up(record.meta)
+
+    def _begin(self, meta: Mapping[str, Any]) -> None:
+        """A trainer begins at its checkpoint: later steps are undone."""
+        rl_step, time_s = int(meta["rl_step"]), meta.get("time")
+        if rl_step > self.last:
+            self._missing("steps", f"a trainer begins after step {rl_step}, the last that was taken is {self.last}")
+        for step in [step for step in self.steps if step > rl_step]:
+            self._undone[step] = self.steps.pop(step).tickets
+            self.num_undone += 1
+            for ticket in self._undone[step]:
+                self._step_of.pop(ticket, None)
+        self.sft_step, self.last = int(meta["sft_step"]), rl_step
+        known = {version: digest for version, digest in self.sessions[-1].published.items() if version <= rl_step}
+        self.sessions.append(Session(round(time_s * 1e9) if isinstance(time_s, int | float) else None, rl_step, known))
+
+    def _take(self, meta: Mapping[str, Any]) -> None:
+        step = int(meta["step"])
+        if meta["phase"] != "rl":
+            self.sft_step = step
+            return
+        if step != self.last + 1:
+            self._missing("steps", f"step {step} took its batch after step {self.last}")
+        self.results["steps"].checked += 1
+        tickets, versions = tuple(meta["tickets"]), [{int(v): n for v, n in row.items()} for row in meta["versions"]]
+        ages: dict[int, int] = {}
+        for ticket, row in zip(tickets, versions, strict=True):
+            self._train(ticket, step)
+            for version, tokens in row.items():
+                self._judge(ticket, step, version, tokens)
+                ages[step - 1 - version] = ages.get(step - 1 - version, 0) + tokens
+        if len(tickets) != self.rule.groups_per_step:
+            self._violated("once", f"step {step} took {len(tickets)} tickets, a step takes {self.rule.groups_per_step}")
+        self.num_repeated += self._undone.pop(step, ()) == tickets
+        self.steps[step], self.last = Step(tickets, ages, self.rule), step
+        self._judge_policies(step, meta.get("made"))
+        self._compare(meta.get("state", {}).get("queue"), step)
+
+    def _train(self, ticket: int, step: int) -> None:
+        self.results["once"].checked += 1
+        if ticket in self._step_of:
+            self._violated("once", f"{name(ticket)} was trained by step {self._step_of[ticket]} and again by step {step}")
+        if not 0 <= ticket < self.rule.groups_per_step * self.rule.num_steps:
+            self._violated("once", f"{name(ticket)} was trained by step {step}: no ticket of this run has that number")
+        self._step_of[ticket] = step
+
+    def _judge(self, ticket: int, step: int, version: int, tokens: int) -> None:
+        rule, age = self.rule, step - 1 - version
+        self.results["admission"].checked += tokens
+        floor = oldest_version(ticket, rule.groups_per_step, rule.admission_slack)
+        if not floor <= version <= step - 1:
+            self._violated("admission", f"{name(ticket)}, step {step}: {tokens} tokens of v{version}, not of v{floor} to v{step - 1}")
+        if rule.mode == "strict":
+            self.results["bound"].checked += tokens
+            if age > rule.bound:
+                self._violated("bound", f"{name(ticket)}, step {step}: {tokens} tokens of v{version} are {age} steps old, S = {rule.bound}")
+
+    def _judge_policies(self, step: int, made: object) -> None:
+        if not isinstance(made, dict):
+            self._gap("policy", f"step {step}: its record does not say by which weights its tokens were made")
+            return
+        published = self.sessions[-1].published
+        for version, digests in made.items():
+            if not digests:
+                self._gap("policy", f"step {step}: tokens of v{version} were made before its publication was heard of")
+                continue
+            self.results["policy"].checked += 1
+            if published.get(int(version)) is None:
+                self._missing("policy", f"step {step} trained tokens of v{version}, which nobody published")
+            elif set(digests) != {published[int(version)]}:
+                self._violated("policy", f"step {step}: tokens of v{version} by weights {digests}, published was {published[int(version)]}")
+
+    def _compare(self, queue: object, step: int) -> None:
+        """The queue's own books: every ticket up to the newest is either open or trained."""
+        if not isinstance(queue, dict) or step != self.last:
+            return
+        self._queue = queue
+        if both := self._step_of.keys() & set(queue["open"]):
+            self._violated("once", f"open after step {step}, and trained already: {names(both)}")
+        if len(self._step_of) + len(queue["open"]) != queue["fresh"]:
+            lost = set(range(queue["fresh"])) - set(queue["open"]) - self._step_of.keys()
+            self._missing("once", f"lost after step {step}, neither open nor trained: {names(lost)}")
+
+    def _catch_up(self, meta: Mapping[str, Any]) -> None:
+        """What a segment begins with. Where the records before it are gone, this is all that is known of their steps."""
+        queue, step = meta["state"].get("queue"), int(meta["steps"]["rl"])
+        if step > self.last and isinstance(queue, dict):
+            for check in ("bound", "once", "policy"):
+                self._gap(check, f"steps {self.last + 1} to {step}: what they took is in no record that is there")
+            closed = set(range(queue["fresh"])).difference(queue["open"])
+            self._step_of = dict.fromkeys(closed, step) | self._step_of
+            self.sessions[-1].published |= {int(version): str(digest) for version, digest in meta["digests"]}
+            self.last, self._unknown = step, step
+        self._compare(queue, step)
+
+    def _publish(self, version: int, digest: str) -> None:
+        published = self.sessions[-1].published
+        if version > self.last:
+            self._missing("digests", f"v{version} was published after {self.last} steps")
+        if version > self.sessions[-1].rl_step and published.get(version, digest) != digest:
+            self._violated("digests", f"v{version} was published twice by one trainer: {published[version]}, then {digest}")
+        published[version] = digest
+
+    def _live(self, version: int, digest: object) -> None:
+        self.results["digests"].checked += 1
+        if digest is not None and digest != self.sessions[-1].published.get(version):
+            said = self.sessions[-1].published.get(version, "nothing")
+            self._violated("digests", f"live is v{version} with digest {digest}, published was {said}")
+
+    # the servers
+
+    def served(self, process: str, incarnation: str, version: int, digest: str, t_ns: int | None = None) -> None:
+        """A server that was started as ``incarnation`` attests a version; ``t_ns``: when, where the whole journal was taken before."""
+        if version == NO_VERSION or not incarnation:
+            return
+        self.results["versions"].checked += 1
+        if version < self._served.get(incarnation, NO_VERSION):
+            self._violated("versions", f"{process} ({incarnation}) went back from v{self._served[incarnation]} to v{version}")
+        self._served[incarnation] = version
+        at = len(self.sessions) - 1
+        while t_ns is not None and at > 0 and (since := self.sessions[at].since_ns) is not None and since > t_ns:
+            at -= 1
+        self._attest(f"{process} ({incarnation})", version, digest, at)
+
+    def _attest(self, who: str, version: int, digest: str, session: int) -> None:
+        published = self.sessions[session].published
+        if version not in published:
+            # What was published in the last moments before the death of all was not on the disk yet: nobody trained with it either.
+            self._gap("digests", f"{who} served v{version}, whose publication is in no record")
+            return
+        self.results["digests"].checked += 1
+        if digest != published[version]:
+            self._violated("digests", f"{who} serves v{version} with digest {digest}, published was {published[version]}")
+
+    # what the trainer says
+
+    def reported(self, step: int, row: Mapping[str, Any]) -> None:
+        """The metrics of an RL step that took its batch: what got gradient, and what was masked."""
+        taken, hist = self.steps.get(step), row.get("staleness_hist")
+        if taken is None:
+            if step > self._unknown:
+                self._missing("metrics", f"step {step} has metrics, but took no batch")
+            return
+        if not isinstance(hist, dict):
+            return
+        self.results["metrics"].checked += 1
+        rule, total = taken.rule, sum(taken.ages.values())
+        found = {int(age): tokens for age, tokens in hist.items()}
+        if found != taken.ages:
+            self._violated("metrics", f"step {step}: the trainer saw tokens of ages {found}, the journal handed out {dict(taken.ages)}")
+        if rule.stale_tokens != "mask":
+            self._gap("bound", "staleness.stale_tokens is truncate: tokens beyond S are trained, with a truncated ratio")
+            return
+        old = sum(tokens for age, tokens in taken.ages.items() if age > rule.bound)
+        self.results["bound"].checked += total
+        if (masked := row.get("tokens_masked_stale")) != old or row.get("tokens_trained") != total - old:
+            trained = row.get("tokens_trained")
+            self._violated("bound", f"step {step}: {old} of {total} tokens are beyond S = {rule.bound}; {masked} masked, {trained} trained")
+        if row.get("staleness_max", 0) > rule.bound:
+            self._violated("bound", f"step {step}: a token {row['staleness_max']} steps old was trained, S = {rule.bound}")
+
+    def saved(self, label: str, rl_step: int, queue: object) -> None:
+        """A checkpoint after ``rl_step``, with the state of the queue in it."""
+        self.results["checkpoints"].checked += 1
+        trained = {ticket for ticket, step in self._step_of.items() if step <= rl_step}
+        if not isinstance(queue, dict):
+            if rl_step:
+                self._violated("checkpoints", f"{label} says nothing of the queue")
+            return
+        closed = set(range(queue["fresh"])).difference(queue["open"])
+        if rl_step > self.last or closed != trained:
+            odd = names(closed ^ trained) if rl_step <= self.last else f"step {rl_step} took no batch"
+            self._missing("checkpoints", f"{label} and the journal disagree on what was trained: {odd}")
+
+    # the end
+
+    def close(self, finished: bool) -> None:
+        """Once everything was taken: is anything missing?"""
+        if gone := [str(step) for step in range(self._unknown + 1, self.last + 1) if step not in self.steps]:
+            self._missing("steps", f"no record says what these steps took: {', '.join(gone[:MAX_NAMED])}")
+        if not finished:
+            return
+        if self.last != self.rule.num_steps:
+            self._missing("steps", f"the run is done, but {self.last} of {self.rule.num_steps} steps took a batch")
+        if lost := set(range(self.rule.groups_per_step * self.rule.num_steps)) - self._step_of.keys():
+            self._missing("once", f"never trained: {names(lost)}")
+
+    def open_tickets(self) -> list[int]:
+        """Issued and not trained, by the queue's own last word."""
+        return sorted(self._queue.get("open", ()))
+
+    def expect(self, check: str, what: str, found: object, expected: object) -> None:
+        """One figure against another."""
+        self.results[check].checked += 1
+        if found != expected:
+            self._violated(check, f"{what} is {found}, journal and metrics say {expected}")
+
+    def _missing(self, check: str, what: str) -> None:
+        """Wrong, unless the record that would say so was lost."""
+        if self.damaged:
+            self._gap(check, f"{what} (records are lost)")
+        else:
+            self._violated(check, what)
+
+    def _gap(self, check: str, what: str) -> None:
+        if what not in self.results[check].gaps:
+            self.results[check].gaps.append(what)
+
+    def _violated(self, check: str, what: str) -> None:
+        self.results[check].violations.append(what)
+        self._on_violation(check, what)
+
+
+def names(tickets: Iterable[int]) -> str:
+    """``g000001, g000002 and 3 more``."""
+    ordered = sorted(tickets)
+    more = len(ordered) - MAX_NAMED
+    return ", ".join(name(ticket) for ticket in ordered[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def table(results: Mapping[str, Result]) -> Sequence[str]:
+    """One line a check."""
+    return [f"{check:<12} {result.checked:>9}  {_verdict(result)}" for check, result in results.items()]
+
+
+def _verdict(result: Result) -> str:
+    if result.violations:
+        return f"{len(result.violations)} VIOLATED"
+    if result.gaps:
+        return f"holds; {len(result.gaps)} could not be checked" if result.checked else "could not be checked"
+    return "holds" if result.checked else "nothing to check"
