@@ -204,6 +204,7 @@ class Tree:
 
     ``answer`` is the node whose path is the search's answer, NO_NODE without one. ``num_tokens``: all that the search cost, the
     steps that were refused and the tokens of its value included. ``counts``: what was refused or went wrong, by name.
+    ``error``: why it FAILED, empty otherwise.
     """
 
     problem_id: str
@@ -212,6 +213,7 @@ class Tree:
     answer: int = NO_NODE
     num_tokens: int = 0
     counts: Mapping[str, int] = field(default_factory=dict)
+    error: str = ""
 
     def path(self, node: int) -> tuple[Node, ...]:
         """The nodes from the root, which is left out, to ``node``."""

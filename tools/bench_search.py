@@ -1,4 +1,4 @@
-"""What search costs beside the engine: ``python tools/bench_search.py [--steps 4] [--step-tokens 32] [--searches 64]``.
+"""What search costs beside the engine: ``python tools/bench_search.py [--steps 4] [--step-tokens 16] [--searches 64]``.
 
 Starts one vLLM server with a random Llama and compares, at the same number of sequences in flight, plain sampling of whole attempts
 with searches that grow attempts of the same length step by step. Then the same searches run again on the recorded completions: what
@@ -26,6 +26,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import models, pre_tokenizers
 from transformers import LlamaConfig
 
+from neox_rl.errors import NeoxRLError
 from neox_rl.guard import guarded_popen, stop
 from neox_rl.ports import Generator
 from neox_rl.problems.tokenizer import DirectoryTokenizer, save_hf
@@ -128,7 +129,8 @@ async def searches(generator: Generator, tokenizer: DirectoryTokenizer, args: ar
     budget = Budget(args.rounds * args.steps * args.width)
     jobs = [partial(search.run, problem, proposer, NoValue(), budget) for problem in problems_of(args, seed)]
     async for tree in run_all(jobs, args.searches):
-        assert len(tree.nodes) > 1, tree.counts
+        if tree.error:
+            raise NeoxRLError(f"{strategy}: {tree.error}")
 
 
 async def compare(address: str, tokenizer: DirectoryTokenizer, args: argparse.Namespace) -> None:
@@ -147,6 +149,9 @@ async def compare(address: str, tokenizer: DirectoryTokenizer, args: argparse.Na
             _, own = await timed(partial(searches, replay, tokenizer, args, strategy, 10 + place))
             found = recorder.num_tokens / wall
             row(strategy, recorder, found, found / speed, hits, cpu / wall, own / wall)
+        again = Recorder(generator)
+        wall, cpu = await timed(partial(plain, again, tokenizer, args, 2))
+        row("plain sampling, again", again, again.num_tokens / wall, again.num_tokens / wall / speed, None, cpu / wall, None)
 
 
 def row(name: str, recorder: Recorder, speed: float, ratio: float, hits: float | None, client: float, own: float | None) -> None:
@@ -209,14 +214,14 @@ def best(work: Callable[[], object]) -> float:
 def main() -> None:
     p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--searches", type=int, default=64, help="searches, and prompts of plain sampling, at a time")
-    p.add_argument("--width", type=int, default=2, help="steps, or attempts, asked for together")
+    p.add_argument("--width", type=int, default=4, help="steps, or attempts, asked for together")
     p.add_argument("--steps", type=int, default=4, help="steps of an attempt")
-    p.add_argument("--rounds", type=int, default=1, help="attempts a prompt, in units of width")
-    p.add_argument("--step-tokens", type=int, default=32)
+    p.add_argument("--rounds", type=int, default=2, help="attempts a prompt, in units of width")
+    p.add_argument("--step-tokens", type=int, default=16)
     p.add_argument("--prompt-tokens", type=int, default=400)
     p.add_argument("--hidden", type=int, default=256)
     p.add_argument("--layers", type=int, default=4)
-    p.add_argument("--strategies", nargs="+", default=["dfs", "beam", "mcts", "best-of-n"])
+    p.add_argument("--strategies", nargs="+", default=["best-of-n", "dfs", "beam", "mcts"])
     p.add_argument("--codec-only", action="store_true")
     args = p.parse_args()
     print(f"load average at the start {os.getloadavg()[0]:.1f}; {args}\n")

@@ -55,7 +55,9 @@ def children_of(tree: Tree, kept: set[int]) -> dict[int, list[Node]]:
 def title(tree: Tree, shown: int) -> str:
     hidden = f", {len(tree.nodes) - shown} not shown" if shown < len(tree.nodes) else ""
     counts = "".join(f", {count} {printable(name, 24)}" for name, count in tree.counts.items())
-    return f"{printable(tree.problem_id, 60)}: {tree.end.value}, {len(tree.nodes) - 1} nodes{hidden}, {tree.num_tokens} tokens{counts}"
+    failed = f": {printable(tree.error, 200)}" if tree.error else ""
+    size = f"{len(tree.nodes) - 1} nodes{hidden}, {tree.num_tokens} tokens"
+    return f"{printable(tree.problem_id, 60)}: {tree.end.value}, {size}{counts}{failed}"
 
 
 def mark(node: Node) -> str:

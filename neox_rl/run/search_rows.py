@@ -96,6 +96,7 @@ def result_line(row: Row, tree: Tree, domain: Domain) -> dict[str, Json]:
         "tokens": tree.num_tokens,
         "end": tree.end.value,
         "counts": dict(tree.counts),
+        **({"error": tree.error} if tree.error else {}),
     }
 
 

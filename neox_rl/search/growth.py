@@ -179,9 +179,9 @@ class Growth:
             return self.goal
         return max(self.ends, key=lambda i: (self.nodes[i].value, -i), default=NO_NODE)
 
-    def tree(self, end: End) -> Tree:
+    def tree(self, end: End, error: str = "") -> Tree:
         counts = {name: count for name, count in sorted(self.counts.items()) if count}
-        return Tree(self.problem.id, tuple(map(_node, self.nodes)), end, self.answer, self.num_tokens, counts)
+        return Tree(self.problem.id, tuple(map(_node, self.nodes)), end, self.answer, self.num_tokens, counts, error)
 
 
 def _node(leaf: Leaf) -> Node:

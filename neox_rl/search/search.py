@@ -25,7 +25,7 @@ from neox_rl.search.values import Value
 from neox_rl.types import NO_NODE, End, Problem, Tree
 
 T = TypeVar("T")
-RETRIES, FAILURES = "retries", "failures"
+RETRIES = "retries"
 UNBOUNDED = 1 << 30
 AHEAD = 4
 
@@ -53,9 +53,8 @@ class Search:
             return growth.tree(await self._grow(growth, strategy, proposer, value))
         except ConfigError:
             raise
-        except (NeoxRLError, OSError):
-            growth.counts[FAILURES] += 1
-            return growth.tree(End.FAILED)
+        except (NeoxRLError, OSError) as error:
+            return growth.tree(End.FAILED, str(error) or repr(error))
 
     async def _grow(self, growth: Growth, strategy: Strategy, proposer: Proposer, value: Value) -> End:
         waiting: deque[Ask] = deque()

@@ -1,6 +1,6 @@
 """Trees as JSON lines: one tree a line, every node with its tokens, log-probs, version spans, value, visits, order and verdict.
 
-A line is ``{problem_id, end, answer, num_tokens, counts, nodes: [{id, parent, text, order, ids, logprobs, spans: [[version, start,
+A line is ``{problem_id, end, answer, num_tokens, counts, error, nodes: [{id, parent, text, order, ids, logprobs, spans: [[version, start,
 end]], value, visits, verdict: {correct, extracted, reason, ms} | null}]}``. The reader takes nothing else: a file of trees may come
 from anywhere, and what reads it walks parents without looking twice.
 """
@@ -48,6 +48,7 @@ class _Tree(msgspec.Struct, forbid_unknown_fields=True):
     answer: int
     num_tokens: int
     counts: dict[str, int]
+    error: str
     nodes: list[_Node]
 
 
@@ -73,7 +74,7 @@ def tree_line(tree: Tree) -> bytes:
         )
         for n in tree.nodes
     ]
-    return _ENCODER.encode(_Tree(tree.problem_id, tree.end, tree.answer, tree.num_tokens, dict(tree.counts), nodes))
+    return _ENCODER.encode(_Tree(tree.problem_id, tree.end, tree.answer, tree.num_tokens, dict(tree.counts), tree.error, nodes))
 
 
 def read_tree(line: bytes, where: str = "tree") -> Tree:
@@ -99,7 +100,7 @@ def read_tree(line: bytes, where: str = "tree") -> Tree:
         )
         for n in row.nodes
     )
-    tree = Tree(row.problem_id, nodes, row.end, row.answer, row.num_tokens, row.counts)
+    tree = Tree(row.problem_id, nodes, row.end, row.answer, row.num_tokens, row.counts, row.error)
     _check(tree, where)
     return tree
 
