@@ -13,7 +13,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from neox_rl.engines.model_shape import ModelShape
+from neox_rl.engines.model_shape import ModelShape, stage_layers
 from neox_rl.errors import WeightError
 
 
@@ -25,11 +25,12 @@ class Split(Enum):
     COLUMNS = "contiguous columns"
     GATED = "contiguous rows of each of the two halves"
     VOCAB = "contiguous rows, padded with zero rows to a multiple"
+    SUM = "terms of a sum, all of it on the first rank"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One megatron-core parameter (global layer number) and the HF tensors it is made of.
+    """One parameter of the framework (global layer number) and the HF tensors it is made of.
 
     ``alias``: a copy of another parameter (the output matrix of tied embeddings on the last stage), not exported.
     """
@@ -57,6 +58,29 @@ def entries(shape: ModelShape) -> tuple[Entry, ...]:
     return (Entry(EMBEDDING, (f"{embed}.weight",), Split.VOCAB), *body, *final_norm, last)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where an entry's parameter lives: the pipeline stage, and the parameter's name in that stage's model."""
+
+    entry: Entry
+    stage: int
+    local: str
+
+
+def places(shape: ModelShape, pp: int) -> tuple[Place, ...]:
+    """megatron-core's: it counts the layers of a stage from 0. With tied embeddings a single stage holds one parameter for both."""
+    stages = stage_layers(shape.num_layers, pp)
+
+    def place(entry: Entry) -> Place:
+        if not entry.name.startswith("decoder.layers."):
+            return Place(entry, 0 if entry.name == EMBEDDING else pp - 1, entry.name)
+        _, _, layer, rest = entry.name.split(".", 3)
+        stage = next(number for number, layers in enumerate(stages) if int(layer) in layers)
+        return Place(entry, stage, f"decoder.layers.{int(layer) - stages[stage].start}.{rest}")
+
+    return tuple(place(entry) for entry in entries(shape) if not (entry.alias and pp == 1))
+
+
 def shard(full: Tensor, split: Split, rank: int, size: int, padded_vocab: int) -> Tensor:
     """Rank ``rank``'s part of a fused parameter in its full shape. The vocabulary is padded with zero rows first."""
     match split:
@@ -71,6 +95,8 @@ def shard(full: Tensor, split: Split, rank: int, size: int, padded_vocab: int) -
         case Split.VOCAB:
             padding = full.new_zeros(padded_vocab - full.shape[0], *full.shape[1:])
             return torch.cat([full, padding]).chunk(size, 0)[rank]
+        case Split.SUM:
+            return full if rank == 0 else torch.zeros_like(full)
 
 
 def unshard(parts: Sequence[Tensor], split: Split, vocab: int) -> Tensor:
@@ -87,6 +113,8 @@ def unshard(parts: Sequence[Tensor], split: Split, vocab: int) -> Tensor:
             return torch.cat([part.view(2, -1, *tail) for part in parts], 1).reshape(-1, *tail)
         case Split.VOCAB:
             return torch.cat(list(parts), 0)[:vocab]
+        case Split.SUM:
+            return torch.stack(list(parts)).sum(0)
 
 
 def fused(entry: Entry, read: Callable[[str], Tensor], shape: ModelShape) -> Tensor:

@@ -1,20 +1,10 @@
-"""Checkpoints of the megatron-core engine: one safetensors file a rank, bound to its parallel layout, never unpickled.
+"""What a checkpoint of the megatron-core engine holds: one safetensors file a rank, bound to its parallel layout, never unpickled.
 
-    <directory>/step000042/meta.json            layout, sizes, client state; written last
-    <directory>/step000042/rank00000.safetensors  weights, optimizer moments, main weights, random state
-    <directory>/latest                          name of the newest whole checkpoint
-
-A checkpoint is written to ``<name>.tmp`` and renamed once every rank is done: a reader never sees half of one. One of the same step is
-moved to ``<name>.old`` until the new one stands in its place. Every file is on the disk before the rename that makes it count.
+``rank00000.safetensors``: weights, optimizer moments, main weights, random state.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -24,15 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from neox_rl.engines.checkpoint_files import to_disk
 from neox_rl.engines.model_shape import ModelShape
 from neox_rl.engines.port import Topology
-from neox_rl.errors import WeightError
 from neox_rl.types import Json
 
-logger = logging.getLogger(__name__)
-FORMAT = 1
-LATEST, META = "latest", "meta.json"
-NAME = re.compile(r"step(\d{6,})")
 _OPTIMIZER, _GROUP, _MAIN, _MODEL, _REFERENCE, _RNG = "optimizer.", "group.", "main.", "model.", "reference.", "rng."
 
 
@@ -108,101 +94,7 @@ def _groups(optimizers: list[torch.optim.Optimizer]) -> list[tuple[str, dict[str
 def write_rank(directory: Path, rank: int, state: dict[str, Tensor]) -> None:
     path = rank_file(directory, rank)
     save_file(state, path)
-    _to_disk(path)
-
-
-def publish(temporary: Path, final: Path, meta: Mapping[str, Json]) -> None:
-    """Makes a whole checkpoint visible: meta last, then the rename, then the pointer."""
-    _write(temporary / META, json.dumps(dict(meta), indent=1, allow_nan=False) + "\n")
-    _to_disk(temporary)
-    replaced = _replaced(final)
-    if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-    temporary.rename(final)
-    _to_disk(final.parent)
-    pointer = final.parent / f"{LATEST}.tmp"
-    _write(pointer, final.name + "\n")
-    pointer.rename(final.parent / LATEST)
-    _to_disk(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def prune(newest: Path, keep: int) -> None:
-    """Removes all checkpoints beside ``newest`` but the ``keep`` - 1 of the highest steps; 0 keeps all."""
-    if keep:
-        others = [path for path in _whole(newest.parent) if path != newest]
-        for path in others[keep - 1 :]:
-            # Without its meta data it is no checkpoint: a removal that is cut short leaves none that looks whole.
-            (path / META).unlink()
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def find(directory: Path) -> Path:
-    """The checkpoint that ``directory`` is or points to. Raises WeightError when there is none.
-
-    A crash can leave the one that the pointer names under its ``.old`` name, or no pointer: then the newest whole checkpoint counts.
-    """
-    if (directory / META).is_file():
-        return directory
-    pointer = directory / LATEST
-    name = pointer.read_text().strip() if pointer.is_file() else ""
-    named = [directory / name, _replaced(directory / name)] if name else []
-    for found in (*named, *_whole(directory), *_whole(directory, ".old")):
-        if (found / META).is_file():
-            if found not in named[:1]:
-                logger.warning("%s names %r, which is no whole checkpoint; %s is taken", pointer, name, found)
-            return found
-    if name:
-        raise WeightError(f"{pointer} names {name}, which is no checkpoint: it has no {META}; nor is there another")
-    raise WeightError(f"{directory} holds neither a checkpoint ({META}) nor a file {LATEST!r} that names one")
-
-
-def tidy(directory: Path) -> None:
-    """Removes what killed saves left, once a newer checkpoint is whole: nobody else works in ``directory``."""
-    for path in (*directory.glob("step*.tmp"), *directory.glob("step*.old")):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _whole(directory: Path, suffix: str = "") -> list[Path]:
-    """The whole checkpoints in ``directory``, of the highest step first. What was cut short in writing is none."""
-    paths = [path for path in (directory.iterdir() if directory.is_dir() else ()) if path.name.endswith(suffix)]
-    steps = {path: NAME.fullmatch(path.name.removesuffix(suffix)) for path in paths}
-    found = {path: int(step[1]) for path, step in steps.items() if step and (path / META).is_file()}
-    return sorted(found, key=found.__getitem__, reverse=True)
-
-
-def _replaced(final: Path) -> Path:
-    return final.with_name(f"{final.name}.old")
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text)
-    _to_disk(path)
-
-
-def _to_disk(path: Path) -> None:
-    """Waits until a file's bytes, or a directory's names, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def read_meta(checkpoint: Path, layout: Mapping[str, Json]) -> dict[str, Json]:
-    """The meta data, after checking that the layout fits. Raises WeightError naming every difference."""
-    meta: dict[str, Any] = json.loads((checkpoint / META).read_text())
-    if meta.get("format") != FORMAT:
-        raise WeightError(f"{checkpoint} has format {meta.get('format')!r}, this engine reads {FORMAT}")
-    saved = meta["layout"]
-    different = [f"{key} {saved.get(key)!r} there, {value!r} here" for key, value in layout.items() if saved.get(key) != value]
-    if different:
-        raise WeightError(
-            f"{checkpoint} is bound to another layout: {'; '.join(different)}; "
-            "start with the same layout, or export HF weights and use warmstart.hf_checkpoint"
-        )
-    return meta
+    to_disk(path)
 
 
 def read_rank(checkpoint: Path, rank: int) -> dict[str, Tensor]:

@@ -19,13 +19,15 @@ import torch.distributed as dist
 
 from neox_rl.config.neox import NeoXConfig
 from neox_rl.config.run import RunConfig
-from neox_rl.engines.megatron_core import MegatronCoreEngine
+from neox_rl.config.schema import MetaRLConfig
+from neox_rl.engines.base import RankEngine
+from neox_rl.engines.registry import build_engine
 from tests.invariance.engine_batches import VOCAB, loss_fn, sequences, split
 
 LR = 3e-3
 
 
-def build(case: dict[str, Any], out: Path, number: int = 0) -> MegatronCoreEngine:
+def build(case: dict[str, Any], out: Path, number: int = 0) -> RankEngine:
     """Rank 0 takes a port at the moment of use and tells the others: one reserved earlier is taken by somebody else by then."""
     notice = out / f"port{number}"
     if os.environ["RANK"] == "0":
@@ -38,30 +40,33 @@ def build(case: dict[str, Any], out: Path, number: int = 0) -> MegatronCoreEngin
         assert time.monotonic() < deadline, f"rank 0 did not write {notice}"
         time.sleep(0.02)
     os.environ["MASTER_PORT"] = notice.read_text()
-    return MegatronCoreEngine(RunConfig(NeoXConfig(**case["neox"])), VOCAB)
+    config = RunConfig(NeoXConfig(**case["neox"]), MetaRLConfig(engine=case.get("engine", "megatron-core")))
+    engine = build_engine(config, VOCAB)
+    assert isinstance(engine, RankEngine)
+    return engine
 
 
-def own_microbatches(engine: MegatronCoreEngine, case: dict[str, Any], step: int) -> list[Any]:
+def own_microbatches(engine: RankEngine, case: dict[str, Any], step: int) -> list[Any]:
     dp = engine.topology.dp
     return split(sequences(step), dp * case.get("accumulate", 1))[engine.topology.dp_rank :: dp]
 
 
-def logits(engine: MegatronCoreEngine) -> torch.Tensor | None:
+def logits(engine: RankEngine) -> torch.Tensor | None:
     """Full logits [T, vocab] of all sequences in one pack, on the last stage."""
     found: list[torch.Tensor] = []
 
-    def keep(values: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    def keep(values: torch.Tensor, *_: Any) -> torch.Tensor:
         parts = [torch.empty_like(values) for _ in range(engine.topology.tp)]
         dist.all_gather(parts, values.contiguous(), group=engine._world.tp)
         found.append(torch.cat(parts, -1)[:, :VOCAB])
-        return values.sum(), torch.zeros((), dtype=torch.int), {}
+        return values.sum()
 
     with torch.no_grad():
-        engine._schedule(split(sequences(), 1), keep, forward_only=True)
+        engine._forward(split(sequences(), 1), keep)
     return found[0] if found else None
 
 
-def train(engine: MegatronCoreEngine, case: dict[str, Any], steps: range) -> list[list[float]]:
+def train(engine: RankEngine, case: dict[str, Any], steps: range) -> list[list[float]]:
     reports = [engine.step(own_microbatches(engine, case, step), loss_fn, LR) for step in steps]
     return [[r.loss, r.grad_norm, r.metrics["entropy"], r.metrics["logprob"], r.tokens] for r in reports]
 

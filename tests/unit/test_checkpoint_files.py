@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from neox_rl.engines import mcore_state
+from neox_rl.engines import checkpoint_files, mcore_state
 from neox_rl.errors import WeightError
 
 
@@ -23,12 +23,12 @@ def save(directory: Path, step: int, label: str = "first") -> Path:
     temporary = directory / f"{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    mcore_state.publish(temporary, final, {"label": label})
+    checkpoint_files.publish(temporary, final, {"label": label})
     return final
 
 
 def label(directory: Path) -> str:
-    meta = json.loads((mcore_state.find(directory) / "meta.json").read_text())
+    meta = json.loads((checkpoint_files.find(directory) / "meta.json").read_text())
     return str(meta["label"])
 
 
@@ -55,7 +55,7 @@ def test_a_crash_anywhere_in_saving_a_step_again_leaves_a_whole_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", crashing(Path.rename))
-        patch.setattr(mcore_state.os, "fsync", crashing(mcore_state.os.fsync))
+        patch.setattr(checkpoint_files.os, "fsync", crashing(checkpoint_files.os.fsync))
         with pytest.raises(CrashError):
             save(tmp_path, 4, "again")
     assert label(tmp_path) in ("first", "again")
@@ -71,27 +71,27 @@ def test_nothing_is_deleted_while_the_replaced_one_is_the_only_one(tmp_path: Pat
         patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(CrashError))
         with pytest.raises(CrashError):
             save(tmp_path, 4, "again")
-    assert mcore_state.find(tmp_path) == tmp_path / "step000004.old"
+    assert checkpoint_files.find(tmp_path) == tmp_path / "step000004.old"
 
 
 def test_a_step_whose_pointer_was_never_written_is_found_under_its_old_name_too(tmp_path: Path) -> None:
     final = save(tmp_path, 4)
     (tmp_path / "latest").unlink()
     final.rename(tmp_path / "step000004.old")
-    assert mcore_state.find(tmp_path) == tmp_path / "step000004.old"
+    assert checkpoint_files.find(tmp_path) == tmp_path / "step000004.old"
 
 
 def test_what_killed_saves_left_goes_once_a_newer_one_is_whole(tmp_path: Path) -> None:
     for name in ("step000003.tmp", "step000002.old", "kept.old"):
         (tmp_path / name).mkdir()
     save(tmp_path, 4)
-    mcore_state.tidy(tmp_path)
+    checkpoint_files.tidy(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"latest", "step000004", "kept.old"}
 
 
 KILLED = """
 import itertools, pathlib, shutil, sys, torch
-from neox_rl.engines import mcore_state
+from neox_rl.engines import checkpoint_files, mcore_state
 root = pathlib.Path(sys.argv[1])
 print("saving", flush=True)
 for step in itertools.count(1):
@@ -101,9 +101,9 @@ for step in itertools.count(1):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         mcore_state.write_rank(temporary, 0, {"step": torch.full((1000,), step)})
-        mcore_state.publish(temporary, final, {"step": step})
-        mcore_state.tidy(root)
-        mcore_state.prune(final, 2)
+        checkpoint_files.publish(temporary, final, {"step": step})
+        checkpoint_files.tidy(root)
+        checkpoint_files.prune(final, 2)
         print(step, flush=True)
 """
 
@@ -120,7 +120,7 @@ def test_kill_9_at_any_moment_of_saving_leaves_the_newest_whole_checkpoint(tmp_p
         said = [int(line) for line in process.stdout.read().split()] or [1]
         process.wait(10.0)
         process.stdout.close()
-        found = mcore_state.find(root)
+        found = checkpoint_files.find(root)
         meta, state = json.loads((found / "meta.json").read_text()), mcore_state.read_rank(found, 0)
         assert meta["step"] in (said[-1], said[-1] + 1) and state["step"].eq(meta["step"]).all()
 
@@ -129,21 +129,21 @@ def test_the_pointer_decides_and_without_it_the_newest_whole_one(tmp_path: Path)
     newest, pointed = save(tmp_path, 10_000_000), save(tmp_path, 9)
     (tmp_path / "step99999999.tmp").mkdir()
     (tmp_path / "step99999999").mkdir()
-    assert mcore_state.find(tmp_path) == pointed
-    assert mcore_state.find(newest) == newest
+    assert checkpoint_files.find(tmp_path) == pointed
+    assert checkpoint_files.find(newest) == newest
     for spoil in (lambda: (tmp_path / "latest").write_text(""), (tmp_path / "latest").unlink):
         spoil()
-        assert mcore_state.find(tmp_path) == newest
+        assert checkpoint_files.find(tmp_path) == newest
 
 
 def test_what_was_cut_short_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "step000003.tmp").mkdir()
     (tmp_path / "step000003.tmp" / "meta.json").write_text("{}")
     with pytest.raises(WeightError, match=r"neither a checkpoint \(meta.json\) nor a file 'latest'"):
-        mcore_state.find(tmp_path)
+        checkpoint_files.find(tmp_path)
     (tmp_path / "latest").write_text("step000003\n")
     with pytest.raises(WeightError, match="names step000003, which is no checkpoint"):
-        mcore_state.find(tmp_path)
+        checkpoint_files.find(tmp_path)
 
 
 @pytest.mark.parametrize(("keep", "left"), [(0, [1, 2, 3, 8, 5]), (1, [5]), (2, [8, 5]), (3, [3, 8, 5]), (9, [1, 2, 3, 8, 5])])
@@ -152,6 +152,6 @@ def test_the_newest_and_the_highest_steps_are_kept(tmp_path: Path, keep: int, le
     for step in (1, 2, 3, 8, 5):
         newest = save(tmp_path, step)
     (tmp_path / "notes").mkdir()
-    mcore_state.prune(newest, keep)
+    checkpoint_files.prune(newest, keep)
     assert {path.name for path in tmp_path.iterdir()} == {"latest", "notes", *(f"step{step:06d}" for step in left)}
-    assert mcore_state.find(tmp_path) == newest
+    assert checkpoint_files.find(tmp_path) == newest

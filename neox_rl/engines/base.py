@@ -1,0 +1,217 @@
+"""What every engine over torch.distributed does alike; a framework adds how it builds, schedules, steps and saves.
+
+step:  micro-batches -> the framework's schedule -> logits [T, V/tp] on the last stage -> log-probs, entropy -> loss function
+       -> gradients summed over micro-batches and DP ranks -> optimizer -> report, equal on every rank
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from neox_rl.batch.types import MicroBatch
+from neox_rl.config.derived import hf_config
+from neox_rl.config.run import RunConfig
+from neox_rl.engines.hf_files import check_config, hf_reader, write_hf
+from neox_rl.engines.model_shape import ModelShape, model_shape
+from neox_rl.engines.port import LossFn, Policy, StepReport, Topology
+from neox_rl.engines.weight_parts import WeightParts, World
+from neox_rl.errors import NeoxRLError
+from neox_rl.loss.metrics import is_max
+from neox_rl.loss.vocab_parallel import token_logprobs_and_entropy
+from neox_rl.types import Json
+
+_COUNTED = ("loss", "tokens")
+OnLogits = Callable[[Tensor, MicroBatch, Tensor], Tensor]
+"""(logits [T, V/tp], micro-batch, targets [T]) -> a scalar to take the gradient of. Called on the last stage, once a micro-batch."""
+
+
+class RankEngine(ABC):
+    """:class:`neox_rl.engines.port.Engine` but for ``save``, ``load`` and ``close``. A subclass sets ``_world`` and ``_parts``."""
+
+    _world: World
+    _parts: WeightParts
+
+    def __init__(self, config: RunConfig, vocab_size: int) -> None:
+        self.shape: ModelShape = model_shape(config, vocab_size)
+        self._config, self._neox = config, config.neox
+        self._dtype = torch.bfloat16 if config.neox.precision == "bfloat16" else torch.float32
+        self._steps = 0
+        self._reference: list[Tensor] | None = None
+
+    @abstractmethod
+    def _train(self, microbatches: Sequence[MicroBatch], on_logits: OnLogits, lr: float) -> float:
+        """One optimizer step on the sum of what ``on_logits`` returns, over micro-batches and DP ranks; the norm before clipping."""
+
+    @abstractmethod
+    def _forward(self, microbatches: Sequence[MicroBatch], on_logits: OnLogits) -> None:
+        """The same without gradient: ``on_logits`` is called in the order of the micro-batches, and its value is not used."""
+
+    @abstractmethod
+    def _weights_changed(self) -> None:
+        """Starts the optimizer anew: its main weights and moments are the old model's."""
+
+    @property
+    def topology(self) -> Topology:
+        return self._world.topology
+
+    @property
+    def _last(self) -> bool:
+        return self.topology.pp_rank == self.topology.pp - 1
+
+    def step(self, microbatches: Sequence[MicroBatch], loss_fn: LossFn, lr: float, temperature: float = 1.0) -> StepReport:
+        sums: dict[str, Tensor] = {}
+
+        def loss(logits: Tensor, batch: MicroBatch, targets: Tensor) -> Tensor:
+            value, metrics = loss_fn(*self._logprobs(logits, targets, temperature), batch)
+            counted = {
+                "loss": value,
+                "tokens": torch.tensor(np.count_nonzero(batch.loss_weight)),
+                **{f"metric.{k}": v for k, v in metrics.items()},
+            }
+            for name, term in counted.items():
+                found = term.detach().to(self._world.device, torch.float64)
+                sums[name] = found if name not in sums else sums[name].maximum(found) if is_max(name) else sums[name] + found
+            return value
+
+        self._check_lengths(microbatches)
+        grad_norm = self._train(microbatches, loss, lr)
+        totals = self._reduce(sums)
+        if not (math.isfinite(grad_norm) and math.isfinite(totals["loss"])):
+            what = f"optimizer step {self._steps + 1}: loss {totals['loss']}, gradient norm {grad_norm}, learning rate {lr}"
+            raise NeoxRLError(
+                f"{what}; the weights are spoiled: resume from the last checkpoint with a lower learning rate or more clipping"
+            )
+        self._steps += 1
+        metrics = {name.removeprefix("metric."): value for name, value in totals.items() if name not in _COUNTED}
+        return StepReport(totals["loss"], grad_norm, lr, int(totals["tokens"]), metrics)
+
+    def logprobs(
+        self, microbatches: Sequence[MicroBatch], which: Policy = "current", temperature: float = 1.0
+    ) -> list[NDArray[np.float32]]:
+        found: list[Tensor] = []
+
+        def keep(logits: Tensor, batch: MicroBatch, targets: Tensor) -> Tensor:
+            values, _ = self._logprobs(logits, targets, temperature)
+            found.append(values.float())
+            return values.sum()
+
+        self._check_lengths(microbatches)
+        with torch.no_grad(), self._weights(which):
+            self._forward(microbatches, keep)
+        world = self._world
+        result = torch.stack(found) if self._last else torch.empty(len(microbatches), len(microbatches[0]), device=world.device)
+        if world.topology.pp > 1:
+            dist.broadcast(result, group=world.pp, group_src=world.topology.pp - 1)
+        return list(result.cpu().numpy())
+
+    def _logprobs(self, logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        top = self.topology
+        return token_logprobs_and_entropy(
+            logits,
+            targets,
+            vocab_start=top.tp_rank * logits.shape[-1],
+            valid_vocab=self.shape.vocab,
+            group=self._world.tp if top.tp > 1 else None,
+            temperature=temperature,
+        )
+
+    def _check_lengths(self, microbatches: Sequence[MicroBatch]) -> None:
+        sizes = sorted({len(batch) for batch in microbatches})
+        if len(sizes) != 1 or sizes[0] % self.topology.tp:
+            raise ValueError(
+                f"micro-batch lengths {sizes}: a step needs at least one, all of one length, a multiple of TP {self.topology.tp}"
+            )
+
+    def _reduce(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """Sums over data-parallel ranks (maxima of what ``is_max`` says), known to every stage. The names come from the last stage."""
+        world, names = self._world, sorted(sums)
+        if world.topology.pp > 1:
+            names = json.loads(broadcast(json.dumps(names).encode() if self._last else None, world.pp, world.topology.pp - 1, world.device))
+        values = (
+            torch.stack([sums[name] for name in names]) if self._last else torch.empty(len(names), dtype=torch.float64, device=world.device)
+        )
+        if self._last:
+            largest, most = values.clone(), torch.tensor([is_max(name) for name in names], device=world.device)
+            dist.all_reduce(values, group=world.dp)
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=world.dp)
+            values = torch.where(most, largest, values)
+        if world.topology.pp > 1:
+            dist.broadcast(values, group=world.pp, group_src=world.topology.pp - 1)
+        return dict(zip(names, values.tolist(), strict=True))
+
+    # Weights
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        return self._parts.gathered()
+
+    def hf_config(self) -> dict[str, Json]:
+        return hf_config(self._config, self.shape.vocab)
+
+    def load_hf(self, directory: Path) -> None:
+        check_config(directory, self.hf_config())
+        with hf_reader(directory) as read:
+            self._set_weights(read)
+
+    def save_hf(self, directory: Path) -> None:
+        tensors = dict(self.named_tensors())
+        if self.topology.rank == 0:
+            write_hf(directory, tensors, self.hf_config())
+        self.barrier()
+
+    def _set_weights(self, read: Callable[[str], Tensor]) -> None:
+        self._parts.fill(read)
+        self._weights_changed()
+
+    def _set_initial_weights(self) -> None:
+        self._set_weights(lambda name: self.shape.initial(name, self._config.metarl.seed))
+
+    def set_reference(self) -> None:
+        self._reference = [parameter.detach().clone() for parameter in self._parts.parameters]
+
+    @contextmanager
+    def _weights(self, which: Policy) -> Iterator[None]:
+        """Exchanges the parameters' storage for the reference policy's while the block runs."""
+        if which == "current":
+            yield
+            return
+        if self._reference is None:
+            raise NeoxRLError("there is no reference policy: call set_reference() first (objective.kl_coef is 0 where none is kept)")
+        current = [parameter.data for parameter in self._parts.parameters]
+        try:
+            for parameter, frozen in zip(self._parts.parameters, self._reference, strict=True):
+                parameter.data = frozen
+            yield
+        finally:
+            for parameter, data in zip(self._parts.parameters, current, strict=True):
+                parameter.data = data
+
+    # Control
+
+    def broadcast_bytes(self, data: bytes | None) -> bytes:
+        return broadcast(data if self.topology.rank == 0 else None, self._world.control, 0, torch.device("cpu"))
+
+    def barrier(self) -> None:
+        dist.barrier(group=self._world.control)
+
+
+def broadcast(data: bytes | None, group: dist.ProcessGroup, source: int, device: torch.device) -> bytes:
+    """The bytes of the group's rank ``source`` (``data`` is None on the others) on every rank: their number, then themselves."""
+    size = torch.tensor([0 if data is None else len(data)], device=device)
+    dist.broadcast(size, group=group, group_src=source)
+    buffer = torch.empty(int(size), dtype=torch.uint8, device=device)
+    if data:
+        buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    if buffer.numel():
+        dist.broadcast(buffer, group=group, group_src=source)
+    return buffer.cpu().numpy().tobytes()
