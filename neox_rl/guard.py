@@ -76,7 +76,17 @@ def stop(process: subprocess.Popen[bytes], deadline_s: float) -> int:
             process.send_signal(number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(wait_s)
-    return process.wait(_KILL_S)
+    status = process.wait(_KILL_S)
+    _end_session(process.pid)
+    return status
+
+
+def _end_session(leader: int) -> None:
+    """A guardian that was killed itself could end nobody but its child: who is left in its session goes now."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            if int(path.read_text().rpartition(")")[2].split()[3]) == leader:
+                os.kill(int(path.parent.name), signal.SIGKILL)
 
 
 def died(name: str, process: GuardedProcess, why: str = "", doing: str = "") -> ProcessDiedError:

@@ -171,6 +171,7 @@ class Agent:
         if self.restarts > MAX_RESTARTS:
             raise died(f"the server {self.name}, started again {MAX_RESTARTS} times,", self.process)
         logger.warning("%s", str(died(self.name, self.process)).splitlines()[0])
+        stop(self.process, 0.0)  # what a killed guardian left
         self._start(spec, welcome)
 
     async def _leave(self, reason: str, drain_s: float) -> None:

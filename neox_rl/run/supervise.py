@@ -205,7 +205,7 @@ class Supervisor:
         if status is None:
             if name == RANKS:
                 self._watch.ask_for_tracebacks(process.pid)
-            stop(process, AT_ONCE_S)
+        stop(process, AT_ONCE_S)  # also of one that has ended: a guardian that was killed leaves somebody
         said = died(name, process, why, doing)
         self.events.instant("died", process=name, why=why, doing=doing)
         decision = self._recovery.fell(name, self._now, status, self._watch.others_serve(self._programs))

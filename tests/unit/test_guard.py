@@ -118,11 +118,12 @@ def test_when_the_program_is_killed_its_children_go_too(family: GuardedProcess, 
 
 def test_when_the_guardian_is_killed_the_program_goes_too(family: GuardedProcess, log: Path) -> None:
     program = pids(log)[0]
-    others = pids(log)[1:]
+    child, daemon = pids(log)[1:]
     os.kill(family.pid, signal.SIGKILL)
     wait_for(lambda: not alive([program]))
-    for pid in others:  # nobody is left to find them: the one gap, and two kill -9 wide
-        os.kill(pid, signal.SIGKILL)
+    stop(family, 0.0)
+    wait_for(lambda: not alive([child]))  # whoever started the guardian ends the rest of its session
+    os.kill(daemon, signal.SIGKILL)  # in a session of its own nobody is left to find it: the one gap, and two kill -9 wide
 
 
 @pytest.mark.parametrize("forked", [False, True], ids=["alone", "with a forked child that keeps the pipe open"])
