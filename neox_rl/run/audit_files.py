@@ -1,0 +1,108 @@
+"""Reads what a run has left and hands it to the audit: journal, events of servers, metrics, checkpoints, summary."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from neox_rl.config.load import load_resolved
+from neox_rl.errors import ConfigError
+from neox_rl.queue.history import fold
+from neox_rl.queue.journal import read_journal
+from neox_rl.run.audit import Audit, Rule
+from neox_rl.telemetry.events import read_events
+from neox_rl.telemetry.jsonl import read_json, read_jsonl
+from neox_rl.telemetry.paths import RunPaths
+
+META = "meta.json"
+"""Of a checkpoint: written last, so that one without it is none."""
+SERVER_EVENTS = ("serving", "staged")
+
+
+@dataclass
+class Audited:
+    """``damage``: words about what of the journal could not be read; ``open``: tickets that are in hand, of a run that is not done."""
+
+    audit: Audit
+    finished: bool
+    damage: list[str]
+    open: list[int]
+
+
+def audit_run(paths: RunPaths) -> Audited:
+    """Raises ConfigError for a directory that is no run, or has no journal."""
+    if not paths.config.is_file():
+        raise ConfigError(f"{paths.root}: is no run directory, it has no config.yml")
+    config = load_resolved(paths.config)
+    if config.metarl.debug.mode == "train_only":
+        raise ConfigError(f"{paths.root}: trained on recorded batches (debug.mode train_only), which has no journal to audit")
+    reading = read_journal(paths.journal)
+    if not reading.records:
+        raise ConfigError(f"{paths.journal}: holds no record: the run did not get far enough, or its journal was moved away")
+    damaged = reading.lost > 0 or any(not damage.torn for damage in reading.damage)
+    audit = Audit(Rule.of(config), damaged)
+    for record in reading.records:
+        audit.apply(record)
+    summary = _object(paths.summary)
+    finished = summary.get("phase") == "done" and _object(paths.status).get("message") != "stopped by the user"
+    for event in read_events(paths.events):
+        if event.name in SERVER_EVENTS and event.kind == "instant":
+            said = event.fields
+            audit.served(
+                event.process, str(said.get("incarnation", "")), int(said.get("version", -1)), str(said.get("digest", "")), event.t_ns
+            )
+    rows = read_jsonl(paths.metrics)
+    _rows(audit, rows, finished)
+    _checkpoints(audit, Path(config.neox.save) if config.neox.save else paths.checkpoints)
+    if summary:
+        _summary(audit, summary, rows, finished)
+    if finished:
+        audit.expect("summary", "tokens_generated", summary.get("tokens_generated"), fold(reading.records).tally.tokens_generated)
+    audit.close(finished)
+    return Audited(audit, finished, reading.words(), audit.open_tickets())
+
+
+def _rows(audit: Audit, rows: list[dict[str, Any]], finished: bool) -> None:
+    """Each step has one row, in order; the last one may still be on its way."""
+    by_phase: dict[str, list[int]] = {"sft": [], "rl": []}
+    for row in rows:
+        by_phase.setdefault(str(row.get("phase")), []).append(int(row.get("step", -1)))
+        if row.get("phase") == "rl":
+            audit.reported(int(row["step"]), row)
+    for phase, taken in (("sft", audit.sft_step), ("rl", audit.last)):
+        steps = by_phase[phase]
+        audit.expect("metrics", f"the order of the {phase} rows", steps == list(range(1, len(steps) + 1)), True)
+        last = steps[-1] if steps else 0
+        if finished or not taken - 1 <= last <= taken:
+            audit.expect("metrics", f"the last {phase} step with a row", last, taken)
+
+
+def _checkpoints(audit: Audit, directory: Path) -> None:
+    for path in sorted(directory.glob(f"*/{META}")):
+        state = _object(path).get("client_state") or {}
+        feed = state.get("feed") or {}
+        audit.saved(path.parent.name, int(state.get("rl_step", 0)), feed.get("queue") if isinstance(feed, dict) else None)
+
+
+def _summary(audit: Audit, summary: dict[str, Any], rows: list[dict[str, Any]], finished: bool) -> None:
+    rl = [row for row in rows if row.get("phase") == "rl"]
+    for key in ("rollouts_dropped", "rollouts_trained_twice"):
+        if summary.get(key) is not None:
+            audit.expect("summary", key, summary[key], 0)
+    if finished:
+        audit.expect("summary", "steps", summary.get("steps"), audit.last)
+    for key in ("tokens_trained", "tokens_masked_stale"):
+        if summary.get(key) is not None:
+            audit.expect("summary", key, summary[key], sum(row.get(key) or 0 for row in rl))
+    if rl and summary.get("max_staleness_seen") is not None:
+        audit.expect("summary", "max_staleness_seen", summary["max_staleness_seen"], max(row.get("staleness_max") or 0 for row in rl))
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """Raises ConfigError for a file that is there and holds no JSON object."""
+    try:
+        return read_json(path)
+    except (OSError, json.JSONDecodeError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error

@@ -1,0 +1,58 @@
+"""Did a run keep its rules? Checks what it wrote down, journal, events, metrics and checkpoints against one another.
+
+    python tools/audit.py runs/metarl
+
+Prints a line a check, and each violation with the tickets, steps, versions and servers that it concerns. Exit status 1: a violation. 2: the
+directory cannot be read as a run. What could not be checked, because a record is gone, is said, and is no violation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from neox_rl.errors import ConfigError
+from neox_rl.run.audit import names, table
+from neox_rl.run.audit_files import Audited, audit_run
+from neox_rl.telemetry.paths import RunPaths
+
+MAX_SHOWN = 20
+
+
+def report(found: Audited) -> str:
+    """For a person: the checks, then what is wrong, then what is not known."""
+    audit = found.audit
+    lines = [f"{'check':<12} {'checked':>9}  result", *table(audit.results), ""]
+    again = f"; {audit.num_undone} steps were undone and {audit.num_repeated} done again with the same groups" if audit.num_undone else ""
+    lines.append(f"{audit.sft_step} warm start and {audit.last} RL steps, {len(audit.sessions) - 1} trainers{again}")
+    if not found.finished:
+        lines.append(f"the run is not done: {len(found.open)} tickets are open" + (f": {names(found.open)}" if found.open else ""))
+    for title, words in (
+        ("journal", found.damage),
+        ("VIOLATION", audit.violations),
+        ("not checked", [f"{check}: {gap}" for check, result in audit.results.items() for gap in result.gaps]),
+    ):
+        lines += [f"{title}: {word}" for word in words[:MAX_SHOWN]]
+        lines += [f"{title}: and {len(words) - MAX_SHOWN} more"] * (len(words) > MAX_SHOWN)
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="tools/audit.py", description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("run", type=Path, help="run directory")
+    try:
+        found = audit_run(RunPaths.of(parser.parse_args(argv).run))
+    except ConfigError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    print(report(found))
+    return 1 if found.audit.violations else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
