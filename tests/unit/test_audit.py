@@ -1,0 +1,352 @@
+"""The audit: a run that kept its rules passes, every way to break one is found and named; with records gone; from the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from neox_rl.config.dump import dump
+from neox_rl.errors import StalenessError
+from neox_rl.queue.book import Book
+from neox_rl.queue.journal import LEDGER, open_journal
+from neox_rl.queue.records import Record, payload_of
+from neox_rl.run.audit import CHECKS, Audit, Rule
+from neox_rl.run.live_audit import LiveAudit
+from neox_rl.run.members import Member, State
+from neox_rl.telemetry.events import EventLog, read_events
+from tests.unit.small_run import small_config, small_paths
+from tools.audit import main
+
+RULE = Rule(groups_per_step=2, admission_slack=1, delivery_slack=1, mode="token", stale_tokens="mask", num_steps=4)
+BATCHES = {1: (0, 1), 2: (2, 4), 3: (5, 6), 4: (3, 7)}
+OLD = 4
+"""Tokens of v0 in step 4: one step beyond the bound, so that they are masked. Their rollout was written slowly, over three versions."""
+
+
+@dataclass
+class Run:
+    """What a run wrote. Steps 3 and 4 are done twice: the ranks died after step 4, their checkpoint was after step 2."""
+
+    records: list[dict[str, Any]]
+    rows: dict[int, dict[str, Any]] = field(default_factory=dict)
+    served: list[tuple[str, str, int, str]] = field(default_factory=list)
+    saved: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def of(self, kind: str, step: int) -> dict[str, Any]:
+        """The last record of this kind about this step or version."""
+        return next(
+            r for r in reversed(self.records) if r["kind"] == kind and r.get("phase") != "sft" and step in (r.get("step"), r.get("version"))
+        )
+
+    def drop(self, record: dict[str, Any]) -> None:
+        """This very record, not an equal one of the timeline before."""
+        self.records = [r for r in self.records if r is not record]
+
+    def audit(self, damaged: bool = False, finished: bool = True) -> Audit:
+        audit = Audit(RULE, damaged)
+        for seq, row in enumerate(self.records):
+            audit.apply(Record(seq, row["kind"], {key: value for key, value in row.items() if key != "kind"}))
+        for server in self.served:
+            audit.served(*server)
+        for step, row in self.rows.items():
+            audit.reported(step, row)
+        for step, queue in self.saved.items():
+            audit.saved(f"step{step}", step, queue)
+        audit.close(finished)
+        return audit
+
+
+def queue_after(step: int) -> dict[str, Any]:
+    """Two steps of tickets are issued ahead."""
+    trained = {ticket for s in range(1, step + 1) for ticket in BATCHES[s]}
+    fresh = min(8, 2 * step + 4)
+    return {"step": step, "fresh": fresh, "open": sorted(set(range(fresh)) - trained)}
+
+
+def versions_of(step: int) -> list[dict[str, int]]:
+    newest = {str(step - 1): 10}
+    return [{"0": OLD, "2": 5, "3": 6}, newest] if step == 4 else [newest, newest]
+
+
+def good() -> Run:
+    run = Run([{"kind": "opened", "attempt": 1, "pid": 1, "time": 1.0, "rule": RULE.json()}])
+
+    def session(attempt: int, rl_step: int) -> None:
+        run.records.append(
+            {"kind": "session", "session": "s", "attempt": attempt, "sft_step": 1, "rl_step": rl_step, "time": float(attempt), "state": {}}
+        )
+        publish(rl_step)
+
+    def publish(version: int) -> None:
+        run.records.append({"kind": "published", "version": version, "digest": f"d{version}"})
+        run.records.append({"kind": "live", "version": version, "digest": f"d{version}"})
+
+    def take(step: int) -> None:
+        versions = versions_of(step)
+        made = {version: [f"d{version}"] for row in versions for version in row}
+        taken = {"kind": "taken", "phase": "rl", "step": step, "tickets": list(BATCHES[step]), "versions": versions, "made": made}
+        run.records.append(taken | {"state": {"queue": queue_after(step)}})
+        publish(step)
+
+    session(1, 0)
+    run.records.append({"kind": "taken", "phase": "sft", "step": 1, "draws": 0, "ticket": 0, "state": {}})
+    for step in (1, 2, 3, 4):
+        take(step)
+    session(2, 2)
+    for step in (3, 4):
+        take(step)
+    for step in BATCHES:
+        ages: dict[str, int] = {}
+        for row in versions_of(step):
+            for version, tokens in row.items():
+                ages[str(step - 1 - int(version))] = ages.get(str(step - 1 - int(version)), 0) + tokens
+        old, total = (OLD if step == 4 else 0), sum(ages.values())
+        run.rows[step] = {"staleness_hist": ages, "tokens_masked_stale": old, "tokens_trained": total - old, "staleness_max": 1}
+    run.served = [("server-0", "server-0@a.1", version, f"d{version}") for version in range(5)]
+    run.served += [("server-0", "server-0@b.1", version, f"d{version}") for version in (2, 3, 4)]
+    run.saved = {0: queue_after(0), 2: queue_after(2), 4: queue_after(4)}
+    return run
+
+
+def second_trainer(run: Run) -> int:
+    return next(i for i, r in enumerate(run.records) if r["kind"] == "session" and r["rl_step"] == 2)
+
+
+def test_a_run_that_kept_its_rules_passes_and_every_check_has_looked() -> None:
+    audit = good().audit()
+    assert audit.violations == [] and not any(result.gaps for result in audit.results.values())
+    assert {check for check in CHECKS if audit.results[check].checked == 0} == {"summary"}
+    assert (audit.num_undone, audit.num_repeated, audit.last, audit.open_tickets()) == (2, 2, 4, [])
+
+
+def put(record: dict[str, Any], **changes: Any) -> None:
+    record |= changes
+
+
+def take_again(run: Run) -> None:
+    put(run.of("taken", 4), tickets=[3, 5])
+
+
+BROKEN: dict[str, tuple[str, Callable[[Run], None], str]] = {
+    "old tokens got gradient": ("bound", lambda r: put(r.rows[4], tokens_masked_stale=0, tokens_trained=25), "step 4: 4 of 25 tokens"),
+    "one old token too many got gradient": ("bound", lambda r: put(r.rows[4], tokens_masked_stale=OLD - 1), "3 masked"),
+    "the trainer says so itself": ("bound", lambda r: put(r.rows[2], staleness_max=3), "a token 3 steps old was trained, S = 2"),
+    "strict: an old token": (
+        "bound",
+        lambda r: put(r.records[0], rule=replace(RULE, mode="strict").json()),
+        "g000003, step 4: 4 tokens of v0 are 3 steps old",
+    ),
+    "a version before the admission": (
+        "admission",
+        lambda r: put(r.of("taken", 4), versions=[{"3": 15}, {"0": 10}]),
+        "g000007, step 4: 10 tokens of v0",
+    ),
+    "a version that was not there yet": (
+        "admission",
+        lambda r: put(r.of("taken", 3), versions=[{"3": 10}, {"2": 10}]),
+        "g000005, step 3: 10 tokens of v3",
+    ),
+    "trained twice": ("once", take_again, "g000005 was trained by step 3 and again by step 4"),
+    "never trained": ("once", take_again, "never trained: g000007"),
+    "of no run": ("once", lambda r: put(r.of("taken", 4), tickets=[3, 8]), "g000008 was trained by step 4: no ticket of this run"),
+    "lost on the way": ("once", lambda r: r.of("taken", 3)["state"]["queue"]["open"].remove(7), "neither open nor trained: g000007"),
+    "trained and open": ("once", lambda r: r.of("taken", 3)["state"]["queue"]["open"].append(5), "and trained already: g000005"),
+    "a step without a record": ("steps", lambda r: r.drop(r.of("taken", 3)), "step 4 took its batch after step 2"),
+    "a step twice": ("steps", lambda r: r.records.append(deepcopy(r.of("taken", 4))), "step 4 took its batch after step 4"),
+    "an undone step is not done again": ("steps", lambda r: r.drop(r.of("taken", 4)), "3 of 4 steps took a batch"),
+    "of an undone policy": (
+        "policy",
+        lambda r: put(r.of("taken", 4), made={"3": ["other"]}),
+        "tokens of v3 by weights ['other'], published was d3",
+    ),
+    "of two policies of one number": ("policy", lambda r: put(r.of("taken", 4), made={"3": ["d3", "x"]}), "tokens of v3 by weights"),
+    "of nobody's policy": ("policy", lambda r: put(r.of("taken", 2), made={"9": ["d9"]}), "tokens of v9, which nobody published"),
+    "other weights on a server": (
+        "digests",
+        lambda r: r.served.append(("server-1", "s@1", 4, "bad")),
+        "server-1 (s@1) serves v4 with digest bad",
+    ),
+    "live with other weights": ("digests", lambda r: put(r.of("live", 4), digest="bad"), "live is v4 with digest bad, published was d4"),
+    "a version made twice": (
+        "digests",
+        lambda r: r.records.append(r.of("published", 4) | {"digest": "x"}),
+        "v4 was published twice by one trainer",
+    ),
+    "a version before its step": (
+        "digests",
+        lambda r: r.records.append({"kind": "published", "version": 7, "digest": "x"}),
+        "v7 was published after 4",
+    ),
+    "back within one life": ("versions", lambda r: r.served.append(("server-0", "server-0@b.1", 3, "d3")), "went back from v4 to v3"),
+    "a checkpoint of another queue": (
+        "checkpoints",
+        lambda r: r.saved[2]["open"].remove(3),
+        "step2 and the journal disagree on what was trained: g000003",
+    ),
+    "a checkpoint after the end": (
+        "checkpoints",
+        lambda r: r.saved.update({6: queue_after(4)}),
+        "step6 and the journal",
+    ),
+    "the trainer saw other tokens": (
+        "metrics",
+        lambda r: put(r.rows[1], staleness_hist={"0": 19}),
+        "step 1: the trainer saw tokens of ages {0: 19}",
+    ),
+    "a row without a step": (
+        "metrics",
+        lambda r: r.rows.update({5: r.rows[1]}),
+        "step 5 has metrics, but took no batch",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_every_way_to_break_a_rule_is_found_and_named(how: str) -> None:
+    check, break_it, words = BROKEN[how]
+    run = good()
+    break_it(run)
+    found = run.audit().results[check].violations
+    assert any(words in violation for violation in found), found
+
+
+def test_a_figure_of_the_summary_that_is_not_the_journals_is_named() -> None:
+    audit = good().audit()
+    audit.expect("summary", "tokens_generated", 7, 8)
+    assert audit.violations == ["summary: tokens_generated is 7, journal and metrics say 8"]
+
+
+def test_where_records_were_lost_what_they_would_have_said_is_not_known_and_not_called_wrong() -> None:
+    run = good()
+    run.drop(run.of("taken", 3))
+    audit = run.audit(damaged=True)
+    assert audit.violations == []
+    assert any("step 4 took its batch after step 2 (records are lost)" in gap for gap in audit.results["steps"].gaps)
+    assert any("g000005, g000006" in gap for gap in audit.results["once"].gaps)
+
+
+def test_without_the_records_of_a_time_its_state_says_what_was_trained_then() -> None:
+    """The ledger is gone: what remains begins with a state after step 2."""
+    run = good()
+    state = {"kind": "state", "state": {"queue": queue_after(2)}, "steps": {"rl": 2}, "digests": [[v, f"d{v}"] for v in range(3)]}
+    run.records[: second_trainer(run)] = [run.records[0], state]
+    audit = run.audit()
+    assert audit.violations == []
+    assert "steps 1 to 2: what they took is in no record that is there" in audit.results["once"].gaps
+    take_again(run)
+    assert any("g000005 was trained by step 3 and again" in violation for violation in run.audit().violations)
+
+
+def test_each_server_event_is_judged_by_the_timeline_of_its_time() -> None:
+    """v3 was other weights before the rollback than after it."""
+    run = good()
+    for record in run.records[: second_trainer(run)]:
+        if record.get("version") == 3:
+            record["digest"] = "early"
+        if "3" in record.get("made", {}):
+            record["made"]["3"] = ["early"]
+    run.served = []
+    audit = run.audit()
+    audit.served("server-1", "a", 3, "early", t_ns=int(1.5e9))
+    audit.served("server-1", "b", 3, "d3", t_ns=int(2.5e9))
+    assert audit.violations == []
+    audit.served("server-1", "c", 3, "early", t_ns=int(2.5e9))
+    assert [v for v in audit.violations if "serves v3 with digest early" in v]
+
+
+@pytest.mark.parametrize("mode", ["off", "warn", "stop"])
+def test_a_living_run_is_audited_as_the_config_says(tmp_path: Path, mode: str) -> None:
+    config = small_config(tmp_path)
+    config = replace(config, metarl=replace(config.metarl, audit=mode))
+    paths = small_paths(config)
+    events = EventLog(paths.event_log("orchestrator"), "orchestrator")
+    book = Book.open(paths.journal, 0, 0.01, 1.0, RULE.json())
+    live = LiveAudit(config, book, events)
+    member = Member("server-0", "http://x", 1, 0.0, State.SERVING, version=0, digest="d0", incarnation="server-0@a.1")
+    book.add("published", id=1, version=0, digest="d0")
+    live.member(member)
+    with (
+        pytest.raises(StalenessError, match=r"violation: digests: server-0 .* serves v0 with digest bad")
+        if mode == "stop"
+        else nullcontext()
+    ):
+        live.member(replace(member, digest="bad"))
+    book.close()
+    events.close()
+    told = [e.fields["message"] for e in read_events(paths.events) if e.name == "violation"]
+    assert bool(told) is (mode != "off")
+
+
+def test_an_orchestrator_that_takes_over_audits_what_was_before_it(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    config = replace(config, metarl=replace(config.metarl, audit="stop"))
+    events = EventLog(tmp_path / "events.jsonl", "orchestrator")
+    journal, _ = open_journal(tmp_path / "journal", 0.01, 1.0)
+    for row in (*good().records, good().of("taken", 4)):
+        journal.append(payload_of(row["kind"], {key: value for key, value in row.items() if key != "kind"}))
+    journal.close()
+    book = Book.open(tmp_path / "journal", 0, 0.01, 1.0, RULE.json())
+    with pytest.raises(StalenessError, match="step 4 took its batch after step 4"):
+        LiveAudit(config, book, events)
+    book.close()
+    events.close()
+
+
+# --- from the command line
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """The good run on the disk; its checkpoint has put everything but the last records into the ledger."""
+    config = small_config(tmp_path, train_iters=4, rollout={"groups_per_step": 2}, warmstart={"steps": 1})
+    paths = small_paths(config)
+    paths.config.write_text(dump(config))
+    journal, _ = open_journal(paths.journal, 0.01, 1.0)
+    for row in good().records:
+        journal.append(payload_of(row["kind"], {key: value for key, value in row.items() if key != "kind"}))
+    journal.rotate([payload_of("checkpoint", {"id": 1, "sft_step": 1, "rl_step": 4})])
+    journal.close()
+    rows = [{"phase": "sft", "step": 1}, *({"phase": "rl", "step": step, **row} for step, row in good().rows.items())]
+    paths.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    checkpoint = paths.checkpoints / "step000004"
+    checkpoint.mkdir()
+    (checkpoint / "meta.json").write_text(json.dumps({"client_state": {"rl_step": 4, "feed": {"queue": queue_after(4)}}}))
+    return paths.root
+
+
+def test_the_command_passes_a_good_run(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(run_dir)]) == 0
+    said = capsys.readouterr().out
+    assert "2 steps were undone and 2 done again with the same groups" in said and "VIOLA" not in said
+
+
+def test_the_command_names_a_violation_and_fails(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = run_dir / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"tokens_masked_stale": 4', '"tokens_masked_stale": 0'))
+    assert main([str(run_dir)]) == 1
+    assert "VIOLATION: bound: step 4: 4 of 25 tokens are beyond S = 2; 0 masked" in capsys.readouterr().out
+
+
+def test_damage_of_the_journal_is_told_and_is_no_violation(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ledger = run_dir / "journal" / LEDGER
+    data = bytearray(ledger.read_bytes())
+    data[data.index(b'"step":3')] ^= 1
+    ledger.write_bytes(data)
+    assert main([str(run_dir)]) == 0
+    said = capsys.readouterr().out
+    assert f"journal: {LEDGER}: damaged" in said and "not checked: steps: " in said
+
+
+def test_what_is_no_run_is_one_line_and_status_2(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "nothing")]) == 2
+    (run_dir / "summary.json").write_text("[1, 2")
+    assert main([str(run_dir)]) == 2
+    said = capsys.readouterr()
+    assert [line.startswith("error: ") for line in said.err.splitlines()] == [True, True] and said.out == ""
