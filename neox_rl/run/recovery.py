@@ -19,7 +19,7 @@ from neox_rl.errors import GIVES_UP
 from neox_rl.run.processes import ORCHESTRATOR, RANKS
 
 HEALTHY_S = 300.0
-SOON_S = 20.0
+SOON_S = 8.0
 BACKOFF_S = 1.0
 LONGEST_BACKOFF_S = 30.0
 

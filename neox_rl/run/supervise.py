@@ -142,7 +142,7 @@ class Supervisor:
         if not self._up and (RANKS not in self._due) and read_status(self.paths.status).phase != "starting":
             self._up = True
             self._healed(RANKS)
-        if ORCHESTRATOR in self._healing and self._watch.heard_of(ORCHESTRATOR):
+        if ORCHESTRATOR in self._healing and ORCHESTRATOR not in self._due and self._watch.heard_of(ORCHESTRATOR):
             self._healed(ORCHESTRATOR)
         self._check_deadlines()
         time.sleep(POLL_S)
