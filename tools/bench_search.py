@@ -99,6 +99,11 @@ def write_model(directory: Path, args: argparse.Namespace) -> None:
     save_hf(hf, {"eos_token": "</s>", "unk_token": "<unk>", "bos_token": "<s>"}, directory)
 
 
+def max_len(args: argparse.Namespace) -> int:
+    """Room for twice the steps of an attempt."""
+    return int(args.prompt_tokens + 2 * args.steps * args.step_tokens + 64)
+
+
 def problems_of(args: argparse.Namespace, seed: int) -> list[Problem]:
     rng = random.Random(seed)
     prompts = (" ".join(f"w{rng.randrange(3, VOCABULARY)}" for _ in range(args.prompt_tokens)) for _ in range(args.searches))
@@ -124,7 +129,8 @@ async def plain(generator: Generator, tokenizer: DirectoryTokenizer, args: argpa
 
 
 async def searches(generator: Generator, tokenizer: DirectoryTokenizer, args: argparse.Namespace, strategy: str, seed: int) -> None:
-    proposer = PolicyProposer(generator, tokenizer, (), args.step_tokens, cut_steps=True)
+    # Attempts that the random model ends early leave their share of the budget to others, which may come to the end of the context.
+    proposer = PolicyProposer(generator, tokenizer, (), args.step_tokens, max_context=max_len(args), cut_steps=True)
     search = Search(strategy, lambda problem: TextDomain(problem, NoVerdict()), Options(args.width, beam=1), seed)
     budget = Budget(args.rounds * args.steps * args.width)
     jobs = [partial(search.run, problem, proposer, NoValue(), budget) for problem in problems_of(args, seed)]
@@ -168,8 +174,7 @@ def with_server(args: argparse.Namespace) -> None:
         port = probe.getsockname()[1]
         probe.close()
         core = str(min(os.sched_getaffinity(0)))
-        length = args.prompt_tokens + (args.steps + 1) * args.step_tokens + 64
-        spec = ServerSpec("server0", directory / "model", "127.0.0.1", port, "float32", max(length, 512), max_num_seqs=256, cores=core)
+        spec = ServerSpec("server0", directory / "model", "127.0.0.1", port, "float32", max_len(args), max_num_seqs=256, cores=core)
         argv, env = server_command(spec, os.environ)
         argv.remove("--disable-log-stats")  # the hit rate of the prefix cache is among them
         process = guarded_popen(argv, env, directory / "server.log", core_ids(core))
