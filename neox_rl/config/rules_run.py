@@ -55,8 +55,11 @@ def servers_come_from_one_place(config: RunConfig, machine: Machine) -> Iterator
             f"metarl.servers.num_servers = {m.servers.num_servers}: would start servers although addresses names servers that run"
             " elsewhere; set num_servers: 0 or remove addresses"
         )
-    if not m.servers.addresses and not m.servers.num_servers:
-        yield "metarl.servers.num_servers = 0: nobody generates; set num_servers: 1 or give addresses"
+    if not m.servers.addresses and not m.servers.num_servers and not m.network.join_port:
+        yield (
+            "metarl.servers.num_servers = 0: nobody generates; set num_servers: 1, give addresses, or set network.join_port, where servers"
+            " join"
+        )
     for address in m.servers.addresses:
         if not ADDRESS.fullmatch(address):
             yield f"metarl.servers.addresses has {address!r}: must be http://host:port; for example http://10.0.0.4:8000"
@@ -185,6 +188,8 @@ def several_nodes_are_reachable(config: RunConfig, machine: Machine) -> Iterator
     if config_is_local(config):
         return
     why = f"launcher {n.launcher}" + (" with a hostfile" if n.hostfile else "")
+    if n.launcher == "slurm" and not n.hostfile:
+        yield "launcher = slurm: needs to know the hosts of the ranks; give hostfile, lines of HOST slots=RANKS"
     if is_loopback(n.master_addr):
         yield (
             f"master_addr = {n.master_addr}: {why} starts ranks on other nodes, which cannot reach a loopback address; set the address of"

@@ -137,7 +137,7 @@ class ObjectiveConfig:
 class ServersConfig:
     """vLLM server processes."""
 
-    num_servers: int = key(1, "servers that the run starts; others may join it (neox_rl.run.serve)", low=0)
+    num_servers: int = key(1, "servers that the run starts; others may join it (neox_rl.run.serve); 0 with network.join_port: all join", low=0)
     tensor_parallel_size: int = key(1, "TP of each server", low=1)
     addresses: tuple[str, ...] = key(
         (),

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import psutil
+
+from neox_rl.config.network import is_loopback
 from neox_rl.errors import ConfigError
 
 DEFAULT_PORT = 29500
@@ -32,10 +36,12 @@ _SCHEMES: tuple[tuple[str, str, str, str], ...] = (
 def rank_environment(environ: Mapping[str, str], default_master: str = "127.0.0.1") -> RankEnv:
     """The rank named by the environment; a lone process with none of the variables is rank 0 of 1.
 
-    ``default_master`` (the config's ``master_addr``) serves where the launcher sets no MASTER_ADDR. Raises ConfigError when the
+    ``default_master`` (the config's ``master_addr``) serves where the launcher sets no MASTER_ADDR; a loopback one only where Slurm names
+    no address either. Raises ConfigError when the
     variables of one launcher are incomplete or contradict one another.
     """
-    master = environ.get("MASTER_ADDR", "") or environ.get("SLURM_LAUNCH_NODE_IPADDR", "") or default_master
+    configured = "" if is_loopback(default_master) else default_master
+    master = environ.get("MASTER_ADDR", "") or configured or environ.get("SLURM_LAUNCH_NODE_IPADDR", "") or default_master
     port = _integer(environ, "MASTER_PORT", DEFAULT_PORT)
     for launcher, rank_key, local_key, world_key in _SCHEMES:
         if rank_key not in environ:
@@ -62,3 +68,20 @@ def _integer(environ: Mapping[str, str], name: str, default: int) -> int:
         return int(text)
     except ValueError:
         raise ConfigError(f"environment variable {name}={text!r} is not an integer") from None
+
+
+def interface_towards(host: str) -> str:
+    """The network interface of this machine that reaches ``host``; empty where none does, or only loopback.
+
+    gloo and NCCL have to be told: gloo takes the address that this machine's name resolves to, which is often a loopback one or none, and
+    hands it to ranks on other machines.
+    """
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # sends nothing: it only chooses the interface
+            own = str(probe.getsockname()[0])
+    except OSError:
+        return ""
+    if is_loopback(own):
+        return ""
+    return next((name for name, found in psutil.net_if_addrs().items() if any(address.address == own for address in found)), "")

@@ -6,7 +6,7 @@ import random
 import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from neox_rl.config.derived import HF_DTYPES
@@ -128,28 +128,39 @@ def read_endpoints(path: Path) -> Endpoints:
 
 def server_specs(config: RunConfig, endpoints: Endpoints, model_dir: Path, machine: Machine) -> Sequence[ServerSpec]:
     """One spec a server, those that run elsewhere included (of which only name, address and TP size count)."""
-    servers = config.metarl.servers
-    where = place(config, machine)
+    where, any_server = place(config, machine), offered_spec(config, model_dir)
     specs: list[ServerSpec] = []
     for i, address in enumerate(endpoints.servers):
         host, _, port = address.removeprefix("http://").rpartition(":")
         started = i < len(where.servers)
         specs.append(
-            ServerSpec(
+            replace(
+                any_server,
                 name=f"server-{i}",
-                model_dir=model_dir,
                 host=host,
                 port=int(port),
-                dtype=HF_DTYPES[config.neox.precision] if servers.dtype == "auto" else servers.dtype,
-                max_model_len=config.neox.seq_length,
-                max_num_seqs=servers.max_num_seqs,
-                tensor_parallel_size=servers.tensor_parallel_size if config.metarl.rollout.generator == "vllm" else 1,
-                enforce_eager=servers.enforce_eager,
                 seed=(config.metarl.seed + i * SEED_STEP) % SEEDS,
                 cores="|".join(",".join(map(str, rank)) for rank in where.servers[i]) if started else "",
                 gpus=",".join(map(str, where.server_gpus[i])) if started and where.server_gpus else "",
-                kv_cache_gib=servers.kv_cache_gib,
-                gpu_memory_frac=servers.gpu_memory_frac,
             )
         )
     return specs
+
+
+def offered_spec(config: RunConfig, model_dir: Path) -> ServerSpec:
+    """What every server of the run is; it has no name, address, cores and GPUs yet."""
+    servers = config.metarl.servers
+    return ServerSpec(
+        name="",
+        model_dir=model_dir,
+        host="",
+        port=0,
+        dtype=HF_DTYPES[config.neox.precision] if servers.dtype == "auto" else servers.dtype,
+        max_model_len=config.neox.seq_length,
+        max_num_seqs=servers.max_num_seqs,
+        tensor_parallel_size=servers.tensor_parallel_size if config.metarl.rollout.generator == "vllm" else 1,
+        enforce_eager=servers.enforce_eager,
+        seed=config.metarl.seed,
+        kv_cache_gib=servers.kv_cache_gib,
+        gpu_memory_frac=servers.gpu_memory_frac,
+    )

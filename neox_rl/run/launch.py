@@ -135,11 +135,11 @@ def _free_name(root: Path) -> Path:
 
 
 def commands(config: RunConfig, parts: list[Program], env: Mapping[str, str]) -> str:
-    """One shell command a part, with what it needs beside the environment ``env``. The ranks are given to torchrun."""
+    """One shell command a part, with what it needs beside the environment ``env``. The ranks are given to torchrun, or to srun."""
     lines = []
     for part in parts:
         argv = list(part.argv)
-        if part.name == RANKS:
+        if part.name == RANKS and config.neox.launcher != "slurm":
             script = next(i for i, word in enumerate(argv) if word == "--run-dir") - 1
             argv = ["torchrun", "--nproc_per_node", str(num_ranks(config)), *argv[script:]]
         extra = [f"{name}={value}" for name, value in part.env.items() if env.get(name) != value]

@@ -23,7 +23,7 @@ from neox_rl.problems.tokenizer import SymbolicTokenizer, load_tokenizer
 from neox_rl.rollout.groups import Attempts
 from neox_rl.rollout.vllm_client import VllmGenerator
 from neox_rl.run.activity import ServerActivity
-from neox_rl.run.endpoints import Endpoints, read_endpoints, server_specs
+from neox_rl.run.endpoints import Endpoints, offered_spec, read_endpoints, server_specs
 from neox_rl.run.join_wire import JoinSocket
 from neox_rl.run.joining import JoinDesk, Offer
 from neox_rl.run.versions import Deadlines, ServerKeeper
@@ -129,7 +129,7 @@ def _join_desk(
     """Where servers join; it works beside the keeper."""
     socket = JoinSocket(config.metarl.network.bind_host, endpoints.join_port, keys)
     stack.callback(socket.close)
-    offer = Offer.of(config, paths, endpoints, server_specs(config, endpoints, paths.root / "model", Machine.here())[0])
+    offer = Offer.of(config, paths, endpoints, offered_spec(config, paths.root / "model"))
     desk = JoinDesk(socket, keeper, offer, max(MIN_SILENCE_S, config.metarl.servers.heartbeat_s))
     keeper.beside(desk.run())
     return desk

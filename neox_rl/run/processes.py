@@ -17,6 +17,7 @@ from neox_rl.keys import ENV as KEYS
 from neox_rl.rollout.vllm_server import ServerSpec, core_ids, server_command
 from neox_rl.run.endpoints import Endpoints, server_specs
 from neox_rl.run.scripted_server import scripted_command
+from neox_rl.run.slurm import parse_hostfile, srun_ranks
 from neox_rl.telemetry.paths import RunPaths
 
 ORCHESTRATOR, RANKS = "orchestrator", "trainer"
@@ -47,7 +48,7 @@ class Program:
 def programs(
     config: RunConfig, paths: RunPaths, endpoints: Endpoints, machine: Machine, script: str, resume: bool, env: Mapping[str, str]
 ) -> list[Program]:
-    """Servers first, because they take longest to start; the ranks last."""
+    """Servers first, because they take longest to start; the ranks last. Raises ConfigError for a host file that cannot be."""
     where = place(config, machine)
     found: list[Program] = []
     for spec in server_specs(config, endpoints, paths.root / "model", machine)[: len(where.servers)]:
@@ -57,7 +58,7 @@ def programs(
         argv = [sys.executable, "-m", "neox_rl.run.orchestrator", "--run-dir", str(paths.root)]
         single = dict(env) | {"OMP_NUM_THREADS": "1"}
         found.append(Program(ORCHESTRATOR, argv, single, paths.log(ORCHESTRATOR), where.orchestrator or None))
-    ranks_env = _ranks_env(env, where.rank_gpus, machine)
+    ranks_env = _ranks_env(config, endpoints, env, where.rank_gpus, machine)
     found.append(Program(RANKS, ranks_command(config, paths, endpoints, script, resume), ranks_env, paths.log(RANKS), None))
     return found
 
@@ -74,8 +75,12 @@ def servers_env(config: RunConfig, paths: RunPaths, env: Mapping[str, str]) -> d
 
 
 def ranks_command(config: RunConfig, paths: RunPaths, endpoints: Endpoints, script: str, resume: bool) -> list[str]:
-    """DeepSpeed's runner around the user script, as GPT-NeoX's deepy.py does; ``local`` needs no ssh."""
+    """DeepSpeed's runner around the user script, as GPT-NeoX's deepy.py does; ``local`` and ``slurm`` need no ssh."""
     n = config.neox
+    script_argv = [script, "--run-dir", str(paths.root)] + [RESUME] * resume
+    if n.launcher == "slurm":
+        hosts = parse_hostfile(Path(n.hostfile).read_text(), n.hostfile)
+        return srun_ranks(hosts, num_ranks(config), [sys.executable, *script_argv])
     argv = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_addr", n.master_addr, "--master_port", str(endpoints.master_port)]
     if n.launcher == "local":
         argv += ["--no_ssh", "--node_rank", "0", "--num_gpus", str(num_ranks(config))]
@@ -83,12 +88,13 @@ def ranks_command(config: RunConfig, paths: RunPaths, endpoints: Endpoints, scri
         argv += ["--launcher", n.launcher]
     if n.hostfile:
         argv += ["--hostfile", n.hostfile]
-    argv += [script, "--run-dir", str(paths.root)]
-    return argv + [RESUME] * resume
+    return argv + script_argv
 
 
-def _ranks_env(env: Mapping[str, str], gpus: tuple[int, ...], machine: Machine) -> dict[str, str]:
+def _ranks_env(config: RunConfig, endpoints: Endpoints, env: Mapping[str, str], gpus: tuple[int, ...], machine: Machine) -> dict[str, str]:
     found = dict(env)
+    if config.neox.launcher == "slurm":  # DeepSpeed's runner says it to its ranks, srun says nothing
+        found |= {"MASTER_ADDR": config.neox.master_addr, "MASTER_PORT": str(endpoints.master_port)}
     if machine.num_gpus:
         found["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
     else:

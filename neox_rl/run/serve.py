@@ -1,11 +1,13 @@
 """A server for a run that is under way: joins it, serves, leaves; on this machine or another.
 
     python -m neox_rl.run.serve --join tcp://HOST:PORT [--keys FILE] [--name N] [--port P] [--gpus 0,1] [--cores 4-7]
+    python -m neox_rl.run.serve --join runs/NAME ...            where the run directory is on a file system that this machine shares
 
     join -> start the server -> beat each second -> Ctrl-C: leave, let what is in flight end -> end the server
 
-The address is ``join`` in runs/<name>/endpoints.json. The run says what the server must be: nothing else need be here, no file, no config.
-A server that dies is started again; an orchestrator that is started again finds the server as it is; a run that ends ends it.
+The address is ``join`` in runs/<name>/endpoints.json; of a run directory, address and keys are read, also of a run that is yet to start.
+The run says what the server must be: nothing else need be here, no file, no config. A server that dies is started again; an orchestrator
+that is started again finds the server as it is; a run that ends ends it.
 """
 
 from __future__ import annotations
@@ -26,10 +28,10 @@ from pathlib import Path
 
 from neox_rl.errors import ConfigError, DeadlineError, NeoxRLError, ProcessDiedError
 from neox_rl.guard import GuardedProcess, died, guarded_popen, stop
+from neox_rl.keys import CLIENT_FILE, Keys, suspicion
 from neox_rl.keys import ENV as KEYS
-from neox_rl.keys import Keys, suspicion
 from neox_rl.rollout.vllm_server import ServerSpec, core_ids
-from neox_rl.run.endpoints import free_port
+from neox_rl.run.endpoints import free_port, read_endpoints
 from neox_rl.run.join_wire import (
     BEAT,
     BEAT_S,
@@ -47,19 +49,22 @@ from neox_rl.run.join_wire import (
     message,
 )
 from neox_rl.run.processes import command_of
+from neox_rl.telemetry.paths import RunPaths
 
 logger = logging.getLogger("neox_rl.serve")
 MAX_RESTARTS = 3
 STOP_S = 10.0
+LOOK_S = 0.5
+"""Between looks for a run that is yet to start."""
 
 
 @dataclass
 class Agent:
     """``run`` does all of it; ``stop_asked`` is set by a signal."""
 
-    client: JoinClient
-    keys: Keys | None
     options: argparse.Namespace
+    client: JoinClient | None = None
+    found: tuple[str, Keys | None] | None = None
     stop_asked: asyncio.Event = field(default_factory=asyncio.Event)
     token: str = field(default_factory=lambda: secrets.token_hex(8))
     name: str = ""
@@ -70,11 +75,9 @@ class Agent:
 
     async def run(self) -> None:
         """Returns when the run is over or the server has left. Raises NeoxRLError."""
-        host = self.options.host or _own_address(self.client.address)
-        port = self.options.port or free_port(host)
-        welcome = await self._join(host, port)
-        if welcome is None:
+        if (joined := await self._join()) is None:
             return
+        host, port, welcome = joined
         self.name = welcome.fields["name"]
         logger.info("joins as %s at http://%s:%d", self.name, host, port)
         with tempfile.TemporaryDirectory(prefix=f"neox-rl-{self.name}-") as home:
@@ -99,25 +102,49 @@ class Agent:
             finally:
                 await self._end()
 
-    async def _join(self, host: str, port: int) -> Message | None:
-        """None where the user has no patience. Raises ConfigError where the run refuses, DeadlineError naming the address."""
-        end = time.monotonic() + self.options.timeout
-        while time.monotonic() < end:
-            if self.stop_asked.is_set():
-                return None
+    async def _join(self) -> tuple[str, int, Message] | None:
+        """The address of the server, and the run's answer; None where the user has no patience.
+
+        Raises ConfigError where the run refuses, DeadlineError naming the address.
+        """
+        end, port = time.monotonic() + self.options.timeout, self.options.port
+        while time.monotonic() < end and not self.stop_asked.is_set():
+            if not self._look():
+                await asyncio.sleep(LOOK_S)
+                continue
+            assert self.client is not None
+            host = self.options.host or _own_address(self.client.address)
+            port = port or free_port(host)
             await self.client.send(message(JOIN, token=self.token, name=self.name or self.options.name, host=host, port=port))
             got = await self.client.receive(BEAT_S, (WELCOME, REFUSED, OVER, BEATEN))
             if got is not None and got.kind == REFUSED:
                 raise ConfigError(f"the run at {self.client.address} refuses: {got.fields['message']}")
             if got is not None and got.kind == WELCOME:
-                return got
-        hint = f"is it the join address in endpoints.json of a run that goes on, and reachable from here? {suspicion(self.keys)}"
-        raise DeadlineError(f"a run to answer at {self.client.address}", self.options.timeout, hint)
+                return host, port, got
+        if self.stop_asked.is_set():
+            return None
+        if self.found is None:
+            raise DeadlineError(f"a run to start in {self.options.join}", self.options.timeout, "is it the directory of a run, and shared?")
+        hint = f"is it the join address in endpoints.json of a run that goes on, and reachable from here? {suspicion(self.found[1])}"
+        raise DeadlineError(f"a run to answer at {self.found[0]}", self.options.timeout, hint)
+
+    def _look(self) -> bool:
+        """Whether it is known where the run is; of a directory, what was there may be an earlier run of that name. Raises ConfigError."""
+        found = find_run(self.options.join, self.options.keys)
+        if found is not None and found != self.found:
+            self.close()
+            self.client, self.found = JoinClient(*found), found
+        return self.client is not None
+
+    def close(self) -> None:
+        if self.client is not None:
+            self.client.close()
 
     def _start(self, spec: ServerSpec, welcome: Message) -> None:
         env = {name: value for name, value in os.environ.items() if name != KEYS}
-        if self.keys is not None:
-            env[KEYS] = str(self.keys.path.resolve())
+        keys = self.found[1] if self.found else None
+        if keys is not None:
+            env[KEYS] = str(keys.path.resolve())
         argv, env = command_of(welcome.fields["generator"], spec, spec.model_dir / "config.yml", env)
         log = Path(self.options.log_dir) / f"{self.name}.log"
         self.process = guarded_popen(argv, env, log, core_ids(spec.cores) if spec.cores and not spec.gpus else None)
@@ -126,6 +153,7 @@ class Agent:
     async def _serve(self, spec: ServerSpec, welcome: Message, host: str, port: int) -> bool:
         """Whether the server is to leave; not where the run is over. Raises ProcessDiedError, DeadlineError."""
         heard = time.monotonic()
+        assert self.client is not None
         while not self.stop_asked.is_set():
             await self._keep_up(spec, welcome)
             await self.client.send(message(BEAT, token=self.token, name=self.name))
@@ -176,6 +204,7 @@ class Agent:
 
     async def _leave(self, reason: str, drain_s: float) -> None:
         """Returns when nothing is in flight at the server, or nobody answers."""
+        assert self.client is not None
         logger.info("%s leaves: %s", self.name, reason)
         end = time.monotonic() + drain_s + 5.0
         heard = time.monotonic()
@@ -191,6 +220,17 @@ class Agent:
             await asyncio.to_thread(stop, self.process, STOP_S)
 
 
+def find_run(join: str, keys: Path | None) -> tuple[str, Keys | None] | None:
+    """The join address of a run and its keys; None for a directory without a run. Raises ConfigError."""
+    if "://" in join:
+        return join, Keys.load(keys) if keys else Keys.of_environment()
+    paths = RunPaths.of(join)
+    if not paths.endpoints.is_file():
+        return None
+    written = paths.keys / CLIENT_FILE
+    return read_endpoints(paths.endpoints).join, Keys.load(keys or written) if keys or written.exists() else Keys.of_environment()
+
+
 def _own_address(join: str) -> str:
     """The address of this machine under which whoever listens at ``join`` can reach it. Raises ConfigError."""
     host, _, port = join.removeprefix("tcp://").rpartition(":")
@@ -203,9 +243,7 @@ def _own_address(join: str) -> str:
 
 
 async def serve(options: argparse.Namespace) -> None:
-    keys = Keys.load(options.keys) if options.keys else Keys.of_environment()
-    with contextlib.closing(JoinClient(options.join, keys)) as client:
-        agent = Agent(client, keys, options)
+    with contextlib.closing(Agent(options)) as agent:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, agent.stop_asked.set)
@@ -214,8 +252,15 @@ async def serve(options: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m neox_rl.run.serve", description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--join", required=True, metavar="tcp://HOST:PORT", help="join address of the run, from its endpoints.json")
-    parser.add_argument("--keys", type=Path, help="copy of runs/<name>/keys/client.json, where the run has keys")
+    parser.add_argument(
+        "--join",
+        required=True,
+        metavar="tcp://HOST:PORT | RUN_DIR",
+        help="join address of the run, from its endpoints.json; or its directory",
+    )
+    parser.add_argument(
+        "--keys", type=Path, help="copy of runs/<name>/keys/client.json, where the run has keys and its directory is not given"
+    )
     parser.add_argument("--name", default="", help="name in logs and events; empty: the run chooses")
     parser.add_argument("--host", default="", help="address of this machine for the run; empty: the one that reaches it")
     parser.add_argument("--port", type=int, default=0, help="port of the server; 0: a free one")

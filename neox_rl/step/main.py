@@ -15,10 +15,10 @@ from typing import Any
 from neox_rl.build_locks import remove_stale_locks
 from neox_rl.config.load import load_resolved
 from neox_rl.config.machine import Machine
-from neox_rl.config.network import curve_on
+from neox_rl.config.network import curve_on, is_loopback
 from neox_rl.config.placement import place
 from neox_rl.config.run import RunConfig
-from neox_rl.engines.rank_env import rank_environment
+from neox_rl.engines.rank_env import interface_towards, rank_environment
 from neox_rl.engines.registry import build_engine
 from neox_rl.errors import ConfigError, NeoxRLError, exit_status
 from neox_rl.keys import Keys
@@ -56,7 +56,11 @@ def train(paths: RunPaths, resume: bool) -> None:
         raise ConfigError(f"{paths.root} is no prepared run: start it with deepy.py, or make its files with deepy.py --prepare")
     config = load_resolved(paths.config)
     endpoints: dict[str, Any] = json.loads(paths.endpoints.read_text())
+    os.environ.setdefault("MASTER_PORT", str(endpoints["master_port"]))  # mpirun and srun say nothing of it
     env = rank_environment(os.environ, config.neox.master_addr)
+    if not is_loopback(env.master_addr) and (interface := interface_towards(env.master_addr)):
+        for library in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface)
     pin(config, Machine.here(), env.local_rank)
     if env.local_rank == 0:
         remove_stale_locks(os.environ)  # on the first node the launcher has done so

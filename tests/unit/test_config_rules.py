@@ -18,7 +18,7 @@ RULE = {rule.__name__: rule for rule in (*RULES, *WARNINGS)}
 
 LLAMA = "norm=rmsnorm activation=swiglu use_bias_in_attn_linear=false use_bias_in_mlp=false intermediate_size=1536 "
 JSONL = "metarl.problems.source=jsonl metarl.problems.path=here.jsonl metarl.tokenizer.path=here "
-FAR = "launcher=slurm master_addr=10.0.0.1 metarl.network.bind_host=10.0.0.1 "
+FAR = "launcher=slurm hostfile=here master_addr=10.0.0.1 metarl.network.bind_host=10.0.0.1 "
 
 
 @dataclass(frozen=True)
@@ -262,6 +262,7 @@ CASES = (
         "bind_host = 0.0.0.0",
         "metarl.servers.addresses=[http://localhost:1]",
     ),
+    Case("several_nodes_are_reachable", "launcher=slurm metarl.network.bind_host=10.0.0.1 master_addr=10.0.0.1", "give hostfile", FAR),
     Case("several_nodes_are_reachable", "launcher=slurm metarl.network.bind_host=10.0.0.1", "master_addr = 127.0.0.1", FAR),
     Case("several_nodes_are_reachable", "hostfile=here master_addr=10.0.0.1", "bind_host = 127.0.0.1", FAR),
     Case(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 
-from neox_rl.engines.rank_env import RankEnv, rank_environment
+from neox_rl.config.network import is_loopback
+from neox_rl.engines.rank_env import RankEnv, interface_towards, rank_environment
 from neox_rl.errors import ConfigError
+from tests.e2e.runs import own_address
 
 MASTER = {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "1234"}
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
@@ -27,11 +30,18 @@ def test_torchrun_inside_a_slurm_job_wins() -> None:
     assert rank_environment({**outer, **TORCHRUN}).rank == 3
 
 
-def test_the_master_is_the_environments_then_slurms_then_the_configs() -> None:
+def test_the_master_is_the_environments_then_the_configs_then_the_node_that_srun_was_called_on() -> None:
     slurm = {**SRUN, "SLURM_LAUNCH_NODE_IPADDR": "10.1.1.1"}
     assert rank_environment({**slurm, "MASTER_ADDR": "node0"}, "configured").master_addr == "node0"
-    assert rank_environment(slurm, "configured").master_addr == "10.1.1.1"
-    assert rank_environment(SRUN, "configured").master_addr == "configured"
+    assert rank_environment(slurm, "configured").master_addr == "configured"
+    assert rank_environment(slurm).master_addr == "10.1.1.1", "a loopback address is nobody's choice for a job of Slurm"
+    assert rank_environment(SRUN).master_addr == "127.0.0.1"
+
+
+def test_the_interface_towards_a_host_is_none_for_loopback_and_for_what_no_route_leads_to() -> None:
+    assert interface_towards("127.0.0.1") == "" and interface_towards("no-such-host.invalid") == ""
+    if not is_loopback(own_address()):
+        assert interface_towards(own_address()) in psutil.net_if_addrs()
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ import pytest
 from neox_rl.config.machine import Machine
 from neox_rl.config.run import RunConfig
 from neox_rl.errors import ConfigError
-from neox_rl.run.endpoints import Endpoints, choose_endpoints, read_endpoints, server_specs, write_endpoints
+from neox_rl.run.endpoints import Endpoints, choose_endpoints, offered_spec, read_endpoints, server_specs, write_endpoints
 from neox_rl.run.launch import commands
 from neox_rl.run.processes import ORCHESTRATOR, RANKS, Program, programs
+from neox_rl.run.slurm import node_addresses, parse_hostfile
 from tests.unit.small_run import small_config, small_paths
 
 LAPTOP = Machine(cores=(0, 1, 2, 3), memory_gib=16)
@@ -54,9 +55,48 @@ def test_ranks_run_under_deepspeed_with_the_port_of_this_run(tmp_path: Path) -> 
     assert argv[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
     assert argv[argv.index("--master_port") + 1] == "5003" and argv[argv.index("--num_gpus") + 1] == "2"
     assert argv[-4:] == ["train.py", "--run-dir", str(tmp_path / "small"), "--resume"]
-    slurm = RunConfig(replace(config.neox, launcher="slurm", hostfile="hosts", master_addr="10.0.0.1"), config.metarl)
-    argv = list(parts(slurm)[RANKS].argv)
-    assert "--no_ssh" not in argv and argv[argv.index("--launcher") + 1] == "slurm" and argv[argv.index("--hostfile") + 1] == "hosts"
+    pdsh = RunConfig(replace(config.neox, launcher="pdsh", hostfile="hosts", master_addr="10.0.0.1"), config.metarl)
+    argv = list(parts(pdsh)[RANKS].argv)
+    assert "--no_ssh" not in argv and argv[argv.index("--launcher") + 1] == "pdsh" and argv[argv.index("--hostfile") + 1] == "hosts"
+
+
+def test_slurm_starts_the_ranks_on_the_hosts_of_the_host_file_and_tells_them_where_to_meet(tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("# training\nn7 slots=2\nn9 slots=2\n")
+    config = small_config(tmp_path)
+    slurm = RunConfig(replace(config.neox, launcher="slurm", hostfile=str(hosts), master_addr="10.0.0.1", num_gpus=2), config.metarl)
+    ranks = parts(slurm, resume=True)[RANKS]
+    assert ranks.argv[0] == "srun" and ranks.argv[-5:] == [sys.executable, "train.py", "--run-dir", str(tmp_path / "small"), "--resume"]
+    said = dict(zip(ranks.argv, ranks.argv[1:], strict=False))
+    assert (said["--nodes"], said["--nodelist"], said["--ntasks"], said["--ntasks-per-node"]) == ("2", "n7,n9", "4", "2")
+    assert (ranks.env["MASTER_ADDR"], ranks.env["MASTER_PORT"]) == ("10.0.0.1", "5003")
+    assert "MASTER_ADDR=10.0.0.1" in (line := commands(slurm, [ranks], ENV)) and "srun --overlap" in line and "torchrun" not in line
+
+    hosts.write_text("n7 slots=1\n")
+    with pytest.raises(ConfigError, match=r"n7 slots=1: every host has num_gpus = 2 ranks"):
+        parts(slurm)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("n1", ":1: 'n1' is no host"), ("n1 slots=1\nn1 slots=1", ":2: n1 is there twice"), ("#", "no host")]
+)
+def test_a_host_file_that_is_none_is_named(text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"hosts{said}|hosts: names {said}"):
+        parse_hostfile(text, "hosts")
+
+
+def test_addresses_are_those_that_slurm_knows_nodes_by() -> None:
+    shown = "NodeName=n1 Arch=x86_64 NodeAddr=10.77.0.1 NodeHostName=n1 OS=Linux 6.1 #1 SMP\n\nNodeName=n2 State=DOWN\n"
+    assert node_addresses(shown) == {"n1": "10.77.0.1", "n2": "n2"}
+    with pytest.raises(ConfigError, match="names no node"):
+        node_addresses("Node n3 not found")
+
+
+def test_a_run_whose_servers_all_join_starts_none_and_offers_what_a_server_must_be(tmp_path: Path) -> None:
+    config = small_config(tmp_path, rollout={"generator": "vllm"}, servers={"num_servers": 0}, network={"join_port": 5005})
+    assert list(parts(config, endpoints=replace(ADDRESSES, servers=()))) == [ORCHESTRATOR, RANKS]
+    spec = offered_spec(config, tmp_path)
+    assert (spec.name, spec.host, spec.max_model_len) == ("", "", config.neox.seq_length)
 
 
 def test_gpus_go_to_the_ranks_first_and_a_cpu_rank_gets_one_thread(tmp_path: Path) -> None:
