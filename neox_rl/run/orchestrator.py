@@ -43,7 +43,7 @@ from neox_rl.telemetry.heartbeat import Heartbeat, interval_s
 from neox_rl.telemetry.jsonl import read_jsonl
 from neox_rl.telemetry.metrics import MetricsWriter
 from neox_rl.telemetry.paths import RunPaths
-from neox_rl.telemetry.rewind import SMALL, rewind, settle
+from neox_rl.telemetry.rewind import SMALL, lacks_row, rewind, settle
 from neox_rl.types import Group, Json, Problem, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -171,8 +171,8 @@ class Orchestrator:
 
     async def hello(self, session: str, world: int, pid: int, attempt: int, state: Mapping[str, Json]) -> None:
         logger.info("trainer with %d ranks, rank 0 is pid %d", world, pid)
-        if session == self._book.history.session:
-            return  # its answer went out with the orchestrator before this one
+        if session == self._book.history.session:  # its answer went out with the orchestrator before this one
+            return self._hear_again(state.get("report"))
         match state:
             case {"sft_step": int() as sft_step, "rl_step": int() as rl_step}:
                 rewind(self._paths, sft_step, rl_step)
@@ -181,8 +181,17 @@ class Orchestrator:
         self._book.session(session, attempt, sft_step, rl_step, state)
         self._evaluated = rl_step
         self._restore("" if sft_step + rl_step == 0 else f"continues after step {rl_step or sft_step}")
+        self._hear_again(state.get("report"))
+
+    def _hear_again(self, report: Json) -> None:
+        """Of the last step before the trainer's checkpoint: it may have been said when no orchestrator was there to hear it."""
+        match report:
+            case {"phase": str() as phase, "step": int() as step, "metrics": dict() as metrics} if lacks_row(self._paths, phase, step):
+                self._board.step(Phase(phase), step, metrics)
 
     async def next_groups(self, id: int, phase: Phase, step: int) -> Delivery:
+        if id <= self._book.history.last and self._book.history.stopped:
+            return Delivery(())  # so the orchestrator before this one answered
         if phase is Phase.SFT:
             return self._demonstrate(id, step)
         if "rollouts" not in self._background:

@@ -66,7 +66,8 @@ class LiveFeed:
 
     def hello(self, world: int, position: Position) -> None:
         steps: dict[str, Json] = {"sft_step": position.sft_step, "rl_step": position.rl_step}
-        self._client.hello(world, dict(position.feed_state or {}) | steps)
+        report: dict[str, Json] = {"report": dict(position.report)} if position.report else {}
+        self._client.hello(world, dict(position.feed_state or {}) | steps | report)
 
     def next_groups(self, phase: Phase, step: int) -> tuple[Group, ...]:
         groups = self._client.next_groups(phase, step)

@@ -30,6 +30,7 @@ from neox_rl.step.metrics import check_mismatch, step_metrics
 from neox_rl.step.position import Position
 from neox_rl.step.schedule import rl_lr, warmstart_lr
 from neox_rl.telemetry.events import EventLog
+from neox_rl.telemetry.jsonl import finite
 from neox_rl.telemetry.paths import RunPaths
 from neox_rl.types import Group
 from neox_rl.weights.publisher import Publisher
@@ -126,6 +127,7 @@ class TrainingLoop:
         metrics = step_metrics(phase, batch.stats, report, wait_s, time.monotonic() - start, self._published)
         if self.leader is not None:
             self.leader.feed.report(phase, step, metrics)
+        self.position.report = {"phase": phase.value, "step": step, "metrics": finite(metrics)[0]}
         if self.config.metarl.debug.mode == "run" and self.config.metarl.rollout.generator == "vllm":
             check_mismatch(metrics, self.config.metarl.weights.max_mismatch_kl, step)
         return True

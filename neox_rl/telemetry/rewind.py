@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+from neox_rl.telemetry.jsonl import read_jsonl
 from neox_rl.telemetry.paths import RunPaths
 
 SMALL, TRAIN = "step ", "train"
@@ -35,6 +36,12 @@ def settle(paths: RunPaths, sft_step: int, rl_step: int, evaluated: Collection[s
     cut(paths.metrics, lambda row: row["step"] <= last[row["phase"]])
     cut(paths.evaluations, lambda row: row["label"] in evaluated or row["label"].startswith(SMALL))
     cut(paths.rollouts, lambda row: row["label"] in evaluated or row["label"] == TRAIN)
+
+
+def lacks_row(paths: RunPaths, phase: str, step: int) -> bool:
+    """Whether ``step`` is the next one that metrics have no row of."""
+    last = {row.get("phase"): row.get("step") for row in read_jsonl(paths.metrics)}
+    return last.get(phase, 0) == step - 1
 
 
 def cut(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:

@@ -137,6 +137,27 @@ def test_a_whole_run_with_its_files(tmp_path: Path) -> None:
     assert {"phase", "admitted", "generate", "delivered", "evaluate", "queue", "tokens"} <= names
 
 
+def test_a_report_that_nobody_heard_before_the_checkpoint_is_heard_once(tmp_path: Path) -> None:
+    """The orchestrator was dead when the trainer reported step 2 of the warm start and saved; then the ranks died too."""
+    config = small_config(tmp_path)
+    run = Run(config)
+    with client_of(run) as client:
+        client.hello(1, FRESH)
+        client.next_groups(Phase.SFT, 1)
+        client.report(Phase.SFT, 1, METRICS)
+        client.next_groups(Phase.SFT, 2)
+        client.done("dies")
+    assert run.ended() == []
+    for attempt, loss in ((1, 0.25), (2, 0.75)):
+        run = Run(config, attempt)
+        with client_of(run) as client:
+            report: dict[str, Json] = {"phase": "sft", "step": 2, "metrics": {**METRICS, "loss": loss}}
+            client.hello(1, {"sft_step": 2, "rl_step": 0, "report": report})
+            client.done("stopped")
+        assert run.ended() == []
+    assert [(row["phase"], row["step"], row["loss"]) for row in read_jsonl(run.paths.metrics)] == [("sft", 1, 0.5), ("sft", 2, 0.25)]
+
+
 def test_the_small_evaluation_says_which_versions_it_saw(tmp_path: Path) -> None:
     run = Run(small_config(tmp_path, train_iters=4, evaluation={"every_steps": 2}))
     with client_of(run) as client:
