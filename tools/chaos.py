@@ -5,8 +5,8 @@
 
 The faults come every few steps, some right after one another, so that what heals is hit too: ``kill -9`` of a server, a worker inside
 one, the orchestrator, a training rank, the launcher (then ``--resume``), a guardian, a joined server and its agent; servers that join and
-leave; processes that stand still for seconds. Who, what and when is drawn from ``--seed``. ``--kills`` counts kills; the other faults
-come on top.
+leave; processes that stand still for seconds. Who, what and when is drawn from ``--seed``, and how the run answers decides what is there to
+be struck next. ``--kills`` counts kills; the other faults come on top.
 
 Exit status 1: the run did not end well in time, something of it was left, or the audit found a violation. 2: bad input.
 """
@@ -61,7 +61,10 @@ FAST = (
 )
 SERVERS = {
     "scripted": ("metarl.rollout.generator=scripted", "metarl.servers.num_servers=3", "metarl.scripted.token_s=0.004"),
-    "real": ("metarl.rollout.generator=vllm", "metarl.servers.max_num_seqs=32", "metarl.servers.kv_cache_gib=0.25"),
+    "real": (
+        *("metarl.rollout.generator=vllm", "metarl.servers.num_servers=1", "metarl.servers.max_num_seqs=32"),
+        *("metarl.servers.kv_cache_gib=0.25", "metarl.servers.heartbeat_s=3.0"),
+    ),
 }
 
 
@@ -95,6 +98,7 @@ class Chaos:
     _steps: int = 0
     _moved: float = field(default_factory=time.monotonic)
     _joins: int = 0
+    _struck: set[tuple[str, str]] = field(default_factory=set)
 
     def torment(self) -> None:
         """Raises ViolationError."""
@@ -152,7 +156,7 @@ class Chaos:
     # striking
 
     def _strike(self, begin: float) -> None:
-        kind = self.rng.choices(list(MIX), list(MIX.values()))[0]
+        kind = self.rng.choices(list(MIX), list(MIX.values()))[0] if self._joins else "join"
         if kind == "join" or (kind == "leave" and not self._joined()):
             self._join(begin)
         elif kind == "leave":
@@ -178,7 +182,10 @@ class Chaos:
         roles = [role for role in weights if victims.by_role[role] and (role != "launcher" or self._can_resume())]
         if not roles:
             return
+        # Each role is struck once before any is struck again: a short run has something of everything.
+        roles = [role for role in roles if (kind, role) not in self._struck] or roles
         role = self.rng.choices(roles, [weights[role] for role in roles])[0]
+        self._struck.add((kind, role))
         victim = self.rng.choice(sorted(victims.by_role[role], key=lambda process: victims.names[process.pid]))
         name = victims.names[victim.pid]
         if kind == "stop":

@@ -107,13 +107,15 @@ class ChaosRun:
         return [f"process {process.pid}: {_words(process)}" for process in there]
 
     def left_over(self, killed: Collection[str]) -> list[str]:
-        """Shared memory, temporary files and ports that the run has left. Memory that a process of somebody else holds is theirs.
+        """Shared memory, sockets, directories and ports that the run has left. Memory that a process of somebody else holds is theirs.
 
-        An agent that is killed itself cannot remove the directory with what the run sent it: those of ``killed`` agents may be there.
+        An agent that is killed itself cannot remove the directory with what the run sent it: those of ``killed`` agents may be there, and
+        so may the temporary directories of libraries that killed processes had imported.
         """
         memory = self._left_memory()
         theirs = tuple(f"neox-rl-{name}-" for name in killed)
-        files = [str(path) for path in self.scratch.iterdir() if not path.name.startswith(theirs)]
+        files = [str(path) for path in self.scratch.glob("neox-rl-*") if not path.name.startswith(theirs)]
+        files += [str(path) for path in self.scratch.rglob("*") if path.is_socket()]
         endpoints = read_json(self.paths.endpoints)
         ports = [endpoints[key] for key in ("experience_port", "weights_port", "join_port", "master_port") if key in endpoints]
         ports += [int(address.rpartition(":")[2]) for address in endpoints.get("servers", [])]
