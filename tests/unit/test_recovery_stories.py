@@ -98,6 +98,7 @@ class World:
         self.paths = small_paths(self.config)
         self.rng, self.faithful = random.Random(seed), faithful
         self.maker: list[str] = []  # token id -> digest of the weights that sampled it
+        self.stop_at: tuple[Phase, int] | None = None  # the user asks to stop while the trainer waits for this batch
         self.problems, self.tokenizer = (
             load_problems(self.config.metarl.problems, 1),
             load_tokenizer(self.config.metarl.tokenizer, self.config.metarl.problems),
@@ -186,11 +187,15 @@ class Trainer:
         yield "hello", {"session": self.session, "world": 1, "pid": 1, "attempt": self.attempt, "state": state}
         for step in range(self.sft + 1, SFT + 1):
             yield "next", {"phase": Phase.SFT, "step": step}
+            if not self.answer.groups:
+                yield "done", {"reason": "stopped"}
             self._train("sft", step)
             yield "report", {"phase": Phase.SFT, "step": step, "metrics": {"loss": 1.0}}
         yield "published", self._publish()
         for step in range(self.rl + 1, STEPS + 1):
             yield "next", {"phase": Phase.RL, "step": step}
+            if not self.answer.groups:
+                yield "done", {"reason": "stopped"}
             self._train("rl", step)
             yield "published", self._publish()
             yield "report", {"phase": Phase.RL, "step": step, "metrics": {"loss": 1.0}}
@@ -228,6 +233,8 @@ class Trainer:
             policy.offered[body["version"]] = body["digest"]
         if kind in ONE_WAY and id <= last:
             return
+        if kind == "next" and (body["phase"], body["step"]) == self.world.stop_at:
+            orchestrator.stop()
         handler = {"next": "next_groups", "hello": "hello", "done": "done"}.get(kind, kind)
         numbered = () if kind in ("hello", "done") else (id,)
         answer = await getattr(orchestrator, handler)(*numbered, **body)
@@ -266,9 +273,16 @@ async def live_on(world: World, trainer: Trainer, disk: Disk) -> None:
         events.close()
 
 
-def tell(root: Path, crashes: Sequence[tuple[int | None, str]], faithful: bool = True, seed: int = 1) -> tuple[World, Trainer, Disk]:
+def tell(
+    root: Path,
+    crashes: Sequence[tuple[int | None, str]],
+    faithful: bool = True,
+    seed: int = 1,
+    stop_at: tuple[Phase, int] | None = None,
+) -> tuple[World, Trainer, Disk]:
     """A run whose n-th orchestrator dies at ``crashes[n]``: (append, who dies with it)."""
     world = World(root, seed, faithful)
+    world.stop_at = stop_at
     trainer, disk = Trainer(world, 0, None), Disk([], crashes[0][0], world.rng, crashes[0][1].startswith("answering"))
     for (_, who), following in itertools.pairwise([*crashes, (None, "")]):
         try:
@@ -338,3 +352,15 @@ def test_a_step_that_is_done_again_takes_the_groups_it_took_and_makes_the_same_w
     asyncio.run(live_on(world, again, Disk(disk.left(), None, world.rng)))
     check(world, again)
     assert again.digests == trainer.digests and len(world.maker) == made, "nothing was generated anew"
+
+
+@pytest.mark.parametrize(("phase", "step"), [(Phase.SFT, 1), (Phase.SFT, 2), (Phase.RL, 2)])
+def test_a_stop_that_was_answered_is_answered_again(tmp_path: Path, phase: Phase, step: int) -> None:
+    """The orchestrator dies with its answer: its successor must neither hand out a batch nor miss one."""
+    world = World(tmp_path, 1, True)
+    world.stop_at = phase, step
+    trainer, disk = Trainer(world, 0, None), Disk([], None, world.rng)
+    asyncio.run(live_on(world, trainer, disk))
+    at = next(i for i, record in enumerate(disk.records) if record.kind == "stopped")
+    told, again, _ = tell(tmp_path / "again", [(at + 1, "answering orchestrator")], stop_at=(phase, step))
+    assert again.done and list(again.trained) == list(trainer.trained) and told.stop_at == world.stop_at
