@@ -24,10 +24,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import psutil
+from audit import report
+from chaos_run import ChaosRun, free_port, send
 
 from neox_rl.config.load import parse
 from neox_rl.config.run import RunConfig
@@ -36,8 +37,6 @@ from neox_rl.run.audit_files import audit_run
 from neox_rl.run.resume import has_checkpoint
 from neox_rl.telemetry.events import Event, read_events
 from neox_rl.telemetry.paths import RunPaths
-from tools.audit import report
-from tools.chaos_run import ChaosRun, free_port, send
 
 KILLS = {"server": 8, "worker": 5, "orchestrator": 6, "rank": 2, "launcher": 1, "agent": 2, "joined": 2, "guardian": 1}
 """Roles, and how often each is drawn beside the others; one that takes longest to come back, least."""

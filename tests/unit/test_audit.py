@@ -21,8 +21,10 @@ from neox_rl.run.audit import CHECKS, Audit, Rule
 from neox_rl.run.live_audit import LiveAudit
 from neox_rl.run.members import Member, State
 from neox_rl.telemetry.events import EventLog, read_events
+from tests.contracts.test_floors import tool
 from tests.unit.small_run import small_config, small_paths
-from tools.audit import main
+
+main = tool("audit").main
 
 RULE = Rule(groups_per_step=2, admission_slack=1, delivery_slack=1, mode="token", stale_tokens="mask", num_steps=4)
 BATCHES = {1: (0, 1), 2: (2, 4), 3: (5, 6), 4: (3, 7)}
