@@ -154,6 +154,15 @@ class TicketQueue:
         self._leave_waiting(ticket, "preload")
         self._ready[ticket] = load
 
+    def allows(self, ticket: int, versions: Iterable[int]) -> bool:
+        """Whether tokens of these versions can be the ticket's. Not where they were made with greater slacks than the run has now."""
+        oldest = staleness.oldest_version(ticket, self.groups_per_step, self.admission_slack)
+        newest = self.num_steps
+        if self.mode is Mode.STRICT:
+            oldest = max(oldest, self._step - staleness.bound(self.admission_slack, self.delivery_slack))
+            newest = ticket // self.groups_per_step + self.delivery_slack  # its deadline is the step that makes the next one
+        return all(oldest <= version <= newest for version in versions)
+
     def hold(self, ticket: int) -> None:
         """An open ticket is not issued again for now: what was made for it may be of use once a version is published again."""
         if ticket not in self._again:

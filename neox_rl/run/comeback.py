@@ -3,6 +3,7 @@
     at the start, or at a trainer's hello     every open ticket is judged by what the journal has for it:
         nothing                               it is generated again, from the problem it had
         all made by policies of this timeline a group is ready at once; an unfinished one is continued where it was
+        some beyond the rule as it is now     it is generated again: the run goes on with smaller slacks, its timeline parts
         some by a version that was undone     held, until the trainer publishes that version again, or something else in its place
     v published again, same digest            what waited for v alone is in use
     another digest, or another batch          the timelines have parted, and do not meet again: all that is held is handed on
@@ -38,9 +39,14 @@ class Comeback:
             self._cursor.restore(cursor)
         self._cursor.position = max(self._cursor.position, history.cursor)
         self._pump.restore_problems({ticket: history.positions[ticket] for ticket in history.open if ticket in history.positions})
-        foreign = []
+        foreign: list[int] = []
+        beyond = False
         for ticket in sorted(history.open):
             if ticket not in history.groups and ticket not in history.spans:
+                continue
+            if not self._queue.allows(ticket, self._versions(ticket)):
+                foreign.append(ticket)
+                beyond = True
                 continue
             match history.standing_of(ticket):
                 case Standing.FOREIGN:
@@ -49,7 +55,7 @@ class Comeback:
                     self._queue.hold(ticket)
                 case Standing.USABLE:
                     self._use(ticket)
-        self._discard(foreign, parted=False)
+        self._discard(foreign, parted=beyond)
         return {"open": len(history.open), "ready": self._queue.num_ready, "held": len(self._queue.held), "discarded": len(foreign)}
 
     def published(self) -> None:
@@ -74,10 +80,14 @@ class Comeback:
             self._discard(self._queue.held, parted=True)
         return ()
 
-    def _awaited(self, ticket: int) -> list[int]:
+    def _awaited(self, ticket: int) -> set[int]:
+        return self._versions(ticket) - self._book.history.digests.keys()
+
+    def _versions(self, ticket: int) -> set[int]:
+        """Of the policies that made what there is of the ticket."""
         history = self._book.history
         made = [history.groups[ticket]] if ticket in history.groups else history.spans.get(ticket, [])
-        return [version for m in made for version in m.digests if version not in history.digests]
+        return {version for m in made for version in m.digests}
 
     def _use(self, ticket: int) -> None:
         history = self._book.history

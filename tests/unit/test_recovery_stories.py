@@ -364,3 +364,25 @@ def test_a_stop_that_was_answered_is_answered_again(tmp_path: Path, phase: Phase
     at = next(i for i, record in enumerate(disk.records) if record.kind == "stopped")
     told, again, _ = tell(tmp_path / "again", [(at + 1, "answering orchestrator")], stop_at=(phase, step))
     assert again.done and list(again.trained) == list(trainer.trained) and told.stop_at == world.stop_at
+
+
+def the_end_of_a_run(root: Path, seed: int) -> tuple[World, Trainer, list[Record]]:
+    """Everything is trained, the checkpoint is two steps old, and all but the journal is gone."""
+    world = World(root, seed, True)
+    trainer, disk = Trainer(world, 0, None), Disk([], None, world.rng)
+    asyncio.run(live_on(world, trainer, disk))
+    world.config = replace(world.config, metarl=replace(world.config.metarl, audit="off"))  # a journal as the tests make it is none
+    return world, Trainer(world, 1, trainer.checkpoint), disk.records
+
+
+@pytest.mark.parametrize("slacks", [(0, 0), (1, 0), (0, 1)])
+def test_a_run_goes_on_with_smaller_slacks_and_without_what_is_beyond_them(tmp_path: Path, slacks: tuple[int, int]) -> None:
+    for seed in range(4):
+        world, again, records = the_end_of_a_run(tmp_path / f"{seed}", seed)
+        strict = replace(world.config.metarl.staleness, admission_slack=slacks[0], delivery_slack=slacks[1])
+        world.config = replace(world.config, metarl=replace(world.config.metarl, staleness=strict))
+        asyncio.run(live_on(world, again, Disk(records, None, world.rng)))
+        check(world, again)
+        for step in range(SAVE_EVERY + 1, STEPS + 1):
+            versions = [s.version for g in again.trained["rl", step] for t in g.traces for s in t.segments if s.logprobs]
+            assert min(versions) >= step - 1 - sum(slacks), "no token beyond the new bound"
