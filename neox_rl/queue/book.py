@@ -18,10 +18,11 @@ logger = logging.getLogger(__name__)
 
 
 class Book:
-    """``history`` is the present state; ``damage`` the words about what could not be read. ``add`` and its kin are for one event loop."""
+    """``history`` is the present state; ``damage`` the words about what could not be read, which may leave a hole (``has_holes``).
+    ``add`` and its kin are for one event loop."""
 
-    def __init__(self, journal: Journal, records: Sequence[Record], damage: list[str]) -> None:
-        self.journal, self.history, self.damage = journal, fold(records), damage
+    def __init__(self, journal: Journal, records: Sequence[Record], damage: list[str], has_holes: bool = False) -> None:
+        self.journal, self.history, self.damage, self.has_holes = journal, fold(records), damage, has_holes
         self._follow: Callable[[Record], None] = lambda _: None
         self._past = records
 
@@ -30,7 +31,7 @@ class Book:
         """Takes over what is there. ``rule``: what the run keeps to, for who audits it. Raises ConfigError like ``open_journal``."""
         begin = time.monotonic()
         journal, reading = open_journal(directory, flush_s, full_s)
-        book = cls(journal, reading.records, reading.words())
+        book = cls(journal, reading.records, reading.words(), reading.has_holes)
         for word in book.damage:
             logger.warning("%s", word)
         logger.info("%d records of %s read in %.2f s", len(reading.records), directory, time.monotonic() - begin)

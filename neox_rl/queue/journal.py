@@ -54,6 +54,11 @@ class Reading:
     damage: tuple[Damage, ...]
     lost: int
 
+    @property
+    def has_holes(self) -> bool:
+        """Whether a record that was there once may be gone. A torn tail was never there for anybody."""
+        return self.lost > 0 or any(not damage.torn for damage in self.damage)
+
     def words(self) -> list[str]:
         """The damage, for a person; empty where there is none."""
         more = [f"{self.lost} records are missing: what they held is done again"] * (self.lost > 0)

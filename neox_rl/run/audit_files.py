@@ -41,8 +41,7 @@ def audit_run(paths: RunPaths) -> Audited:
     reading = read_journal(paths.journal)
     if not reading.records:
         raise ConfigError(f"{paths.journal}: holds no record: the run did not get far enough, or its journal was moved away")
-    damaged = reading.lost > 0 or any(not damage.torn for damage in reading.damage)
-    audit = Audit(Rule.of(config), damaged)
+    audit = Audit(Rule.of(config), reading.has_holes)
     for record in reading.records:
         audit.apply(record)
     summary = _object(paths.summary)
