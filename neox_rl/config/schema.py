@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+MEGATRON_ENGINE, NEOX_ENGINE = ENGINES = ("megatron-core", "gpt-neox")
+"""The trainer engines that come with this project."""
+
 
 def key(default: Any, doc: str, *, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None) -> Any:
     """A config key: its default, one line of documentation, and the values it takes (inclusive bounds)."""
@@ -137,7 +140,7 @@ class ObjectiveConfig:
 class ServersConfig:
     """vLLM server processes."""
 
-    num_servers: int = key(1, "servers that the run starts; others may join it (neox_rl.run.serve); 0 with network.join_port: all join", low=0)
+    num_servers: int = key(1, "servers that the run starts; others may join (neox_rl.run.serve); 0 with network.join_port: all join", low=0)
     tensor_parallel_size: int = key(1, "TP of each server", low=1)
     addresses: tuple[str, ...] = key(
         (),
@@ -277,7 +280,11 @@ class MetaRLConfig:
 
     name: str = key("metarl", "run name: everything goes to <runs_dir>/<name>")
     runs_dir: str = key("runs", "parent directory of runs")
-    engine: str = key("megatron-core", "trainer engine; any other is registered (engines/registry.py) by the script that the ranks run")
+    engine: str = key(
+        MEGATRON_ENGINE,
+        "trainer engine: megatron-core, or gpt-neox (the checkout at GPT_NEOX_PATH); any other is registered (engines/registry.py) by the"
+        " script that the ranks run",
+    )
     seed: int = key(1234, "seed of problems, demonstrations and sampling", low=0)
     restarts: int = key(0, "how often a run that lost a training rank goes on from its last checkpoint by itself (--restarts)", low=0)
     orchestrator_restarts: int = key(

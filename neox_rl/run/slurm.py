@@ -1,15 +1,22 @@
-"""What a run asks of Slurm: which hosts, at which addresses, and training ranks on them. Pure; stock Slurm (``MpiDefault=none``) suffices.
+"""What a run asks of Slurm: which hosts, at which addresses, and training ranks on them. Stock Slurm (``MpiDefault=none``) suffices.
+
+    python -m neox_rl.run.slurm         in a job: its nodes and their addresses, n1=10.0.0.1,n2=10.0.0.2
 
 DeepSpeed's own slurm launcher is not used: it asks for ssh to the first host, and tells the ranks no MASTER_ADDR.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import socket
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 
 from neox_rl.errors import ConfigError
 
+SCONTROL_S = 30.0
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)")
 _FIELD = re.compile(r"(\w+)=(\S*)")
 
@@ -54,3 +61,45 @@ def node_addresses(shown: str) -> dict[str, str]:
             raise ConfigError(f"scontrol show node printed {line[:80]!r}, which names no node")
         found[fields["NodeName"]] = fields.get("NodeAddr") or fields["NodeName"]
     return found
+
+
+def addresses_of_job(nodelist: str) -> dict[str, str]:
+    """The nodes of an allocation, in its order, each with the IPv4 address that Slurm knows it by. Raises ConfigError naming the node."""
+    names = _scontrol("show", "hostnames", nodelist).split()
+    known = node_addresses(_scontrol("show", "node", "-o", nodelist))
+    found: dict[str, str] = {}
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{name}: scontrol show node knows no such node of {nodelist}")
+        try:
+            found[name] = socket.gethostbyname(known[name])
+        except OSError as error:
+            raise ConfigError(
+                f"{name}: its NodeAddr {known[name]!r} resolves to nothing here ({error}); set NODES=NODE=ADDRESS,..."
+            ) from error
+    return found
+
+
+def _scontrol(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["scontrol", *arguments], capture_output=True, text=True, timeout=SCONTROL_S, check=True)
+    except FileNotFoundError as error:
+        raise ConfigError("scontrol is not here: this is no node of Slurm; set NODES=NODE=ADDRESS,...") from error
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        raise ConfigError(f"scontrol {' '.join(arguments)} failed: {str(error.stderr or error).strip()}") from error
+    return done.stdout
+
+
+def main() -> int:
+    """Prints the nodes of this job as ``neox_rl.run.preflight --nodes`` takes them."""
+    try:
+        nodes = addresses_of_job(os.environ.get("SLURM_JOB_NODELIST", ""))
+    except ConfigError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    print(",".join(f"{name}={address}" for name, address in nodes.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
