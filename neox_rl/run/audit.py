@@ -246,7 +246,7 @@ class Audit:
         published = self.sessions[session].published
         if version not in published:
             # What was published in the last moments before the death of all was not on the disk yet: nobody trained with it either.
-            self._gap("digests", f"{who} served v{version}, whose publication is in no record")
+            self._gap("digests", f"v{version} was served, and its publication is in no record")
             return
         self.results["digests"].checked += 1
         if digest != published[version]:
@@ -281,6 +281,9 @@ class Audit:
 
     def saved(self, label: str, rl_step: int, queue: object) -> None:
         """A checkpoint after ``rl_step``, with the state of the queue in it."""
+        if rl_step < self._unknown:
+            self._gap("checkpoints", f"{label}: what the steps before it took is in no record that is there")
+            return
         self.results["checkpoints"].checked += 1
         trained = {ticket for ticket, step in self._step_of.items() if step <= rl_step}
         if not isinstance(queue, dict):

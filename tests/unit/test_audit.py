@@ -242,6 +242,7 @@ def test_without_the_records_of_a_time_its_state_says_what_was_trained_then() ->
     audit = run.audit()
     assert audit.violations == []
     assert "steps 1 to 2: what they took is in no record that is there" in audit.results["once"].gaps
+    assert audit.results["checkpoints"].gaps == ["step0: what the steps before it took is in no record that is there"]
     take_again(run)
     assert any("g000005 was trained by step 3 and again" in violation for violation in run.audit().violations)
 
