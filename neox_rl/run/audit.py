@@ -210,7 +210,8 @@ class Audit:
             closed = set(range(queue["fresh"])).difference(queue["open"])
             self._step_of = dict.fromkeys(closed, step) | self._step_of
             self.sessions[-1].published |= {int(version): str(digest) for version, digest in meta["digests"]}
-            self.last, self._unknown = step, step
+            self.last = self._unknown = step
+            self.sft_step = int(meta["steps"]["sft"])
         self._compare(queue, step)
 
     def _publish(self, version: int, digest: str) -> None:

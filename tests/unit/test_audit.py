@@ -237,7 +237,7 @@ def test_where_records_were_lost_what_they_would_have_said_is_not_known_and_not_
 def test_without_the_records_of_a_time_its_state_says_what_was_trained_then() -> None:
     """The ledger is gone: what remains begins with a state after step 2."""
     run = good()
-    state = {"kind": "state", "state": {"queue": queue_after(2)}, "steps": {"rl": 2}, "digests": [[v, f"d{v}"] for v in range(3)]}
+    state = {"kind": "state", "state": {"queue": queue_after(2)}, "steps": {"sft": 1, "rl": 2}, "digests": [[v, f"d{v}"] for v in range(3)]}
     run.records[: second_trainer(run)] = [run.records[0], state]
     audit = run.audit()
     assert audit.violations == []
