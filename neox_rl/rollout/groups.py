@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from neox_rl.ports import Generator, Tokenizer, Verifier
+from neox_rl.rollout.vllm_client import NobodyServesError
 from neox_rl.types import Completion, Finish, Group, Problem, Reason, Role, SamplingParams, Segment, Trace, Verdict
 
 Reward = Callable[[Problem, Verdict, str, int], float]
@@ -32,11 +33,19 @@ class Attempts:
     async def attempt(self, problem: Problem, name: str, params: SamplingParams, size: int) -> tuple[Trace, ...]:
         """``size`` verified rollouts of ``problem``, ids ``<name>/r<i>``. Raises what the generator raises."""
         prompt = self.tokenizer.encode(problem.prompt)
-        completions = await self.generator.sample(prompt, params, size, name)
+        completions = await self._sample(prompt, params, size, name)
         texts = [self.tokenizer.decode(completion.ids) for completion in completions]
         verdicts = await asyncio.gather(*(self._verdict(problem, c, text) for c, text in zip(completions, texts, strict=True)))
         rows = zip(completions, texts, verdicts, strict=True)
         return tuple(self._trace(f"{name}/r{i}", problem, prompt, *row) for i, row in enumerate(rows))
+
+    async def _sample(self, prompt: Sequence[int], params: SamplingParams, size: int, name: str) -> tuple[Completion, ...]:
+        """A server may take longer to start again than a request may take: as long as none serves, no attempt has failed."""
+        while True:
+            try:
+                return await self.generator.sample(prompt, params, size, name)
+            except NobodyServesError:
+                await asyncio.sleep(0)
 
     def _trace(self, id: str, problem: Problem, prompt: tuple[int, ...], completion: Completion, text: str, verdict: Verdict) -> Trace:
         return Trace(

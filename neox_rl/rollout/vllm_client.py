@@ -59,6 +59,10 @@ class ServerFailedError(NeoxRLError):
     """A server that did not answer, answered 5xx, or answered with what no policy made: another one may."""
 
 
+class NobodyServesError(DeadlineError):
+    """No server served when the request's deadline passed: nothing is wrong with it. Who keeps the servers has a deadline for that."""
+
+
 class _MovedError(Exception):
     """The server was taken out while the request was in flight: nobody's failure."""
 
@@ -158,7 +162,8 @@ class VllmGenerator:
             where = tried[-1] if tried and tried[-1] in serving else "a server that serves"
             idle = "" if serving else f"no requests go to {', '.join(self._servers) or 'anybody'}: see the servers' logs"
             hint = "; ".join(filter(None, [*failures, idle])) or "raise servers.request_timeout_s, or lower max_inflight_groups"
-            raise DeadlineError(f"rollout {rollout_id} from {where}", self._timeout_s, hint) from error
+            kind = DeadlineError if serving else NobodyServesError
+            raise kind(f"rollout {rollout_id} from {where}", self._timeout_s, hint) from error
         raise ServerFailedError(f"rollout {rollout_id}: {len(failures)} attempts failed: {'; '.join(failures)}")
 
     async def _pick(self, tried: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from neox_rl.problems.sources import ProblemCursor
 from neox_rl.queue.book import Book
 from neox_rl.queue.state import TicketQueue
 from neox_rl.rollout.groups import Attempts
-from neox_rl.rollout.vllm_client import ServerFailedError
+from neox_rl.rollout.vllm_client import NobodyServesError, ServerFailedError
 from neox_rl.run.pump import MAX_FAILURES, RolloutPump
 from neox_rl.telemetry.events import EventLog, read_events
 from neox_rl.types import Completion, Finish, Group, Problem, SamplingParams, VersionSpan
@@ -37,10 +37,12 @@ class Words:
 
 
 class Generator:
-    """Three tokens of the version that is live; ``fail`` requests fail first. Waits while ``gate`` is closed."""
+    """Three tokens of the version that is live; ``fail`` requests fail first. Waits while ``gate`` is closed. For ``alone`` requests
+    there is no server."""
 
     def __init__(self, queue: TicketQueue, fail: int = 0) -> None:
         self.queue, self.fail, self.most, self.running = queue, fail, 0, 0
+        self.alone = 0
         self.gate = asyncio.Event()
         self.gate.set()
 
@@ -51,6 +53,9 @@ class Generator:
         await asyncio.sleep(0)
         await self.gate.wait()
         self.running -= 1
+        if self.alone:
+            self.alone -= 1
+            raise NobodyServesError(f"rollout {rollout_id} from a server that serves", 120.0)
         if self.fail:
             self.fail -= 1
             raise ServerFailedError(f"{rollout_id}: connection refused")
@@ -143,6 +148,15 @@ def test_a_ticket_that_always_fails_ends_the_run_with_its_name(tmp_path: Path) -
         asyncio.run(story.until(4))
     found = caught.group_contains(NeoxRLError, match=rf"ticket g00000\d failed {MAX_FAILURES} times, .*connection refused")
     assert found
+
+
+def test_a_ticket_has_not_failed_while_there_is_no_server_to_make_it(tmp_path: Path) -> None:
+    """A large model starts again for longer than its requests may take; how long that may be is the keeper's to say."""
+    story = Story(tmp_path)
+    story.generator.alone = 40 * MAX_FAILURES
+    story.queue.set_live(0)
+    story.go(4)
+    assert story.generator.alone == 0 and story.queue.counts.failed == 0
 
 
 class NeverRight(EveryOtherVerifier):

@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 
 from neox_rl.errors import DeadlineError, WeightError, WireError
-from neox_rl.rollout.vllm_client import ServerFailedError, VllmGenerator, parse_response, request_body
+from neox_rl.rollout.vllm_client import NobodyServesError, ServerFailedError, VllmGenerator, parse_response, request_body
 from neox_rl.types import Completion, Finish, SamplingParams, VersionSpan
 
 PARAMS = SamplingParams(max_tokens=8, temperature=0.7, stop_token_ids=(2,))
@@ -232,7 +232,7 @@ def test_a_request_waits_for_a_server_that_serves_and_names_that_when_none_comes
             assert len(await waiting) == 2
         async with VllmGenerator((), 0.1) as generator:
             generator.suspend("http://h:1")
-            with pytest.raises(DeadlineError, match="rollout g000017 from a server that serves.*no requests go to http://h:1"):
+            with pytest.raises(NobodyServesError, match=r"rollout g000017 from a server that serves.*no requests go to http://h:1"):
                 await generator.sample([1], PARAMS, 2, "g000017")
         await close()
 
