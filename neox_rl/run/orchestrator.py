@@ -44,7 +44,7 @@ from neox_rl.telemetry.jsonl import read_jsonl
 from neox_rl.telemetry.metrics import MetricsWriter
 from neox_rl.telemetry.paths import RunPaths
 from neox_rl.telemetry.rewind import SMALL, lacks_row, rewind, settle
-from neox_rl.types import Group, Json, Problem, SamplingParams
+from neox_rl.types import Group, Json, SamplingParams
 
 logger = logging.getLogger(__name__)
 MAX_ERRORS = 3
@@ -70,10 +70,10 @@ class Orchestrator:
         params = SamplingParams(
             metarl.rollout.max_new_tokens, metarl.rollout.temperature, metarl.rollout.top_p, (parts.attempts.tokenizer.eos_id,)
         )
-        self._pump = RolloutPump(config, book, self._queue, self._cursor, parts.attempts, params, parts.events, self._on_group)
+        self._board = Scoreboard(config, paths, writer, self._queue, book.history.tally, parts.attempts.tokenizer, parts.events)
+        self._pump = RolloutPump(config, book, self._queue, self._cursor, parts.attempts, params, parts.events, self._board.group)
         self._audit = LiveAudit(config, book, parts.events)
         self._comeback = Comeback(book, self._queue, self._cursor, self._pump, self._on_load)
-        self._board = Scoreboard(config, paths, writer, self._queue, book.history.tally, parts.attempts.tokenizer, parts.events)
         self._evaluator = Evaluator(config, parts.problems.heldout, parts.attempts, params)
         self._demonstrations = self._new_demonstrations(0, 0)
         self._tasks: asyncio.TaskGroup | None = None
@@ -323,9 +323,6 @@ class Orchestrator:
     async def _small_evaluation(self, version: int) -> None:
         """Beside training: its last tokens may be those of later versions, as the row says."""
         self._board.evaluation(await self._evaluator.small(f"step {version}", version, version))
-
-    def _on_group(self, group: Group, problem: Problem) -> None:
-        self._board.group(group, problem)
 
     def _on_load(self, group: Group) -> None:
         if (problem := self._pump.problem(group.ticket)) is not None:
