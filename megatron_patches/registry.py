@@ -10,7 +10,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from neox_rl.config import checkout
 from neox_rl.errors import NeoxRLError
+
+Upstream = Literal["megatron-core", "gpt-neox", "deepspeed"]
+WRITTEN_FOR: Mapping[Upstream, str] = {
+    "megatron-core": "install megatron-core 0.16.1",
+    "gpt-neox": f"check out GPT-NeoX {checkout.WRITTEN_FOR}",
+    "deepspeed": "install deepspeed 0.19.8",
+}
 
 
 class PatchError(NeoxRLError):
@@ -22,6 +30,7 @@ class Patch:
     """One seam. ``sources`` maps each upstream symbol (``module:qualified.name``) to the :func:`digest` of its source.
 
     ``on_change``: ``stop`` where a moved source could give wrong numbers in silence, ``warn`` where it would fail loudly.
+    Without sources: it makes the upstream importable, so it stands before the others.
     """
 
     name: str
@@ -31,6 +40,7 @@ class Patch:
     cpu_only: bool
     sources: Mapping[str, str]
     apply: Callable[[tuple[Any, ...]], None]
+    upstream: Upstream = "megatron-core"
 
 
 def resolve(symbol: str) -> Any:
@@ -53,12 +63,14 @@ def check(patch: Patch) -> None:
         try:
             found = digest(symbol)
         except (ImportError, AttributeError) as error:
-            raise PatchError(f"patch {patch.name!r}: {symbol} is gone ({error}); install megatron-core 0.16.1 or mend the patch") from error
+            raise PatchError(
+                f"patch {patch.name!r}: {symbol} is gone ({error}); {WRITTEN_FOR[patch.upstream]} or mend the patch"
+            ) from error
         if found == expected:
             continue
         message = (
             f"patch {patch.name!r}: the source of {symbol} is {found}, the patch was written for {expected} "
-            f"({patch.reason}); read the new source, mend the patch and its digest, or install megatron-core 0.16.1"
+            f"({patch.reason}); read the new source, mend the patch and its digest, or {WRITTEN_FOR[patch.upstream]}"
         )
         if patch.on_change == "stop":
             raise PatchError(message)

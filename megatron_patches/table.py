@@ -12,11 +12,11 @@ def table() -> str:
     """Markdown, one row a patch."""
     from megatron_patches import PATCHES
 
-    rows = ["| patch | symbols | why | remove when | if upstream moved | where |", "|---|---|---|---|---|---|"]
+    rows = ["| upstream | patch | symbols | why | remove when | if upstream moved | where |", "|---|---|---|---|---|---|---|"]
     for patch in PATCHES:
         symbols = "<br>".join(f"`{symbol.removeprefix('megatron.core.')}`" for symbol in patch.sources)
         where = "without CUDA" if patch.cpu_only else "everywhere"
-        rows.append(f"| {patch.name} | {symbols} | {patch.reason} | {patch.remove_when} | {patch.on_change} | {where} |")
+        rows.append(f"| {patch.upstream} | {patch.name} | {symbols} | {patch.reason} | {patch.remove_when} | {patch.on_change} | {where} |")
     return "\n".join(rows)
 
 

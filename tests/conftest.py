@@ -1,4 +1,4 @@
-"""For every test: one math thread a process, and tests marked ``gpu`` skip themselves where there is no CUDA device."""
+"""For every test: one math thread a process; tests marked ``gpu`` or ``neox`` skip themselves without a CUDA device, or a checkout."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; inher
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not os.environ.get("GPT_NEOX_PATH"):
+        for item in items:
+            if item.get_closest_marker("neox"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPT-NeoX checkout, and GPT_NEOX_PATH is not set"))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

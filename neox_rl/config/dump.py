@@ -13,7 +13,7 @@ from neox_rl.config.run import RunConfig
 
 def dump(config: RunConfig) -> str:
     """YAML text that ``load_resolved`` reads back into an equal RunConfig."""
-    tree = {**asdict(config.neox), BLOCK: asdict(config.metarl)}
+    tree = {**asdict(config.neox), **config.extra, BLOCK: asdict(config.metarl)}
     return str(yaml.safe_dump(_plain(tree), sort_keys=False, allow_unicode=True, width=120))
 
 

@@ -11,10 +11,10 @@ from typing import Any, get_type_hints
 from neox_rl.config.leaves import BLOCK, blocks, convert, leaves, nearest
 from neox_rl.config.machine import Machine
 from neox_rl.config.neox import NeoXConfig
-from neox_rl.config.neox_compat import drop_unread, precision_blocks
+from neox_rl.config.neox_compat import precision_blocks, sort_out
 from neox_rl.config.rules import check
 from neox_rl.config.run import RunConfig
-from neox_rl.config.schema import MetaRLConfig
+from neox_rl.config.schema import NEOX_ENGINE, MetaRLConfig
 from neox_rl.config.source import SETTING, Entry, override, read_files
 from neox_rl.errors import ConfigError
 
@@ -46,7 +46,9 @@ def load_resolved(path: str | Path) -> RunConfig:
 
 def parse(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Parsed:
     """Merge, convert and build, without the rules between keys."""
-    table, notes = drop_unread(precision_blocks(override(read_files(paths), overrides)))
+    merged = precision_blocks(override(read_files(paths), overrides))
+    gpt_neox = f"{BLOCK}.engine" in merged and merged[f"{BLOCK}.engine"].value == NEOX_ENGINE
+    table, extra, notes = sort_out(merged, {*leaves(), *blocks()}, gpt_neox)
     values = {leaf.path: copy.deepcopy(leaf.default) for leaf in leaves().values()}
     mistakes: list[str] = []
     for path, entry in sorted(table.items(), key=lambda item: item[0] not in leaves()):
@@ -60,7 +62,7 @@ def parse(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Parsed:
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     values["optimizer"] = _optimizer(values["optimizer"])
-    return Parsed(RunConfig(_build(NeoXConfig, "", values), _build(MetaRLConfig, BLOCK + ".", values)), tuple(notes))
+    return Parsed(RunConfig(_build(NeoXConfig, "", values), _build(MetaRLConfig, BLOCK + ".", values), extra), tuple(notes))
 
 
 def _reach_into(values: dict[str, Any], path: str, entry: Entry) -> None:

@@ -1,12 +1,14 @@
-"""GPT-NeoX keys that this run does not read, so that an existing NeoX file can be given as it is.
+"""GPT-NeoX keys that this project does not read, so that an existing NeoX file can be given as it is.
 
 A key here either changes nothing (kernel choices, GPT-NeoX's own data and logging) and is accepted with a note, or would change the
 model or the training and is accepted only with the value that the run has anyway. Every other unknown key is an error.
+
+The engine ``gpt-neox`` hands on what the checkout itself reads: kernels, memory, data, and every key that is not known here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from neox_rl.config.source import SETTING, Entry
@@ -64,22 +66,34 @@ ONLY: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def drop_unread(table: Mapping[str, Entry]) -> tuple[dict[str, Entry], list[str]]:
-    """``table`` without the keys named here, and one note a key that was dropped. Raises ConfigError for a value that would matter."""
+HANDED_ON = (KERNEL, MEMORY, DATA)
+"""Of the keys that are not read, those that the engine ``gpt-neox`` gives to GPT-NeoX."""
+
+
+def sort_out(table: Mapping[str, Entry], known: Collection[str], gpt_neox: bool) -> tuple[dict[str, Entry], dict[str, Any], list[str]]:
+    """``table`` without the keys that are not read; those that go to GPT-NeoX; one note a key that was dropped.
+
+    ``known`` are the paths of this project. Raises ConfigError for a value that would make another model or training.
+    """
     kept: dict[str, Entry] = {}
+    extra: dict[str, Any] = {}
     notes: list[str] = []
     for key, entry in table.items():
-        if key in NOT_READ:
+        if key in NOT_READ and not (gpt_neox and NOT_READ[key] in HANDED_ON):
             notes.append(f"{key} ({entry.where}) is not read: {NOT_READ[key]}")
-        elif key == "attention_config":
+            continue
+        if key == "attention_config":
             _plain_attention(entry)
-        elif key in ONLY:
-            if entry.value not in ONLY[key]:
-                allowed = " or ".join(str(v).lower() for v in ONLY[key] if v is not None)
-                raise ConfigError(f"{key} = {entry.value!r} ({entry.where}): only {allowed or 'null'} is supported here; remove the key")
-        else:
+        elif key in ONLY and entry.value not in ONLY[key]:
+            allowed = " or ".join(str(v).lower() for v in ONLY[key] if v is not None)
+            raise ConfigError(f"{key} = {entry.value!r} ({entry.where}): only {allowed or 'null'} is supported here; remove the key")
+        if key in known or "." in key:
             kept[key] = entry
-    return kept, notes
+        elif gpt_neox:
+            extra[key] = entry.value
+        elif key not in ONLY and key != "attention_config":
+            kept[key] = entry
+    return kept, extra, notes
 
 
 def _plain_attention(entry: Entry) -> None:

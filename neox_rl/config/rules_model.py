@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterator
+from dataclasses import fields
 
+from neox_rl.config.checkout import VARIABLE, find_checkout, known_keys
 from neox_rl.config.machine import Machine
 from neox_rl.config.run import RunConfig
-from neox_rl.config.schema import MetaRLConfig
+from neox_rl.config.schema import ENGINES, NEOX_ENGINE
+from neox_rl.errors import ConfigError
 
 VLLM_CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head sizes that vLLM's CPU attention kernels are built for; any other dies when the server loads the model."""
@@ -236,10 +240,37 @@ def _yaml(value: object) -> str:
 
 def engine_comes_with_the_project(config: RunConfig, machine: Machine) -> Iterator[str]:
     """No more than a warning: the ranks' own script may register an engine, and only the ranks run it."""
-    if (name := config.metarl.engine) != MetaRLConfig.engine:
+    if (name := config.metarl.engine) not in ENGINES:
         yield (
             f"metarl.engine = {name!r}: does not come with this project, so the ranks end at once unless their script registers it; the"
-            f" built-in engine is {MetaRLConfig.engine}"
+            f" built-in engines are {' and '.join(ENGINES)}"
+        )
+
+
+def checkout_knows_the_keys(config: RunConfig, machine: Machine) -> Iterator[str]:
+    """The engine ``gpt-neox`` needs the user's checkout, and hands it every key that is not one of this project."""
+    if config.metarl.engine != NEOX_ENGINE:
+        return
+    try:
+        root = find_checkout({VARIABLE: machine.gpt_neox_path})
+        known = known_keys(root)
+    except ConfigError as error:
+        yield str(error)
+        return
+    for key in sorted(set(config.extra) - known):
+        close = difflib.get_close_matches(key, {*known, *(f.name for f in fields(config.neox))}, n=1)
+        hint = f"did you mean {close[0]}?" if close else "remove it"
+        yield f"{key}: is neither a key of this project nor one of GPT-NeoX at {root}; {hint}"
+
+
+def sequence_divides(config: RunConfig, machine: Machine) -> Iterator[str]:
+    """Under sequence parallelism GPT-NeoX's rows are padded to a multiple of TP, and its rotary table ends at seq_length."""
+    n = config.neox
+    if config.metarl.engine == NEOX_ENGINE and n.sequence_parallel and n.seq_length % n.model_parallel_size:
+        up = -(-n.seq_length // n.model_parallel_size) * n.model_parallel_size
+        yield (
+            f"seq_length = {n.seq_length}: with sequence_parallel GPT-NeoX needs a multiple of model_parallel_size ="
+            f" {n.model_parallel_size}; take {up}"
         )
 
 
@@ -259,5 +290,7 @@ MODEL_RULES = (
     decay_goes_down,
     positions_hold_sequence,
     backend_fits_machine,
+    checkout_knows_the_keys,
+    sequence_divides,
 )
 MODEL_WARNINGS = (engine_comes_with_the_project, stages_are_even)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from neox_rl.config.neox import NeoXConfig
 from neox_rl.config.schema import MetaRLConfig
@@ -14,3 +16,5 @@ class RunConfig:
 
     neox: NeoXConfig = field(default_factory=NeoXConfig)
     metarl: MetaRLConfig = field(default_factory=MetaRLConfig)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Keys that only GPT-NeoX knows, as they were written: for the engine ``gpt-neox`` alone, empty with any other."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -18,65 +17,33 @@ from neox_rl.config.neox import NeoXConfig
 from neox_rl.config.schema import MetaRLConfig
 from neox_rl.engines.mcore_model import build_model
 from neox_rl.engines.model_shape import ModelShape, stage_layers
-from neox_rl.engines.port import Topology
 from neox_rl.engines.rank_env import RankEnv
 from neox_rl.engines.weight_parts import World
-from neox_rl.errors import ConfigError, DeadlineError
-
-CONTROL_SLACK_S = 60.0
+from neox_rl.engines.world import control_group, join_ranks, rank_device, topology_of
+from neox_rl.errors import ConfigError
 
 
 def join_world(neox: NeoXConfig, metarl: MetaRLConfig, env: RankEnv) -> World:
-    """Rendezvous of all ranks and megatron-core's groups. Raises ConfigError for a world that TP x PP does not divide."""
-    tp, pp = neox.model_parallel_size, max(neox.pipe_parallel_size, 1)
-    if env.world_size % (tp * pp):
-        raise ConfigError(
-            f"{env.world_size} ranks are not a multiple of model_parallel_size {tp} x pipe_parallel_size {pp}; "
-            f"set num_gpus (or the number of processes) to a multiple of {tp * pp}"
-        )
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", env.local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-    backend = neox.distributed_backend if neox.distributed_backend != "auto" else ("nccl" if device.type == "cuda" else "gloo")
-    deadlines = metarl.deadlines
-    try:
-        dist.init_process_group(
-            backend,
-            init_method=f"tcp://{env.master_addr}:{env.master_port}",
-            rank=env.rank,
-            world_size=env.world_size,
-            timeout=timedelta(seconds=deadlines.ranks_start_s),
-            device_id=device if backend == "nccl" else None,
-        )
-    except (dist.DistStoreError, dist.DistNetworkError) as error:
-        place = f"MASTER_ADDR {env.master_addr}, MASTER_PORT {env.master_port}"
-        if env.rank == 0 and isinstance(error, dist.DistNetworkError):
-            raise ConfigError(f"rank 0 cannot listen at {place}: {error}; set master_addr and metarl.network.master_port") from error
-        where = f"rank {env.rank} met nobody else at {place}; see the logs of the other ranks ({error})"
-        raise DeadlineError(f"all {env.world_size} training ranks", deadlines.ranks_start_s, where) from error
-    parallel_state.initialize_model_parallel(tp, pp, create_gloo_process_groups=False, distributed_timeout_minutes=deadlines.step_s / 60)
+    """Rendezvous of all ranks and megatron-core's groups. Raises ConfigError and DeadlineError."""
+    device = rank_device(env)
+    join_ranks(neox, env, device, metarl.deadlines.ranks_start_s)
+    minutes = metarl.deadlines.step_s / 60
+    tp, pp = neox.model_parallel_size, neox.pipe_stages
+    parallel_state.initialize_model_parallel(tp, pp, create_gloo_process_groups=False, distributed_timeout_minutes=minutes)
     # No operation of the forward pass draws random numbers (there is no dropout), so the tracker has no streams to keep.
     initialize_rng_tracker(inference_rng_tracker=True)
-    longest_wait = max(deadlines.batch_s, deadlines.evaluate_s, deadlines.publish_s, deadlines.ranks_start_s) + CONTROL_SLACK_S
-    topology = Topology(
-        rank=env.rank,
-        world_size=env.world_size,
-        tp=tp,
-        pp=pp,
-        dp=env.world_size // (tp * pp),
-        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        dp_rank=parallel_state.get_data_parallel_rank(),
-        device=str(device),
+    ranks = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_data_parallel_rank(),
     )
     return World(
-        topology,
+        topology_of(neox, env, device, *ranks),
         device,
         parallel_state.get_tensor_model_parallel_group(),
         parallel_state.get_pipeline_model_parallel_group(),
         parallel_state.get_data_parallel_group(),
-        dist.new_group(backend="gloo", timeout=timedelta(seconds=longest_wait)),
+        control_group(metarl.deadlines),
     )
 
 

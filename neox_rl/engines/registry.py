@@ -18,7 +18,13 @@ def _megatron_core(config: RunConfig, vocab_size: int) -> Engine:
     return MegatronCoreEngine(config, vocab_size)
 
 
-ENGINES: dict[str, Builder] = {"megatron-core": _megatron_core}
+def _gpt_neox(config: RunConfig, vocab_size: int) -> Engine:
+    from neox_rl.engines.gpt_neox import GptNeoXEngine
+
+    return GptNeoXEngine(config, vocab_size)
+
+
+ENGINES: dict[str, Builder] = {"megatron-core": _megatron_core, "gpt-neox": _gpt_neox}
 
 
 def register_engine(name: str, builder: Builder) -> None:

@@ -28,17 +28,18 @@ from neox_rl.errors import ConfigError, NeoxRLError, WeightError
 from tests.invariance.engine_batches import VOCAB, loss_fn, sequences, split
 
 NEOX = NeoXConfig(hidden_size=32, num_attention_heads=2, num_layers=2, seq_length=64)
+ENGINES = ("megatron-core", pytest.param("gpt-neox", marks=pytest.mark.neox))
 
 
-@pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "MASTER_ADDR"):
             patch.delenv(name, raising=False)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             patch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
-        built = build_engine(RunConfig(NEOX), VOCAB)
+        built = build_engine(RunConfig(NEOX, MetaRLConfig(engine=request.param)), VOCAB)
         yield built
         built.close()
 

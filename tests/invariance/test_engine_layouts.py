@@ -6,6 +6,7 @@ CUDA and NCCL, interleaved pipelines, context and expert parallelism.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,15 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {
     "tp2_dp2_zero1": (4, {"model_parallel_size": 2, **ZERO1}, 1),
 }
 """name: (ranks, keys, micro-batches a rank). Layouts of four ranks run for one family: they cost four processes on few cores."""
+PLAIN = {"pipe_parallel_size": 0}
+NEOX_LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {
+    **LAYOUTS,
+    "plain": (1, PLAIN, 2),
+    "plain_tp2_sp_recompute": (2, {**LAYOUTS["tp2_sp_recompute"][1], **PLAIN}, 1),
+    "plain_dp2_zero1": (2, {**ZERO1, **PLAIN}, 2),
+}
+"""GPT-NeoX has two forms of its model: DeepSpeed's pipeline module, and without it (pipe_parallel_size 0) a plain sequence."""
+ENGINES = {"megatron-core": LAYOUTS, "gpt-neox": NEOX_LAYOUTS}
 RESUMES = ("one", "tp2_sp_recompute", "pp2", "dp2", "dp2_zero1")
 BF16 = {
     "bf16_one": (1, {}),
@@ -50,31 +60,71 @@ BF16 = {
 }
 
 
-def families_of(layout: str) -> tuple[str, ...]:
-    return ("neox_tied",) if LAYOUTS[layout][0] == 4 else tuple(FAMILIES)
+def families_of(engine: str, layout: str) -> tuple[str, ...]:
+    return ("neox_tied",) if ENGINES[engine][layout][0] == 4 else tuple(FAMILIES)
 
 
-PAIRS = [(layout, family) for layout in LAYOUTS for family in families_of(layout)]
+def marked(engine: str, *values: str) -> Any:
+    return pytest.param((engine, *values), marks=[pytest.mark.neox] * (engine == "gpt-neox"), id="-".join((engine, *values)))
+
+
+PAIRS = [marked(engine, layout, family) for engine in ENGINES for layout in ENGINES[engine] for family in families_of(engine, layout)]
+RESUMED = {"megatron-core": RESUMES, "gpt-neox": (*RESUMES, "plain", "plain_dp2_zero1")}
+
+
+def run_engine(engine: str, exports: Path, out: Path, first: list[dict[str, Any]]) -> Path:
+    """Runs every case of an engine, one set of processes for each number of ranks; the directory of what they left."""
+    cases: dict[int, list[dict[str, Any]]] = {1: first, 2: [], 4: []}
+    for layout, (world, keys, accumulate) in ENGINES[engine].items():
+        for family in families_of(engine, layout):
+            neox = {**FAMILIES[family], **keys}
+            case = {"engine": engine, "name": f"{layout}-{family}", "kind": "parity", "neox": neox, "accumulate": accumulate}
+            cases[world].append({**case, "load_hf": str(exports / f"export-{family}" / "hf")})
+            if layout in RESUMED[engine] and family == "llama":
+                cases[world].append({**case, "name": f"resume-{layout}", "kind": "resume"})
+    for name, (world, keys) in BF16.items():
+        neox = {**FAMILIES["llama"], **keys, "precision": "bfloat16"}
+        cases[world].append({"engine": engine, "name": name, "kind": "resume", "neox": neox})
+    for world, plan in cases.items():
+        run_ranks(world, plan, out)
+    return out
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs every case, one set of processes for each number of ranks; the directory of what they left."""
+    """What megatron-core's cases left, and the HF models that every engine starts from."""
     out = tmp_path_factory.mktemp("engine")
-    exports = [{"name": f"export-{family}", "kind": "export", "neox": FAMILIES[family]} for family in FAMILIES]
-    cases: dict[int, list[dict[str, Any]]] = {1: exports, 2: [], 4: []}
-    for layout, family in PAIRS:
-        world, keys, accumulate = LAYOUTS[layout]
-        neox = {**FAMILIES[family], **keys}
-        case = {"name": f"{layout}-{family}", "kind": "parity", "neox": neox, "accumulate": accumulate}
-        cases[world].append({**case, "load_hf": str(out / f"export-{family}" / "hf")})
-        if layout in RESUMES and family == "llama":
-            cases[world].append({"name": f"resume-{layout}", "kind": "resume", "neox": neox, "accumulate": accumulate})
-    for name, (world, keys) in BF16.items():
-        cases[world].append({"name": name, "kind": "resume", "neox": {**FAMILIES["llama"], **keys, "precision": "bfloat16"}})
-    for world, plan in cases.items():
-        run_ranks(world, plan, out)
-    return out
+    return run_engine("megatron-core", out, out, [{"name": f"export-{f}", "kind": "export", "neox": FAMILIES[f]} for f in FAMILIES])
+
+
+@pytest.fixture(scope="module")
+def neox_found(found: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_engine("gpt-neox", found, tmp_path_factory.mktemp("neox"), [])
+
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest) -> Case:
+    engine, name, family = (*request.param, "")[:3]
+    root: Path = request.getfixturevalue("found" if engine == "megatron-core" else "neox_found")
+    return Case(engine, name, family, root)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One engine with one layout, and the directory of what every case of that engine left."""
+
+    engine: str
+    layout: str
+    family: str
+    root: Path
+
+    @property
+    def directory(self) -> Path:
+        return self.root / (f"{self.layout}-{self.family}" if self.family else self.layout)
+
+    @property
+    def world(self) -> int:
+        return ENGINES[self.engine][self.layout][0]
 
 
 class Reference:
@@ -124,44 +174,44 @@ def references(found: Path) -> dict[str, Reference]:
     return {family: Reference(found / f"export-{family}" / "hf") for family in FAMILIES}
 
 
-@pytest.mark.parametrize(("layout", "family"), PAIRS)
-def test_logits_equal_those_of_transformers(found: Path, references: dict[str, Reference], layout: str, family: str) -> None:
-    ours, theirs = np.load(found / f"{layout}-{family}" / "logits.npy"), references[family].logits.numpy()
+@pytest.mark.parametrize("case", PAIRS, indirect=True)
+def test_logits_equal_those_of_transformers(case: Case, references: dict[str, Reference]) -> None:
+    ours, theirs = np.load(case.directory / "logits.npy"), references[case.family].logits.numpy()
     assert theirs.std() > 0.1
     np.testing.assert_allclose(ours[: len(theirs)], theirs, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("layout", "family"), PAIRS)
-def test_loss_gradient_norm_and_metrics_of_three_steps(found: Path, references: dict[str, Reference], layout: str, family: str) -> None:
+@pytest.mark.parametrize("case", PAIRS, indirect=True)
+def test_loss_gradient_norm_and_metrics_of_three_steps(case: Case, references: dict[str, Reference]) -> None:
     """The first step is compared as computed; the later ones came through Adam, which magnifies the rounding of tiny gradients."""
-    for rank in range(LAYOUTS[layout][0]):
-        reports = np.load(found / f"{layout}-{family}" / f"rank{rank}.npz")["reports"]
-        np.testing.assert_allclose(reports[0], references[family].reports[0], rtol=1e-5, atol=1e-6, err_msg=f"rank {rank}")
-        np.testing.assert_allclose(reports, references[family].reports, rtol=1e-4, atol=1e-5, err_msg=f"rank {rank}")
+    for rank in range(case.world):
+        reports = np.load(case.directory / f"rank{rank}.npz")["reports"]
+        np.testing.assert_allclose(reports[0], references[case.family].reports[0], rtol=1e-5, atol=1e-6, err_msg=f"rank {rank}")
+        np.testing.assert_allclose(reports, references[case.family].reports, rtol=1e-4, atol=1e-5, err_msg=f"rank {rank}")
 
 
-@pytest.mark.parametrize(("layout", "family"), PAIRS)
-def test_weights_after_three_steps_under_hf_names(found: Path, references: dict[str, Reference], layout: str, family: str) -> None:
+@pytest.mark.parametrize("case", PAIRS, indirect=True)
+def test_weights_after_three_steps_under_hf_names(case: Case, references: dict[str, Reference]) -> None:
     """Relative to how far the weights moved: one weight decay too many, or a gradient too small by a factor, is far outside.
 
     The bound is that of the key biases: softmax does not see them, so their gradient is rounding alone, and Adam makes steps of it.
     """
-    ours = np.load(found / f"{layout}-{family}" / "rank0.npz")
+    ours = np.load(case.directory / "rank0.npz")
     names = {name[2:]: name for name in ours.files if name.startswith("w.")}
-    theirs = references[family].weights
+    theirs = references[case.family].weights
     assert names.keys() == theirs.keys()
     for name, weight in theirs.items():
-        moved, error = np.linalg.norm(weight - references[family].start[name]), np.linalg.norm(ours[names[name]] - weight)
+        moved, error = np.linalg.norm(weight - references[case.family].start[name]), np.linalg.norm(ours[names[name]] - weight)
         assert error <= 1e-2 * moved, f"{name}: off by {error:.2e} of {moved:.2e}"
 
 
-@pytest.mark.parametrize(("layout", "family"), PAIRS)
-def test_log_probs_on_every_rank_current_and_reference(found: Path, references: dict[str, Reference], layout: str, family: str) -> None:
-    seqs, reference = sequences(), references[family]
+@pytest.mark.parametrize("case", PAIRS, indirect=True)
+def test_log_probs_on_every_rank_current_and_reference(case: Case, references: dict[str, Reference]) -> None:
+    seqs, reference = sequences(), references[case.family]
     starts = np.concatenate([[0], np.cumsum([len(s) for s in seqs])])
     tempered = torch.log_softmax(reference.logits / 0.7, -1).numpy()
-    for rank in range(LAYOUTS[layout][0]):
-        data = np.load(found / f"{layout}-{family}" / f"rank{rank}.npz")
+    for rank in range(case.world):
+        data = np.load(case.directory / f"rank{rank}.npz")
         for part in range(2):
             at = 0
             for number in range(part, len(seqs), 2):
@@ -172,9 +222,13 @@ def test_log_probs_on_every_rank_current_and_reference(found: Path, references: 
                 np.testing.assert_allclose(data["reference"][part][own], tempered[rows, seqs[number][1:]], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", [f"resume-{layout}" for layout in RESUMES] + list(BF16))
-def test_resume_is_bit_exact(found: Path, name: str) -> None:
-    ranks = sorted((found / name).glob("rank*.npz"))
+RESUME_CASES = [marked(engine, f"resume-{layout}") for engine, layouts in RESUMED.items() for layout in layouts]
+BF16_CASES = [marked(engine, name) for engine in ENGINES for name in BF16]
+
+
+@pytest.mark.parametrize("case", RESUME_CASES + BF16_CASES, indirect=True)
+def test_resume_is_bit_exact(case: Case) -> None:
+    ranks = sorted(case.directory.glob("rank*.npz"))
     assert ranks
     for path in ranks:
         data = np.load(path)
@@ -185,16 +239,17 @@ def test_resume_is_bit_exact(found: Path, name: str) -> None:
                 np.testing.assert_array_equal(data[f"r.{key[2:]}"], data[key], err_msg=key)
 
 
-@pytest.mark.parametrize("name", list(BF16))
-def test_bf16_follows_fp32(found: Path, name: str) -> None:
+@pytest.mark.parametrize("case", BF16_CASES, indirect=True)
+def test_bf16_follows_fp32(case: Case) -> None:
     """bf16 keeps 8 bits: the loss of the same four steps stays near, and the weights move with fp32 main weights."""
-    bf16, fp32 = np.load(found / name / "rank0.npz")["whole"], np.load(found / "resume-one" / "rank0.npz")["whole"]
+    bf16, fp32 = (np.load(directory / "rank0.npz")["whole"] for directory in (case.directory, case.root / "resume-one"))
     np.testing.assert_allclose(bf16[:, [0, 2, 3]], fp32[:, [0, 2, 3]], rtol=2e-2, atol=2e-2)
 
 
-def test_initial_weights_do_not_depend_on_the_layout(found: Path) -> None:
+@pytest.mark.parametrize("case", [marked(engine, "resume-one") for engine in ENGINES], indirect=True)
+def test_initial_weights_do_not_depend_on_the_layout(case: Case) -> None:
     """Resume cases start from the seed alone; their first reports agree although the layouts differ."""
-    reports = {layout: np.load(found / f"resume-{layout}" / "rank0.npz")["whole"] for layout in RESUMES}
+    reports = {layout: np.load(case.root / f"resume-{layout}" / "rank0.npz")["whole"] for layout in RESUMED[case.engine]}
     for layout, report in reports.items():
         np.testing.assert_allclose(report, reports["one"], rtol=1e-4, err_msg=layout)
 

@@ -18,7 +18,7 @@ from megatron_patches.cpu_code import rewritten, run_on_cpu
 from megatron_patches.registry import Patch, PatchError, check, digest, resolve
 from megatron_patches.table import table
 
-PATCHES = megatron_patches.PATCHES
+PATCHES = megatron_patches.MEGATRON_CORE
 ROOT = Path(megatron_patches.__file__).parent
 
 
@@ -26,15 +26,26 @@ def moved(patch: Patch, **changes: Any) -> Patch:
     return dataclasses.replace(patch, sources=dict.fromkeys(patch.sources, "0" * 16), **changes)
 
 
-@pytest.mark.parametrize("patch", PATCHES, ids=lambda p: p.name)
-def test_upstream_is_what_the_patch_was_written_for(patch: Patch) -> None:
+def marked(patch: Patch) -> Any:
+    return pytest.param(patch, marks=[pytest.mark.neox] * (patch in megatron_patches.GPT_NEOX), id=f"{patch.upstream}-{patch.name}")
+
+
+@pytest.fixture(scope="module")
+def checkout() -> None:
+    megatron_patches.apply(megatron_patches.GPT_NEOX[:2])
+
+
+@pytest.mark.parametrize("patch", map(marked, megatron_patches.PATCHES))
+def test_upstream_is_what_the_patch_was_written_for(patch: Patch, request: pytest.FixtureRequest) -> None:
+    if patch in megatron_patches.GPT_NEOX:
+        request.getfixturevalue("checkout")
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         check(patch)
 
 
 def test_importing_the_package_touches_nothing() -> None:
-    code = "import megatron_patches, sys; assert not [m for m in sys.modules if m.startswith('megatron.core')]"
+    code = "import megatron_patches, sys; assert not [m for m in sys.modules if m.startswith(('megatron.', 'deepspeed'))]"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=ROOT.parent)
 
 
@@ -60,6 +71,29 @@ def test_a_moved_source_stops_or_warns_and_names_patch_and_symbol() -> None:
 def test_a_vanished_symbol_stops_even_where_a_moved_one_warns() -> None:
     gone = dataclasses.replace(PATCHES[0], sources={"megatron.core.optimizer.clip_grads:no_such_function": "0" * 16}, on_change="warn")
     with pytest.raises(PatchError, match="no_such_function"):
+        check(gone)
+
+
+@pytest.mark.neox
+def test_gpt_neox_and_megatron_core_live_in_one_process() -> None:
+    """Whichever was imported first. The checkout is not on the path: its own modules named as ours stay out of sight."""
+    code = """
+import sys
+if sys.argv[1] == "core first":
+    import megatron.core
+import megatron_patches
+assert megatron_patches.apply(megatron_patches.GPT_NEOX) == megatron_patches.apply(megatron_patches.GPT_NEOX)
+import megatron, megatron.core.tensor_parallel, megatron.neox_arguments, tools.check_sizes
+assert megatron.core is sys.modules["megatron.core"] and megatron.NeoXArgs
+"""
+    for order in ("core first", "checkout first"):
+        subprocess.run([sys.executable, "-c", code, order], check=True, timeout=100, cwd=ROOT.parent)
+
+
+def test_a_moved_source_names_the_upstream_that_it_is_of() -> None:
+    neox = next(patch for patch in megatron_patches.GPT_NEOX if patch.sources)
+    gone = dataclasses.replace(neox, sources={"no.such.module:function": "0" * 16})
+    with pytest.raises(PatchError, match="check out GPT-NeoX ea7aefd8"):
         check(gone)
 
 

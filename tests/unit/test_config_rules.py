@@ -14,6 +14,7 @@ from neox_rl.config.run import RunConfig
 
 CPU = Machine(cores=(0, 1, 2, 3), exists=lambda path: path.startswith("here"))
 GPU = replace(CPU, num_gpus=4)
+NEOX = replace(CPU, gpt_neox_path=str(Path(__file__).parent / "checkout_stub"))
 RULE = {rule.__name__: rule for rule in (*RULES, *WARNINGS)}
 
 LLAMA = "norm=rmsnorm activation=swiglu use_bias_in_attn_linear=false use_bias_in_mlp=false intermediate_size=1536 "
@@ -247,6 +248,14 @@ CASES = (
         "metarl.network.master_port=8003",
     ),
     Case("engine_comes_with_the_project", "metarl.engine=nemo", "'nemo': does not come with this project", "metarl.engine=megatron-core"),
+    Case("checkout_knows_the_keys", "metarl.engine=gpt-neox", "GPT_NEOX_PATH is not set", "metarl.engine=megatron-core"),
+    Case(
+        "sequence_divides",
+        "metarl.engine=gpt-neox model_parallel_size=2 sequence_parallel=true seq_length=255",
+        "take 256",
+        "seq_length=256",
+        NEOX,
+    ),
     Case("host_can_be_bound", "metarl.network.bind_host=::1", "'::1': must be an IPv4 address", "metarl.network.bind_host=127.0.0.1"),
     Case("host_can_be_bound", "metarl.network.bind_host='*:5555'", "without port", "metarl.network.bind_host=0.0.0.0"),
     Case("host_can_be_bound", "metarl.network.bind_host=''", "= ''", "metarl.network.bind_host=node-1.cluster"),

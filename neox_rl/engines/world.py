@@ -1,0 +1,80 @@
+"""The training ranks meet: device, rendezvous and place of each, whatever framework goes on from there."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from neox_rl.config.neox import NeoXConfig
+from neox_rl.config.schema import DeadlinesConfig
+from neox_rl.engines.port import Topology
+from neox_rl.engines.rank_env import RankEnv
+from neox_rl.errors import ConfigError, DeadlineError
+
+CONTROL_SLACK_S = 60.0
+
+
+def rank_device(env: RankEnv) -> torch.device:
+    """This rank's device, made the current one."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", env.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def backend_of(neox: NeoXConfig, device: torch.device) -> str:
+    return neox.distributed_backend if neox.distributed_backend != "auto" else ("nccl" if device.type == "cuda" else "gloo")
+
+
+def join_ranks(neox: NeoXConfig, env: RankEnv, device: torch.device, timeout_s: float) -> None:
+    """Rendezvous of all ranks, with a deadline for it and for every collective of the world's own group.
+
+    Raises ConfigError for a world that TP x PP does not divide, DeadlineError when not all come.
+    """
+    tp, pp = neox.model_parallel_size, neox.pipe_stages
+    if env.world_size % (tp * pp):
+        raise ConfigError(
+            f"{env.world_size} ranks are not a multiple of model_parallel_size {tp} x pipe_parallel_size {pp}; "
+            f"set num_gpus (or the number of processes) to a multiple of {tp * pp}"
+        )
+    backend = backend_of(neox, device)
+    try:
+        dist.init_process_group(
+            backend,
+            init_method=f"tcp://{env.master_addr}:{env.master_port}",
+            rank=env.rank,
+            world_size=env.world_size,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=device if backend == "nccl" else None,
+        )
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        place = f"MASTER_ADDR {env.master_addr}, MASTER_PORT {env.master_port}"
+        if env.rank == 0 and isinstance(error, dist.DistNetworkError):
+            raise ConfigError(f"rank 0 cannot listen at {place}: {error}; set master_addr and metarl.network.master_port") from error
+        where = f"rank {env.rank} met nobody else at {place}; see the logs of the other ranks ({error})"
+        raise DeadlineError(f"all {env.world_size} training ranks", timeout_s, where) from error
+
+
+def topology_of(neox: NeoXConfig, env: RankEnv, device: torch.device, tp_rank: int, pp_rank: int, dp_rank: int) -> Topology:
+    tp, pp = neox.model_parallel_size, neox.pipe_stages
+    return Topology(
+        rank=env.rank,
+        world_size=env.world_size,
+        tp=tp,
+        pp=pp,
+        dp=env.world_size // (tp * pp),
+        tp_rank=tp_rank,
+        pp_rank=pp_rank,
+        dp_rank=dp_rank,
+        device=str(device),
+    )
+
+
+def control_group(deadlines: DeadlinesConfig) -> dist.ProcessGroup:
+    """All ranks over gloo, with a deadline above the longest wait of rank 0."""
+    longest_wait = max(deadlines.batch_s, deadlines.evaluate_s, deadlines.publish_s, deadlines.ranks_start_s) + CONTROL_SLACK_S
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timedelta(seconds=longest_wait))
+    return group

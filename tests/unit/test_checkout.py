@@ -1,0 +1,81 @@
+"""The engine on a user's checkout: what is wrong with it is said before any process starts, and its own keys reach it as written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from neox_rl.config.checkout import VARIABLE, find_checkout, known_keys
+from neox_rl.config.dump import dump
+from neox_rl.config.load import load_resolved, parse
+from neox_rl.config.machine import Machine
+from neox_rl.config.rules import broken
+from neox_rl.engines.gpt_neox_args import neox_arguments
+from neox_rl.errors import ConfigError
+
+STUB = Path(__file__).parent / "checkout_stub"
+MACHINE = Machine(cores=(0, 1), gpt_neox_path=str(STUB))
+ENGINE = "metarl.engine=gpt-neox"
+
+
+def test_keys_are_read_from_the_source_of_the_checkout() -> None:
+    assert known_keys(STUB) == {"char_level_ppl", "tokenizer_type", "pos_emb", "wall_clock_breakdown", "sparse_gradients"}
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("", "is not set"),
+        ("/no/such/place", "is no directory"),
+        (str(STUB.parent), r"megatron/neox_arguments/deepspeed_args\.py is not in it"),
+    ],
+)
+def test_a_checkout_that_is_missing_or_wrong(path: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        find_checkout({VARIABLE: path})
+    (message,) = broken(parse([], [ENGINE]).config, replace(MACHINE, gpt_neox_path=path))
+    assert "clone of github.com/EleutherAI/gpt-neox" in message
+
+
+def test_keys_of_the_checkout_reach_it_and_survive_the_resolved_file(tmp_path: Path) -> None:
+    written = tmp_path / "neox.yml"
+    written.write_text(
+        "sparse-gradients: true\ntokenizer_type: HFTokenizer\ntrain_batch_size: 64\nlog_interval: 3\nmetarl: {engine: gpt-neox}\n"
+    )
+    parsed = parse([written])
+    assert parsed.config.extra == {"sparse_gradients": True, "tokenizer_type": "HFTokenizer"}
+    assert sorted(note.split()[0] for note in parsed.notes) == ["log_interval", "train_batch_size"]
+    assert broken(parsed.config, MACHINE) == []
+    (tmp_path / "config.yml").write_text(dump(parsed.config))
+    assert load_resolved(tmp_path / "config.yml") == parsed.config
+    arguments = neox_arguments(parsed.config.neox, parsed.config.extra, world_size=1, padded_vocab=8, backend="gloo", cuda=False)
+    assert arguments["sparse_gradients"] is True and arguments["tokenizer_type"] == "HFTokenizer"
+
+
+def test_a_key_that_nobody_knows_is_named_with_the_one_that_was_meant() -> None:
+    (message,) = broken(parse([], [ENGINE, "char_level_ppI=true"]).config, MACHINE)
+    assert message.startswith("char_level_ppI: is neither") and "did you mean char_level_ppl?" in message
+
+
+def test_the_other_engine_hands_nothing_on() -> None:
+    assert parse([], ["tokenizer_type=HFTokenizer"]).config.extra == {}
+    with pytest.raises(ConfigError, match="sparse_gradients"):
+        parse([], ["sparse_gradients=true"])
+
+
+@pytest.mark.parametrize("engine", ["gpt-neox", "megatron-core"])
+def test_a_value_that_would_make_a_model_nobody_serves_is_refused(engine: str) -> None:
+    with pytest.raises(ConfigError, match="pos_emb = 'alibi'"):
+        parse([], [f"metarl.engine={engine}", "pos_emb=alibi"])
+
+
+def test_without_cuda_the_kernels_for_it_are_left_out() -> None:
+    config = parse([], [ENGINE, "rope_fusion=true", "attention_config=[[[flash], 3]]"]).config
+    cpu, cuda = (
+        neox_arguments(config.neox, config.extra, world_size=2, padded_vocab=8, backend="gloo", cuda=cuda) for cuda in (False, True)
+    )
+    assert (cpu["rope_fusion"], cpu["attention_config"]) == (False, [[["global"], 3]])
+    assert (cuda["rope_fusion"], cuda["attention_config"]) == (True, [[["flash"], 3]])
+    assert cuda["train_batch_size"] == 2 and "save" not in cuda and cuda["intermediate_size"] is None
