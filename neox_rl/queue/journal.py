@@ -113,6 +113,8 @@ def open_journal(directory: Path, flush_s: float, full_s: float, lock_s: float =
     lock = _hold(directory, lock_s)
     try:
         reading = read_journal(directory)
+        for unfinished in directory.glob(f"*{SUFFIX}.tmp"):
+            unfinished.unlink()
         for damage in reading.damage:
             if damage.torn:
                 os.truncate(directory / damage.segment, damage.start)
@@ -129,7 +131,7 @@ class Journal:
     def __init__(self, directory: Path, next_seq: int, flush_s: float, full_s: float, lock: TextIO) -> None:
         self.directory, self._flush_s, self._full_s, self._lock_file = directory, flush_s, full_s, lock
         self._seq = next_seq
-        while (directory / _name(self._seq)).exists():
+        while (path := directory / _name(self._seq)).exists() and path.stat().st_size:  # one that died at once left an empty segment
             self._seq += 1
         self.trouble = ""
         """Why nothing can be written at this moment, in words; empty while all is well."""
@@ -310,17 +312,23 @@ def _rotated(directory: Path, old: _Segment, rotation: _Rotation) -> _Segment:
 
 
 def _to_ledger(ledger: Path, older: Sequence[Path]) -> None:
-    fresh = not ledger.exists()
-    with ledger.open("ab") as file:
-        if fresh:
-            file.write(to_bytes(LEDGER, 0, payload_of("segment", {"format": FORMAT})))
+    """All or nothing: what a full disk cut off would be taken for damage ever after."""
+    with ledger.open("ab", buffering=0) as file:
+        before = file.tell()
+        entries = [] if before else [to_bytes(LEDGER, 0, payload_of("segment", {"format": FORMAT}))]
         for path in older:
             for record in scan(path.name, path.read_bytes()):
                 if isinstance(record, Record) and record.kind in LEDGER_KINDS:
                     meta = {key: value for key, value in record.meta.items() if key not in NOT_IN_LEDGER}
-                    file.write(to_bytes(LEDGER, record.seq, payload_of(record.kind, meta)))
-        file.flush()
-        os.fsync(file.fileno())
+                    entries.append(to_bytes(LEDGER, record.seq, payload_of(record.kind, meta)))
+        data = memoryview(b"".join(entries))
+        try:
+            while data:
+                data = data[file.write(data) :]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(before)
+            raise
 
 
 def _first() -> bytes:

@@ -156,6 +156,30 @@ def test_a_crash_while_a_segment_is_given_up_doubles_nothing(tmp_path: Path, mon
     assert kinds.count("taken") == 1 and kinds.count("group") == 1
 
 
+def test_who_died_before_its_first_record_leaves_no_gap(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    for name in (journal_file._name(3), "000000000003.journal.tmp"):
+        (tmp_path / name).touch()
+    assert write(tmp_path, 2).words() == []
+    assert tickets_in(read_journal(tmp_path)) == [1, 2] and read_journal(tmp_path).words() == []
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_ledger_that_did_not_fit_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 1, then=lambda j: (j.append(payload_of("taken", {"step": 1})), None)[1])
+    with monkeypatch.context() as patch:
+
+        def full(_: int) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            journal_file._to_ledger(tmp_path / LEDGER, segments(tmp_path))
+    assert (tmp_path / LEDGER).stat().st_size == 0
+    journal_file._to_ledger(tmp_path / LEDGER, segments(tmp_path))
+    assert [r.kind for r in read_journal(tmp_path).records].count("taken") == 1 and not read_journal(tmp_path).damage
+
+
 def test_another_release_is_a_clear_error(tmp_path: Path) -> None:
     write(tmp_path, 1)
     (segment,) = segments(tmp_path)
