@@ -1,8 +1,8 @@
 """Fetches and verifies new versions in a thread of the vLLM worker, while generation goes on.
 
-An ack is a promise: the version is held until it or a newer one is taken, however many come after it. The orchestrator switches to a
-version that every worker has acked, and a fast worker may have staged several more by then. Admission bounds how many those are: the
-trainer is never more than admission_slack + 1 versions ahead of the live one.
+An ack is a promise: the version is held until it or a newer one is taken, or ``MAX_HELD`` newer ones have come. The orchestrator switches
+to a version that every worker has acked, and a fast worker may have staged several more by then. Where a server is left behind, the others
+and the trainer go on without it, and what comes would fill its memory.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from neox_rl.weights.manifest import Verified, verify
 from neox_rl.weights.wire import FETCH, RESEND_S, STAGED, control, prepare
 
 logger = logging.getLogger(__name__)
+
+MAX_HELD = 8
 
 
 class Stager:
@@ -115,5 +117,7 @@ class Stager:
         with self._changed:
             self._have, self._failure = staged.version, ""
             self._held[staged.version] = staged
+            while len(self._held) > MAX_HELD:
+                del self._held[min(self._held)]
             self._changed.notify_all()
         return True

@@ -16,7 +16,7 @@ import zmq
 from neox_rl.errors import DeadlineError, WeightError, WireError
 from neox_rl.weights.publisher import Publisher
 from neox_rl.weights.snapshot import Snapshot, make_snapshot, tensors_of
-from neox_rl.weights.stager import Stager
+from neox_rl.weights.stager import MAX_HELD, Stager
 from neox_rl.weights.watcher import Watcher
 from neox_rl.weights.wire import FETCH, OFFERED, STAGED, WATCH, control, read_control
 
@@ -71,6 +71,17 @@ def test_a_version_is_held_until_it_or_a_newer_one_is_taken(stack: ExitStack, pu
         wait_for(lambda version=version: version in worker._held)
     assert worker.take(0, 1.0).version == 0
     assert worker.take(1, 1.0).version == 1
+
+
+def test_a_worker_that_is_left_behind_holds_no_more_than_a_few_versions(stack: ExitStack, publisher: Publisher) -> None:
+    worker = stager(stack, publisher.address, "a/0")
+    for version in range(MAX_HELD + 3):
+        publisher.offer(snapshot(version))
+        wait_for(lambda version=version: version in worker._held)
+    assert sorted(worker._held) == [*range(3, MAX_HELD + 3)]
+    with pytest.raises(WeightError, match="v0 is gone"):
+        worker.take(0, 1.0)
+    assert worker.take(MAX_HELD + 2, 1.0).version == MAX_HELD + 2 and not worker._held
 
 
 def test_a_version_older_than_what_is_staged_is_named_as_gone(stack: ExitStack, publisher: Publisher) -> None:
