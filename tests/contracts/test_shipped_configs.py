@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ from neox_rl.metacot import vocabulary
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
-LAPTOP = Machine(cores=(0, 1), memory_gib=16, exists=lambda path: path.startswith(("runs/", "data/")))
-"""Two cores, no GPU; the recorded batches of an earlier run are there, and the files that a config says how to make."""
+CHECKOUT = str(ROOT / "tests" / "unit" / "checkout_stub")
+LAPTOP = Machine(cores=(0, 1), memory_gib=16, exists=lambda path: path.startswith(("runs/", "data/")), gpt_neox_path=CHECKOUT)
+"""Two cores, no GPU; the recorded batches of an earlier run are there, the files that a config says how to make, and a checkout."""
 MODELS = sorted((CONFIGS / "models").glob("*.yml"))
 JOBS = [CONFIGS / "game24.yml"]
 ALONE = sorted(path for path in CONFIGS.rglob("*.yml") if path not in (*MODELS, *JOBS))
@@ -48,6 +50,12 @@ def test_debug_configs_are_what_their_names_say() -> None:
     assert debug["fake_generator"].metarl.rollout.generator == "scripted"
     assert debug["rollout_only"].metarl.debug.mode == "rollout_only"
     assert debug["train_only"].metarl.debug.batches == debug["rollout_only"].metarl.debug.record_batches
+
+
+def test_the_main_job_is_the_same_on_either_engine() -> None:
+    ours, neox = (load_config([CONFIGS / name], machine=LAPTOP) for name in ("metarl.yml", "metarl_neox.yml"))
+    assert neox.metarl.engine == "gpt-neox"
+    assert replace(neox, metarl=replace(neox.metarl, engine=ours.metarl.engine, name=ours.metarl.name)) == ours
 
 
 def test_the_reference_is_current() -> None:
