@@ -11,6 +11,9 @@ gone, however it went. Exit status: the child's own, signal included.
 
 Shared memory with a name (``/dev/shm``) outlives whoever is killed. Which of it is the group's is seen from time to time in the maps of its
 processes; what was there before, or somebody else has mapped or open, stays.
+
+NEOX_RL_PRIVATE in the environment names variables that are to say where a directory of the program's own is: it is made here, and goes with
+the group. A server's sockets lie there.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _REAP_S = 10.0
 _SHARED_MEMORY = "/dev/shm"
+_PRIVATE = "NEOX_RL_PRIVATE"
 _LOOK_S = (1.0, 2.0, 5.0)
 """Between looks at the group's shared memory: it is made at the start."""
 
@@ -71,10 +75,9 @@ def _group(pgid: int) -> list[int]:
     """The processes of the group."""
     found = []
     for pid in os.listdir("/proc") if os.path.isdir(_SHARED_MEMORY) else ():
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            with open(f"/proc/{pid}/stat") as file:
-                if int(file.read().rpartition(")")[2].split()[2]) == pgid:
-                    found.append(int(pid))
+        with contextlib.suppress(OSError, ValueError, IndexError), open(f"/proc/{pid}/stat") as file:
+            if int(file.read().rpartition(")")[2].split()[2]) == pgid:
+                found.append(int(pid))
     return found
 
 
@@ -130,6 +133,8 @@ def _watch(child: int, lifeline: int, grace_s: float, wakeup: int, memory: _Shar
         left = max(0.0, min(1.0, kill_at - time.monotonic()))
         ready, _, _ = select.select(watched, [], [], left)
         for number in os.read(wakeup, 64) if wakeup in ready else b"":
+            if number in (signal.SIGQUIT, signal.SIGTERM):
+                memory.look(now=True)
             if number == signal.SIGQUIT:
                 _signal_group(child, signal.SIGKILL)
             elif number in PASSED_ON:
@@ -137,6 +142,7 @@ def _watch(child: int, lifeline: int, grace_s: float, wakeup: int, memory: _Shar
         # A process that the parent forked keeps the pipe open; the change of parent does not depend on it.
         if kill_at == float("inf") and (lifeline in ready or os.getppid() != parent):
             watched = [wakeup]
+            memory.look(now=True)
             kill_at = time.monotonic() + grace_s
             _signal_group(child, signal.SIGTERM)
         if time.monotonic() >= kill_at:
@@ -170,6 +176,18 @@ def _reap(child: int) -> int:
     return status
 
 
+def _make_private() -> str:
+    """The directory; empty where the program needs none."""
+    names = os.environ.pop(_PRIVATE, "")
+    if not names:
+        return ""
+    import tempfile  # here, and shutil below: 10 ms that most programs need not wait for
+
+    directory = tempfile.mkdtemp(prefix="neox-rl-")
+    os.environ.update(dict.fromkeys(names.split(","), directory))
+    return directory
+
+
 def main(argv: list[str]) -> int:
     lifeline, grace_s = int(argv[0]), float(argv[1])
     os.set_inheritable(lifeline, False)
@@ -181,12 +199,17 @@ def main(argv: list[str]) -> int:
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     if argv[2] and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {int(core) for core in argv[2].split(",")})
+    private = _make_private()
     child = _spawn(argv[3:])
     memory = _SharedMemory(child)
     _watch(child, lifeline, grace_s, wakeup, memory)
     memory.look(now=True)
     code = os.waitstatus_to_exitcode(_reap(child))
     memory.remove()
+    if private:
+        import shutil
+
+        shutil.rmtree(private, ignore_errors=True)
     if code < 0:  # end as the child did, so that the parent's status says which signal
         signal.set_wakeup_fd(-1)
         if -code not in (signal.SIGKILL, signal.SIGSTOP):

@@ -46,7 +46,7 @@ MAX_JOINED = 2
 LONGEST_STOP_S = 8.0
 BURST = 0.3
 """Share of the faults that come right after the one before."""
-STEPS_A_FAULT, BUDGET = 3, 9
+STEPS_A_FAULT, BUDGET = 3, 6
 STEPS_LEFT = 20
 """At the end, without a fault."""
 END_S = 120.0

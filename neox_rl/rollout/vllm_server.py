@@ -92,6 +92,7 @@ def _environment(spec: ServerSpec, base_env: Mapping[str, str]) -> dict[str, str
     env |= {
         "VLLM_SERVER_DEV_MODE": "1",  # the pause, resume and weight routes
         "VLLM_NO_USAGE_STATS": "1",
+        "NEOX_RL_PRIVATE": "VLLM_RPC_BASE_PATH",  # its sockets, which it leaves when it is killed, go with its guardian
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }

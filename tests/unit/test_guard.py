@@ -178,3 +178,20 @@ time.sleep(60)
         assert process.wait(10) == -signal.SIGKILL
         assert not left.exists() and shared.exists()
     shared.unlink()
+
+
+def test_a_directory_of_its_own_goes_with_a_killed_program(log: Path) -> None:
+    code = """
+import os, socket, time
+assert os.environ["HERE"] == os.environ["THERE"] and "NEOX_RL_PRIVATE" not in os.environ
+socket.socket(socket.AF_UNIX).bind(os.environ["HERE"] + "/stale")
+print(os.getpid(), os.environ["HERE"], flush=True)
+time.sleep(60)
+"""
+    process = guarded_popen(python(code), {"NEOX_RL_PRIVATE": "HERE,THERE"}, log)
+    wait_for(lambda: len(log.read_text().split()) == 2)
+    pid, directory = log.read_text().split()
+    assert Path(directory, "stale").is_socket()
+    os.kill(int(pid), signal.SIGKILL)
+    assert process.wait(10) == -signal.SIGKILL
+    assert not Path(directory).exists()
