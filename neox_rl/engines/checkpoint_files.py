@@ -75,6 +75,13 @@ def find(directory: Path) -> Path:
     raise WeightError(f"{directory} holds neither a checkpoint ({META}) nor a file {LATEST!r} that names one")
 
 
+def find_foreign(directory: Path) -> Path | None:
+    """The checkpoint of GPT-NeoX's own training that ``directory`` is or points to: it has no meta data of ours. None: none."""
+    pointer = directory / LATEST
+    found = directory / pointer.read_text().strip() if pointer.is_file() else directory
+    return found if found.name.startswith("global_step") and found.is_dir() and not (found / META).is_file() else None
+
+
 def tidy(directory: Path) -> None:
     """Removes what killed saves left, once a newer checkpoint is whole: nobody else works in ``directory``."""
     for path in (*directory.glob("*step*.tmp"), *directory.glob("*step*.old")):

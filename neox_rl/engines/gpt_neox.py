@@ -164,6 +164,8 @@ class GptNeoXEngine(RankEngine):
             shutil.rmtree(temporary, ignore_errors=True)
             directory.mkdir(parents=True, exist_ok=True)
         self.barrier()
+        for group in self._engine.optimizer.param_groups:
+            group["step"] = self._steps  # where Apex's and DeepSpeed's Adam count; torch's counts in the state of each parameter
         self._engine.save_checkpoint(str(directory), tag=temporary.name, client_state=self._neox_state(), save_latest=False)
         if self._reference is not None:
             names = [name for name, _ in self._engine.module.named_parameters()]
@@ -188,6 +190,11 @@ class GptNeoXEngine(RankEngine):
         return self._setup.client_state(self._args, self._steps)
 
     def load(self, directory: Path) -> dict[str, Json]:
+        """Also a checkpoint of GPT-NeoX's own training: its weights, with an optimizer that starts anew; nothing of the client's."""
+        stock = checkpoint_files.find_foreign(directory)
+        if stock is not None:
+            self._load_stock(stock)
+            return {}
         checkpoint = checkpoint_files.find(directory)
         meta: dict[str, Any] = checkpoint_files.read_meta(checkpoint, self._layout())
         path, _ = self._engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
@@ -202,6 +209,20 @@ class GptNeoXEngine(RankEngine):
         self.barrier()
         client: dict[str, Json] = meta["client_state"]
         return client
+
+    def _load_stock(self, checkpoint: Path) -> None:
+        try:
+            path, state = self._engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_module_only=True)
+        except (RuntimeError, KeyError, OSError) as error:
+            raise WeightError(f"{checkpoint} does not fit the model of this run: {error}; use the keys that it was trained with") from error
+        if path is None:
+            raise WeightError(f"{checkpoint} holds no files of TP {self.topology.tp}, pipe_parallel_size {self._neox.pipe_parallel_size}")
+        different = self._setup.differences(state.get("args", {}), self._args)
+        if different:
+            raise WeightError(f"{checkpoint} is of another model: {'; '.join(different)}; use the keys that it was trained with")
+        self._weights_changed()
+        self._steps, self._reference = 0, None
+        self.barrier()
 
     def close(self) -> None:
         self._setup.leave_world()

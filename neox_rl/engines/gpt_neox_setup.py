@@ -147,3 +147,9 @@ def client_state(args: Any, iteration: int) -> dict[str, Any]:
         "cuda_rng_state": torch.cuda.get_rng_state() if cuda else torch.get_rng_state(),
         "rng_tracker_states": mpu.get_cuda_rng_tracker().get_states(),
     }
+
+
+def differences(saved: Mapping[str, Any], args: Any) -> list[str]:
+    """What a checkpoint's ``args`` entry says otherwise than these arguments; its tokenizer is the run's own affair."""
+    checked = [name for name in _CHECKED if name != "tokenizer_type" and name in saved]
+    return [f"{name} {saved[name]!r} there, {getattr(args, name)!r} here" for name in checked if saved[name] != getattr(args, name)]
