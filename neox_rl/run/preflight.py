@@ -53,8 +53,6 @@ class Plan:
             raise ConfigError(f"--num-train {self.num_train}: of {len(self.nodes)} nodes; give 1 to {len(self.nodes)}")
         if not 1024 <= self.base_port <= 65536 - (most := FIRST_SERVER + self.servers):
             raise ConfigError(f"--base-port {self.base_port}: {most} ports are taken from there on; give 1024 to {65536 - most}")
-        if len(self.nodes) > 1 and (local := [f"{node}={at}" for node, at in self.nodes.items() if is_loopback(at)]):
-            raise ConfigError(f"--nodes {local[0]}: no other node reaches a loopback address; give the node's own")
 
     @property
     def head(self) -> str:
@@ -94,10 +92,14 @@ class Plan:
 async def check_node(plan: Plan, node: str, directory: Path, timeout_s: float) -> list[str]:
     """What ``node`` cannot reach, a line each; empty where all is well. Returns when every node is done.
 
-    Raises ConfigError for a port that cannot be bound here, DeadlineError naming the nodes that do not come.
+    Raises ConfigError for a port that cannot be bound, here or on another node, DeadlineError naming the nodes that do not come.
     """
     async with AsyncExitStack() as stack:
-        ports = {what: await _listen(stack, node, plan.nodes[node], what, port) for what, port in plan.listens(node).items()}
+        try:
+            ports = {what: await _listen(stack, node, plan.nodes[node], what, port) for what, port in plan.listens(node).items()}
+        except ConfigError as error:
+            (directory / f"{node}.failed").write_text(str(error))  # the others need not wait for this node
+            raise
         write_json(directory / f"{node}.json", ports)
         await _all_there(directory, ".json", plan.nodes, timeout_s, "is Python started there, and is this directory shared?")
         tries = [
@@ -118,7 +120,7 @@ async def _listen(stack: AsyncExitStack, node: str, address: str, what: str, por
     try:
         server = await asyncio.start_server(answer, address, port, family=socket.AF_INET)
     except OSError as error:
-        raise ConfigError(f"{node} cannot listen at {address} port {port} ({what}): {error.strerror or error}") from error
+        raise ConfigError(f"{node} cannot listen at {address} port {port} ({what}): {_why(error)}") from error
     await stack.enter_async_context(server)
     return int(server.sockets[0].getsockname()[1])
 
@@ -134,15 +136,22 @@ async def _try(node: str, other: str, address: str, port: int, what: str, named:
     except TimeoutError:
         return f"{there}: no answer within {CONNECT_S:g} s; does a firewall drop it?"
     except OSError as error:
-        return f"{there}: {os.strerror(error.errno) if error.errno and error.errno > 0 else error}"
+        return f"{there}: {_why(error)}"
     if named and said != f"{_HELLO}{other}":
         return f"{there}: {said.removeprefix(_HELLO)[:80] or 'somebody else'} answers there; is it the address of {other}?"
     return ""
 
 
+def _why(error: OSError) -> str:
+    """asyncio repeats address and port in its words."""
+    return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+
+
 async def _all_there(directory: Path, suffix: str, nodes: Collection[str], timeout_s: float, hint: str) -> None:
     end = time.monotonic() + timeout_s
     while missing := [node for node in nodes if not (directory / f"{node}{suffix}").exists()]:
+        if failed := [node for node in missing if (directory / f"{node}.failed").exists()]:
+            raise ConfigError(f"gives up, because {failed[0]} did: {(directory / f'{failed[0]}.failed').read_text()[:500]}")
         if time.monotonic() > end:
             raise DeadlineError(f"{', '.join(missing)} in {directory}", timeout_s, hint)
         await asyncio.sleep(POLL_S)
@@ -163,6 +172,8 @@ def parse_nodes(text: str) -> dict[str, str]:
         raise ConfigError(f"--nodes: {bad[0]!r} has no address; write NODE=ADDRESS,NODE=ADDRESS")
     if len({name for name, _, _ in pairs}) < len(pairs):
         raise ConfigError("--nodes names a node twice; name each once")
+    if len(pairs) > 1 and (local := [f"{name}={address}" for name, _, address in pairs if is_loopback(address)]):
+        raise ConfigError(f"--nodes {local[0]}: no other node reaches a loopback address; give the node's own")
     return {name: address for name, _, address in pairs}
 
 
