@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,6 @@ from neox_rl.config.machine import Machine
 from neox_rl.config.network import curve_on
 from neox_rl.config.placement import num_servers
 from neox_rl.config.run import RunConfig
-from neox_rl.errors import ConfigError
 from neox_rl.keys import Keys
 from neox_rl.metacot import SOLUTION
 from neox_rl.ports import Tokenizer
@@ -26,16 +25,16 @@ from neox_rl.run.activity import ServerActivity
 from neox_rl.run.endpoints import Endpoints, offered_spec, read_endpoints, server_specs
 from neox_rl.run.join_wire import JoinSocket
 from neox_rl.run.joining import JoinDesk, Offer
+from neox_rl.run.readable import with_readable_answers
 from neox_rl.run.versions import Deadlines, ServerKeeper
 from neox_rl.search.replay import num_wrong_steps
 from neox_rl.telemetry.events import EventLog
 from neox_rl.telemetry.paths import RunPaths
 from neox_rl.types import Problem, Verdict
 from neox_rl.verify.reward import reward
-from neox_rl.verify.verifier import TaskVerifier, make_verifier, readable_gold
+from neox_rl.verify.verifier import make_verifier
 
 logger = logging.getLogger(__name__)
-MAX_NAMED = 5
 MIN_SILENCE_S = 5.0
 
 
@@ -67,25 +66,11 @@ async def build_parts(config: RunConfig, paths: RunPaths, stack: AsyncExitStack)
     problems = problems_of_run(config, tokenizer)
     logger.info("%d training and %d held-out problems: %s", len(problems.train), len(problems.heldout), problems.counts)
     if metarl.problems.source == "jsonl":
-        problems = with_readable_answers(problems, verifier, metarl.problems.path)
+        problems = with_readable_answers(problems, verifier, metarl.problems.path, paths.unreadable)
     generator, keeper, activity = await _generation(config, paths, endpoints, events, keys, stack)
     joins = _join_desk(config, paths, endpoints, keeper, keys, stack)
     attempts = Attempts(generator, verifier, tokenizer, partial(_reward, config), solution_id(tokenizer))
     return Parts(endpoints, problems, attempts, keeper, joins, activity, events, keys)
-
-
-def with_readable_answers(problems: ProblemSet, verifier: TaskVerifier, path: str) -> ProblemSet:
-    """Without the problems that no attempt can solve, because their gold answer cannot be read. Raises ConfigError when none is left."""
-    train, no_train = readable_gold(verifier, problems.train)
-    heldout, no_heldout = readable_gold(verifier, problems.heldout)
-    if dropped := (*no_train, *no_heldout):
-        named = ", ".join(dropped[:MAX_NAMED]) + ", ..." * (len(dropped) > MAX_NAMED)
-        logger.warning(
-            "%d training and %d held-out problems are left out, their answers cannot be read: %s", len(no_train), len(no_heldout), named
-        )
-    if not train:
-        raise ConfigError(f"{path}: the verifier can read the answer of none of its {len(no_train)} training problems; check the answers")
-    return replace(problems, train=train, heldout=heldout, counts=problems.counts | {"unreadable_answers": len(dropped)})
 
 
 def _reward(config: RunConfig, problem: Problem, verdict: Verdict, text: str, num_tokens: int) -> float:

@@ -117,6 +117,11 @@ class RunPaths:
         return self.root / "checkpoints"
 
     @property
+    def unreadable(self) -> Path:
+        """Ids of the problems whose answers the verifier cannot read."""
+        return self.root / "unreadable.json"
+
+    @property
     def journal(self) -> Path:
         """Directory of the queue's journal (``queue/journal.py``)."""
         return self.root / "journal"

@@ -195,7 +195,10 @@ class VerifierPool:
 
     def check_gold(self, problem: Problem) -> Verdict:
         """Correct when the problem's own answer can be read; a problem whose answer cannot must not be trained on."""
-        return self._ask({"gold": tail(problem.answer)})
+        gold = tail(problem.answer)
+        if finding := quick_finding(gold, gold):
+            return finding.verdict(0.0)
+        return self._ask({"gold": gold})
 
     def _quick(self, gold: str, text: str) -> Verdict | None:
         """The verdict on plain numbers, which need no worker; None for all else."""
