@@ -202,9 +202,8 @@ class Supervisor:
         process = self.running[name]
         status = process.poll()
         doing = self._watch.doing(name) if status is not None or name != RANKS else ""  # else ``why`` has it
-        if status is None:
-            if name == RANKS:
-                self._watch.ask_for_tracebacks(process.pid)
+        if status is None and name == RANKS:
+            self._watch.ask_for_tracebacks(process.pid)
         stop(process, AT_ONCE_S)  # also of one that has ended: a guardian that was killed leaves somebody
         said = died(name, process, why, doing)
         self.events.instant("died", process=name, why=why, doing=doing)
