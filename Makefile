@@ -11,10 +11,10 @@ SOURCES := neox_rl megatron_patches tools tests setup.py deepy.py train.py
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check doctor clean
+.PHONY: help install demo test test-neox check doctor clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 
 install:  ## make .venv and install into it (KIND=cpu or gpu overrides what the machine suggests)
 	@$(PYTHON) tools/install.py --kind $(KIND)
@@ -24,6 +24,11 @@ demo: install  ## run configs/metarl.yml: a small model learns to search by asyn
 
 test: install  ## the test suite (TESTS=tests/unit for a part)
 	$(BIN)/python -m pytest --durations=15 $(TESTS)
+
+test-neox: install  ## the tests that need a GPT-NeoX checkout (GPT_NEOX_PATH=~/gpt-neox make test-neox)
+	@test -n "$(GPT_NEOX_PATH)" || { echo "set GPT_NEOX_PATH to a clone of github.com/EleutherAI/gpt-neox" >&2; exit 2; }
+	$(BIN)/python -m pip install -q -e ".[neox]"
+	GPT_NEOX_PATH=$(GPT_NEOX_PATH) $(BIN)/python -m pytest --durations=15 -m neox $(TESTS)
 
 check: install  ## ruff, mypy strict, import floors, sizes; all of them, whichever fails
 	@status=0; \

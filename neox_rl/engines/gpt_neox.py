@@ -213,8 +213,10 @@ class GptNeoXEngine(RankEngine):
     def _load_stock(self, checkpoint: Path) -> None:
         try:
             path, state = self._engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_module_only=True)
-        except (RuntimeError, KeyError, OSError) as error:
-            raise WeightError(f"{checkpoint} does not fit the model of this run: {error}; use the keys that it was trained with") from error
+        except (RuntimeError, KeyError, OSError, AssertionError) as error:
+            raise WeightError(
+                f"{checkpoint} does not fit the model of this run ({type(error).__name__}: {error}); use the keys that it was trained with"
+            ) from error
         if path is None:
             raise WeightError(f"{checkpoint} holds no files of TP {self.topology.tp}, pipe_parallel_size {self._neox.pipe_parallel_size}")
         different = self._setup.differences(state.get("args", {}), self._args)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from neox_rl.config.neox import NeoXConfig
 from neox_rl.config.run import RunConfig
@@ -84,8 +85,11 @@ def export(case: dict[str, Any], out: Path) -> None:
 def parity(case: dict[str, Any], out: Path) -> None:
     """Logits of given weights, three steps, and the weights they lead to."""
     engine = build(case, out)
+    exact = True
     if "load_hf" in case:
         engine.load_hf(Path(case["load_hf"]))
+        given, back = load_file(Path(case["load_hf"]) / "model.safetensors"), dict(engine.named_tensors())
+        exact = not back or (back.keys() == given.keys() and all(torch.equal(back[name], given[name]) for name in given))
     before = logits(engine)
     engine.set_reference()
     reports = train(engine, case, range(3))
@@ -95,7 +99,7 @@ def parity(case: dict[str, Any], out: Path) -> None:
     top = engine.topology
     if before is not None and top.tp_rank == top.dp_rank == 0:
         np.save(out / "logits.npy", before.float().numpy())
-    np.savez(out / f"rank{top.rank}.npz", reports=reports, after=after, reference=reference, **tensors)
+    np.savez(out / f"rank{top.rank}.npz", reports=reports, after=after, reference=reference, exact=exact, **tensors)
     engine.close()
 
 

@@ -222,6 +222,11 @@ def test_log_probs_on_every_rank_current_and_reference(case: Case, references: d
                 np.testing.assert_allclose(data["reference"][part][own], tempered[rows, seqs[number][1:]], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("case", PAIRS, indirect=True)
+def test_hf_weights_come_back_bit_by_bit(case: Case) -> None:
+    assert np.load(case.directory / "rank0.npz")["exact"]
+
+
 RESUME_CASES = [marked(engine, f"resume-{layout}") for engine, layouts in RESUMED.items() for layout in layouts]
 BF16_CASES = [marked(engine, name) for engine in ENGINES for name in BF16]
 
