@@ -56,11 +56,11 @@ def choose_endpoints(config: RunConfig, vocab_size: int) -> Endpoints:
     count = num_servers(config)
     server_ports = [network.server_port + i if network.server_port else 0 for i in range(count)]
     wanted = {
-        "network.experience_port": network.experience_port,
-        "network.weights_port": network.weights_port,
-        "network.master_port": network.master_port,
-        "network.join_port": network.join_port,
-        **{f"network.server_port (server {i})": port for i, port in enumerate(server_ports)},
+        "metarl.network.experience_port": network.experience_port,
+        "metarl.network.weights_port": network.weights_port,
+        "metarl.network.master_port": network.master_port,
+        "metarl.network.join_port": network.join_port,
+        **{f"metarl.network.server_port (server {i})": port for i, port in enumerate(server_ports)},
     }
     experience, weights, master, join, *ports = _reserve(network.bind_host, wanted)
     addresses = servers.addresses or tuple(f"http://{network.bind_host}:{port}" for port in ports)
@@ -78,7 +78,7 @@ def _reserve(host: str, wanted: dict[str, int]) -> list[int]:
         with socket.socket() as probe:
             probe.bind((host, 0))
     except OSError as error:
-        raise ConfigError(f"network.bind_host = {host!r}: {error.strerror}; give an IPv4 address or name of this machine") from error
+        raise ConfigError(f"metarl.network.bind_host = {host!r}: {error.strerror}; give an IPv4 address or name of this machine") from error
     with ExitStack() as stack:
         ports: list[int] = []
         for key, port in wanted.items():

@@ -30,6 +30,7 @@ from neox_rl.config.network import curve_on
 from neox_rl.config.placement import num_ranks
 from neox_rl.config.rules_rl import warmstart_skipped
 from neox_rl.config.run import RunConfig
+from neox_rl.errors import ConfigError
 from neox_rl.keys import Keys
 from neox_rl.ports import Tokenizer
 from neox_rl.problems.sources import problems_of_run
@@ -98,15 +99,22 @@ def prepared(config: RunConfig, script: str, resume: bool) -> Iterator[tuple[Run
             demonstrable(problems.train, config.metarl.warmstart.style)
     endpoints = choose_endpoints(config, tokenizer.vocab_size)
     with ExitStack() as stack:
-        paths = _directory(config, resume, stack)
-        paths.config.write_text(dump(config))
-        _write_model(config, paths, tokenizer)
-        if curve_on(config.metarl.network):
-            Keys.make(paths.keys)
-        write_endpoints(paths, endpoints)
-        write_status(paths.status, Status(message="starting processes"))
-        parts = programs(config, paths, endpoints, Machine.here(), script, resume, os.environ)
-        attempt = next_attempt(paths)
+        try:
+            paths = _directory(config, resume, stack)
+            paths.config.write_text(dump(config))
+            _write_model(config, paths, tokenizer)
+            if curve_on(config.metarl.network):
+                Keys.make(paths.keys)
+            write_endpoints(paths, endpoints)
+            write_status(paths.status, Status(message="starting processes"))
+            parts = programs(config, paths, endpoints, Machine.here(), script, resume, os.environ)
+            attempt = next_attempt(paths)
+        except OSError as error:
+            where = error.filename or "the run directory"
+            raise ConfigError(
+                f"metarl.runs_dir = {config.metarl.runs_dir!r}: cannot write {where} ({error.strerror}); set it to a directory with space"
+                " left in which you may write"
+            ) from error
         yield paths, [p.in_attempt(attempt, resume and p.name == RANKS) if p.name in (RANKS, ORCHESTRATOR) else p for p in parts]
 
 

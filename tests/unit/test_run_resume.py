@@ -54,6 +54,21 @@ def test_a_kl_term_needs_the_reference_policy_from_the_beginning(config: RunConf
     refuse_changes(with_kl, config)
 
 
+def test_strict_mode_cannot_begin_or_tighten_in_the_middle() -> None:
+    """More tickets may be due at once than a step takes: the surplus would be trained beyond the bound, and end the run."""
+
+    def with_rule(mode: str, slack: int) -> RunConfig:
+        return RunConfig(metarl=MetaRLConfig(staleness=StalenessConfig(mode=mode, delivery_slack=slack)))
+
+    refuse_changes(with_rule("strict", 1), with_rule("strict", 2))
+    refuse_changes(with_rule("strict", 2), with_rule("token", 1))
+    with pytest.raises(ConfigError, match=r"staleness\.mode = 'strict': the run to resume has 'token'"):
+        refuse_changes(with_rule("token", 1), with_rule("strict", 1))
+    with pytest.raises(ConfigError, match=r"delivery_slack = 1: the run to resume has 2"):
+        refuse_changes(with_rule("strict", 2), with_rule("strict", 1))
+
+
+
 def prepare(config: RunConfig, resume: bool = False) -> RunPaths:
     with prepared(config, "train.py", resume) as (paths, _):
         return paths
@@ -96,8 +111,8 @@ def test_a_start_that_fails_leaves_the_earlier_run_where_it_is(config: RunConfig
         taken.listen()
         port = taken.getsockname()[1]
         changes: list[tuple[dict[str, dict[str, object]], str]] = [
-            ({"network": {"master_port": port}}, "network.master_port"),
-            ({"network": {"bind_host": "no-such-host.invalid"}}, "network.bind_host"),
+            ({"network": {"master_port": port}}, r"metarl\.network\.master_port"),
+            ({"network": {"bind_host": "no-such-host.invalid"}}, r"metarl\.network\.bind_host"),
             ({"tokenizer": {"path": str(tmp_path)}}, "no tokenizer.json"),
             ({"problems": {"source": "game24", "num_numbers": 5}}, "set problems.num_numbers"),
             ({"debug": {"record_batches": str(tmp_path)}}, "record_batches = .* holds files of an earlier run"),
@@ -106,6 +121,12 @@ def test_a_start_that_fails_leaves_the_earlier_run_where_it_is(config: RunConfig
             with pytest.raises(ConfigError, match=message):
                 prepare(small_config(tmp_path, 3, **blocks))
     assert not (tmp_path / "small.1").exists() and (tmp_path / "small" / "config.yml").read_text() == before
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "small").touch()
+    with pytest.raises(ConfigError, match=r"metarl\.runs_dir = '.*': cannot write .*small/lock \(Not a directory\)"):
+        prepare(small_config(tmp_path))
 
 
 def test_a_bad_problem_file_is_found_before_anything_starts(config: RunConfig, tmp_path: Path) -> None:
