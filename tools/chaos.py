@@ -312,7 +312,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--servers", choices=tuple(SERVERS), default="scripted")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as for deepy.py (repeatable)")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
-    parser.add_argument("--hang-s", type=float, default=180.0, help="seconds without a step after which the run hangs")
+    parser.add_argument("--hang-s", type=float, default=400.0, help="seconds without a step after which the run hangs")
     parser.add_argument("--join-flags", default="", help="more words for the agents of servers that join, as in '--cores 1'")
     return parser.parse_args(argv)
 

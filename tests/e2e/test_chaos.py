@@ -12,7 +12,7 @@ from tests.e2e.runs import ROOT
 
 def test_a_tormented_run_ends_and_its_audit_finds_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "tools/chaos.py", "configs/debug/fake_generator.yml", "--kills", "6", "--seed", "7"]
-    command += ["--runs-dir", str(tmp_path), "--hang-s", "100"]
+    command += ["--runs-dir", str(tmp_path), "--hang-s", "200"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=270, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6 kills" in done.stdout and "0 violations" in done.stdout
