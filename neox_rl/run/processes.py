@@ -69,7 +69,7 @@ def command_of(generator: str, spec: ServerSpec, config: Path, env: Mapping[str,
 
 
 def servers_env(config: RunConfig, paths: RunPaths, env: Mapping[str, str]) -> dict[str, str]:
-    """A server has no run directory: the environment says where its keys are. Those of another run would keep it from this one's weights."""
+    """A server has no run directory: the environment says where its keys are. Another run's would keep it from these weights."""
     found = {name: value for name, value in env.items() if name != KEYS}
     return found | {KEYS: str((paths.keys / CLIENT_FILE).resolve())} if curve_on(config.metarl.network) else found
 

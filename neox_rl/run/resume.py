@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from neox_rl.config.load import load_resolved
 from neox_rl.config.run import RunConfig
 from neox_rl.errors import ConfigError
-from neox_rl.telemetry.jsonl import read_json, write_json
+from neox_rl.telemetry.jsonl import read_json, rewrite_json
 from neox_rl.telemetry.paths import RunPaths
 
 FIXED = (
@@ -31,6 +31,11 @@ def refuse_changes(before: RunConfig, now: RunConfig) -> None:
     changed = [(key, _at(old, key), _at(new, key)) for key in FIXED if _at(old, key) != _at(new, key)]
     if before.metarl.objective.kl_coef == 0.0 < now.metarl.objective.kl_coef:
         changed.append(("metarl.objective.kl_coef", 0.0, now.metarl.objective.kl_coef))  # no reference policy was kept
+    old_rule, rule = before.metarl.staleness, now.metarl.staleness
+    if rule.mode == "strict" and old_rule.mode != "strict":
+        changed.append(("metarl.staleness.mode", old_rule.mode, rule.mode))  # more tickets may be due than a step takes
+    if rule.mode == "strict" and rule.delivery_slack < old_rule.delivery_slack:
+        changed.append(("metarl.staleness.delivery_slack", old_rule.delivery_slack, rule.delivery_slack))
     if changed:
         lines = [f"{key} = {value!r}: the run to resume has {was!r}; set it back, or start another run" for key, was, value in changed]
         raise ConfigError("\n".join(lines))
@@ -43,9 +48,9 @@ def has_checkpoint(config: RunConfig, paths: RunPaths) -> bool:
 
 
 def next_attempt(paths: RunPaths) -> int:
-    """Counts the starts of the ranks in this run, resumes included, on the disk: 1, 2, ..."""
+    """Counts the starts of the ranks in this run, resumes included, on the disk (also on a full one): 1, 2, ..."""
     last = int(read_json(paths.attempt).get("attempt", 0))
-    write_json(paths.attempt, {"attempt": last + 1})
+    rewrite_json(paths.attempt, {"attempt": last + 1})
     return last + 1
 
 

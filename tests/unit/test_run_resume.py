@@ -10,6 +10,7 @@ import pytest
 
 from neox_rl.config.leaves import blocks, leaves
 from neox_rl.config.run import RunConfig
+from neox_rl.config.schema import MetaRLConfig, StalenessConfig
 from neox_rl.errors import ConfigError
 from neox_rl.problems.tokenizer import SymbolicTokenizer
 from neox_rl.run import launch
@@ -66,7 +67,6 @@ def test_strict_mode_cannot_begin_or_tighten_in_the_middle() -> None:
         refuse_changes(with_rule("token", 1), with_rule("strict", 1))
     with pytest.raises(ConfigError, match=r"delivery_slack = 1: the run to resume has 2"):
         refuse_changes(with_rule("strict", 2), with_rule("strict", 1))
-
 
 
 def prepare(config: RunConfig, resume: bool = False) -> RunPaths:
