@@ -77,9 +77,9 @@ class Watch:
         return ""
 
     def _lost_rank(self, now: float) -> str:
-        """A rank of this machine whose process is gone."""
-        here = socket.gethostname()
-        gone = [beat for beat in self.heard_of(f"{RANKS}-") if beat.host == here and not Path(f"/proc/{beat.pid}").exists()]
+        """A rank whose process is gone. Not where ranks are on other machines, too: one here may be gone because one there was."""
+        here, beats = socket.gethostname(), self.heard_of(f"{RANKS}-")
+        gone = [beat for beat in beats if not Path(f"/proc/{beat.pid}").exists()] if all(beat.host == here for beat in beats) else []
         if not gone or not Path("/proc/self").exists():
             return ""
         if self._gone is None:  # their runner ends the others in a moment: who was gone first is what matters
