@@ -31,6 +31,8 @@ from audit import report
 from chaos_run import ChaosRun, free_port, send
 
 from neox_rl.config.load import parse
+from neox_rl.config.machine import Machine
+from neox_rl.config.rules import check
 from neox_rl.config.run import RunConfig
 from neox_rl.errors import ConfigError
 from neox_rl.run.audit_files import audit_run
@@ -272,6 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         sets = settings(options, runs, name)
         config = parse([Path(options.config)], sets).config
+        check(config, Machine.here())
     except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
