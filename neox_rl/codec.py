@@ -1,26 +1,25 @@
-"""Groups as one framed message, and back, exactly: for the experience socket and for recorded batches.
+"""Groups as bytes, and back, exactly: for the experience socket, the journal and recorded batches.
 
-Every field is concatenated over the batch into one flat array, so that the cost is a few arrays however many traces there are::
+A group is encoded once, when it is finished, as one run of bytes; from then on these bytes travel::
 
-    header meta   {"meta": the caller's, "problem_ids": [a group], "trace_ids", "trace_problem_ids", "extracted": [a trace]}
-    a group       ticket int64, num_traces int64
-    a trace       num_segments int64, reward float64, finish uint8, correct uint8, reason uint8, ms float64
-    a segment     num_ids int64, role uint8, version int64, mask float64, episode int64
-    a token       ids int32;  logprobs float64, only of segments that a policy sampled (version != NO_VERSION)
+    head        ticket uint64; uint32: characters of problem_id, log-probs, traces, segments, ids, bytes of text
+    log-probs   float64, a token, only of segments that a policy sampled (version != NO_VERSION)
+    traces      rows of ``_TRACE``: how many segments and characters are its own, reward, finish, verdict
+    segments    rows of ``_SEGMENT``
+    ids         int32, a token
+    text        UTF-8 of problem_id, then id, problem_id and extracted of each trace, without anything between
 
-Enums travel as their index in declaration order. Log-probs are float64 so that a recorded batch replays bit for bit.
-
-One group as one run of bytes (a batch on the socket holds one a group, the journal one a record, so that it is encoded once):
-number of frames uint32, their sizes uint32 each, then the frames, each at a multiple of 8 bytes.
+Little-endian, packed; enums are their index in declaration order. Log-probs are float64 so that a recorded batch replays bit for bit.
+A batch is its groups, one behind the other: it is checked as one, so that the cost is a few arrays however many groups there are. There is
+one way to write a group. The bytes have no digest of their own: whoever sends or keeps them has one over them (``framing``, ``records``).
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping, Sequence
-from enum import StrEnum
-from itertools import chain
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from itertools import chain, islice
+from typing import Final
 
 import numpy as np
 
@@ -28,199 +27,172 @@ from neox_rl.errors import WireError
 from neox_rl.framing import Array, Frame, pack, unpack
 from neox_rl.types import NO_VERSION, Finish, Group, Json, Reason, Role, Segment, Trace, Verdict
 
-KIND = "groups"
-_ROLES, _FINISHES, _REASONS = tuple(Role), tuple(Finish), tuple(Reason)
-_INT32_MAX = 2**31 - 1
-_ALIGN, _MAX_FRAMES = 8, 64
-
-# name -> (dtype, smallest, largest value); floats must be finite besides.
-_GROUP = {"ticket": ("int64", 0, None), "num_traces": ("int64", 0, None)}
-_TRACE = {
-    "num_segments": ("int64", 0, None),
-    "reward": ("float64", None, None),
-    "finish": ("uint8", 0, len(_FINISHES) - 1),
-    "correct": ("uint8", 0, 1),
-    "reason": ("uint8", 0, len(_REASONS) - 1),
-    "ms": ("float64", 0, None),
-}
-_SEGMENT = {
-    "num_ids": ("int64", 0, None),
-    "role": ("uint8", 0, len(_ROLES) - 1),
-    "version": ("int64", NO_VERSION, None),
-    "mask": ("float64", 0, 1),
-    "episode": ("int64", 0, _INT32_MAX),
-}
-_TOKEN = {"ids": ("int32", 0, _INT32_MAX), "logprobs": ("float64", None, None)}
-_HEADER = {"meta", "problem_ids", "trace_ids", "trace_problem_ids", "extracted"}
-_ARRAYS: dict[str, tuple[str, int | None, int | None]] = {**_GROUP, **_TRACE, **_SEGMENT, **_TOKEN}
-
-_T = TypeVar("_T")
-_E = TypeVar("_E", bound=StrEnum)
-
-
-def encode_groups(groups: Sequence[Group], meta: Mapping[str, Json] | None = None, kind: str = KIND) -> list[Frame]:
-    """The frames of ``groups`` and the caller's own ``meta``. Raises WireError for a value that ``decode_groups`` would refuse."""
-    traces = [t for g in groups for t in g.traces]
-    segments = [s for t in traces for s in t.segments]
-    for segment in segments:
-        if len(segment.logprobs) != (0 if segment.version == NO_VERSION else len(segment.ids)):
-            raise WireError(
-                f"{kind}: segment of {len(segment.ids)} tokens at version {segment.version} has {len(segment.logprobs)} log-probs; "
-                f"sampled tokens have one each, others none"
-            )
-    columns: dict[str, Iterable[Any]] = {
-        "ticket": [g.ticket for g in groups],
-        "num_traces": [len(g.traces) for g in groups],
-        "num_segments": [len(t.segments) for t in traces],
-        "reward": [t.reward for t in traces],
-        "finish": [_FINISHES.index(t.finish) for t in traces],
-        "correct": [t.verdict.correct for t in traces],
-        "reason": [_REASONS.index(t.verdict.reason) for t in traces],
-        "ms": [t.verdict.ms for t in traces],
-        "num_ids": [len(s.ids) for s in segments],
-        "role": [_ROLES.index(s.role) for s in segments],
-        "version": [s.version for s in segments],
-        "mask": [s.mask for s in segments],
-        "episode": [s.episode for s in segments],
-        "ids": chain.from_iterable(s.ids for s in segments),
-        "logprobs": chain.from_iterable(s.logprobs for s in segments),
-    }
-    try:
-        arrays: dict[str, Array] = {name: np.fromiter(values, dtype=_ARRAYS[name][0]) for name, values in columns.items()}
-    except (OverflowError, TypeError, ValueError) as error:
-        raise WireError(f"{kind}: a value does not fit its array: {error}") from error
-    _check_arrays(kind, arrays)
-    header: dict[str, Json] = {
-        "meta": dict(meta or {}),
-        "problem_ids": [g.problem_id for g in groups],
-        "trace_ids": [t.id for t in traces],
-        "trace_problem_ids": [t.problem_id for t in traces],
-        "extracted": [t.verdict.extracted for t in traces],
-    }
-    try:
-        return pack(kind, header, arrays)
-    except (TypeError, ValueError) as error:
-        raise WireError(f"{kind}: meta cannot be written as JSON: {error}") from error
-
-
-def decode_groups(frames: Sequence[Frame], kind: str = KIND) -> tuple[tuple[Group, ...], dict[str, Json]]:
-    """``(groups, meta)`` of a message made by ``encode_groups``. Raises WireError for anything else, before any of it is used."""
-    header, arrays = unpack(frames, kind)
-    _check_arrays(kind, arrays)
-    meta = header.get("meta")
-    if not isinstance(meta, dict) or header.keys() != _HEADER:
-        raise WireError(f"{kind}: header fields {str(sorted(header))[:200]} are not {sorted(_HEADER)}")
-    segments = _segments(kind, arrays)
-    traces = _traces(kind, header, arrays, segments)
-    per_group = _split(kind, "num_traces", arrays["num_traces"], traces)
-    problem_ids = _strings(kind, header, "problem_ids", len(per_group))
-    if arrays["ticket"].size != len(per_group):
-        raise WireError(f"{kind}: {arrays['ticket'].size} tickets for {len(per_group)} groups")
-    rows = zip(arrays["ticket"].tolist(), problem_ids, per_group, strict=True)
-    return tuple(Group(ticket, problem_id, members) for ticket, problem_id, members in rows), meta
+KIND: Final = "groups"
+ARRAY: Final = "groups"
+"""The one array of a message with groups."""
+_ROLES, _FINISHES, _REASONS, _BOOLS = tuple(Role), tuple(Finish), tuple(Reason), (False, True)
+_INT32_MAX, _FLOAT_MAX = 2**31 - 1, float(np.finfo(np.float64).max)
+_HEAD: Final = struct.Struct("<Q6I")
+_MAX_TICKET = 1 << 63
+_TRACE: Final = np.dtype(
+    [
+        *(("reward", "<f8"), ("ms", "<f8"), ("num_segments", "<u4")),
+        *(("id", "<u4"), ("problem_id", "<u4"), ("extracted", "<u4")),
+        *(("finish", "u1"), ("correct", "u1"), ("reason", "u1")),
+    ]
+)
+_SEGMENT: Final = np.dtype([("version", "<i8"), ("mask", "<f8"), ("num_ids", "<u4"), ("episode", "<i4"), ("role", "u1")])
+_PARTS: Final = {"log-probs": np.dtype("<f8"), "traces": _TRACE, "segments": _SEGMENT, "ids": np.dtype("<i4")}
+"""In the order of the bytes and of the counts in the head."""
+_TRACE_RANGES: Final = {"reward": (-_FLOAT_MAX, _FLOAT_MAX), "ms": (0, _FLOAT_MAX)}
+_SEGMENT_RANGES: Final = {"version": (NO_VERSION, 2**63 - 1), "mask": (0, 1), "episode": (0, _INT32_MAX)}
 
 
 def encode_group(group: Group) -> bytes:
-    """One group as bytes. Raises WireError like ``encode_groups``."""
-    frames = encode_groups((group,))
-    at = -(-(4 + 4 * len(frames)) // _ALIGN) * _ALIGN
-    parts: list[Frame] = [struct.pack(f"<{1 + len(frames)}I", len(frames), *map(len, frames)).ljust(at, b"\0")]
-    for frame in frames:
-        parts += (frame, b"\0" * (-len(frame) % _ALIGN))
-    return b"".join(parts)
+    """Raises WireError for a value that ``decode_group`` would refuse."""
+    segments = [segment for trace in group.traces for segment in trace.segments]
+    for segment in segments:
+        if len(segment.logprobs) != (0 if segment.version == NO_VERSION else len(segment.ids)):
+            raise WireError(
+                f"segment of {len(segment.ids)} tokens at version {segment.version} has {len(segment.logprobs)} log-probs; "
+                f"sampled tokens have one each, others none"
+            )
+    try:
+        parts = [
+            np.fromiter(chain.from_iterable(s.logprobs for s in segments), _PARTS["log-probs"]),
+            np.array([_trace_row(trace) for trace in group.traces], _TRACE),
+            np.array([(s.version, s.mask, len(s.ids), s.episode, _ROLES.index(s.role)) for s in segments], _SEGMENT),
+            np.fromiter(chain.from_iterable(s.ids for s in segments), _PARTS["ids"]),
+        ]
+        _check(*parts)
+        texts = (text for t in group.traces for text in (t.id, t.problem_id, t.verdict.extracted))
+        text = "".join((group.problem_id, *texts)).encode()
+        head = _HEAD.pack(group.ticket, len(group.problem_id), *map(len, parts), len(text))
+    except (OverflowError, TypeError, ValueError, struct.error) as error:
+        raise WireError(f"a value of the group of ticket {group.ticket} does not fit its place: {error}") from error
+    if group.ticket >= _MAX_TICKET:
+        raise WireError(f"ticket {group.ticket} is beyond {_MAX_TICKET}")
+    return b"".join((head, *(part.tobytes() for part in parts), text))
 
 
 def decode_group(data: Frame) -> Group:
     """The group of ``encode_group``. Raises WireError for anything else."""
-    view = memoryview(data)
-    if view.ndim != 1 or view.format != "B" or view.nbytes < 4:
-        raise WireError(f"a group of {view.nbytes} bytes in {view.ndim} dimensions is none")
-    count = int.from_bytes(view[:4], "little")
-    if not 1 <= count <= _MAX_FRAMES or len(view) < 4 + 4 * count:
-        raise WireError(f"a group of {len(view)} bytes says that it has {count} frames")
-    at = -(-(4 + 4 * count) // _ALIGN) * _ALIGN
-    frames: list[Frame] = []
-    padding = [view[4 + 4 * count : at]]
-    for size in struct.unpack_from(f"<{count}I", view, 4):
-        frames.append(view[at : at + size])
-        at += size + -size % _ALIGN
-        padding.append(view[at - -size % _ALIGN : at])
-    if at != len(view) or any(map(any, padding)):
-        raise WireError(f"a group of {len(view)} bytes has frames of {at}, or something between them")
-    groups, _ = decode_groups(frames)
+    groups = decode_batch(data)
     if len(groups) != 1:
         raise WireError(f"{len(groups)} groups where one was expected")
     return groups[0]
 
 
-def _traces(kind: str, header: Mapping[str, Json], arrays: Mapping[str, Array], segments: list[Segment]) -> list[Trace]:
-    per_trace = _split(kind, "num_segments", arrays["num_segments"], segments)
-    count = _same_length(kind, arrays, _TRACE)
-    ids, problem_ids, extracted = (_strings(kind, header, name, count) for name in ("trace_ids", "trace_problem_ids", "extracted"))
-    verdicts = [
-        Verdict(bool(correct), text, reason, ms)
-        for correct, text, reason, ms in zip(
-            arrays["correct"].tolist(), extracted, _enums(arrays["reason"], _REASONS), arrays["ms"].tolist(), strict=True
-        )
-    ]
-    finishes = _enums(arrays["finish"], _FINISHES)
-    rows = zip(ids, problem_ids, per_trace, arrays["reward"].tolist(), finishes, verdicts, strict=True)
-    return [Trace(*row) for row in rows]
+def decode_batch(data: Frame) -> tuple[Group, ...]:
+    """Any number of groups, one behind the other. Raises WireError for anything else, before any of it is used."""
+    view, at = memoryview(data), 0
+    heads: list[Sequence[int]] = []
+    texts: list[str] = []
+    parts: list[list[memoryview]] = [[] for _ in _PARTS]
+    while at < len(view):
+        if at + _HEAD.size > len(view):
+            raise WireError(f"a batch of {len(view)} bytes ends in the head of group {len(heads)}")
+        head = _HEAD.unpack_from(view, at)
+        at += _HEAD.size
+        sizes = [count * dtype.itemsize for count, dtype in zip(head[2:-1], _PARTS.values(), strict=True)]
+        if (end := at + sum(sizes) + head[-1]) > len(view) or head[0] >= _MAX_TICKET:
+            raise WireError(f"group {len(heads)} of ticket {head[0]} ends at byte {end} of {len(view)}")
+        for size, part in zip(sizes, parts, strict=True):
+            part.append(view[at : at + size])
+            at += size
+        try:
+            texts.append(str(view[at:end], "utf-8"))
+        except UnicodeDecodeError as error:
+            raise WireError(f"the text of group {len(heads)} is not UTF-8: {error}") from error
+        heads.append(head)
+        at = end
+    columns = [np.frombuffer(b"".join(part), dtype) for part, dtype in zip(parts, _PARTS.values(), strict=True)]
+    _check(*columns)
+    cutter = _Cutter(*columns)
+    try:
+        return tuple(cutter.group(head, text) for head, text in zip(heads, texts, strict=True))
+    except IndexError as error:
+        raise WireError("a role, a finish, a verdict or its reason is none of those that there are") from error
 
 
-def _segments(kind: str, arrays: Mapping[str, Array]) -> list[Segment]:
-    _same_length(kind, arrays, _SEGMENT)
-    versions = arrays["version"]
-    ids = _split(kind, "num_ids", arrays["num_ids"], arrays["ids"].tolist())
-    logprobs = _split(kind, "log-probs", np.where(versions == NO_VERSION, 0, arrays["num_ids"]), arrays["logprobs"].tolist())
-    roles = _enums(arrays["role"], _ROLES)
-    rows = zip(ids, roles, logprobs, versions.tolist(), arrays["mask"].tolist(), arrays["episode"].tolist(), strict=True)
-    return [Segment(*row) for row in rows]
+def encode_groups(groups: Sequence[Group], meta: Mapping[str, Json] | None = None) -> list[Frame]:
+    """A message of ``groups`` and the caller's own ``meta``. Raises WireError for a value that ``decode_groups`` would refuse."""
+    try:
+        return pack(KIND, meta or {}, joined([encode_group(group) for group in groups]))
+    except (TypeError, ValueError) as error:
+        raise WireError(f"{KIND}: meta cannot be written as JSON: {error}") from error
 
 
-def _check_arrays(kind: str, arrays: Mapping[str, Array]) -> None:
-    """Every array, and no other, one-dimensional, of its dtype, finite and in its range."""
-    if arrays.keys() != _ARRAYS.keys():
-        raise WireError(f"{kind}: arrays {sorted(arrays.keys() ^ _ARRAYS.keys())} are missing or unknown")
-    for name, (dtype, low, high) in _ARRAYS.items():
-        array = arrays[name]
-        if array.dtype.name != dtype or array.ndim != 1:
-            raise WireError(f"{kind}: array {name!r} is {array.dtype.name}{list(array.shape)}, not a flat {dtype}")
-        if array.size == 0:
-            continue
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise WireError(f"{kind}: array {name!r} holds a value that is not finite")
-        if (low is not None and array.min() < low) or (high is not None and array.max() > high):
-            raise WireError(f"{kind}: array {name!r} spans {array.min()}..{array.max()}, allowed is {low}..{high}")
+def decode_groups(frames: Sequence[Frame]) -> tuple[tuple[Group, ...], dict[str, Json]]:
+    """``(groups, meta)`` of a message made by ``encode_groups``. Raises WireError for anything else, before any of it is used."""
+    meta, arrays = unpack(frames, KIND)
+    return groups_of(arrays), meta
 
 
-def _split(kind: str, name: str, counts: Array, items: list[_T]) -> list[tuple[_T, ...]]:
-    """``items`` cut into runs of ``counts``, which must use up all of them."""
-    # A count above the number of items is refused first, so that the running sum cannot wrap around.
-    if counts.size and int(counts.max()) > len(items):
-        raise WireError(f"{kind}: {name} has a run of {int(counts.max())}, there are {len(items)} items")
-    ends = np.cumsum(counts).tolist()
-    if (ends[-1] if ends else 0) != len(items):
-        raise WireError(f"{kind}: {name} adds up to {ends[-1] if ends else 0}, there are {len(items)} items")
-    return [tuple(items[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=False)]
+def joined(bodies: Sequence[Frame]) -> dict[str, Array]:
+    """Groups, each as ``encode_group`` makes it, as the arrays of a message."""
+    return {ARRAY: np.frombuffer(b"".join(bodies), np.uint8)}
 
 
-def _same_length(kind: str, arrays: Mapping[str, Array], names: Iterable[str]) -> int:
-    sizes = {name: arrays[name].size for name in names}
-    if len(set(sizes.values())) != 1:
-        raise WireError(f"{kind}: arrays of one table differ in length: {sizes}")
-    return next(iter(sizes.values()))
+def groups_of(arrays: Mapping[str, Array]) -> tuple[Group, ...]:
+    """The groups in the arrays of a message. Raises WireError."""
+    array = arrays.get(ARRAY)
+    if array is None or len(arrays) != 1 or array.dtype != np.uint8 or array.ndim != 1:
+        raise WireError(f"arrays {[(name[:64], str(a.dtype), a.shape) for name, a in arrays.items()][:3]} are not the bytes of groups")
+    return decode_batch(array.data)
 
 
-def _enums(array: Array, members: tuple[_E, ...]) -> list[_E]:
-    return [members[index] for index in array.tolist()]
+def _trace_row(trace: Trace) -> tuple[float | int, ...]:
+    verdict = trace.verdict
+    lengths = (len(trace.segments), len(trace.id), len(trace.problem_id), len(verdict.extracted))
+    return (trace.reward, verdict.ms, *lengths, _FINISHES.index(trace.finish), verdict.correct, _REASONS.index(verdict.reason))
 
 
-def _strings(kind: str, header: Mapping[str, Json], name: str, count: int) -> list[str]:
-    values = header.get(name)
-    if not isinstance(values, list) or len(values) != count:
-        raise WireError(f"{kind}: header field {name!r} is not a list of {count} strings")
-    strings = [value for value in values if isinstance(value, str)]
-    if len(strings) != count:
-        raise WireError(f"{kind}: header field {name!r} holds something other than strings")
-    return strings
+def _check(logprobs: Array, traces: Array, segments: Array, ids: Array) -> None:
+    """Every number in its range; nothing that is not finite. Counts and enums are checked where they are used."""
+    _check_range("log-probs", logprobs, -_FLOAT_MAX, _FLOAT_MAX)
+    _check_range("ids", ids, 0, _INT32_MAX)
+    for table, ranges in ((traces, _TRACE_RANGES), (segments, _SEGMENT_RANGES)):
+        for name, (low, high) in ranges.items():
+            _check_range(name, table[name], low, high)
+
+
+def _check_range(name: str, array: Array, low: float, high: float) -> None:
+    # The least of values with a nan is nan, which no comparison holds for.
+    if array.size and not (low <= array.min() and array.max() <= high):
+        raise WireError(f"{name} span {array.min()}..{array.max()}, allowed is {low}..{high}, and nothing that is not finite")
+
+
+class _Cutter:
+    """Cuts the columns of a batch up again, group by group; each must use up exactly what its head says."""
+
+    def __init__(self, logprobs: Array, traces: Array, segments: Array, ids: Array) -> None:
+        self._traces, self._segments = iter(traces.tolist()), iter(segments.tolist())
+        self._ids, self._logprobs = tuple(ids.tolist()), tuple(logprobs.tolist())
+        self._id = self._logprob = 0
+
+    def group(self, head: Sequence[int], text: str) -> Group:
+        ticket, at, num_logprobs, num_traces, num_segments, num_ids, _ = head
+        ends = (self._id + num_ids, self._logprob + num_logprobs, num_segments, len(text))
+        problem_id, segments, traces, first = text[:at], self._cut_segments(num_segments), [], 0
+        for reward, ms, count, size, problem_size, extracted_size, finish, correct, reason in islice(self._traces, num_traces):
+            problem_at = at + size
+            extracted_at = problem_at + problem_size
+            end = extracted_at + extracted_size
+            verdict = Verdict(_BOOLS[correct], text[extracted_at:end], _REASONS[reason], ms)
+            own = tuple(segments[first : first + count])
+            traces.append(Trace(text[at:problem_at], text[problem_at:extracted_at], own, reward, _FINISHES[finish], verdict))
+            at, first = end, first + count
+        if (found := (self._id, self._logprob, first, at)) != ends:
+            raise WireError(f"group of ticket {ticket}: ids, log-probs, segments, characters end at {found}, its head says {ends}")
+        return Group(ticket, problem_id, tuple(traces))
+
+    def _cut_segments(self, count: int) -> list[Segment]:
+        ids, logprobs, at, logprob = self._ids, self._logprobs, self._id, self._logprob
+        segments = []
+        for version, mask, size, episode, role in islice(self._segments, count):
+            end, logprob_end = at + size, logprob if version == NO_VERSION else logprob + size
+            segments.append(Segment(ids[at:end], _ROLES[role], logprobs[logprob:logprob_end], version, mask, episode))
+            at, logprob = end, logprob_end
+        self._id, self._logprob = at, logprob
+        return segments

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from blake3 import blake3
 from neox_rl.errors import ProtocolError, WireError
 from neox_rl.types import Json
 
-PROTOCOL = 2
+PROTOCOL = 3
 DTYPES = frozenset({"uint8", "int32", "int64", "float32", "float64", "bool"})
 MAX_HEADER_BYTES = 64 << 20
 MAX_DEPTH = 12
@@ -61,13 +61,21 @@ def seal(raw: bytes, frames: Sequence[Frame]) -> bytes:
 
 def unpack(frames: Sequence[Frame], kind: str, self_digested: bool = False) -> tuple[dict[str, Json], dict[str, Array]]:
     """``(meta, arrays)`` of a message of this ``kind``; arrays are read-only views of the frames. Raises WireError."""
+    _, meta, arrays = unpack_any(frames, (kind,), self_digested)
+    return meta, arrays
+
+
+def unpack_any(
+    frames: Sequence[Frame], kinds: Collection[str], self_digested: bool = False
+) -> tuple[str, dict[str, Json], dict[str, Array]]:
+    """``(kind, meta, arrays)`` of a message that is one of ``kinds``. Raises WireError."""
     raw, digest = _split(frames)
     if _digest(raw, [] if self_digested else frames[1:]) != digest:
         raise WireError(f"message of {len(frames)} frames does not match its digest: it was damaged on its way, or cut")
     header = _parse(raw)
-    if header.get("kind") != kind:
-        raise WireError(f"message of kind {str(header.get('kind'))[:64]!r} where {kind!r} was expected")
-    meta, rows = header.get("meta"), header.get("arrays")
+    kind, meta, rows = header.get("kind"), header.get("meta"), header.get("arrays")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise WireError(f"message of {len(frames)} frames is of unknown kind {str(kind)[:64]!r}; expected is {', '.join(sorted(kinds))}")
     if header.keys() != {"kind", "meta", "arrays"}:
         raise WireError(f"{kind}: header fields {str(sorted(header))[:200]} are not arrays, kind, meta")
     if not isinstance(meta, dict) or not isinstance(rows, list) or len(rows) != len(frames) - 1:
@@ -78,15 +86,7 @@ def unpack(frames: Sequence[Frame], kind: str, self_digested: bool = False) -> t
         if name in arrays:
             raise WireError(f"{kind}: array {name!r} comes twice")
         arrays[name] = array
-    return meta, arrays
-
-
-def kind_of(frames: Sequence[Frame]) -> str:
-    """The kind that a message says it is, to choose who unpacks it; nothing else is checked. Raises WireError."""
-    kind = _parse(_split(frames)[0]).get("kind")
-    if not isinstance(kind, str):
-        raise WireError("header has no kind")
-    return kind
+    return kind, meta, arrays
 
 
 def _digest(raw: Frame, frames: Sequence[Frame]) -> bytes:

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import zmq
 
-from neox_rl.codec import decode_group, encode_group
-from neox_rl.framing import unpack
+from neox_rl.codec import decode_batch, encode_group, joined
+from neox_rl.framing import Frame, pack
 from neox_rl.queue.book import Book
 from neox_rl.queue.consumption import TrainedOnce
 from neox_rl.queue.history import fold
@@ -106,33 +106,40 @@ def serve_queue(port: Connection, tokens: int, journal: str) -> None:
     asyncio.run(main())
 
 
+def request(step: int) -> list[Frame]:
+    return pack("next", {"session": "0" * 32, "id": step, "since": step, "phase": "rl", "step": step}, {})
+
+
 def serve_raw(port: Connection, tokens: int, _: str) -> None:
     socket = zmq.Context.instance().socket(zmq.ROUTER)
     port.send(socket.bind_to_random_port("tcp://127.0.0.1"))
-    bodies = [encode_group(make_group(0, tokens))] * B
+    answer = pack("batch", {"id": 1, "acked": 1, "state": {"step": 1}}, joined([encode_group(make_group(t, tokens)) for t in range(B)]))
     while True:
-        peer, request = socket.recv_multipart()
-        socket.send_multipart([peer, b"header", *bodies], copy=False)
-        if request == b"done":
+        peer, asked = socket.recv_multipart()
+        socket.send_multipart([peer, *answer], copy=False)
+        if asked == b"done":
             break
     socket.close(linger=1000)
 
 
-def ask_raw(port: int) -> float:
+def ask_raw(port: int, decode: bool = False) -> float:
     socket = zmq.Context.instance().socket(zmq.DEALER)
     socket.connect(f"tcp://127.0.0.1:{port}")
+    words = request(1)
 
-    def ask(word: bytes) -> None:
-        socket.send(word)
-        socket.recv_multipart(copy=False)
+    def ask(frames: Sequence[Frame]) -> None:
+        socket.send_multipart(frames)
+        _, groups = socket.recv_multipart(copy=False)
+        if decode:
+            decode_batch(groups.buffer)
 
-    rate = rate_of(lambda: ask(b"next"))
-    ask(b"done")
+    rate = rate_of(lambda: ask(words))
+    ask([b"done"])
     socket.close(linger=0)
     return rate
 
 
-def ask_queue(port: int, decode: bool = True) -> float:
+def ask_queue(port: int, decode: bool = False) -> float:
     client = ExperienceClient(f"tcp://127.0.0.1:{port}", 60.0)
     client.hello(1)
     step = 0
@@ -145,7 +152,7 @@ def ask_queue(port: int, decode: bool = True) -> float:
         if decode:
             client.next_groups(Phase.RL, step)
         else:
-            unpack(client._request("batch", "a batch", "next", phase="rl", step=step), "batch")
+            client._request("batch", "a batch", "next", phase="rl", step=step)
 
     rate = rate_of(ask)
     client.done("measured")
@@ -253,20 +260,22 @@ def main(argv: Sequence[str]) -> int:
 
         print(f"{B} groups a batch, {ROLLOUTS} rollouts a group, median of {ROUNDS}\n")
         print(
-            "| tokens a rollout | KiB a group | raw ZeroMQ, groups/s | queue, undecoded | ratio | queue | with journal | decoding alone |"
+            "| tokens a rollout | KiB a batch | raw, groups/s | queue | ratio | raw, decoded | queue, decoded | ratio | with journal |"
         )
-        print("|---|---|---|---|---|---|---|---|")
+        print("|---|---|---|---|---|---|---|---|---|")
         for tokens in (40, 512):
-            body = encode_group(make_group(0, tokens))
-            raw, checked, queue, kept, decoding = median_of(
+            raw, queue, decoded, groups, kept = median_of(
                 lambda t=tokens: B * measure(serve_raw, ask_raw, t),  # type: ignore[misc]
-                lambda t=tokens: B * measure(serve_queue, partial(ask_queue, decode=False), t),  # type: ignore[misc]
                 lambda t=tokens: B * measure(serve_queue, ask_queue, t),  # type: ignore[misc]
-                lambda t=tokens: B * measure(serve_queue, ask_queue, t, str(directory())),  # type: ignore[misc]
-                lambda b=body: rate_of(lambda: decode_group(b), 0.3),  # type: ignore[misc]
+                lambda t=tokens: B * measure(serve_raw, partial(ask_raw, decode=True), t),  # type: ignore[misc]
+                lambda t=tokens: B * measure(serve_queue, partial(ask_queue, decode=True), t),  # type: ignore[misc]
+                lambda t=tokens: B * measure(serve_queue, partial(ask_queue, decode=True), t, str(directory())),  # type: ignore[misc]
             )
-            figures = (raw, checked, checked / raw, queue, kept, decoding)
-            print(f"| {tokens} | {len(body) / 1024:.1f} | " + " | ".join(f"{x:,.0f}" if x > 2 else f"{x:.3f}" for x in figures) + " |")
+            size = B * len(encode_group(make_group(0, tokens))) / 1024
+            print(
+                f"| {tokens} | {size:.0f} | {raw:,.0f} | {queue:,.0f} | {queue / raw:.2f} | {decoded:,.0f} | {groups:,.0f} "
+                f"| {groups / decoded:.2f} | {kept:,.0f} |"
+            )
         print("\n| tokens a rollout | bare fsync, groups/s | journal | ratio |\n|---|---|---|---|")
         for tokens in (40, 512):
             body = encode_group(make_group(0, tokens))

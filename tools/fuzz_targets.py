@@ -7,12 +7,11 @@ import random
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 from fuzzing import RAW_JUNK, Finding, Message, Target, forged, spoiled
 
-from neox_rl.codec import decode_group, decode_groups, encode_group, encode_groups
+from neox_rl.codec import decode_batch, decode_groups, encode_group, encode_groups, groups_of, joined
 from neox_rl.errors import NeoxRLError, WeightError, WireError
-from neox_rl.framing import Array, Frame, kind_of, pack, unpack
+from neox_rl.framing import PREFIX_BYTES, Array, Frame, pack, unpack
 from neox_rl.queue.records import Damage, payload_of, scan, to_bytes
 from neox_rl.queue.wire_messages import parse_answer, parse_request
 from neox_rl.rollout.vllm_client import parse_response
@@ -59,7 +58,7 @@ def example_answers() -> list[Message]:
         ("heartbeat", {"waiting_for": "g000003"}),
         ("error", {"message": "no"}),
     ]
-    groups = {str(i): np.frombuffer(encode_group(group), np.uint8) for i, group in enumerate(example_groups())}
+    groups = joined([encode_group(group) for group in example_groups()])
     bodies: list[tuple[str, dict[str, Any], dict[str, Array]]] = [
         ("batch", {"state": {"draws": 3}}, groups),
         *((kind, body, {}) for kind, body in plain),
@@ -116,9 +115,8 @@ def example_snapshot(version: int = 3) -> Message:
 
 
 def _read_answer(message: Message) -> Any:
-    kind, id, said = parse_answer(message)
-    groups = [decode_group(array.data) for array in unpack(message, "batch")[1].values()] if kind == "batch" else []
-    return kind, id, said, groups
+    answer = parse_answer(message)
+    return answer.kind, answer.id, answer.acked, answer.body, groups_of(answer.arrays) if answer.kind == "batch" else answer.arrays
 
 
 def _read_framed(message: Message) -> Any:
@@ -149,6 +147,22 @@ def _trainable(completions: tuple[Completion, ...]) -> None:
             decode_groups(encode_groups([Group(0, "p", (trace,))]))
         except NeoxRLError as error:
             raise Finding(f"a completion that no group can hold: {error}") from error
+
+
+def _read_bare(message: Message) -> tuple[bytes, tuple[Group, ...]]:
+    data = b"".join(message)
+    return data, decode_batch(data)
+
+
+def _as_written(read: tuple[bytes, tuple[Group, ...]]) -> None:
+    """There is one way to write a group: what was read of damaged bytes is what they say."""
+    data, groups = read
+    try:
+        again = b"".join(map(encode_group, groups))
+    except WireError as error:
+        raise Finding(f"a group was read that cannot be written: {error}") from error
+    if again != data:
+        raise Finding("groups were read of bytes that do not stand for them")
 
 
 _SEGMENT_FILE = "000000000001.journal"
@@ -184,11 +198,11 @@ def targets() -> list[Target]:
 
     groups = [_bytes(encode_groups(example_groups(), {"step": 1})), _bytes(encode_groups([]))]
     every = (FETCH, STAGED, WATCH, OFFERED)
-    kinds = [kind_of(message) for message in example_joins()]
+    kinds = [json.loads(message[0][PREFIX_BYTES:])["kind"] for message in example_joins()]
     return [
         Target("framing", groups, _read_framed, forge=forged),
         Target("codec", groups, decode_groups, forge=forged),
-        Target("codec, one group", [[encode_group(example_groups()[0])]], lambda m: decode_group(b"".join(m))),
+        Target("codec, bare", [[encode_group(g)] for g in example_groups()], _read_bare, check=_as_written, digested=False),
         Target("experience, requests", example_requests(), parse_request, forge=forged),
         Target("experience, answers", example_answers(), _read_answer, forge=forged),
         Target("join", example_joins(), lambda m: join_wire.read_message(m, kinds), forge=forged),

@@ -2,7 +2,7 @@
 
     trainer                                orchestrator
     hello {world, pid, attempt, state} ->  ok                              state: what the checkpoint kept, or {}
-    next {phase, step}               ->    batch (state, groups)           an array a group, as in neox_rl/codec.py
+    next {phase, step}               ->    batch (state, groups)           one array, as in neox_rl/codec.py
     evaluate {label, version}        ->    result {metrics}
     report {phase, step, metrics}    ->    (one way)
     published {version, digest}      ->    (one way)                       of the weights that the servers are offered
@@ -31,15 +31,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-import numpy as np
 import zmq
-import zmq.asyncio
 
+from neox_rl.codec import joined
 from neox_rl.errors import JournalError, NeoxRLError, WireError
-from neox_rl.framing import MAX_HEADER_BYTES, Frame, pack
+from neox_rl.framing import MAX_HEADER_BYTES, Array, Frame, pack
 from neox_rl.keys import Keys
 from neox_rl.queue.wire_messages import ATTEMPT, ONE_WAY, Message, Phase, finite, parse_request
 from neox_rl.types import Json
@@ -60,7 +60,7 @@ class Delivery:
     No groups: the orchestrator asks the trainer to stop.
     """
 
-    groups: Sequence[bytes | memoryview]
+    groups: Sequence[Frame]
     state: Mapping[str, Json] = field(default_factory=dict)
 
 
@@ -98,7 +98,7 @@ class ExperienceServer:
     """The orchestrator's end. ``malformed``, ``strangers``, ``duplicates`` and ``out_of_order`` count the messages that were not used."""
 
     def __init__(self, bind_host: str, port: int, heartbeat_s: float = HEARTBEAT_S, keys: Keys | None = None) -> None:
-        self._socket: zmq.asyncio.Socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, LINGER_MS)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_HEADER_BYTES)
         if keys is not None:
@@ -118,24 +118,28 @@ class ExperienceServer:
         self._follows = False  # nothing was handled since the take-over
         self._reply: list[Frame] = []
         self._working: asyncio.Task[list[Frame]] | None = None
+        self._wake = asyncio.Event()
         self._done: str | None = None
 
     async def serve(self, handler: ExperienceHandler) -> str:
         """Answers until the trainer is done; returns its reason. Raises what the handler raises, once the trainer was told."""
-        receiving = asyncio.ensure_future(self._socket.recv_multipart())
+        loop, descriptor = asyncio.get_running_loop(), self._socket.FD
+        loop.add_reader(descriptor, self._wake.set)
         try:
             while self._done is None or self._working is not None:
-                waits = {receiving, self._working} if self._working else {receiving}
-                await asyncio.wait(waits, timeout=self._heartbeat_s, return_when=asyncio.FIRST_COMPLETED)
-                if receiving.done():
-                    frames = receiving.result()
-                    receiving = asyncio.ensure_future(self._socket.recv_multipart())
+                self._wake.clear()
+                frames = self._received()
+                if frames is not None:
                     await self._receive(frames, handler)
-                if self._working is not None:
-                    await (self._finish() if self._working.done() else self._beat(handler))
+                    await asyncio.sleep(0)  # the answer is begun; and a flood of messages starves nobody
+                if self._working is not None and self._working.done():
+                    await self._finish()
+                elif frames is None:
+                    await self._sleep()
+                self._beat(handler)
             return self._done
         finally:
-            receiving.cancel()
+            loop.remove_reader(descriptor)
             if self._working is not None:
                 self._working.cancel()
 
@@ -148,37 +152,54 @@ class ExperienceServer:
         """Lets the last answers go out for ``LINGER_MS``."""
         self._socket.close()
 
+    def _received(self) -> list[bytes] | None:
+        try:
+            return self._socket.recv_multipart(zmq.DONTWAIT)
+        except zmq.Again:
+            return None
+
+    async def _sleep(self) -> None:
+        """Until a message or the answer in progress is there, or a heartbeat is due.
+
+        libzmq makes its descriptor readable once for what comes in, and sending may take that back: only who has found nothing to receive
+        since the last send may sleep.
+        """
+        left = None if self._working is None else max(0.0, self._beat_at + self._heartbeat_s - time.monotonic())
+        with suppress(TimeoutError):
+            async with asyncio.timeout(left):
+                await self._wake.wait()
+
     async def _receive(self, frames: Sequence[bytes], handler: ExperienceHandler) -> None:
         peer, *rest = frames
         try:
             message = parse_request(rest)
         except WireError as error:
             self.malformed += 1
-            await self._send(peer, self._pack("error", 0, message=f"malformed message: {error}"))
+            self._send(peer, self._pack("error", 0, message=f"malformed message: {error}"))
             return
         if message.session != self._session and self._may_begin(message):
             self._session, self._attempt, self._last, self._acked = message.session, message.body["attempt"], 0, 0
         if message.session != self._session:
             self.strangers += 1
-            await self._send(peer, self._pack("error", message.id, message=self._refusal()))
+            self._send(peer, self._pack("error", message.id, message=self._refusal()))
             return
         self._heard = True
         if self._follows and message.since > self._last + 1:
             lost = f"messages {self._last + 1} to {message.since - 1} of the trainer were handled, but the journal does not hold them"
-            await self._send(peer, self._pack("error", 0, message=f"{lost}: the run goes on from its checkpoint, with --resume"))
+            self._send(peer, self._pack("error", 0, message=f"{lost}: the run goes on from its checkpoint, with --resume"))
             raise JournalError(lost)
         if message.id <= self._last:
             self.duplicates += 1
             self._peer = peer
             if message.id == self._last and self._reply:
-                await self._send(peer, self._reply)
+                self._send(peer, self._reply)
             elif message.id == self._last and self._working is None and message.kind not in ONE_WAY:
-                self._working = asyncio.create_task(self._answer(message, handler))  # the process that had answered is gone
+                self._begin(message, handler)  # the process that had answered is gone
         elif message.id > self._last + 1 or self._working is not None:
             self.out_of_order += 1
         else:
             self._last, self._peer, self._reply, self._beat_at, self._follows = message.id, peer, [], time.monotonic(), False
-            self._working = asyncio.create_task(self._answer(message, handler))
+            self._begin(message, handler)
             if message.kind in ONE_WAY:
                 await self._finish()
 
@@ -193,10 +214,14 @@ class ExperienceServer:
             f"with {ATTEMPT}={self._attempt + 1} in their environment"
         )
 
+    def _begin(self, message: Message, handler: ExperienceHandler) -> None:
+        self._working = asyncio.create_task(self._answer(message, handler))
+        self._working.add_done_callback(lambda _: self._wake.set())
+
     async def _answer(self, message: Message, handler: ExperienceHandler) -> list[Frame]:
         """The frames of the answer, once what it acknowledges is durable; none for a one-way message."""
         body, id = message.body, message.id
-        kind, answer, groups = "ok", dict[str, Json](), list[bytes | memoryview]()
+        kind, answer, arrays = "ok", dict[str, Json](), dict[str, Array]()
         match message.kind:
             case "report":
                 await handler.report(id, Phase(body["phase"]), body["step"], body["metrics"])
@@ -211,7 +236,7 @@ class ExperienceServer:
                 await handler.hello(message.session, **body)
             case "next":
                 delivery = await handler.next_groups(id, Phase(body["phase"]), body["step"])
-                kind, answer, groups = "batch", {"state": dict(delivery.state)}, list(delivery.groups)
+                kind, answer, arrays = "batch", {"state": dict(delivery.state)}, joined(delivery.groups)
             case "evaluate":
                 kind, answer = "result", {"metrics": finite(await handler.evaluate(id, **body))}
             case "done":
@@ -220,7 +245,6 @@ class ExperienceServer:
         self._acked = max(self._acked, id)
         if message.kind == "done":
             self._done = body["reason"]
-        arrays = {str(i): np.frombuffer(group, np.uint8) for i, group in enumerate(groups)}
         return pack(kind, {"id": id, "acked": self._acked, **answer}, arrays)
 
     async def _finish(self) -> None:
@@ -230,19 +254,19 @@ class ExperienceServer:
         try:
             self._reply = await working
         except Exception as error:
-            await self._send(self._peer, self._pack("error", self._last, message=f"{type(error).__name__}: {error}"))
+            self._send(self._peer, self._pack("error", self._last, message=f"{type(error).__name__}: {error}"))
             raise
         if self._reply:
-            await self._send(self._peer, self._reply)
+            self._send(self._peer, self._reply)
 
-    async def _beat(self, handler: ExperienceHandler) -> None:
-        if (now := time.monotonic()) - self._beat_at >= self._heartbeat_s:
+    def _beat(self, handler: ExperienceHandler) -> None:
+        if self._working is not None and (now := time.monotonic()) - self._beat_at >= self._heartbeat_s:
             self._beat_at = now
-            await self._send(self._peer, self._pack("heartbeat", self._last, waiting_for=handler.waiting_for()))
+            self._send(self._peer, self._pack("heartbeat", self._last, waiting_for=handler.waiting_for()))
 
     def _pack(self, kind: str, id: int, **body: Json) -> list[Frame]:
         return pack(kind, {"id": id, "acked": self._acked, **body}, {})
 
-    async def _send(self, peer: bytes, frames: Sequence[Frame]) -> None:
+    def _send(self, peer: bytes, frames: Sequence[Frame]) -> None:
         # A ROUTER drops what it sends to a peer that is gone: the trainer repeats its request when it is back.
-        await self._socket.send_multipart([peer, *frames])
+        self._socket.send_multipart([peer, *frames], zmq.DONTWAIT, copy=False)

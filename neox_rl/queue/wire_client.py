@@ -11,13 +11,13 @@ from typing import Final
 
 import zmq
 
-from neox_rl.codec import decode_group
+from neox_rl.codec import groups_of
 from neox_rl.errors import DeadlineError, NeoxRLError, ProtocolError, WireError
-from neox_rl.framing import Frame, pack, unpack
+from neox_rl.framing import Frame, pack
 from neox_rl.keys import Keys, suspicion
 from neox_rl.queue.consumption import TrainedOnce
 from neox_rl.queue.wire import LINGER_MS, MAX_MESSAGE_BYTES
-from neox_rl.queue.wire_messages import Phase, finite, parse_answer
+from neox_rl.queue.wire_messages import Answer, Phase, finite, parse_answer
 from neox_rl.types import Group, Json
 
 logger = logging.getLogger(__name__)
@@ -74,20 +74,19 @@ class ExperienceClient:
 
     def next_groups(self, phase: Phase, step: int) -> tuple[Group, ...]:
         """The batch of a step. Raises StalenessError when a ticket comes a second time in the RL phase."""
-        frames = self._request("batch", f"the batch of {phase} step {step}", "next", phase=str(phase), step=step)
-        meta, arrays = unpack(frames, "batch")
-        groups = tuple(decode_group(array.data) for array in arrays.values())
+        answer = self._request("batch", f"the batch of {phase} step {step}", "next", phase=str(phase), step=step)
+        groups = groups_of(answer.arrays)
         if phase is Phase.RL:
             self._trained.add(groups, step)
-        state = meta.get("state")
+        state = answer.body.get("state")
         if groups and isinstance(state, dict):
             self.state = state
         return groups
 
     def evaluate(self, label: str, version: int) -> dict[str, Json]:
         """Held-out metrics of a version, once the servers serve it. Takes as long as generation does."""
-        frames = self._request("result", f"the evaluation {label!r} of v{version}", "evaluate", label=label, version=version)
-        metrics = unpack(frames, "result")[0].get("metrics")
+        answer = self._request("result", f"the evaluation {label!r} of v{version}", "evaluate", label=label, version=version)
+        metrics = answer.body.get("metrics")
         if not isinstance(metrics, dict):
             raise WireError(f"the result of evaluation {label!r} has no metrics")
         return metrics
@@ -124,7 +123,7 @@ class ExperienceClient:
         except zmq.Again:
             return  # the outgoing buffer is full, for want of a peer: repeated by the next request
 
-    def _request(self, expected: str, what: str, kind: str, **body: Json) -> list[bytes]:
+    def _request(self, expected: str, what: str, kind: str, **body: Json) -> Answer:
         self._post(kind, **body)
         start = heard = sent = time.monotonic()
         limit_s = self._evaluate_s if kind == "evaluate" else self._deadline_s
@@ -140,27 +139,27 @@ class ExperienceClient:
                 sent = now
             if not self._socket.poll(int(1000 * min(0.5, self._resend_s))):
                 continue
-            frames = self._socket.recv_multipart()
+            frames = [frame.buffer for frame in self._socket.recv_multipart(copy=False)]
             try:
-                answer, id, said = parse_answer(frames)
+                answer = parse_answer(frames)
             except ProtocolError:
                 raise
             except WireError as error:
                 self.malformed += 1
                 logger.warning("ignored an answer of the orchestrator: %s", error)
                 continue  # damaged on its way: the request is repeated, and so is its answer
-            if id not in (self._id, 0):
+            if answer.id not in (self._id, 0):
                 continue  # a second answer to a repeated request
             heard = time.monotonic()
-            if answer == "error":
-                raise NeoxRLError(f"the orchestrator failed while the trainer waited for {what}: {said.get('message')}")
-            self._unacked = {i: f for i, f in self._unacked.items() if i > int(str(said["acked"]))}
-            if answer == "heartbeat":
-                waiting_for = str(said.get("waiting_for"))
-            elif answer == expected:
-                return frames
+            if answer.kind == "error":
+                raise NeoxRLError(f"the orchestrator failed while the trainer waited for {what}: {answer.body.get('message')}")
+            self._unacked = {i: f for i, f in self._unacked.items() if i > answer.acked}
+            if answer.kind == "heartbeat":
+                waiting_for = str(answer.body.get("waiting_for"))
+            elif answer.kind == expected:
+                return answer
             else:
-                raise WireError(f"answer of kind {answer!r} while waiting for {what}")
+                raise WireError(f"answer of kind {answer.kind!r} while waiting for {what}")
 
     def _hint(self) -> str:
         hint = f"see the orchestrator's log; is it alive and bound to {self._address}?"

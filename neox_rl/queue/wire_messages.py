@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from neox_rl.errors import ConfigError, WireError
-from neox_rl.framing import Frame, kind_of, unpack
+from neox_rl.framing import Array, Frame, unpack_any
 from neox_rl.types import Json
 
 ATTEMPT: Final = "NEOX_RL_ATTEMPT"
@@ -48,11 +48,10 @@ class Message:
 
 def parse_request(frames: Sequence[Frame]) -> Message:
     """A trainer's message whose every field is what ``_FIELDS`` says. Raises WireError."""
-    kind = kind_of(frames)
-    fields = _FIELDS.get(kind)
-    if fields is None or len(frames) != 1:
-        raise WireError(f"{len(frames)} frames of unknown kind {kind[:64]!r}")
-    body = unpack(frames, kind)[0]
+    kind, body, arrays = unpack_any(frames, _FIELDS)
+    fields = _FIELDS[kind]
+    if arrays:
+        raise WireError(f"{kind}: a request with {len(arrays)} arrays")
     session, id, since = body.pop("session", None), body.pop("id", None), body.pop("since", None)
     if not isinstance(session, str) or not 1 <= len(session) <= _MAX_SESSION or type(id) is not int or not 1 <= id < _MAX_INT:
         raise WireError(f"{kind}: session {str(session)[:64]!r} or id {str(id)[:64]!r} is not one")
@@ -68,16 +67,24 @@ def parse_request(frames: Sequence[Frame]) -> Message:
     return Message(kind, session, id, since, body)
 
 
-def parse_answer(frames: Sequence[Frame]) -> tuple[str, int, Mapping[str, Json]]:
-    """``(kind, id, body)`` of an orchestrator's message; the caller decodes a batch's groups. Raises WireError."""
-    kind = kind_of(frames)
-    if kind not in _ANSWERS:
-        raise WireError(f"{len(frames)} frames of unknown kind {kind[:64]!r}")
-    body = unpack(frames, kind)[0]
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One message of the orchestrator. ``id`` is the request's number, 0 where it answers none; ``acked`` how far it has got."""
+
+    kind: str
+    id: int
+    acked: int
+    body: Mapping[str, Json]
+    arrays: Mapping[str, Array]
+
+
+def parse_answer(frames: Sequence[Frame]) -> Answer:
+    """An orchestrator's message; the caller decodes a batch's groups. Raises WireError."""
+    kind, body, arrays = unpack_any(frames, _ANSWERS)
     id, acked = body.get("id"), body.get("acked")
     if type(id) is not int or type(acked) is not int or min(id, acked) < 0 or max(id, acked) >= _MAX_INT:
         raise WireError(f"{kind}: answer without id and acked: {str(body)[:200]}")
-    return kind, id, body
+    return Answer(kind, id, acked, body, arrays)
 
 
 def finite(metrics: Mapping[str, Json]) -> dict[str, Json]:

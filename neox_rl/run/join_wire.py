@@ -25,7 +25,7 @@ import zmq
 import zmq.asyncio
 
 from neox_rl.errors import NeoxRLError, WireError
-from neox_rl.framing import Frame, kind_of, pack, unpack
+from neox_rl.framing import Frame, pack, unpack_any
 from neox_rl.keys import Keys
 from neox_rl.types import Json
 
@@ -80,10 +80,9 @@ def message(kind: str, files: Mapping[str, bytes] | None = None, **fields: Json)
 
 def read_message(frames: Sequence[Frame], kinds: Sequence[str]) -> Message:
     """A message that is one of ``kinds``, each field of its exact type and in its range. Raises WireError."""
-    kind = kind_of(frames)
-    if kind not in kinds or len(frames) > 1 + (MAX_FILES if kind == WELCOME else 0):
-        raise WireError(f"{len(frames)} frames of kind {kind[:64]!r} where one of {', '.join(kinds)} was expected")
-    meta, arrays = unpack(frames, kind)
+    kind, meta, arrays = unpack_any(frames, kinds)
+    if len(arrays) > (MAX_FILES if kind == WELCOME else 0):
+        raise WireError(f"{kind}: a message with {len(arrays)} files")
     _check_types(kind, meta, _FIELDS[kind])
     for name, value in meta.items():
         text = value if isinstance(value, str) else "-"

@@ -44,10 +44,9 @@ def control(kind: str, **fields: Json) -> list[framing.Frame]:
 
 def read_control(frames: Sequence[framing.Frame], kinds: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
     """``(kind, fields)`` of a message that is one of ``kinds``, each field of its exact type and in its range. Raises WireError."""
-    kind = framing.kind_of(frames)
-    if kind not in kinds or len(frames) != 1:
-        raise WireError(f"{len(frames)} frames of kind {kind[:64]!r} where one of {', '.join(kinds)} was expected")
-    meta, _ = framing.unpack(frames, kind)
+    kind, meta, arrays = framing.unpack_any(frames, kinds)
+    if arrays:
+        raise WireError(f"{kind}: a message with {len(arrays)} arrays")
     fields = _FIELDS[kind]
     if meta.keys() != fields.keys() or any(type(meta[name]) is not wanted for name, wanted in fields.items()):
         raise WireError(f"{kind}: fields {str(sorted(meta))[:200]} are not {sorted(fields)} with their types")

@@ -17,7 +17,7 @@ from neox_rl.weights.publisher import Publisher
 from neox_rl.weights.snapshot import make_snapshot, tensors_of
 from neox_rl.weights.stager import Stager
 from neox_rl.weights.watcher import Watcher
-from tests.unit.test_queue_wire import Recorder
+from tests.unit.wire_peers import Recorder
 
 SOON_S, RESEND_S = 0.4, 0.1
 STRANGERS = ("no keys", "keys of another run")

@@ -12,7 +12,7 @@ import pytest
 from neox_rl.errors import JournalError, NeoxRLError
 from neox_rl.framing import pack
 from neox_rl.queue.wire_messages import Phase, parse_answer
-from tests.unit.test_queue_wire import Recorder, connected, free_port, make_group, raw_peer, serving
+from tests.unit.wire_peers import Recorder, connected, free_port, make_group, raw_peer, serving
 
 
 def test_an_orchestrator_without_a_journal_refuses_a_run_it_does_not_know() -> None:
@@ -84,10 +84,10 @@ def test_nothing_is_acknowledged_before_it_is_durable() -> None:
         peer = raw_peer(running.address)
         peer.send_multipart(pack("hello", {"session": "s", "id": 1, "since": 1, "world": 1, "pid": 1, "attempt": 0, "state": {}}, {}))
         answers = [parse_answer(peer.recv_multipart())]
-        while answers[-1][0] == "heartbeat":
+        while answers[-1].kind == "heartbeat":
             answers.append(parse_answer(peer.recv_multipart()))
         peer.close(linger=0)
-    assert len(answers) > 1 and {said["acked"] for _, _, said in answers[:-1]} == {0} and answers[-1][2]["acked"] == 1
+    assert len(answers) > 1 and {answer.acked for answer in answers[:-1]} == {0} and answers[-1].acked == 1
 
 
 def wait_until(reached: Callable[[], bool]) -> None:

@@ -1,4 +1,4 @@
-"""Rewriting the header of a framed message as a hostile sender would: with a digest that is right."""
+"""Reading the header of a framed message unchecked, and rewriting it as a hostile sender would: with a digest that is right."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from neox_rl.framing import PREFIX_BYTES, Frame, seal
 def header_of(frames: Sequence[Frame]) -> dict[str, Any]:
     header: dict[str, Any] = json.loads(bytes(frames[0])[PREFIX_BYTES:])
     return header
+
+
+def kind_of(frames: Sequence[Frame]) -> str:
+    return str(header_of(frames)["kind"])
 
 
 def resealed(header: object, arrays: Sequence[Frame], self_digested: bool = False) -> list[Frame]:
