@@ -172,7 +172,7 @@ class Orchestrator:
     async def hello(self, session: str, world: int, pid: int, attempt: int, state: Mapping[str, Json]) -> None:
         logger.info("trainer with %d ranks, rank 0 is pid %d", world, pid)
         if session == self._book.history.session:  # its answer went out with the orchestrator before this one
-            return self._hear_again(state.get("report"))
+            return await self._hear_again(state.get("report"))
         match state:
             case {"sft_step": int() as sft_step, "rl_step": int() as rl_step}:
                 rewind(self._paths, sft_step, rl_step)
@@ -181,13 +181,13 @@ class Orchestrator:
         self._book.session(session, attempt, sft_step, rl_step, state)
         self._evaluated = rl_step
         self._restore("" if sft_step + rl_step == 0 else f"continues after step {rl_step or sft_step}")
-        self._hear_again(state.get("report"))
+        await self._hear_again(state.get("report"))
 
-    def _hear_again(self, report: Json) -> None:
+    async def _hear_again(self, report: Json) -> None:
         """Of the last step before the trainer's checkpoint: it may have been said when no orchestrator was there to hear it."""
         match report:
             case {"phase": str() as phase, "step": int() as step, "metrics": dict() as metrics} if lacks_row(self._paths, phase, step):
-                self._board.step(Phase(phase), step, metrics)
+                await self._board.step(Phase(phase), step, metrics)
 
     async def next_groups(self, id: int, phase: Phase, step: int) -> Delivery:
         if id <= self._book.history.last and self._book.history.stopped:
@@ -268,7 +268,7 @@ class Orchestrator:
             return {}
         rows, attempts = found
         for row in rows:
-            self._board.evaluation(row)
+            await self._board.evaluation(row)
         self._board.evaluated(label, attempts, sum(row["seconds"] for row in rows))
         metrics: dict[str, Json] = {row["mode"]: row["accuracy"]["mean"] for row in rows}
         self._book.add("evaluated", id=id, label=label, version=version, metrics=metrics)
@@ -286,7 +286,7 @@ class Orchestrator:
             await asyncio.gather(working, stopping, return_exceptions=True)
 
     async def report(self, id: int, phase: Phase, step: int, metrics: Mapping[str, Json]) -> None:
-        self._board.step(phase, step, metrics)  # first: a row without a record is cut and told again, a record without a row is a hole
+        await self._board.step(phase, step, metrics)  # first: a row without a record is cut and told again, but not the other way round
         self._book.add("reported", id=id, phase=phase.value, step=step)
         if phase is Phase.RL:
             self._audit.reported(step, metrics)
@@ -322,7 +322,7 @@ class Orchestrator:
 
     async def _small_evaluation(self, version: int) -> None:
         """Beside training: its last tokens may be those of later versions, as the row says."""
-        self._board.evaluation(await self._evaluator.small(f"step {version}", version, version))
+        await self._board.evaluation(await self._evaluator.small(f"step {version}", version, version))
 
     def _on_load(self, group: Group) -> None:
         if (problem := self._pump.problem(group.ticket)) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,6 +11,7 @@ from typing import cast
 from neox_rl.arithmetic import ARITHMETIC_TASKS
 from neox_rl.config.derived import staleness_bound
 from neox_rl.config.run import RunConfig
+from neox_rl.errors import DeadlineError
 from neox_rl.ports import Tokenizer
 from neox_rl.queue.history import Tally
 from neox_rl.queue.state import TicketQueue
@@ -29,6 +31,7 @@ from neox_rl.telemetry.status import Status, write_status
 from neox_rl.types import Group, Json, Problem
 
 RATE_WINDOW_S, COUNT_S = 30.0, 1.0
+DISK_S = 0.5
 READABLE_PER_EVALUATION = 24
 _STATUS_FIELDS = {"loss": "loss", "reward": "reward_mean", "staleness_mean": "staleness_mean", "staleness_max": "staleness_max"}
 
@@ -82,7 +85,8 @@ class Scoreboard:
         self._word = message
         self._show(message=message)
 
-    def step(self, phase: Phase, step: int, metrics: Mapping[str, Json]) -> None:
+    async def step(self, phase: Phase, step: int, metrics: Mapping[str, Json]) -> None:
+        """A step was trained. Its row is on the disk when this returns; raises DeadlineError where a full disk does not take it in time."""
         now = time.monotonic()
         row: dict[str, Json] = {"phase": phase.value, "step": step, "version": 0 if phase is Phase.SFT else step - 1, "time": time.time()}
         row |= metrics
@@ -104,6 +108,14 @@ class Scoreboard:
             tokens_per_s_trained=self._trained.add(now, self._tokens_trained),
             eta_s=self._pace.left_s(phase, step),
         )
+        await self._written()
+
+    async def _written(self) -> None:
+        end = time.monotonic() + (limit_s := self._config.metarl.queue.disk_full_s)
+        while not self._writer.written():
+            if time.monotonic() > end:
+                raise DeadlineError(f"room for {self._paths.metrics}", limit_s, "make room there; the run goes on with --resume")
+            await asyncio.sleep(DISK_S)
 
     def _books(self) -> dict[str, Json]:
         """What the orchestrator knows of an RL step. Counts are cumulative."""
@@ -122,10 +134,12 @@ class Scoreboard:
             books["search"] = {**summarize(self._delivered)}
         return books
 
-    def evaluation(self, row: EvaluationRow) -> None:
+    async def evaluation(self, row: EvaluationRow) -> None:
+        """As ``step``."""
         self._writer.evaluation(row)
         if row["mode"] == "greedy":
             self._show(heldout_accuracy=row["accuracy"]["mean"])
+        await self._written()
 
     def evaluated(self, label: str, attempts: Sequence[Attempt], seconds: float) -> None:
         """A full evaluation ended. The same held-out problems are recorded after each, so that a reader can compare."""
@@ -158,8 +172,8 @@ class Scoreboard:
         self._show(servers=dict(states))
 
     def close(self) -> None:
-        self._writer.close()
         self._recorder.close()
+        self._writer.close()
 
     def _count(self) -> None:
         """Counters for the timeline and the rate of generation, at most once a second: groups come by the dozen."""

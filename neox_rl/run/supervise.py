@@ -26,6 +26,7 @@ from neox_rl.run.resume import has_checkpoint, next_attempt
 from neox_rl.run.watch import Watch
 from neox_rl.telemetry.events import EventLog
 from neox_rl.telemetry.heartbeat import forget_beats
+from neox_rl.telemetry.jsonl import unless_full
 from neox_rl.telemetry.paths import RunPaths
 from neox_rl.telemetry.status import ProcessState, read_status, write_processes, write_status
 
@@ -263,7 +264,7 @@ class Supervisor:
     def _warn(self, text: str) -> None:
         sys.stderr.write(f"warning: {text}\n")
         self.events.flush()  # a fault must be on the disk when its cause comes for the launcher too
-        with self.paths.log("launcher").open("a") as log:
+        with unless_full(), self.paths.log("launcher").open("a") as log:
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def _ask_to_stop(self) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from neox_rl.telemetry.jsonl import finite, read_jsonl
+from neox_rl.telemetry.jsonl import LineFile, finite, read_jsonl
 
 SPANS: Final[dict[str, str]] = {
     # launcher
@@ -53,6 +53,7 @@ INSTANTS: Final[dict[str, str]] = {
     "recovered": "an orchestrator took over from the journal, or a trainer began anew from its checkpoint",
     "violation": "the audit finds that the run broke one of its rules",
     "journal": "damage that was found in the journal, or a disk that cannot take it",
+    "dropped": "events of this process that a full disk did not take",
     # a server, as the orchestrator sees it: neox_rl/run/members.py
     "joined": "a server belongs to the run from now on",
     "staging": "it answers, and gets its first version since it was started",
@@ -68,6 +69,8 @@ _VOCABULARY: Final = {"span": SPANS, "instant": INSTANTS, "counter": COUNTERS}
 ONCE_A_PART: Final = ("start_ranks", "start_servers", "build")
 """Spans that a process has once each time the run is started or resumed; no other event of a part is older than its start_ranks."""
 FLUSH_S: Final = 1.0
+MOST_BYTES: Final = 8 << 20
+"""Of events that wait for room on a full disk, in each process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +92,15 @@ class Event:
 class EventLog:
     """Appends events of one process. Cheap: lines are buffered and reach the disk about once a second and at exit.
 
-    May be used from several threads. A forked child must open its own: rows of this one are never written by it.
+    May be used from several threads. A forked child must open its own: rows of this one are never written by it. A full disk is waited for:
+    what does not fit into ``MOST_BYTES`` meanwhile is dropped, and how much that was is an event.
     """
 
     def __init__(self, path: Path, process: str) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.process = process
-        self._file = path.open("ab", buffering=0)
-        self._lines: list[bytes] = [b"\n"] if self._file.tell() else []  # a torn last line must not swallow the next one
+        self._file = LineFile(path, MOST_BYTES)
+        self._told = 0
+        self.closed = False
         self._lock = threading.Lock()
         self._open: dict[int, str] = {}
         self.failed_at = ""
@@ -141,28 +145,34 @@ class EventLog:
             self._flush()
 
     def close(self) -> None:
-        """Flush and close; a second call does nothing."""
+        """Flush; what comes later is written at once."""
         with self._lock:
-            if not self._file.closed:
-                self._flush()
-                self._file.close()
+            self.closed = True
+            self._flush()
         atexit.unregister(self.close)
 
     def _emit(self, kind: str, name: str, t_ns: int, dur_ns: int, fields: dict[str, Any]) -> None:
         _check(kind, name)
+        line = self._line(kind, name, t_ns, dur_ns, fields)
+        with self._lock:
+            self._file.add(line)
+            if self.closed or time.monotonic() - self._flushed >= FLUSH_S:
+                self._flush()
+
+    def _line(self, kind: str, name: str, t_ns: int, dur_ns: int, fields: dict[str, Any]) -> bytes:
         row: dict[str, Any] = {"process": self.process, "kind": kind, "name": name, "t_ns": t_ns, "dur_ns": dur_ns}
         row["fields"] = finite(fields)[0]
-        line = json.dumps(row, separators=(",", ":"), allow_nan=False, default=str).encode() + b"\n"
-        with self._lock:
-            self._lines.append(line)
-            if time.monotonic() - self._flushed >= FLUSH_S:
-                self._flush()
+        return json.dumps(row, separators=(",", ":"), allow_nan=False, default=str).encode() + b"\n"
 
     def _flush(self) -> None:
         # A forked child inherits the buffer; were it to write, every buffered row would appear twice.
-        if os.getpid() == self._pid and self._lines and not self._file.closed:
-            self._file.write(b"".join(self._lines))
-        self._lines.clear()
+        if os.getpid() != self._pid:
+            self._file.forget()
+        self._file.flush()
+        if not self._file.waiting and self._file.dropped > self._told:
+            self._file.add(self._line("instant", "dropped", time.time_ns(), 0, {"events": self._file.dropped - self._told}))
+            self._file.flush()
+            self._told = self._file.dropped
         self._flushed = time.monotonic()
 
 

@@ -19,10 +19,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from neox_rl.telemetry.events import EventLog
-from neox_rl.telemetry.jsonl import read_json, write_json
+from neox_rl.telemetry.jsonl import read_json, rewrite_json
 
 BEATS_A_DEADLINE = 10
 LONGEST_S = 3.0
+MAX_DOING = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +53,8 @@ class Heartbeat:
 
     def beat(self) -> None:
         self._number += 1
-        beat = Beat(self._process, os.getpid(), socket.gethostname(), self._number, self._events.doing)
-        write_json(self._path, asdict(beat))
+        beat = Beat(self._process, os.getpid(), socket.gethostname(), self._number, self._events.doing[:MAX_DOING])
+        rewrite_json(self._path, asdict(beat))
 
     async def forever(self) -> None:
         """Beats until it is cancelled."""
@@ -77,7 +78,7 @@ class Heartbeat:
             self._try()
 
     def _try(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk: silence is then what the launcher hears, and what it should
+        with contextlib.suppress(OSError):  # a disk that is broken, not a full one: silence is what the launcher then hears, and should
             self.beat()
 
 
@@ -89,7 +90,7 @@ def read_beats(directory: Path, prefix: str) -> dict[str, Beat]:
         try:
             row = read_json(path)
         except (OSError, ValueError):
-            continue  # forgotten between the listing and the reading
+            continue  # forgotten between the listing and the reading, or half rewritten: the next look finds it
         if row.keys() == names:
             found[path.stem] = Beat(**row)
     return found

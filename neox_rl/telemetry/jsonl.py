@@ -1,13 +1,22 @@
-"""JSON lines and atomic JSON files, written so that a reader never meets half a value."""
+"""JSON lines and atomic JSON files, written so that a reader never meets half a value, and a full disk ends no process."""
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Final
+
+FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""Of an OSError: there is no room, and there may be again."""
+REWRITTEN_BYTES: Final = 2048
+logger = logging.getLogger(__name__)
 
 
 def finite(value: Any) -> tuple[Any, int]:
@@ -23,28 +32,89 @@ def finite(value: Any) -> tuple[Any, int]:
     return value, 0
 
 
-class JsonlWriter:
-    """Appends one row a line and flushes it, so that a killed process loses at most the line it was writing."""
+@contextmanager
+def unless_full() -> Iterator[None]:
+    """The body may be left undone where the disk is full. Other errors are raised."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
 
-    def __init__(self, path: Path) -> None:
+
+class LineFile:
+    """Appends whole lines. What a full disk does not take waits in memory, beyond ``most`` bytes it is ``dropped`` and counted.
+
+    No descriptor is held between two flushes. One thread at a time.
+    """
+
+    def __init__(self, path: Path, most: int | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torn = _ends_torn(path)
-        self._file: TextIO = path.open("a", encoding="utf-8")
-        if torn:
-            # A line cut off by a crash would otherwise swallow the first row written after a resume.
-            self._file.write("\n")
+        path.touch()
+        self._path, self._most = path.absolute(), most
+        # A line cut off by a crash would otherwise swallow the first row written after a resume.
+        self._lines: list[bytes] = [b"\n"] if _ends_torn(path) else []
+        self._bytes = 0
+        self.dropped = 0
+
+    @property
+    def waiting(self) -> bool:
+        """Whether lines are not on the disk yet."""
+        return self._bytes > 0
+
+    def add(self, line: bytes) -> None:
+        """``line`` with its newline, for the next ``flush``."""
+        if self._most is not None and self._bytes + len(line) > self._most:
+            self.dropped += 1
+            return
+        self._lines.append(line)
+        self._bytes += len(line)
+
+    def flush(self) -> None:
+        """Afterwards all is on the disk, or ``waiting`` for room. Raises OSError for anything else that is wrong with the file."""
+        if not self.waiting:
+            return
+        with FileIO(self._path, "a") as file:
+            before, data = os.fstat(file.fileno()).st_size, memoryview(b"".join(self._lines))
+            try:
+                while data:
+                    data = data[file.write(data) :]
+            except OSError as error:
+                file.truncate(before)  # half a line would make one of two rows, none of them readable
+                if error.errno not in FULL:
+                    raise
+                return
+        self.forget()
+
+    def forget(self) -> None:
+        """Without what waits."""
+        self._lines.clear()
+        self._bytes = 0
+
+
+class JsonlWriter:
+    """Appends one row a line at once, so that a killed process loses at most the line it was writing, or what a full disk did not take."""
+
+    def __init__(self, path: Path, most: int | None = None) -> None:
+        self._file = LineFile(path, most)
+        self.path, self._told = path, 0
 
     def write(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Write the row and return it as written: NaN and infinities as null, counted in ``nonfinite`` where there are any."""
         clean, count = finite(row)
         if count:
             clean["nonfinite"] = count
-        self._file.write(json.dumps(clean, separators=(",", ":"), allow_nan=False) + "\n")
-        self._file.flush()
+        self._file.add(json.dumps(clean, separators=(",", ":"), allow_nan=False).encode() + b"\n")
+        self.flush()
         return dict(clean)
 
-    def close(self) -> None:
-        self._file.close()
+    def flush(self) -> bool:
+        """Tries again what a full disk did not take; whether all is on the disk now."""
+        self._file.flush()
+        if not self._file.waiting and self._file.dropped > self._told:
+            logger.warning("%s lacks %d rows that a full disk did not take", self.path, self._file.dropped - self._told)
+            self._told = self._file.dropped
+        return not self._file.waiting
 
 
 def _ends_torn(path: Path) -> bool:
@@ -72,11 +142,38 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def write_json(path: Path, value: Mapping[str, Any], *, indent: int | None = None) -> None:
-    """Replace the file at once: a reader sees the old value or the new one, never a part."""
+    """Replace the file at once: a reader sees the old value or the new one, never a part. A write that fails leaves the old one."""
     clean, _ = finite(value)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(clean, indent=indent, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(clean, indent=indent, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def rewrite_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Like ``write_json``, but within the room that the file has had since its first time: a full disk does not matter.
+
+    Of ``REWRITTEN_BYTES`` at most. A reader on some file systems may meet a part of it, and looks again. Raises OSError, and ValueError
+    for a longer value.
+    """
+    text = json.dumps(value)
+    if len(text) >= REWRITTEN_BYTES:
+        raise ValueError(f"{path.name}: {len(text)} bytes, at most {REWRITTEN_BYTES - 1} can be rewritten in place")
+    data = text.ljust(REWRITTEN_BYTES - 1).encode() + b"\n"
+    try:
+        file = os.open(path, os.O_WRONLY)
+    except FileNotFoundError:
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+        return
+    try:
+        os.pwrite(file, data, 0)
+    finally:
+        os.close(file)
 
 
 def read_json(path: Path) -> dict[str, Any]:

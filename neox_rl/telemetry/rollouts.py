@@ -12,6 +12,8 @@ from neox_rl.types import NO_VERSION, Problem, Trace
 
 MAX_TEXT = 20_000
 MAX_LINES = 400
+MOST_BYTES = 8 << 20
+"""Of rows that wait for room on a full disk; what comes after is dropped."""
 
 
 class RolloutRecorder:
@@ -19,7 +21,7 @@ class RolloutRecorder:
 
     def __init__(self, path: Path, every: int) -> None:
         self._every = every
-        self._writer = JsonlWriter(path)
+        self._writer = JsonlWriter(path, MOST_BYTES)
 
     def wants(self, ticket: int) -> bool:
         """Whether the group of this ticket is one to record."""
@@ -34,7 +36,7 @@ class RolloutRecorder:
         self._writer.write({**row, "text": row["text"][:MAX_TEXT], "lines": lines})
 
     def close(self) -> None:
-        self._writer.close()
+        self._writer.flush()
 
 
 def rollout_row(trace: Trace, problem: Problem, text: str, lines: Sequence[Mapping[str, Any]], *, label: str, step: int) -> RolloutRow:

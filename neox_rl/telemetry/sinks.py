@@ -26,16 +26,24 @@ class TensorBoardSink:
         # By name, because the package carries no types.
         self._event = importlib.import_module("tensorboard.compat.proto.event_pb2").Event
         self._summary = importlib.import_module("tensorboard.compat.proto.summary_pb2").Summary
-        writer = importlib.import_module("tensorboard.summary.writer.event_file_writer")
-        self._writer = writer.EventFileWriter(str(paths.tensorboard))
+        self._open = importlib.import_module("tensorboard.summary.writer.event_file_writer").EventFileWriter
+        self._directory = str(paths.tensorboard)
+        self._writer = self._open(self._directory)
 
     def write(self, prefix: str, values: Mapping[str, float], step: int, time_s: float) -> None:
         rows = [self._summary.Value(tag=f"{prefix}/{key}", simple_value=value) for key, value in values.items()]
-        self._writer.add_event(self._event(wall_time=time_s, step=step, summary=self._summary(value=rows)))
-        self._writer.flush()
+        if self._writer is None:
+            self._writer = self._open(self._directory)
+        try:
+            self._writer.add_event(self._event(wall_time=time_s, step=step, summary=self._summary(value=rows)))
+            self._writer.flush()
+        except OSError:
+            self._writer = None  # its thread has ended, and it would raise this error ever after: the next row gets a new file
+            raise
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 class WandbSink:

@@ -1,6 +1,6 @@
 """Where the run stands: two small files, replaced at once, that any process may read at any time.
 
-``status.json`` is the orchestrator's, ``processes.json`` the launcher's: each has one writer.
+``status.json`` is the orchestrator's, ``processes.json`` the launcher's: each has one writer. On a full disk they stay what they were.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from neox_rl.telemetry.jsonl import read_json, write_json
+from neox_rl.telemetry.jsonl import read_json, unless_full, write_json
 
 PHASES = ("starting", "warmstart", "evaluate", "rl", "report", "done", "failed")
 
@@ -45,7 +45,8 @@ class Status:
 
 
 def write_status(path: Path, status: Status) -> None:
-    write_json(path, asdict(status))
+    with unless_full():
+        write_json(path, asdict(status))
 
 
 def read_status(path: Path) -> Status:
@@ -64,7 +65,8 @@ class ProcessState:
 
 
 def write_processes(path: Path, processes: Mapping[str, ProcessState]) -> None:
-    write_json(path, {name: asdict(state) for name, state in processes.items()})
+    with unless_full():
+        write_json(path, {name: asdict(state) for name, state in processes.items()})
 
 
 def read_processes(path: Path) -> dict[str, ProcessState]:

@@ -24,7 +24,6 @@ def test_steps_after_the_checkpoint_are_cut_and_an_open_writer_goes_on_behind_th
     writer = JsonlWriter(paths.metrics)
     rewind(paths, sft_step=2, rl_step=2)
     writer.write({"phase": "rl", "step": 3, "again": True})
-    writer.close()
     assert [(row["phase"], row["step"]) for row in read_jsonl(paths.metrics)] == [("sft", 1), ("sft", 2), ("rl", 1), ("rl", 2), ("rl", 3)]
     assert [row["label"] for row in read_jsonl(paths.evaluations)] == ["warmstart", "step 2"]
     assert [row["step"] for row in read_jsonl(paths.rollouts)] == [1]
@@ -66,7 +65,6 @@ def test_two_resumes_after_crashes_in_the_middle_of_a_row_lose_no_earlier_row(tm
         rewind(paths, sft_step=0, rl_step=checkpoint)
         for step in range(checkpoint + 1, 15):
             writer.write(row | {"step": step})
-        writer.close()
         assert [found["step"] for found in read_jsonl(file)] == list(range(1, 15))
 
 

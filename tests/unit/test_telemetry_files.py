@@ -138,7 +138,6 @@ def test_a_row_is_on_disk_when_write_returns_and_nan_becomes_null_with_a_count(t
     writer.write({"step": 1, "loss": math.nan, "search": {"a": math.inf, "b": 0.5}, "list": [1.0, -math.inf]})
     row = read_jsonl(tmp_path / "m.jsonl")[0]
     assert row == {"step": 1, "loss": None, "search": {"a": None, "b": 0.5}, "list": [1.0, None], "nonfinite": 3}
-    writer.close()
 
 
 def test_a_resumed_writer_does_not_lose_its_first_row_to_a_torn_line(tmp_path: Path) -> None:
@@ -146,7 +145,6 @@ def test_a_resumed_writer_does_not_lose_its_first_row_to_a_torn_line(tmp_path: P
     path.write_text('{"step":1}\n{"step":2,"lo')
     writer = JsonlWriter(path)
     writer.write({"step": 2})
-    writer.close()
     assert read_jsonl(path) == [{"step": 1}, {"step": 2}]
 
 

@@ -92,7 +92,6 @@ def test_a_step_trained_again_after_a_resume_counts_once(tmp_path: Path) -> None
     again = {**read_jsonl(paths.metrics)[-1], "tokens_trained": 1}
     writer = JsonlWriter(paths.metrics)
     writer.write(again)
-    writer.close()
     assert build_summary(load_run(paths.root))["tokens_trained"] == 3 * 7000 + 1
 
 
@@ -237,7 +236,6 @@ def test_what_a_model_writes_stays_text(tmp_path: Path) -> None:
     for label in ("warmstart", "final"):
         row = rollout_row(problem, evil, label=label, correct=label == "final", versions=[(0, 0, 3)])
         writer.write({**row, "reason": evil, "lines": [] if label == "final" else [{**line(-5, evil, evil), "note": evil}]})
-    writer.close()
     write_status(paths.status, Status(phase="failed", message=evil))
     paths.config.write_text(f"name: {evil}")
     page = write_report(paths.root).read_text(encoding="utf-8")

@@ -1,0 +1,135 @@
+"""A disk that is full for a while: every process goes on writing telemetry, no metrics row is lost, no line is torn."""
+
+from __future__ import annotations
+
+import errno
+import random
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic_run import evaluation_rows, rl_row
+
+from neox_rl.config.schema import LoggingConfig
+from neox_rl.run.resume import next_attempt
+from neox_rl.telemetry import events as events_module
+from neox_rl.telemetry import jsonl
+from neox_rl.telemetry.events import EventLog, read_events
+from neox_rl.telemetry.heartbeat import Heartbeat, read_beats
+from neox_rl.telemetry.jsonl import JsonlWriter, read_jsonl
+from neox_rl.telemetry.metrics import MetricsWriter
+from neox_rl.telemetry.paths import RunPaths
+from neox_rl.telemetry.status import Status, read_status, write_status
+
+
+class Disk:
+    """Has room for ``left`` bytes more, and takes the beginning of what does not fit, as a disk does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.left = 1 << 30
+        self.error = errno.ENOSPC
+        disk = self
+
+        class File(FileIO):
+            def write(self, data: Any) -> int:
+                if (fits := min(len(data), disk.left)) == 0:
+                    raise OSError(disk.error, "No space left on device")
+                disk.left -= fits
+                return super().write(bytes(data)[:fits])
+
+            def truncate(self, size: int | None = None) -> int:
+                before = self.seek(0, 2)
+                disk.left += before - super().truncate(size)
+                return before
+
+        def write_text(path: Path, text: str, encoding: str = "") -> int:
+            with File(path, "w") as file:
+                return sum(file.write(text[at].encode()) for at in range(len(text)))
+
+        monkeypatch.setattr(jsonl, "FileIO", File)
+        monkeypatch.setattr(Path, "write_text", write_text)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    return Disk(monkeypatch)
+
+
+def test_rows_wait_for_room_and_are_whole_at_any_time(tmp_path: Path, disk: Disk) -> None:
+    path = tmp_path / "m.jsonl"
+    writer = JsonlWriter(path)
+    writer.write({"step": 1})
+    for step, disk.left in ((2, 5), (3, 0), (4, 14)):
+        writer.write({"step": step})
+        assert path.read_text() == '{"step":1}\n' and not writer.flush()
+    disk.left = 1 << 20
+    writer.write({"step": 5})
+    assert writer.flush() and [row["step"] for row in read_jsonl(path)] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.EROFS])
+def test_a_disk_that_is_broken_is_an_error(tmp_path: Path, disk: Disk, error: int) -> None:
+    writer = JsonlWriter(tmp_path / "m.jsonl")
+    disk.left, disk.error = 0, error
+    with pytest.raises(OSError, match="No space") as raised:
+        writer.write({"step": 1})
+    assert raised.value.errno == error
+    with pytest.raises(OSError, match="No space"):
+        write_status(tmp_path / "status.json", Status())
+
+
+def test_every_metrics_row_is_told_once_and_a_writer_that_ends_without_room_says_what_is_missing(tmp_path: Path, disk: Disk) -> None:
+    paths, rng = RunPaths.of(tmp_path / "run").create(), random.Random(0)
+    writer = MetricsWriter(paths, LoggingConfig())
+    disk.left = 100
+    writer.step(rl_row(1, 2, rng))
+    writer.evaluation(evaluation_rows("final", 2, 1.0, rng, clusters=3)[0])
+    assert not writer.written()
+    with pytest.raises(OSError, match=r"full: its last rows are missing.*metrics\.jsonl"):
+        writer.close()
+    disk.left = 1 << 20
+    assert writer.written()
+    writer.close()
+    assert (len(read_jsonl(paths.metrics)), len(read_jsonl(paths.evaluations))) == (1, 1)
+
+
+def test_events_wait_for_room_and_those_beyond_a_bound_are_counted(tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events_module, "MOST_BYTES", 2000)
+    log = EventLog(tmp_path / "a.jsonl", "a")
+    disk.left = 50
+    for version in range(100):
+        log.instant("live", version=version)
+        log.flush()
+    assert read_events(tmp_path) == []
+    disk.left = 1 << 20
+    log.close()
+    *kept, dropped = read_events(tmp_path)
+    assert [event.fields["version"] for event in kept] == list(range(len(kept))) and len(kept) > 10
+    assert (dropped.name, dropped.fields) == ("dropped", {"events": 100 - len(kept)})
+
+
+def test_the_status_stays_what_it_was(tmp_path: Path, disk: Disk) -> None:
+    path = tmp_path / "status.json"
+    write_status(path, Status(phase="rl", step=1))
+    disk.left = 20
+    write_status(path, Status(phase="rl", step=2))
+    assert read_status(path).step == 1 and [file.name for file in tmp_path.iterdir()] == ["status.json"]
+    disk.left = 1 << 20
+    write_status(path, Status(phase="rl", step=3))
+    assert read_status(path).step == 3
+
+
+def test_beats_and_the_count_of_attempts_take_no_room(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "events" / "trainer-0.jsonl", "trainer-0")
+    heartbeat, paths = Heartbeat(tmp_path, "trainer-0", log, 1.0), RunPaths.of(tmp_path)
+    heartbeat.beat()
+    assert next_attempt(paths) == 1
+    inodes = {path: (path.stat().st_ino, path.stat().st_size) for path in (tmp_path / "trainer-0.json", paths.attempt)}
+    with log.span("evaluate", label="é" * 5000):
+        heartbeat.beat()
+    assert next_attempt(paths) == 2
+    beat = read_beats(tmp_path, "trainer-")["trainer-0"]
+    assert beat.number == 2 and beat.doing.startswith("evaluate label é")
+    assert inodes == {path: (path.stat().st_ino, path.stat().st_size) for path in inodes}
+    log.close()
