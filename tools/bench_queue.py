@@ -2,9 +2,10 @@
 
     .venv/bin/python tools/bench_queue.py            a minute, two cores
 
-Raw ZeroMQ: a ROUTER in another process answers each request of a DEALER with the same bytes, ready-made, in one multi-part message; nobody
-looks at them. The queue: the real socket, with tickets, order and digests checked, up to ``Group`` objects in the trainer; the groups are
-encoded already, as the orchestrator has them from writing them down. The sides run in turn, several times; the median counts.
+Raw ZeroMQ: a DEALER asks and a ROUTER in another process answers, one request at a time, with the very bytes of the queue's own messages, made
+beforehand; nobody looks at them, or, decoded, they are only made into ``Group`` objects. The queue: the real socket, with tickets, order,
+digests and session checked; the groups are encoded already, as the orchestrator has them from writing them down. Bare fsync: one write and
+one fdatasync a group, equally large, on the same file system. The sides run in turn, several times; the median counts.
 """
 
 from __future__ import annotations
@@ -259,9 +260,7 @@ def main(argv: Sequence[str]) -> int:
             return path
 
         print(f"{B} groups a batch, {ROLLOUTS} rollouts a group, median of {ROUNDS}\n")
-        print(
-            "| tokens a rollout | KiB a batch | raw, groups/s | queue | ratio | raw, decoded | queue, decoded | ratio | with journal |"
-        )
+        print("| tokens a rollout | KiB a batch | raw, groups/s | queue | ratio | raw, decoded | queue, decoded | ratio | with journal |")
         print("|---|---|---|---|---|---|---|---|---|")
         for tokens in (40, 512):
             raw, queue, decoded, groups, kept = median_of(
