@@ -2,7 +2,7 @@
 
     .venv/bin/python tools/bench_queue.py            a minute, two cores
 
-Raw ZeroMQ: a DEALER asks and a ROUTER in another process answers, one request at a time, with the very bytes of the queue's own messages, made
+Raw ZeroMQ: a DEALER asks, a ROUTER in another process answers, one request at a time, with the very bytes of the queue's own messages, made
 beforehand; nobody looks at them, or, decoded, they are only made into ``Group`` objects. The queue: the real socket, with tickets, order,
 digests and session checked; the groups are encoded already, as the orchestrator has them from writing them down. Bare fsync: one write and
 one fdatasync a group, equally large, on the same file system. The sides run in turn, several times; the median counts.
