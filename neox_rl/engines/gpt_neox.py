@@ -197,7 +197,8 @@ class GptNeoXEngine(RankEngine):
             return {}
         checkpoint = checkpoint_files.find(directory)
         meta: dict[str, Any] = checkpoint_files.read_meta(checkpoint, self._layout())
-        path, _ = self._engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        # The learning rate is given with each step; GPT-NeoX's schedule refuses a run that asks for more steps than it was saved with.
+        path, _ = self._engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_lr_scheduler_states=False)
         if path is None:
             raise WeightError(f"{checkpoint} was not loaded by DeepSpeed: see the log of rank {self.topology.rank}")
         reference = self._reference_file(checkpoint)
