@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from neox_rl.errors import ConfigError, DeadlineError
+from neox_rl.keys import Keys
 from neox_rl.run.endpoints import Endpoints, write_endpoints
 from neox_rl.run.preflight import Plan, check_node, main, parse_nodes
+from neox_rl.run.serve import find_run
 from neox_rl.telemetry.paths import RunPaths
 
 NODES = {"n1": "10.0.0.1", "n2": "10.0.0.2", "n3": "10.0.0.3"}
@@ -105,3 +107,14 @@ def test_a_closed_port_of_a_run_is_named_before_a_server_starts(tmp_path: Path, 
         write_endpoints(paths, Endpoints("127.0.0.1", 1, closed, 1, join, (), 99))
         assert main(["--node", "n7", "--join", str(paths.root)]) == 1
     assert capsys.readouterr().err == (f"preflight: n7 cannot reach the run (127.0.0.1) at port {closed} (weights): Connection refused\n")
+
+
+def test_a_run_directory_says_where_to_join_and_with_which_keys_once_the_run_starts(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert find_run(str(run), None) is None
+    write_endpoints(paths := RunPaths.of(run).create(), Endpoints("10.0.0.1", 1, 2, 3, 15002, (), 99))
+    assert find_run(str(run), None) == ("tcp://10.0.0.1:15002", None)
+    made = Keys.make(paths.keys)
+    found = find_run(str(run), None)
+    assert found is not None and found[1] is not None and found[1].server_public == made.server_public
+    assert not found[1].server_secret, "a server gets the client's file"
