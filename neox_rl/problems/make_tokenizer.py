@@ -50,7 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         hf = train_tokenizer(texts, args.vocab)
     except ConfigError as error:
         parser.error(str(error))
-    save_hf(hf, {"pad_token": PAD, "eos_token": EOS}, args.out)
+    try:
+        save_hf(hf, {"pad_token": PAD, "eos_token": EOS}, args.out)
+    except OSError as error:
+        parser.error(f"--out {args.out}: cannot be written ({error.strerror}); give a directory that you may write to")
     lengths = sorted(len(hf.encode(text).ids) for text in texts)
     print(
         f"{args.out}: {hf.get_vocab_size()} tokens. The {len(texts)} problems with their solutions have {lengths[len(lengths) // 2]} tokens"

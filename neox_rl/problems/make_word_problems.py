@@ -83,9 +83,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--num {args.num} must be 1 to 100000, --steps {args.steps} 1 to 20, --max-value {args.max_value} 10 to 10000")
     if not 0 <= args.terse_frac <= 1:
         parser.error(f"--terse-frac {args.terse_frac} must be 0 to 1")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     rows = word_problems(args.num, args.steps, args.max_value, args.terse_frac, args.seed)
-    args.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    except OSError as error:
+        parser.error(f"--out {args.out}: cannot be written ({error.strerror}); give a file in a directory that you may write to")
     print(f"{args.out}: {len(rows)} problems, for example: {rows[0]['problem']}\n  {rows[0]['solution']}")
     return 0
 

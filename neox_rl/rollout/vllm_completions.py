@@ -119,7 +119,7 @@ class CompletionsGenerator:
         except TimeoutError as error:
             raise DeadlineError(f"{what} from {self.address}{route}", self._timeout_s) from error
         except aiohttp.ClientError as error:
-            raise ServerFailedError(f"{self.address}: {error!r}") from error
+            raise ServerFailedError(f"{self.address}: {str(error) or type(error).__name__}") from error
         if response.status >= 500:
             raise ServerFailedError(f"{self.address} answered {response.status}: {raw[:200]!r}")
         if response.status != 200:
