@@ -162,9 +162,9 @@ class ExperienceServer:
         """Until a message or the answer in progress is there, or a heartbeat is due.
 
         libzmq makes its descriptor readable once for what comes in, and sending may take that back: only who has found nothing to receive
-        since the last send may sleep.
+        since the last send may sleep. And nobody sleeps longer than a heartbeat, whatever was missed.
         """
-        left = None if self._working is None else max(0.0, self._beat_at + self._heartbeat_s - time.monotonic())
+        left = self._heartbeat_s if self._working is None else max(0.0, self._beat_at + self._heartbeat_s - time.monotonic())
         with suppress(TimeoutError):
             async with asyncio.timeout(left):
                 await self._wake.wait()
