@@ -29,6 +29,7 @@ from neox_rl.run.readable import with_readable_answers
 from neox_rl.run.versions import Deadlines, ServerKeeper
 from neox_rl.search.replay import num_wrong_steps
 from neox_rl.telemetry.events import EventLog
+from neox_rl.telemetry.jsonl import unless_full
 from neox_rl.telemetry.paths import RunPaths
 from neox_rl.types import Problem, Verdict
 from neox_rl.verify.reward import reward
@@ -95,10 +96,16 @@ async def _generation(
     def log_of(name: str, address: str) -> EventLog:
         """One a server, under its address: whoever joins at an address that was another's gets a log of its own."""
         if address not in logs or logs[address].process != name:
+            if address in logs:
+                logs[address].close()
             logs[address] = EventLog(paths.event_log(name), name)
-            stack.callback(logs[address].close)
         return logs[address]
 
+    def close() -> None:
+        for log in logs.values():
+            log.close()
+
+    stack.callback(close)
     keeper = ServerKeeper(
         generator, endpoints.weights, Deadlines.of(metarl.servers, metarl.weights, metarl.deadlines), events, log_of, keys
     )
@@ -122,7 +129,8 @@ def _join_desk(
 
 def _ask_launcher(request: Path, why: str) -> None:
     """Has the launcher end the server of this name and start it again."""
-    request.write_text(why)
+    with unless_full():  # an empty one says so too, and finds room
+        request.write_text(why)
 
 
 def _ask_user(request: Path, why: str) -> None:

@@ -293,7 +293,9 @@ class ServerKeeper:
         log = self._log_of(member.name, member.address)
         told = {"version": member.version, "digest": member.digest, "incarnation": member.incarnation}
         log.instant(EVENT_OF[member.state], **told, **({"why": member.why} if member.why else {}))
-        if member.state in (State.SUSPENDED, State.LOST, State.LEFT):
+        if member.state is State.LEFT:
+            log.close()
+        elif member.state in (State.SUSPENDED, State.LOST):
             log.flush()  # it may be the last that is said of it
         if member.state is State.SERVING:
             self._serve(member)

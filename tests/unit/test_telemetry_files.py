@@ -103,6 +103,17 @@ def test_a_forked_child_does_not_write_its_parents_events_again(tmp_path: Path) 
     assert len(read_events(tmp_path)) == 1
 
 
+def test_logs_of_servers_that_come_and_go_hold_no_descriptor_and_a_late_event_is_not_lost(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    logs = [EventLog(tmp_path / f"joined-{n}.jsonl", f"joined-{n}") for n in range(50)]
+    for log in logs:
+        log.instant("left")
+        log.close()
+    logs[7].instant("staged", version=1)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert sorted(e.process for e in read_events(tmp_path)) == sorted([*(log.process for log in logs), "joined-7"])
+
+
 def test_threads_share_a_log(tmp_path: Path) -> None:
     log = EventLog(tmp_path / "a.jsonl", "a")
     threads = [threading.Thread(target=lambda: [log.instant("admitted") for _ in range(200)]) for _ in range(4)]
