@@ -48,12 +48,23 @@ class Decision:
 
 
 @dataclass(slots=True)
-class _Record:
-    """Of one process: restarts that count, when it was last started, and how often in a row it died soon after."""
+class Restarts:
+    """Of one process: those that count, when it was last started, and how often in a row it died soon after."""
 
     used: int = 0
     started: float = 0.0
     soon: int = 0
+
+    def fell(self, now: float, forgiven: bool = True) -> None:
+        """``forgiven``: a while of health makes earlier ones count no longer."""
+        if forgiven and now - self.started >= HEALTHY_S:
+            self.used = 0
+        self.soon = self.soon + 1 if self.used and now - self.started < SOON_S else 0
+
+    def again(self) -> float:
+        """Counts one; how long it is to wait, in seconds. A lone death is healed at once, and so is one after a while of work."""
+        self.used += 1
+        return 0.0 if self.soon == 0 else min(LONGEST_BACKOFF_S, BACKOFF_S * 2.0 ** (self.soon - 1))
 
 
 class Recovery:
@@ -63,36 +74,28 @@ class Recovery:
         metarl = config.metarl
         self._limits = {ORCHESTRATOR: metarl.orchestrator_restarts, RANKS: metarl.restarts}
         self._server_limit = metarl.servers.max_restarts
-        self._records: dict[str, _Record] = {}
+        self._records: dict[str, Restarts] = {}
         self._lost: set[str] = set()
 
     def started(self, name: str, now: float) -> None:
-        self._records.setdefault(name, _Record()).started = now
+        self._records.setdefault(name, Restarts()).started = now
 
     def fell(self, name: str, now: float, status: int | None, others_serve: bool = False) -> Decision:
         """``status`` is the exit status, None for a process that had to be ended. ``others_serve``: who is not of this launcher."""
-        record = self._records.setdefault(name, _Record(started=now))
-        if name != RANKS and now - record.started >= HEALTHY_S:
-            record.used = 0
-        record.soon = record.soon + 1 if record.used and now - record.started < SOON_S else 0
+        record = self._records.setdefault(name, Restarts(started=now))
+        record.fell(now, forgiven=name != RANKS)
         limit = self._limits.get(name, self._server_limit)
         if status == GIVES_UP:
             return Decision(Act.END, record.used, limit, why="its error would come again")
         if record.used < limit:
-            record.used += 1
-            act = Act.RESUME if name == RANKS else Act.RESTART
-            return Decision(act, record.used, limit, _backoff_s(record.soon))
+            delay_s = record.again()
+            return Decision(Act.RESUME if name == RANKS else Act.RESTART, record.used, limit, delay_s)
         if name in self._limits:
             return Decision(Act.END, record.used, limit, why=_spent(record.used, limit))
         self._lost.add(name)
         if others_serve or any(other not in self._limits and other not in self._lost for other in self._records):
             return Decision(Act.GO_ON, record.used, limit, why=f"{_spent(record.used, limit)}; the other servers go on without it")
         return Decision(Act.END, record.used, limit, why=f"{_spent(record.used, limit)}, and no other server is left")
-
-
-def _backoff_s(soon: int) -> float:
-    """A lone death is healed at once, and so is one after a while of work."""
-    return 0.0 if soon == 0 else min(LONGEST_BACKOFF_S, BACKOFF_S * 2.0 ** (soon - 1))
 
 
 def _spent(used: int, limit: int) -> str:

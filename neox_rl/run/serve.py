@@ -49,6 +49,7 @@ from neox_rl.run.join_wire import (
     message,
 )
 from neox_rl.run.processes import command_of
+from neox_rl.run.recovery import Restarts
 from neox_rl.telemetry.paths import RunPaths
 
 logger = logging.getLogger("neox_rl.serve")
@@ -69,7 +70,8 @@ class Agent:
     token: str = field(default_factory=lambda: secrets.token_hex(8))
     name: str = ""
     process: GuardedProcess | None = None
-    restarts: int = 0
+    restarts: Restarts = field(default_factory=Restarts)
+    due: float | None = None
     asked_restarts: int = 0
     said: str = ""
 
@@ -147,6 +149,7 @@ class Agent:
             env[KEYS] = str(keys.path.resolve())
         argv, env = command_of(welcome.fields["generator"], spec, spec.model_dir / "config.yml", env)
         log = Path(self.options.log_dir) / f"{self.name}.log"
+        self.restarts.started = time.monotonic()
         self.process = guarded_popen(argv, env, log, core_ids(spec.cores) if spec.cores and not spec.gpus else None)
         logger.info("server pid %d, log %s", self.process.pid, log)
 
@@ -155,7 +158,7 @@ class Agent:
         heard = time.monotonic()
         assert self.client is not None
         while not self.stop_asked.is_set():
-            await self._keep_up(spec, welcome)
+            self._keep_up(spec, welcome, time.monotonic())
             await self.client.send(message(BEAT, token=self.token, name=self.name))
             next_beat = time.monotonic() + BEAT_S
             while (left := next_beat - time.monotonic()) > 0 and not self.stop_asked.is_set():
@@ -191,16 +194,21 @@ class Agent:
             assert self.process is not None
             self.process.send_signal(signal.SIGQUIT)  # its guardian kills the group: what it holds cannot be trusted
 
-    async def _keep_up(self, spec: ServerSpec, welcome: Message) -> None:
+    def _keep_up(self, spec: ServerSpec, welcome: Message, now: float) -> None:
+        """By the rule of the run's own servers. Raises ProcessDiedError."""
         assert self.process is not None
-        if self.process.poll() is None:
-            return
-        self.restarts += 1
-        if self.restarts > MAX_RESTARTS:
-            raise died(f"the server {self.name}, started again {MAX_RESTARTS} times,", self.process)
-        logger.warning("%s", str(died(self.name, self.process)).splitlines()[0])
-        stop(self.process, 0.0)  # what a killed guardian left
-        self._start(spec, welcome)
+        if self.due is None:
+            if self.process.poll() is None:
+                return
+            self.restarts.fell(now)
+            if self.restarts.used == MAX_RESTARTS:
+                raise died(f"the server {self.name}, started again {MAX_RESTARTS} times,", self.process)
+            self.due = now + self.restarts.again()
+            logger.warning("%s", str(died(self.name, self.process)).splitlines()[0])
+            stop(self.process, 0.0)  # what a killed guardian left
+        if now >= self.due:
+            self.due = None
+            self._start(spec, welcome)
 
     async def _leave(self, reason: str, drain_s: float) -> None:
         """Returns when nothing is in flight at the server, or nobody answers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import re
 import signal
@@ -18,13 +19,15 @@ import zmq
 
 from neox_rl.config.dump import dump
 from neox_rl.config.machine import Machine
-from neox_rl.errors import WireError
+from neox_rl.errors import ProcessDiedError, WireError
 from neox_rl.framing import PROTOCOL, pack
+from neox_rl.guard import guarded_popen
 from neox_rl.run.endpoints import choose_endpoints, free_port, server_specs
 from neox_rl.run.join_wire import BEAT, BEATEN, GONE, JOIN, LEAVE, WELCOME, JoinSocket, message, read_message
 from neox_rl.run.joining import JoinDesk, Offer
 from neox_rl.run.members import State
-from neox_rl.run.serve import main
+from neox_rl.run.recovery import HEALTHY_S
+from neox_rl.run.serve import Agent, main
 from tests.unit.small_run import scripted_server, small_paths
 from tests.unit.test_run_versions import Run, story, until
 
@@ -85,6 +88,42 @@ async def host(run: Run) -> AsyncIterator[Host]:
             yield it
         finally:
             await it.close()
+
+
+class DyingServer(Agent):
+    """Its server ends at once, whenever it is started: at ``starts``, on a clock that the test sets."""
+
+    log: Path
+    starts: list[float]
+    now = 0.0
+
+    def start(self) -> None:
+        self.restarts.started = self.now
+        self.process = guarded_popen(["false"], {"PATH": "/bin:/usr/bin"}, self.log)
+        self.process.wait(10.0)
+
+    def _start(self, spec: object, welcome: object) -> None:
+        self.starts.append(self.now)
+        self.start()
+
+    def look(self, now: float) -> None:
+        self.now = now
+        self._keep_up(None, None, now)  # type: ignore[arg-type]  # nothing of them is used here
+
+
+def test_a_server_that_dies_is_started_again_by_the_rule_of_the_runs_own(tmp_path: Path) -> None:
+    agent = DyingServer(argparse.Namespace())
+    agent.log, agent.starts = tmp_path / "guest.log", []
+    agent.start()
+    for now in (1.0, 2.0, 2.9, 3.0, 4.0, 5.9, 6.0):
+        agent.look(now)
+    assert agent.starts == [1.0, 3.0, 6.0], "the first at once, then each later"
+    agent.look(HEALTHY_S + 6.0)
+    assert agent.starts[3:] == [HEALTHY_S + 6.0], "forgiven after a while of health"
+    with pytest.raises(ProcessDiedError, match="started again 3 times"):
+        for later in range(100):
+            agent.look(HEALTHY_S + 7.0 + later)
+    assert len(agent.starts) == 6
 
 
 def test_a_server_joins_serves_is_healed_outlives_an_orchestrator_and_leaves(tmp_path: Path) -> None:
