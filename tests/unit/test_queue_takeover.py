@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -76,18 +77,22 @@ def test_a_new_trainer_needs_a_higher_attempt_and_an_orchestrator_that_has_not_h
 
 
 def test_nothing_is_acknowledged_before_it_is_durable() -> None:
+    on_disk = threading.Event()
+
     class Slow(Recorder):
         async def durable(self) -> None:
-            await asyncio.sleep(0.5)
+            await asyncio.to_thread(on_disk.wait, 10)
 
     with serving(Slow()) as running:
         peer = raw_peer(running.address)
         peer.send_multipart(pack("hello", {"session": "s", "id": 1, "since": 1, "world": 1, "pid": 1, "attempt": 0, "state": {}}, {}))
-        answers = [parse_answer(peer.recv_multipart())]
-        while answers[-1].kind == "heartbeat":
-            answers.append(parse_answer(peer.recv_multipart()))
+        waiting = [parse_answer(peer.recv_multipart()) for _ in range(3)]
+        on_disk.set()
+        answer = parse_answer(peer.recv_multipart())
+        while answer.kind == "heartbeat":
+            answer = parse_answer(peer.recv_multipart())
         peer.close(linger=0)
-    assert len(answers) > 1 and {answer.acked for answer in answers[:-1]} == {0} and answers[-1].acked == 1
+    assert {(beat.kind, beat.acked) for beat in waiting} == {("heartbeat", 0)} and answer.acked == 1
 
 
 def wait_until(reached: Callable[[], bool]) -> None:
