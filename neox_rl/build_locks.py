@@ -1,6 +1,6 @@
 """Locks of killed compilations: torch builds an extension under a file ``lock`` that only its owner removes, and waits for it for ever.
 
-The owner keeps the file open while it builds (``torch.utils.file_baton``), so a lock that no process has open is nobody's. Other caches need
+The owner keeps the file open while it builds (``torch.utils.file_baton``), so a lock that nobody has open is nobody's. Other caches need
 no such care: Triton renames whole files, inductor and the hub lock by ``flock``, which ends with its process.
 """
 
@@ -25,7 +25,7 @@ def extension_directory(env: Mapping[str, str]) -> Path:
 
 
 def remove_stale_locks(env: Mapping[str, str]) -> list[Path]:
-    """Removes this user's locks that no process holds, and returns them. Only where ``/proc`` can tell; a build in progress is left alone."""
+    """Removes this user's locks that nobody holds, and returns them. Only where ``/proc`` can tell; a build that goes on is left alone."""
     root = extension_directory(env)
     locks = {path for pattern in ("*/lock", "*/*/lock") for path in root.glob(pattern)}
     mine = {path for path in locks if path.is_file() and path.stat().st_uid == os.getuid()}

@@ -112,7 +112,7 @@ def request(step: int) -> list[Frame]:
 
 
 def serve_raw(port: Connection, tokens: int, _: str) -> None:
-    socket = zmq.Context.instance().socket(zmq.ROUTER)
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
     port.send(socket.bind_to_random_port("tcp://127.0.0.1"))
     answer = pack("batch", {"id": 1, "acked": 1, "state": {"step": 1}}, joined([encode_group(make_group(t, tokens)) for t in range(B)]))
     while True:
@@ -124,7 +124,7 @@ def serve_raw(port: Connection, tokens: int, _: str) -> None:
 
 
 def ask_raw(port: int, decode: bool = False) -> float:
-    socket = zmq.Context.instance().socket(zmq.DEALER)
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
     socket.connect(f"tcp://127.0.0.1:{port}")
     words = request(1)
 

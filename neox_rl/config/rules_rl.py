@@ -75,8 +75,8 @@ def jsonl_is_complete(config: RunConfig, machine: Machine) -> Iterator[str]:
         yield "metarl.problems.path is empty: source jsonl reads its problems from it; set path to a JSONL file of {problem, answer} rows"
     if not m.tokenizer.path:
         yield (
-            "metarl.tokenizer.path is empty: the symbolic tokenizer cannot spell free text; set it to the directory of an HF tokenizer, such as"
-            " one that python -m neox_rl.problems.make_tokenizer has made"
+            "metarl.tokenizer.path is empty: the symbolic tokenizer cannot spell free text; set it to the directory of an HF tokenizer,"
+            " such as one that python -m neox_rl.problems.make_tokenizer has made"
         )
     if m.warmstart.steps and m.warmstart.style != "written" and not warmstart_skipped(config):
         yield (

@@ -13,7 +13,7 @@ from neox_rl.types import Json
 class Position:
     """Optimizer steps done in each phase; ``rl_step`` is also the policy version. ``feed_state`` is the feed's after the last batch.
 
-    ``report`` is what the trainer said of its last step: {phase, step, metrics}. Said again after a resume, because nobody may have heard it.
+    ``report`` is what the trainer said of its last step: {phase, step, metrics}. Said again after a resume: nobody may have heard it.
     """
 
     sft_step: int = 0

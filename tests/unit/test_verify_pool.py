@@ -71,7 +71,9 @@ def test_the_same_verdict_from_the_main_thread_a_thread_and_asyncio(pool: Verifi
 
 def test_many_checks_at_once(pool: VerifierPool) -> None:
     async def run() -> list[bool]:
-        return [v.correct for v in await asyncio.gather(*(pool.check(problem(str(i)), rf"\boxed{{{2 * (i - i % 2)}/2}}") for i in range(60)))]
+        return [
+            v.correct for v in await asyncio.gather(*(pool.check(problem(str(i)), rf"\boxed{{{2 * (i - i % 2)}/2}}") for i in range(60)))
+        ]
 
     assert asyncio.run(run()) == [i % 2 == 0 for i in range(60)]
 
