@@ -32,7 +32,11 @@ BAD_IMPORTS = {
     "up, for a type only": ("neox_rl/errors.py", "if TYPE_CHECKING:\n    from neox_rl.types import Trace", "imports types (floor 1)"),
     "sideways": ("neox_rl/batch/pack.py", "from neox_rl.loss.kl import k3", "never import one another"),
     "an engine from a patch": ("megatron_patches/pipeline.py", "from neox_rl.engines.port import Engine", "imports engines (floor 4)"),
-    "a program, which only a command line may start": ("neox_rl/queue/state.py", "from neox_rl.queue.__main__ import f", "imports run (floor 6)"),
+    "a program, which only a command line may start": (
+        "neox_rl/queue/state.py",
+        "from neox_rl.queue.__main__ import f",
+        "imports run (floor 6)",
+    ),
     "no floor": ("neox_rl/utils.py", "from neox_rl.types import Trace", "`utils` has no floor"),
     "megatron": ("neox_rl/step/main.py", "from megatron.core import parallel_state", "`megatron` is imported only in"),
     "deepspeed": ("neox_rl/run/launch.py", "import deepspeed", "`deepspeed` is imported only in"),
