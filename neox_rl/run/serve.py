@@ -246,7 +246,7 @@ def _own_address(join: str) -> str:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((host, int(port)))  # sends nothing: it only chooses the interface
             return str(probe.getsockname()[0])
-    except (OSError, ValueError) as error:
+    except (OSError, OverflowError, ValueError) as error:
         raise ConfigError(f"--join {join}: must be tcp://HOST:PORT, the join address of endpoints.json ({error})") from error
 
 

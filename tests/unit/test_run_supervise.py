@@ -249,8 +249,9 @@ def test_a_lost_rank_takes_the_orchestrator_along_and_both_start_again_while_the
 
 def test_a_server_is_started_again_when_the_orchestrator_asks_for_it(supervisor: Supervisor, capsys: pytest.CaptureFixture[str]) -> None:
     supervisor = healing(supervisor)
-    (supervisor.paths.restart / "server-0").write_text("answers nothing")
-    assert run(supervisor, server0=FOREVER, orchestrator=last_word(supervisor.paths, 1.5), trainer="import time; time.sleep(3.0)") is True
+    request = str(supervisor.paths.restart / "server-0")
+    asks = f"import time; time.sleep(0.5); open({request!r}, 'w').write('answers nothing'); " + last_word(supervisor.paths, 1.5)
+    assert run(supervisor, server0=FOREVER, orchestrator=asks, trainer="import time; time.sleep(3.0)") is True
     assert "server-0 was to be started again: answers nothing; log " in capsys.readouterr().err
     assert not list(supervisor.paths.restart.iterdir())
 
