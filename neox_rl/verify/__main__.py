@@ -4,6 +4,7 @@ Rows of ``math`` are ``{gold, pred}``; of ``game24`` and ``countdown`` ``{number
 target of game24 is 24 unless given). ``id`` and ``expected`` (true or false) are optional. Prints one JSON line a row, in order:
 ``id`` if given, ``correct``, ``reason``, ``ms``; a row that cannot be read has the reason ``malformed`` and an ``error``. The last
 line is ``{"summary": {...}}``. Exit status: 0, or 2 when the file or the arguments cannot be used.
+``--policy KEY=VALUE`` sets a key of ``metarl.verify.math``.
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ import json
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from neox_rl.config.schema import VerifyConfig
+import yaml
+
+from neox_rl.config.leaves import convert, leaves, nearest
+from neox_rl.config.schema import MathPolicy, VerifyConfig
+from neox_rl.errors import ConfigError
 from neox_rl.types import Problem, Verdict
 from neox_rl.verify.verifier import TASKS, TaskVerifier, make_verifier
 
@@ -111,20 +116,39 @@ def _share(part: int, whole: int) -> float | None:
     return round(part / whole, 6) if whole else None
 
 
+def read_policy(settings: Sequence[str]) -> MathPolicy:
+    """``KEY=VALUE`` each, as keys of ``metarl.verify.math``. Raises ConfigError."""
+    prefix = "metarl.verify.math."
+    chosen: dict[str, Any] = {}
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        leaf = leaves().get(prefix + name)
+        if leaf is None:
+            near = nearest(prefix + name)
+            hint = f"; did you mean {near.removeprefix(prefix)}?" if near.startswith(prefix) else "; configs/README.md has them"
+            raise ConfigError(f"--policy {setting}: no key {name!r} in {prefix[:-1]}{hint}")
+        chosen[name] = convert(leaf, yaml.safe_load(value), "--policy")
+    return MathPolicy(**chosen)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m neox_rl.verify", description="Checks recorded answers against gold answers.")
     parser.add_argument("--task", required=True, choices=TASKS)
     parser.add_argument("--workers", type=int, default=VerifyConfig().workers, help="worker processes (math)")
     parser.add_argument("--deadline-s", type=float, default=VerifyConfig().deadline_s, help="hard deadline of one check (math)")
+    parser.add_argument("--policy", action="append", default=[], metavar="KEY=VALUE", help="a key of metarl.verify.math (math)")
     parser.add_argument("file", type=Path)
     args = parser.parse_args(argv)
     if args.workers < 1 or args.deadline_s <= 0:
         parser.error(f"--workers {args.workers} must be at least 1 and --deadline-s {args.deadline_s} above 0")
     try:
+        policy = read_policy(args.policy)
         lines = args.file.open(encoding="utf-8", errors="surrogateescape", newline="\n")
+    except ConfigError as error:
+        parser.error(str(error))
     except OSError as error:
         parser.error(f"cannot read {args.file}: {error.strerror}")
-    verifier = make_verifier(VerifyConfig(workers=args.workers, deadline_s=args.deadline_s), args.task)
+    verifier = make_verifier(VerifyConfig(workers=args.workers, deadline_s=args.deadline_s, math=policy), args.task)
     tally = Tally()
     started = time.perf_counter()
     try:

@@ -18,6 +18,7 @@ import pytest
 
 from neox_rl.config.schema import VerifyConfig
 from neox_rl.types import Json, Problem, Reason
+from neox_rl.verify.__main__ import main as check_file
 from neox_rl.verify.pool import VerifierPool
 from neox_rl.verify.verifier import make_verifier, readable_gold
 
@@ -238,3 +239,20 @@ def test_the_command_says_what_is_wrong_with_its_arguments(tmp_path: Path) -> No
     command = [sys.executable, "-m", "neox_rl.verify", "--task", "math", str(tmp_path / "none.jsonl")]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2 and "none.jsonl: No such file" in done.stderr
+
+
+@pytest.mark.parametrize(("setting", "verdict"), [("marked_answers=false", "match"), ("marked_answers=true", "no_answer")])
+def test_the_command_line_takes_the_policies_of_the_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str, verdict: str
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"gold": "42", "pred": "I think that it is 42"}) + "\n")
+    assert check_file(["--task", "math", "--policy", setting, str(file)]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[0])["reason"] == verdict
+
+
+@pytest.mark.parametrize(("setting", "word"), [("marked_answer=true", "marked_answers"), ("rounded_digits=0", ">= 1"), ("x", "no key 'x'")])
+def test_a_policy_that_is_none_is_named(capsys: pytest.CaptureFixture[str], setting: str, word: str) -> None:
+    with pytest.raises(SystemExit) as error:
+        check_file(["--task", "math", "--policy", setting, "none.jsonl"])
+    assert error.value.code == 2 and word in capsys.readouterr().err
