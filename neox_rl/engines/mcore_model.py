@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from neox_rl.engines.fused_ops import SwiGLU, rms_norm
 from neox_rl.engines.model_shape import ModelShape
-from neox_rl.engines.packed import Pack, Rotate, ToRows, ToSlots
+from neox_rl.engines.packed import Gather, Pack, Rotate, ToRows, ToSlots
 
 _PROJECTIONS = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 
@@ -64,7 +64,7 @@ class GatedMLP(MLP):  # type: ignore[misc]
 
 
 class PackedAttention(MegatronModule):  # type: ignore[misc]
-    """Causal attention within each sequence of a pack, rotary embedding included: one SDPA call a block of similar lengths."""
+    """Causal attention along each path of a pack, rotary embedding included: one SDPA call a block of similar lengths."""
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__(config=config)
@@ -77,18 +77,31 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         k: Tensor = Rotate.apply(key[:, 0], pack.cos, pack.sin)  # type: ignore[no-untyped-call]
         v = value[:, 0]
         if not pack.trivial:
-            q, k, v = (ToSlots.apply(x, pack.slots, pack.rows) for x in (q, k, v))  # type: ignore[no-untyped-call]
-        outputs, at = [], 0
-        for count, length in pack.blocks:
-            part = slice(at, at + count * length)
-            bq, bk, bv = (x[part].view(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-            out = F.scaled_dot_product_attention(bq, bk, bv, is_causal=True, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1])
-            outputs.append(out.transpose(1, 2).reshape(count * length, -1))
-            at += count * length
+            q = ToSlots.apply(q, pack.queries, pack.rows)  # type: ignore[no-untyped-call]
+            k, v = (_keys(x, pack) for x in (k, v))
+        outputs, q_at, k_at = [], 0, 0
+        for block in pack.blocks:
+            bq = _block(q, q_at, block.count, block.queries)
+            bk, bv = (_block(x, k_at, block.count, block.keys) for x in (k, v))
+            causal, grouped = block.mask is None, q.shape[1] != k.shape[1]
+            out = F.scaled_dot_product_attention(bq, bk, bv, block.mask, is_causal=causal, scale=self.scale, enable_gqa=grouped)
+            outputs.append(out.transpose(1, 2).reshape(block.count * block.queries, -1))
+            q_at, k_at = q_at + block.count * block.queries, k_at + block.count * block.keys
         flat = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         if not pack.trivial:
             flat = ToRows.apply(flat, pack.rows)  # type: ignore[no-untyped-call]
         return flat[:, None]
+
+
+def _keys(x: Tensor, pack: Pack) -> Tensor:
+    """Keys or values [T, heads, d] in their slots. Rows of prefixes that nobody shares have one each."""
+    slots = Gather.apply(x, pack.keys) if pack.shared else ToSlots.apply(x, pack.keys, pack.rows)  # type: ignore[no-untyped-call]
+    return cast(Tensor, slots)
+
+
+def _block(x: Tensor, at: int, count: int, length: int) -> Tensor:
+    """The slots of one block as [count, heads, length, d]."""
+    return x[at : at + count * length].view(count, length, *x.shape[1:]).transpose(1, 2)
 
 
 class Layer(TransformerLayer):  # type: ignore[misc]

@@ -82,8 +82,9 @@ class MegatronCoreEngine(RankEngine):
         )
 
     def _to_device(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Pack]:
-        tokens, targets, positions = (torch.from_numpy(x).to(self._world.device) for x in (batch.tokens, batch.targets, batch.positions))
-        return tokens, targets, make_pack(batch.cu_seqlens, positions, self.shape.rotary_dim, self.shape.rotary_base, self._dtype)
+        tokens, targets = (torch.from_numpy(x).to(self._world.device) for x in (batch.tokens, batch.targets))
+        shape = self.shape
+        return tokens, targets, make_pack(batch.positions, shape.rotary_dim, shape.rotary_base, self._dtype, self._world.device)
 
     def _layout(self) -> dict[str, Json]:
         sharded = bool(self._model.ddp_config.use_distributed_optimizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,49 +13,110 @@ from torch import Tensor
 
 BUCKET_FILL = 0.7
 """Sequences share one padded attention call while the shortest has at least this share of the longest's length."""
+CAUSAL_SHARE = 0.5
+"""A path of a prefix tree of which so much is its own is attended as a whole, under the causal mask, which is faster than any other mask
+and takes no memory; of a path that shares more, its own rows alone attend."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One attention call: ``count`` paths, of each ``queries`` slots that attend to ``keys`` slots.
+
+    Without a ``mask`` they are the same slots, and a slot sees those before it. ``mask`` [count, 1, queries, keys] is added to the scores.
+    """
+
+    count: int
+    queries: int
+    keys: int
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PackLayout:
+    """Where the rows go. A chain of rows, each the child of the one before it, is one path of a block.
+
+    ``queries`` [sum of count x queries] and ``keys`` [sum of count x keys] name for each slot of each block the row it takes; padding takes
+    a row of its path, which no real row sees under the block's mask. ``rows`` [T] is the query slot of each row: whatever else a slot
+    computes is thrown away. ``seen`` is, for each block with a mask, how many keys each query sees [count, queries]; None for the others.
+    ``shared``: whether rows have several key slots.
+    """
+
+    blocks: tuple[tuple[int, int, int], ...]
+    queries: NDArray[np.int64]
+    keys: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    seen: tuple[NDArray[np.int64] | None, ...]
+    shared: bool
 
 
 @dataclass(frozen=True)
 class Pack:
-    """Sequences laid end to end in T rows, as padded blocks for attention.
-
-    ``blocks`` are (number of sequences, longest length); ``slots`` [sum of n x L] names for each slot of each block the row it
-    takes (padding takes its sequence's first row: finite values that no real row sees under the causal mask), ``rows`` [T] is the
-    slot of each row. ``cos`` and ``sin`` are [T, 1, rotary_dim / 2]. ``trivial``: one sequence, nothing to move.
+    """:class:`PackLayout` on the device. ``cos`` and ``sin`` are [T, 1, rotary_dim / 2]. ``trivial``: one sequence, nothing to move.
 
     ``qkv_format`` tells megatron-core that this is no THD pack of its own: it passes the object through untouched.
     """
 
-    blocks: tuple[tuple[int, int], ...]
-    slots: Tensor
+    blocks: tuple[Block, ...]
+    queries: Tensor
+    keys: Tensor
     rows: Tensor
     cos: Tensor
     sin: Tensor
+    shared: bool
     trivial: bool
     qkv_format: str = "sbhd"
 
 
-def pack_layout(cu_seqlens: NDArray[np.int32]) -> tuple[tuple[tuple[int, int], ...], NDArray[np.int64], NDArray[np.int64]]:
-    """``(blocks, slots, rows)`` of :class:`Pack`: sequences of similar length share a block, so that little of it is padding."""
-    starts, lengths = cu_seqlens[:-1].astype(np.int64), np.diff(cu_seqlens).astype(np.int64)
-    order = np.argsort(-lengths, kind="stable")
-    order = order[lengths[order] > 0]
-    blocks: list[tuple[int, int]] = []
-    slots: list[NDArray[np.int64]] = []
-    rows = np.empty(int(cu_seqlens[-1]), np.int64)
-    at, offset = 0, 0
+def pack_layout(positions: NDArray[np.int64]) -> PackLayout:
+    """The layout of sequences and prefix trees (``neox_rl.batch.prefixes``), both of which ``positions`` [T] describes.
+
+    Paths of similar length share a block, so that little of it is padding.
+    """
+    starts = np.flatnonzero(np.diff(positions, prepend=-2) != 1)
+    paths = _paths(positions, starts)
+    length = np.array([len(path) for path in paths])
+    own = np.diff(starts, append=len(positions))
+    whole = own >= CAUSAL_SHARE * length
+    groups = list(_buckets(length, np.flatnonzero(whole)))
+    groups += [chosen for near in _buckets(length, np.flatnonzero(~whole)) for chosen in _buckets(own, near)]
+    blocks, queries, keys, seen = [], [], [], []
+    rows, offset = np.empty(len(positions), np.int64), 0
+    for chosen in groups:
+        taken = length if whole[chosen[0]] else own
+        size, longest = int(taken[chosen].max()), int(length[chosen].max())
+        first = length[chosen] - taken[chosen]
+        column = np.arange(size)[None, :]
+        real = column < taken[chosen][:, None]
+        place = np.where(real, column, 0) + first[:, None]
+        padded = np.stack([np.append(paths[i], np.full(longest - length[i], paths[i][0])) for i in chosen])
+        query = np.take_along_axis(padded, place, 1)
+        mine = real & (query >= starts[chosen][:, None])
+        rows[query[mine]] = offset + np.flatnonzero(mine)
+        blocks.append((len(chosen), size, longest))
+        queries.append(query.reshape(-1))
+        keys.append(padded.reshape(-1))
+        seen.append(None if whole[chosen[0]] else place + 1)
+        offset += query.size
+    return PackLayout(tuple(blocks), np.concatenate(queries), np.concatenate(keys), rows, tuple(seen), bool((own < length).any()))
+
+
+def _paths(positions: NDArray[np.int64], starts: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Of each chain the rows from the root to its end: a chain hangs on a row of the path before it."""
+    found: list[NDArray[np.int64]] = []
+    for start, end in zip(starts, np.append(starts[1:], len(positions)), strict=True):
+        before = found[-1][: positions[start]] if found else starts[:0]
+        found.append(np.append(before, np.arange(start, end)))
+    return found
+
+
+def _buckets(sizes: NDArray[np.int64], chosen: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    """``chosen`` indices of ``sizes`` in parts of similar size, the largest first."""
+    order = chosen[np.argsort(-sizes[chosen], kind="stable")]
+    at = 0
     while at < len(order):
-        longest = int(lengths[order[at]])
-        end = at + int(np.searchsorted(-lengths[order[at:]], -BUCKET_FILL * longest, side="right"))
-        chosen = order[at:end]
-        column = np.arange(longest)[None, :]
-        real = column < lengths[chosen][:, None]
-        taken = starts[chosen][:, None] + np.where(real, column, 0)
-        rows[taken[real]] = offset + np.flatnonzero(real)
-        blocks.append((len(chosen), longest))
-        slots.append(taken.reshape(-1))
-        at, offset = end, offset + taken.size
-    return tuple(blocks), np.concatenate(slots), rows
+        end = at + int(np.searchsorted(-sizes[order[at:]], -BUCKET_FILL * sizes[order[at]], side="right"))
+        yield order[at:end]
+        at = end
 
 
 def rotary_tables(positions: Tensor, dim: int, base: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -64,12 +126,23 @@ def rotary_tables(positions: Tensor, dim: int, base: int, dtype: torch.dtype) ->
     return angles.cos()[:, None].to(dtype), angles.sin()[:, None].to(dtype)
 
 
-def make_pack(cu_seqlens: NDArray[np.int32], positions: Tensor, dim: int, base: int, dtype: torch.dtype) -> Pack:
-    """The pack of one micro-batch, on ``positions``' device."""
-    blocks, slots, rows = pack_layout(cu_seqlens)
-    cos, sin = rotary_tables(positions, dim, base, dtype)
-    device = positions.device
-    return Pack(blocks, torch.from_numpy(slots).to(device), torch.from_numpy(rows).to(device), cos, sin, trivial=len(cu_seqlens) == 2)
+def make_pack(positions: NDArray[np.int64], dim: int, base: int, dtype: torch.dtype, device: torch.device) -> Pack:
+    """The pack of one micro-batch, on ``device``."""
+    layout = pack_layout(positions)
+
+    def put(array: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    def mask(seen: NDArray[np.int64] | None, keys: int) -> Tensor | None:
+        if seen is None:
+            return None
+        hidden = torch.arange(keys, device=device) >= put(seen)[:, None, :, None]
+        return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
+
+    blocks = tuple(Block(*block, mask(seen, block[2])) for block, seen in zip(layout.blocks, layout.seen, strict=True))
+    cos, sin = rotary_tables(put(positions), dim, base, dtype)
+    trivial = layout.queries.shape == layout.rows.shape and bool((layout.queries == np.arange(len(positions))).all())
+    return Pack(blocks, put(layout.queries), put(layout.keys), put(layout.rows), cos, sin, layout.shared, trivial)
 
 
 class ToSlots(torch.autograd.Function):
@@ -84,6 +157,24 @@ class ToSlots(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (rows,) = ctx.saved_tensors
         return grads[0].index_select(0, rows), None, None
+
+
+class Gather(torch.autograd.Function):
+    """Rows [T, ...] at ``index`` [S], which may name a row more than once: its gradients add up, in one order always."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.num_rows = x.shape[0]
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        full = grads[0].new_zeros(ctx.num_rows, *grads[0].shape[1:])
+        if grads[0].is_cuda:  # where index_add is atomic, and its sums depend on who comes first
+            return full.index_put_((index,), grads[0], accumulate=True), None
+        return full.index_add_(0, index, grads[0]), None
 
 
 class ToRows(torch.autograd.Function):

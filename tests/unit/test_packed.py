@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,19 +11,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from neox_rl.engines.packed import BUCKET_FILL, Rotate, ToRows, ToSlots, make_pack, pack_layout, rotary_tables
+from neox_rl.batch.prefixes import prefix_trees, visible_until
+from neox_rl.engines.packed import BUCKET_FILL, Gather, Rotate, ToRows, ToSlots, make_pack, pack_layout, rotary_tables
+
+TREES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=12)
+"""Sequences over few tokens: most share a prefix, some are a prefix of another, some are equal."""
+
+
+def tree_positions(sequences: list[list[int]]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    ((_, tree),) = prefix_trees([np.array(s) for s in sequences], 10**6)
+    return tree.positions
 
 
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=40))
 def test_blocks_hold_every_row_once_and_only_its_own_sequence(lengths: list[int]) -> None:
-    cu = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    blocks, slots, rows = pack_layout(cu)
+    layout = pack_layout(np.concatenate([np.arange(n) for n in lengths]))
     sequence = np.repeat(np.arange(len(lengths)), lengths)
-    assert (slots[rows] == np.arange(cu[-1])).all()
-    assert sum(n for n, _ in blocks) == len(lengths)
+    assert not layout.shared and (layout.queries == layout.keys).all()
+    assert (layout.queries[layout.rows] == np.arange(sum(lengths))).all()
+    assert sum(count for count, *_ in layout.blocks) == len(lengths)
     at = 0
-    for count, longest in blocks:
-        block = slots[at : at + count * longest].reshape(count, longest)
+    for (count, longest, keys), seen in zip(layout.blocks, layout.seen, strict=True):
+        assert longest == keys and seen is None
+        block = layout.queries[at : at + count * longest].reshape(count, longest)
         assert (sequence[block] == sequence[block[:, :1]]).all()
         real = np.array([lengths[s] for s in sequence[block[:, 0]]])
         assert (real >= BUCKET_FILL * longest).all() and real.max() == longest
@@ -29,24 +41,47 @@ def test_blocks_hold_every_row_once_and_only_its_own_sequence(lengths: list[int]
         for row, length in zip(block, real, strict=True):
             assert (row[:length] == row[0] + np.arange(length)).all()
         at += count * longest
-    assert at == len(slots) <= cu[-1] / BUCKET_FILL
+    assert at == len(layout.queries) <= sum(lengths) / BUCKET_FILL
 
 
-def test_an_empty_sequence_takes_no_slot() -> None:
-    blocks, slots, rows = pack_layout(np.array([0, 3, 3, 5], np.int32))
-    assert sorted(blocks, reverse=True) == [(1, 3), (1, 2)]
-    assert (slots[rows] == np.arange(5)).all()
+@given(TREES)
+def test_every_row_of_a_tree_sees_itself_and_its_ancestors(sequences: list[list[int]]) -> None:
+    positions = tree_positions(sequences)
+    layout, until = pack_layout(positions), visible_until(positions)
+    rows = np.arange(len(positions))
+    wanted = (rows[None, :] <= rows[:, None]) & (rows[:, None] < until[None, :])
+    assert (layout.queries[layout.rows] == rows).all()
+    q_at, k_at, found = 0, 0, np.zeros_like(wanted)
+    for (count, queries, keys), seen in zip(layout.blocks, layout.seen, strict=True):
+        for path in range(count):
+            visible = np.arange(1, queries + 1) if seen is None else seen[path]
+            assert visible.min() >= 1 and visible.max() <= keys
+            for query in range(queries):
+                slot = q_at + path * queries + query
+                row, at = layout.queries[slot], k_at + path * keys
+                if layout.rows[row] == slot:
+                    assert not found[row].any()
+                    found[row, layout.keys[at : at + visible[query]]] = True
+        q_at, k_at = q_at + count * queries, k_at + count * keys
+    assert (found == wanted).all()
+
+
+def test_a_path_that_shares_much_attends_with_its_own_rows_alone() -> None:
+    layout = pack_layout(tree_positions([[1] * 20, [1] * 18 + [2, 2], [1] * 8 + [3] * 12]))
+    assert layout.blocks == ((2, 20, 20), (1, 2, 20)) and layout.shared
+    assert layout.seen[0] is None and layout.seen[1] is not None and layout.seen[1].tolist() == [[19, 20]]
 
 
 def test_moving_rows_and_rotating_have_exact_gradients() -> None:
-    pack = make_pack(np.array([0, 3, 7, 9], np.int32), torch.tensor([0, 1, 2, 0, 1, 2, 3, 0, 1]), 4, 10000, torch.float64)
+    pack = make_pack(np.array([0, 1, 2, 0, 1, 2, 3, 0, 1]), 4, 10000, torch.float64, torch.device("cpu"))
     x = torch.randn(9, 2, 6, dtype=torch.float64, requires_grad=True)
     # Only real slots carry gradient in the model, which is what ToSlots relies on: weight the padding with 0.
-    real = torch.zeros(len(pack.slots), 1, 1, dtype=torch.float64).index_fill_(0, pack.rows, 1.0)
-    assert gradcheck(lambda t: ToSlots.apply(t, pack.slots, pack.rows) * real, (x,))
-    slots = torch.randn(len(pack.slots), 2, dtype=torch.float64, requires_grad=True)
+    real = torch.zeros(len(pack.queries), 1, 1, dtype=torch.float64).index_fill_(0, pack.rows, 1.0)
+    assert gradcheck(lambda t: ToSlots.apply(t, pack.queries, pack.rows) * real, (x,))
+    slots = torch.randn(len(pack.queries), 2, dtype=torch.float64, requires_grad=True)
     assert gradcheck(lambda t: ToRows.apply(t, pack.rows), (slots,))
     assert gradcheck(lambda t: Rotate.apply(t, pack.cos, pack.sin), (x,))
+    assert gradcheck(lambda t: Gather.apply(t, torch.tensor([3, 0, 3, 8, 3])), (x,))
 
 
 @pytest.mark.parametrize("dim", [4, 6])
