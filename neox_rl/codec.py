@@ -41,11 +41,23 @@ _TRACE: Final = np.dtype(
         *(("finish", "u1"), ("correct", "u1"), ("reason", "u1")),
     ]
 )
-_SEGMENT: Final = np.dtype([("version", "<i8"), ("mask", "<f8"), ("num_ids", "<u4"), ("episode", "<i4"), ("role", "u1")])
+_SEGMENT: Final = np.dtype(
+    [
+        *(("version", "<i8"), ("mask", "<f8"), ("advantage", "<f8")),
+        *(("num_ids", "<u4"), ("episode", "<i4")),
+        *(("role", "u1"), ("credited", "u1")),
+    ]
+)
+"""``credited``: it has an advantage of its own; without one that field is 0."""
 _PARTS: Final = {"log-probs": np.dtype("<f8"), "traces": _TRACE, "segments": _SEGMENT, "ids": np.dtype("<i4")}
 """In the order of the bytes and of the counts in the head."""
 _TRACE_RANGES: Final = {"reward": (-_FLOAT_MAX, _FLOAT_MAX), "ms": (0, _FLOAT_MAX)}
-_SEGMENT_RANGES: Final = {"version": (NO_VERSION, 2**63 - 1), "mask": (0, 1), "episode": (0, _INT32_MAX)}
+_SEGMENT_RANGES: Final = {
+    "version": (NO_VERSION, 2**63 - 1),
+    "mask": (0, 1),
+    "advantage": (-_FLOAT_MAX, _FLOAT_MAX),
+    "episode": (0, _INT32_MAX),
+}
 
 
 def encode_group(group: Group) -> bytes:
@@ -61,7 +73,7 @@ def encode_group(group: Group) -> bytes:
         parts = [
             np.fromiter(chain.from_iterable(s.logprobs for s in segments), _PARTS["log-probs"]),
             np.array([_trace_row(trace) for trace in group.traces], _TRACE),
-            np.array([(s.version, s.mask, len(s.ids), s.episode, _ROLES.index(s.role)) for s in segments], _SEGMENT),
+            np.array([_segment_row(segment) for segment in segments], _SEGMENT),
             np.fromiter(chain.from_iterable(s.ids for s in segments), _PARTS["ids"]),
         ]
         _check(*parts)
@@ -148,6 +160,12 @@ def _trace_row(trace: Trace) -> tuple[float | int, ...]:
     return (trace.reward, verdict.ms, *lengths, _FINISHES.index(trace.finish), verdict.correct, _REASONS.index(verdict.reason))
 
 
+def _segment_row(segment: Segment) -> tuple[float | int, ...]:
+    credit = segment.advantage
+    own = (segment.version, segment.mask, 0.0 if credit is None else credit, len(segment.ids), segment.episode)
+    return (*own, _ROLES.index(segment.role), credit is not None)
+
+
 def _check(logprobs: Array, traces: Array, segments: Array, ids: Array) -> None:
     """Every number in its range; nothing that is not finite. Counts and enums are checked where they are used."""
     _check_range("log-probs", logprobs, -_FLOAT_MAX, _FLOAT_MAX)
@@ -155,6 +173,8 @@ def _check(logprobs: Array, traces: Array, segments: Array, ids: Array) -> None:
     for table, ranges in ((traces, _TRACE_RANGES), (segments, _SEGMENT_RANGES)):
         for name, (low, high) in ranges.items():
             _check_range(name, table[name], low, high)
+    if segments[(segments["credited"] == 0) & (segments["advantage"].view(np.int64) != 0)].size:
+        raise WireError("an advantage of a segment that has none of its own")
 
 
 def _check_range(name: str, array: Array, low: float, high: float) -> None:
@@ -190,9 +210,10 @@ class _Cutter:
     def _cut_segments(self, count: int) -> list[Segment]:
         ids, logprobs, at, logprob = self._ids, self._logprobs, self._id, self._logprob
         segments = []
-        for version, mask, size, episode, role in islice(self._segments, count):
+        for version, mask, advantage, size, episode, role, credited in islice(self._segments, count):
             end, logprob_end = at + size, logprob if version == NO_VERSION else logprob + size
-            segments.append(Segment(ids[at:end], _ROLES[role], logprobs[logprob:logprob_end], version, mask, episode))
+            credit = advantage if _BOOLS[credited] else None
+            segments.append(Segment(ids[at:end], _ROLES[role], logprobs[logprob:logprob_end], version, mask, episode, credit))
             at, logprob = end, logprob_end
         self._id, self._logprob = at, logprob
         return segments

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, Self
 
-from neox_rl.types import Completion, Problem, SamplingParams, Verdict
+from neox_rl.types import Completion, Group, Problem, SamplingParams, Verdict
 
 
 class Generator(Protocol):
@@ -13,6 +13,22 @@ class Generator(Protocol):
 
     async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> tuple[Completion, ...]:
         """``n`` completions of one prompt. Raises DeadlineError naming ``rollout_id`` and the server when it passes."""
+        ...
+
+
+class GroupMaker(Protocol):
+    """How the groups of a run are made: by sampling whole attempts, by searches, by episodes (``metarl.rollout.method``)."""
+
+    async def group(self, problem: Problem, ticket: int, params: SamplingParams, size: int) -> Group:
+        """``size`` rollouts of ``problem``, verified and rewarded, as traces named ``g<ticket>/r<i>``. Raises what the generator raises."""
+        ...
+
+    def chunked(self, chunks: Callable[[Generator], Generator]) -> Self:
+        """The same, with every long completion made by ``chunks`` of its generator: what is finished of one survives a crash.
+
+        The chunked generator knows one request a group, named ``g<ticket>``. A maker of many short ones returns itself: its tickets
+        start over.
+        """
         ...
 
 

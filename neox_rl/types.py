@@ -104,7 +104,8 @@ class Segment:
     """A run of tokens of one role, one version and one episode.
 
     ``logprobs`` is empty exactly when ``version == NO_VERSION``: no policy sampled these tokens. ``mask`` is the
-    loss weight of each of its tokens, 0 for context only, 1 for full weight.
+    loss weight of each of its tokens, 0 for context only, 1 for full weight. ``advantage`` is the step's own credit, where it was
+    given one (VinePPO, arXiv 2410.01679): it takes the place of the rollout's advantage in its group. None: the rollout's holds.
     """
 
     ids: tuple[int, ...]
@@ -113,6 +114,7 @@ class Segment:
     version: int = NO_VERSION
     mask: float = 0.0
     episode: int = 0
+    advantage: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

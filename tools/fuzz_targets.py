@@ -30,7 +30,7 @@ def _bytes(frames: Iterable[Frame]) -> Message:
 def example_groups() -> list[Group]:
     """Two groups with every kind of segment."""
     prompt = Segment((1, 2, 3), Role.PROMPT)
-    think = Segment((4, 5), Role.THINK, (-0.1, -0.2), version=3, mask=1.0)
+    think = Segment((4, 5), Role.THINK, (-0.1, -0.2), version=3, mask=1.0, advantage=-0.25)
     solution = Segment((6,), Role.SOLUTION, (-0.3,), version=4, mask=1.0, episode=1)
     trace = Trace("g000001/r0", "p", (prompt, think, solution), 1.0, Finish.STOP, Verdict(True, "26 é", Reason.MATCH, 0.5))
     return [Group(ticket, "p", (trace, trace)) for ticket in range(2)]

@@ -45,8 +45,15 @@ class _Sequence:
     mask: Floats
     logprobs: Floats
     versions: Ints
+    credit: Floats
+    """The step's own advantage, NaN where the sequence's holds."""
     weight: Floats
     advantage: float = 1.0
+
+    @property
+    def advantages(self) -> Floats:
+        """[tokens], of what each entry predicts."""
+        return np.where(np.isnan(self.credit), np.float32(self.advantage), self.credit)
 
 
 def pack_rl(
@@ -119,13 +126,14 @@ def _sequence(trace: Trace) -> _Sequence:
     logprobs = np.array([x for s in segments for x in (s.logprobs or (0.0,) * len(s.ids))], dtype=np.float32)
     versions = np.repeat(np.array([s.version for s in segments], dtype=np.int64), sizes)
     mask = np.repeat(np.array([s.mask for s in segments], dtype=np.float32), sizes)
+    credit = np.repeat(np.array([np.nan if s.advantage is None else s.advantage for s in segments], dtype=np.float32), sizes)
     if len(logprobs) != len(tokens):
         raise ValueError(f"trace {trace.id} has {len(tokens)} tokens and {len(logprobs)} log-probs: a sampled segment needs one each")
-    mask = _shift(mask, 0)
-    return _Sequence(trace, tokens, _shift(tokens, 0), mask, _shift(logprobs, 0), _shift(versions, NO_VERSION), weight=mask)
+    mask, versions, credit = _shift(mask, 0), _shift(versions, NO_VERSION), _shift(credit, np.nan)
+    return _Sequence(trace, tokens, _shift(tokens, 0), mask, _shift(logprobs, 0), versions, credit, weight=mask)
 
 
-def _shift(array: Array, end: int) -> Array:
+def _shift(array: Array, end: float) -> Array:
     return np.append(array[1:], np.array([end], dtype=array.dtype))
 
 
@@ -160,7 +168,7 @@ def _microbatch(members: Mapping[int, _Sequence], length: int, longest: int) -> 
         flat: Array = np.concatenate([*parts, np.full(length - used, fill)]).astype(dtype)
         return flat
 
-    def spread(values: list[int] | list[float], fill: int, dtype: DTypeLike) -> Array:
+    def spread(values: list[int], fill: int, dtype: DTypeLike) -> Array:
         return np.repeat(np.array([*values, *[fill] * len(padding)], dtype=dtype), sizes)
 
     behavior = lay([s.logprobs for s in chosen], 0, np.float32)
@@ -170,7 +178,7 @@ def _microbatch(members: Mapping[int, _Sequence], length: int, longest: int) -> 
         positions=np.concatenate([np.arange(size, dtype=np.int64) for size in sizes]),
         cu_seqlens=np.cumsum([0, *sizes], dtype=np.int32),
         loss_weight=lay([s.weight for s in chosen], 0, np.float32),
-        advantages=spread([s.advantage for s in chosen], 0, np.float32),
+        advantages=lay([s.advantages for s in chosen], 0, np.float32),
         behavior_logprobs=behavior,
         proximal_logprobs=behavior.copy(),
         reference_logprobs=behavior.copy(),

@@ -34,8 +34,8 @@ class MicroBatch:
         sequence_index  0 0 0 | 1 1 | -1 -1 -1
 
     ``behavior_logprobs`` and ``versions`` are of the policy that sampled the target (0.0 and NO_VERSION where none did);
-    ``advantages`` are constant over a sequence. ``proximal_logprobs`` and ``reference_logprobs`` are copies of the behavior's
-    until replaced.
+    ``advantages`` are constant over a sequence, but for segments with an advantage of their own. ``proximal_logprobs`` and
+    ``reference_logprobs`` are copies of the behavior's until replaced.
     """
 
     tokens: Ints

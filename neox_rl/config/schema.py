@@ -63,6 +63,12 @@ class WarmstartConfig:
 class RolloutConfig:
     """How the policy's attempts are made."""
 
+    method: str = key(
+        "sample",
+        "what a rollout is: a sampled attempt, what a search under the policy found (block search), or several episodes in one context"
+        " (block episodes). Held-out problems are attempted by sampling",
+        choices=("sample", "search", "episodes"),
+    )
     generator: str = key("vllm", "who generates: vllm servers, or the scripted fake", choices=("vllm", "scripted"))
     groups_per_step: int = key(16, "B, groups in one optimizer step", low=1)
     group_size: int = key(8, "rollouts of one problem", low=1)
@@ -76,6 +82,16 @@ class RolloutConfig:
     )
     max_inflight_groups: int = key(0, "groups generated at once; 0: as many as the admission rule allows", low=0)
     record_every: int = key(50, "write every n-th group to rollouts.jsonl; 0: none", low=0)
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Rollouts made by search under the current policy (``rollout.method: search``)."""
+
+
+@dataclass(frozen=True)
+class EpisodesConfig:
+    """Meta-RL rollouts of several episodes in one context (``rollout.method: episodes``)."""
 
 
 @dataclass(frozen=True)
@@ -302,6 +318,8 @@ class MetaRLConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     warmstart: WarmstartConfig = field(default_factory=WarmstartConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    episodes: EpisodesConfig = field(default_factory=EpisodesConfig)
     queue: QueueConfig = field(default_factory=QueueConfig)
     scripted: ScriptedConfig = field(default_factory=ScriptedConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)

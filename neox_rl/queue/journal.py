@@ -33,7 +33,7 @@ from typing import Final, TextIO
 from neox_rl.errors import ConfigError, JournalError
 from neox_rl.queue.records import Damage, Record, payload_of, scan, to_bytes
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 SUFFIX: Final = ".journal"
 LEDGER: Final = f"ledger{SUFFIX}"
 LEDGER_KINDS: Final = frozenset(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from neox_rl.ports import Generator, Tokenizer, Verifier
 from neox_rl.rollout.vllm_client import NobodyServesError
@@ -18,7 +19,10 @@ CUT_OFF = Verdict(correct=False, extracted="", reason=Reason.NO_ANSWER, ms=0.0)
 
 @dataclass(frozen=True, slots=True)
 class Attempts:
-    """How a problem is attempted. ``solution_id``: the token that ends the search and begins the solution, None where there is none."""
+    """How a problem is attempted by sampling: the ``ports.GroupMaker`` of ``rollout.method: sample``.
+
+    ``solution_id``: the token that ends the search and begins the solution, None where there is none.
+    """
 
     generator: Generator
     verifier: Verifier
@@ -29,6 +33,10 @@ class Attempts:
     async def group(self, problem: Problem, ticket: int, params: SamplingParams, size: int) -> Group:
         """``size`` rollouts of ``problem`` under the ticket's name."""
         return Group(ticket, problem.id, await self.attempt(problem, f"g{ticket:06d}", params, size))
+
+    def chunked(self, chunks: Callable[[Generator], Generator]) -> Self:
+        """See ``ports.GroupMaker``."""
+        return replace(self, generator=chunks(self.generator))
 
     async def attempt(self, problem: Problem, name: str, params: SamplingParams, size: int) -> tuple[Trace, ...]:
         """``size`` verified rollouts of ``problem``, ids ``<name>/r<i>``. Raises what the generator raises."""

@@ -71,7 +71,7 @@ class Orchestrator:
             metarl.rollout.max_new_tokens, metarl.rollout.temperature, metarl.rollout.top_p, (parts.attempts.tokenizer.eos_id,)
         )
         self._board = Scoreboard(config, paths, writer, self._queue, book.history.tally, parts.attempts.tokenizer, parts.events)
-        self._pump = RolloutPump(config, book, self._queue, self._cursor, parts.attempts, params, parts.events, self._board.group)
+        self._pump = RolloutPump(config, book, self._queue, self._cursor, parts.maker, params, parts.events, self._board.group)
         self._audit = LiveAudit(config, book, parts.events)
         self._comeback = Comeback(book, self._queue, self._cursor, self._pump, self._on_load)
         self._evaluator = Evaluator(config, parts.problems.heldout, parts.attempts, params)

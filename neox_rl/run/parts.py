@@ -15,7 +15,7 @@ from neox_rl.config.placement import num_servers
 from neox_rl.config.run import RunConfig
 from neox_rl.keys import Keys
 from neox_rl.metacot import SOLUTION
-from neox_rl.ports import Tokenizer
+from neox_rl.ports import GroupMaker, Tokenizer
 from neox_rl.problems.sources import problems_of_run
 from neox_rl.problems.split import ProblemSet
 from neox_rl.problems.tokenizer import SymbolicTokenizer, load_tokenizer
@@ -25,6 +25,7 @@ from neox_rl.run.activity import ServerActivity
 from neox_rl.run.endpoints import Endpoints, offered_spec, read_endpoints, server_specs
 from neox_rl.run.join_wire import JoinSocket
 from neox_rl.run.joining import JoinDesk, Offer
+from neox_rl.run.makers import make_maker
 from neox_rl.run.readable import with_readable_answers
 from neox_rl.run.versions import Deadlines, ServerKeeper
 from neox_rl.search.replay import num_wrong_steps
@@ -41,11 +42,16 @@ MIN_SILENCE_S = 5.0
 
 @dataclass(frozen=True)
 class Parts:
-    """What the orchestrator is made of. ``activity`` watches the servers; ``keys`` are those of its sockets."""
+    """What the orchestrator is made of.
+
+    ``attempts`` samples the policy, for evaluations; ``maker`` makes the groups to train. ``activity`` watches the servers; ``keys`` are
+    those of its sockets.
+    """
 
     endpoints: Endpoints
     problems: ProblemSet
     attempts: Attempts
+    maker: GroupMaker
     keeper: ServerKeeper
     joins: JoinDesk
     activity: ServerActivity
@@ -71,7 +77,7 @@ async def build_parts(config: RunConfig, paths: RunPaths, stack: AsyncExitStack)
     generator, keeper, activity = await _generation(config, paths, endpoints, events, keys, stack)
     joins = _join_desk(config, paths, endpoints, keeper, keys, stack)
     attempts = Attempts(generator, verifier, tokenizer, partial(_reward, config), solution_id(tokenizer))
-    return Parts(endpoints, problems, attempts, keeper, joins, activity, events, keys)
+    return Parts(endpoints, problems, attempts, make_maker(config, attempts), keeper, joins, activity, events, keys)
 
 
 def _reward(config: RunConfig, problem: Problem, verdict: Verdict, text: str, num_tokens: int) -> float:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from neox_rl.config.run import RunConfig
 from neox_rl.errors import DeadlineError, NeoxRLError
+from neox_rl.ports import Generator, GroupMaker
 from neox_rl.problems.sources import ProblemCursor
 from neox_rl.queue.book import Book
 from neox_rl.queue.history import Standing
 from neox_rl.queue.state import TicketQueue
 from neox_rl.rollout.chunks import ChunkedGenerator
-from neox_rl.rollout.groups import Attempts, rewards_differ
+from neox_rl.rollout.groups import rewards_differ
 from neox_rl.rollout.vllm_client import ServerFailedError
 from neox_rl.run.pulse import Pulse
 from neox_rl.telemetry.events import EventLog
@@ -39,15 +39,14 @@ class RolloutPump:
         book: Book,
         queue: TicketQueue,
         cursor: ProblemCursor,
-        attempts: Attempts,
+        maker: GroupMaker,
         params: SamplingParams,
         events: EventLog,
         on_group: Callable[[Group, Problem], None],
         retry_s: float = RETRY_S,
     ) -> None:
         self._config, self._book, self._queue, self._cursor, self._params = config, book, queue, cursor, params
-        chunked = ChunkedGenerator(attempts.generator, config.metarl.rollout.flush_tokens, self._on_chunk, self._earlier_chunks)
-        self._attempts = replace(attempts, generator=chunked)
+        self._maker = maker.chunked(self._chunks)
         self._events, self._on_group, self._retry_s = events, on_group, retry_s
         self._positions: dict[int, int] = {}
         self.changed = Pulse()
@@ -86,6 +85,9 @@ class RolloutPump:
     def _may_issue(self, limit: int) -> bool:
         return self._queue.num_in_flight < limit and not self._book.journal.trouble
 
+    def _chunks(self, generator: Generator) -> Generator:
+        return ChunkedGenerator(generator, self._config.metarl.rollout.flush_tokens, self._on_chunk, self._earlier_chunks)
+
     def _on_chunk(self, rollout_id: str, index: int, start: int, chunk: Completion) -> None:
         self._book.chunk(_ticket(rollout_id), index, start, chunk)
 
@@ -103,7 +105,7 @@ class RolloutPump:
         problem = self._cursor.at(self._positions[ticket])
         started, begin = time.time_ns(), time.monotonic_ns()
         try:
-            group = await self._attempts.group(problem, ticket, self._params, self._config.metarl.rollout.group_size)
+            group = await self._maker.group(problem, ticket, self._params, self._config.metarl.rollout.group_size)
         except (ServerFailedError, DeadlineError) as error:
             self._events.instant("error", ticket=ticket, message=str(error))
             failures = self._queue.failures(ticket)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +188,17 @@ def test_reward_becomes_the_advantage_of_every_token_of_its_rollout() -> None:
     assert set(micro.advantages[micro.sequence_index == 0]) == {0.5}
     assert set(micro.advantages[micro.sequence_index == 1]) == {-0.5}
     assert set(micro.advantages[micro.sequence_index == PADDING]) == {0.0}
+
+
+def test_a_step_with_credit_of_its_own_keeps_it_and_the_rest_of_the_rollout_has_the_rewards() -> None:
+    right, wrong = trace([4, 4, 4], reward=1.0), trace([4], reward=0.0)
+    prompt, first, second, third = right.segments
+    credited = replace(right, segments=(prompt, replace(first, advantage=-0.75), replace(second, advantage=0.0), third))
+    (micro,) = every(pack([group(credited, wrong)]))
+    (plain,) = every(pack([group(right, wrong)]))
+    assert micro.advantages[micro.sequence_index == 0].tolist() == [0.5, -0.75, 0.0, 0.5, 0.5], "entry t speaks of token t + 1"
+    assert np.array_equal(micro.loss_weight, plain.loss_weight) and np.array_equal(micro.tokens, plain.tokens)
+    assert set(micro.advantages[micro.sequence_index == 1]) == {-0.5}
 
 
 # Staleness: step 5 trains version 4, S = 2

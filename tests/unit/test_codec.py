@@ -25,7 +25,8 @@ def segments(draw: st.DrawFn) -> Segment:
     version = draw(st.sampled_from([NO_VERSION, 0, 7, 2**40]))
     logprobs = [] if version == NO_VERSION else draw(st.lists(FLOATS, min_size=len(ids), max_size=len(ids)))
     mask = draw(st.floats(0, 1))
-    return Segment(tuple(ids), draw(st.sampled_from(Role)), tuple(logprobs), version, mask, draw(st.integers(0, 3)))
+    advantage = draw(st.none() | FLOATS)
+    return Segment(tuple(ids), draw(st.sampled_from(Role)), tuple(logprobs), version, mask, draw(st.integers(0, 3)), advantage)
 
 
 VERDICTS = st.builds(Verdict, st.booleans(), st.text(max_size=5), st.sampled_from(Reason), st.floats(0, 1e6))
@@ -36,7 +37,7 @@ GROUPS = st.lists(st.builds(Group, st.integers(0, 2**50), TEXT, st.lists(TRACES,
 
 def example(traces: int = 2, groups: int = 2) -> list[Group]:
     prompt = Segment((1, 2, 3), Role.PROMPT)
-    think = Segment((4, 5), Role.THINK, (-0.1, -0.2), version=3, mask=1.0)
+    think = Segment((4, 5), Role.THINK, (-0.1, -0.2), version=3, mask=1.0, advantage=-0.25)
     solution = Segment((6,), Role.SOLUTION, (-0.3,), version=4, mask=1.0, episode=1)
     trace = Trace("g000001/r0", "p", (prompt, think, solution), 1.0, Finish.STOP, Verdict(True, "26", Reason.MATCH, 0.5))
     return [Group(k, "p", (trace,) * traces) for k in range(groups)]
@@ -120,6 +121,7 @@ BAD = {
     "a sampled token without log-prob": Segment((1, 2), Role.THINK, (-0.5,), 0, 1.0),
     "a log-prob that no policy gave": Segment((1,), Role.ENV, (-0.5,)),
     "a version before v0": Segment((), Role.ENV, (), -2),
+    "an advantage that is not finite": Segment((1,), Role.THINK, (-0.5,), 0, 1.0, advantage=float("nan")),
     "a mask above 1": Segment((1,), Role.THINK, (-0.5,), 0, 1.5),
 }
 

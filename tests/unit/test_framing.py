@@ -61,7 +61,7 @@ def test_an_array_that_cannot_be_is_refused(row: object) -> None:
 def test_another_release_and_another_protocol_are_told_apart() -> None:
     header = bytearray(pack("k", {}, {})[0])
     header[3] += 1
-    with pytest.raises(WireError, match="protocol version 4, this side speaks 3: run one release on both sides"):
+    with pytest.raises(WireError, match="protocol version 5, this side speaks 4: run one release on both sides"):
         unpack([bytes(header)], "k")
     with pytest.raises(WireError, match="not a message of this project's protocol"):
         unpack([b'{"v":1,"kind":"k","meta":{},"arrays":[]}'], "k")

@@ -257,7 +257,9 @@ async def live_on(world: World, trainer: Trainer, disk: Disk) -> None:
     events = EventLog(world.paths.event_log("orchestrator"), "orchestrator")
     verifier, tokenizer = EveryOtherVerifier(), Words(world.tokenizer)
     attempts = Attempts(policy, verifier, tokenizer, lambda problem, verdict, text, length: float(verdict.correct))
-    parts = cast(Parts, SimpleNamespace(problems=world.problems, attempts=attempts, keeper=policy, activity=None, events=events))
+    parts = cast(
+        Parts, SimpleNamespace(problems=world.problems, attempts=attempts, maker=attempts, keeper=policy, activity=None, events=events)
+    )
     writer = MetricsWriter(world.paths, world.config.metarl.logging)
     book = Book(cast(Journal, disk), tuple(disk.records), [])
     orchestrator = Orchestrator(world.config, world.paths, parts, writer, book, trainer.attempt)

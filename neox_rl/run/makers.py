@@ -1,0 +1,21 @@
+"""Who makes the groups of a run, by ``metarl.rollout.method``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from neox_rl.config.run import RunConfig
+from neox_rl.errors import ConfigError
+from neox_rl.ports import GroupMaker
+from neox_rl.rollout.groups import Attempts
+
+MAKERS: Mapping[str, Callable[[RunConfig, Attempts], GroupMaker]] = {"sample": lambda config, attempts: attempts}
+"""The attempts have what a maker needs: the run's generator, verifier, tokenizer and reward."""
+
+
+def make_maker(config: RunConfig, attempts: Attempts) -> GroupMaker:
+    """Raises ConfigError for a method that nothing makes groups by."""
+    method = config.metarl.rollout.method
+    if method not in MAKERS:
+        raise ConfigError(f"metarl.rollout.method = {method}: no part makes groups so; set method to one of {sorted(MAKERS)}")
+    return MAKERS[method](config, attempts)
