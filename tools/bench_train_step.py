@@ -33,7 +33,7 @@ from neox_rl.engines.registry import build_engine
 from neox_rl.loss.policy import make_loss_fn
 from neox_rl.problems.sources import load_problems
 from neox_rl.problems.tokenizer import load_tokenizer
-from neox_rl.search.demonstrations import Demonstrations
+from neox_rl.search.demonstrations import Demonstrations, TraceStyle, searches
 from neox_rl.types import Group, Segment, Trace
 
 MODELS = {
@@ -58,7 +58,7 @@ def step_batch(config: RunConfig, budget: int) -> StepBatch:
     metarl = config.metarl
     problems = load_problems(metarl.problems, metarl.seed).train
     tokenizer = load_tokenizer(metarl.tokenizer, metarl.problems)
-    traces = Demonstrations(problems, tokenizer, metarl.seed, "mixed", max_tokens=config.neox.seq_length)
+    traces = Demonstrations(searches(problems, "mixed", TraceStyle(), tokenizer), metarl.seed, config.neox.seq_length)
     rng = random.Random(metarl.seed)
     groups = []
     for ticket in range(metarl.rollout.groups_per_step):

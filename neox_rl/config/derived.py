@@ -5,12 +5,27 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from neox_rl.config.own import own
 from neox_rl.config.rules_model import LLAMA, model_family
 from neox_rl.config.run import RunConfig
 
 PROMPT_MARKERS = 4
 """Words of a symbolic prompt beside the numbers: ``numbers ... target t search``."""
 HF_DTYPES = {"fp32": "float32", "bfloat16": "bfloat16"}
+
+
+def starts_from_checkpoint(config: RunConfig) -> bool:
+    return bool(config.neox.load or config.metarl.warmstart.hf_checkpoint)
+
+
+def warmstart_skipped(config: RunConfig) -> bool:
+    """Whether initial weights come from a checkpoint, and RL begins with them as they are."""
+    return starts_from_checkpoint(config) and not config.metarl.warmstart.from_checkpoint
+
+
+def makes_policy(config: RunConfig) -> bool:
+    """Whether the run trains a policy; a process reward model writes nothing, so nothing is served, published or evaluated."""
+    return config.metarl.warmstart.style != "values"
 
 
 def staleness_bound(config: RunConfig) -> int:
@@ -27,7 +42,7 @@ def data_parallel_size(config: RunConfig) -> int:
 def prompt_tokens(config: RunConfig) -> int | None:
     """Tokens of a prompt under the symbolic tokenizer; None where another tokenizer makes them differ from problem to problem."""
     problems = config.metarl.problems
-    if problems.source == "jsonl" or config.metarl.tokenizer.path:
+    if problems.free_text or config.metarl.tokenizer.path:
         return None
     return PROMPT_MARKERS + problems.num_numbers
 
@@ -55,6 +70,13 @@ def hf_config(config: RunConfig, vocab_size: int, *, eos_id: int = 1, pad_id: in
     Rotary settings stand both as ``rope_parameters`` (transformers 5) and under the older names, which a reader of either kind needs:
     one that finds neither falls back to its own base without a word.
     """
+    described = _family_config(config, vocab_size, eos_id, pad_id)
+    if layout := config.metarl.hf_layout:
+        described = own(layout, "metarl.hf_layout").config(described)
+    return described
+
+
+def _family_config(config: RunConfig, vocab_size: int, eos_id: int, pad_id: int) -> dict[str, Any]:
     n = config.neox
     common: dict[str, Any] = {
         "vocab_size": vocab_size,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from neox_rl.config.derived import makes_policy
 from neox_rl.config.machine import Machine
 from neox_rl.config.run import RunConfig
 from neox_rl.errors import ConfigError
@@ -44,7 +45,7 @@ class Process:
 def num_servers(config: RunConfig) -> int:
     """Servers that the run itself starts, vLLM's or scripted ones."""
     m = config.metarl
-    return 0 if m.debug.mode == "train_only" or m.servers.addresses else m.servers.num_servers
+    return 0 if m.debug.mode == "train_only" or m.servers.addresses or not makes_policy(config) else m.servers.num_servers
 
 
 def num_vllm_servers(config: RunConfig) -> int:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from neox_rl.config.derived import prompt_tokens, staleness_bound
+from neox_rl.config.derived import prompt_tokens, staleness_bound, starts_from_checkpoint, warmstart_skipped
 from neox_rl.config.machine import Machine
+from neox_rl.config.own import is_own
 from neox_rl.config.run import RunConfig
 
+RECORDED = ("trees", "attempts", "values")
+"""Styles of demonstrations that are read from ``warmstart.path``."""
+TOLD = ("dfs", "mixed", "trees", "solution")
+"""Styles whose demonstrations are searches, or a path of one, and are linearized."""
 RATIO_CAPPED = ("tis", "cispo", "decoupled_ppo")
 
 
@@ -78,9 +83,9 @@ def jsonl_is_complete(config: RunConfig, machine: Machine) -> Iterator[str]:
             "metarl.tokenizer.path is empty: the symbolic tokenizer cannot spell free text; set it to the directory of an HF tokenizer,"
             " such as one that python -m neox_rl.problems.make_tokenizer has made"
         )
-    if m.warmstart.steps and m.warmstart.style != "written" and not warmstart_skipped(config):
+    if m.warmstart.steps and m.warmstart.style not in ("written", *RECORDED) and not warmstart_skipped(config):
         yield (
-            f"metarl.warmstart.style = {m.warmstart.style}: needs a solver for its searches, and source jsonl has none; set style: written"
+            f"metarl.warmstart.style = {m.warmstart.style}: needs a solver for its searches, and source {m.problems.source} has none; set style: written"
             " (the rows' own solutions), or steps: 0 and start from metarl.warmstart.hf_checkpoint or load"
         )
 
@@ -187,9 +192,50 @@ def policy_has_a_start(config: RunConfig, machine: Machine) -> Iterator[str]:
         )
 
 
-def warmstart_skipped(config: RunConfig) -> bool:
-    """Whether initial weights come from a checkpoint."""
-    return bool(config.neox.load or config.metarl.warmstart.hf_checkpoint)
+def demonstrations_have_a_source(config: RunConfig, machine: Machine) -> Iterator[str]:
+    w = config.metarl.warmstart
+    recorded = w.style in RECORDED
+    if recorded and w.steps and not w.path:
+        source = "a directory that debug.record_batches filled" if w.style == "attempts" else "trees of python -m neox_rl.search --trees"
+        yield f"metarl.warmstart.path is empty: style {w.style} shows what was recorded; set path to {source}"
+    if w.path and not recorded:
+        yield f"metarl.warmstart.path = {w.path!r}: is read with style {', '.join(RECORDED)} only, and style is {w.style}; remove it"
+    for path in w.path.split(",") if w.path else ():
+        if not machine.exists(path):
+            yield f"metarl.warmstart.path names {path!r}, which does not exist; relative paths are from the working directory"
+    if w.from_checkpoint and not starts_from_checkpoint(config):
+        yield (
+            "metarl.warmstart.from_checkpoint = true: there is no checkpoint to train further; set metarl.warmstart.hf_checkpoint or load,"
+            " or remove it"
+        )
+
+
+def demonstrations_are_trained_on(config: RunConfig, machine: Machine) -> Iterator[str]:
+    w = config.metarl.warmstart
+    alone = w.style in ("solution", "written") or w.telling == "solution"
+    if w.mask == "search" and alone:
+        yield (
+            f"metarl.warmstart.mask = search: style {w.style} told as {w.telling} shows solutions alone, and their tokens would all be left"
+            " out; set mask: all"
+        )
+    if w.style not in TOLD and (w.telling, w.mask, w.prune) != ("stream", "all", 0.0):
+        yield (
+            f"metarl.warmstart.telling = {w.telling}, mask = {w.mask}, prune = {w.prune:g}: only searches are told"
+            f" ({', '.join(TOLD)}), and style is {w.style}; remove them"
+        )
+
+
+def reward_model_is_trained_alone(config: RunConfig, machine: Machine) -> Iterator[str]:
+    w, n = config.metarl.warmstart, config.neox
+    if w.style != "values":
+        return
+    if n.train_iters:
+        yield f"train_iters = {n.train_iters}: metarl.warmstart.style values makes a reward model, which no RL improves; set it to 0"
+    if not w.steps or warmstart_skipped(config):
+        yield (
+            "metarl.warmstart.style = values: the warm start is all of its training; set metarl.warmstart.steps, and with a checkpoint"
+            " from_checkpoint: true"
+        )
 
 
 RL_RULES = (
@@ -199,6 +245,9 @@ RL_RULES = (
     game24_has_cards,
     heldout_problems_exist,
     jsonl_is_complete,
+    demonstrations_have_a_source,
+    demonstrations_are_trained_on,
+    reward_model_is_trained_alone,
     one_start,
     samples_are_the_policys,
     group_has_a_baseline,

@@ -52,10 +52,29 @@ class WarmstartConfig:
     style: str = key(
         "dfs",
         "what is shown: depth-first searches in random order, searches of mixed quality, solutions alone; source jsonl: the worked"
-        " solutions that the rows bring along (written)",
-        choices=("dfs", "mixed", "solution", "written"),
+        " solutions that the rows bring along (written); of path: recorded searches (trees), recorded rollouts that were right (attempts),"
+        " or whether a step is hopeful (values), which makes a process reward model and no policy",
+        choices=("dfs", "mixed", "solution", "written", "trees", "attempts", "values"),
     )
+    path: str = key(
+        "",
+        "styles trees and values: a file of trees (python -m neox_rl.search --trees), several with commas between; style attempts: a"
+        " directory of batches (debug.record_batches)",
+    )
+    telling: str = key(
+        "stream",
+        "how a search is told: as it was, the steps that were gone into, some wrong attempts and the right one, the right one with wrong"
+        " steps taken back, the right one alone",
+        choices=("stream", "taken", "revision", "backtrack", "solution"),
+    )
+    mask: str = key(
+        "all",
+        "what of a told search is trained on: all, the search without its solution, no step off the path",
+        choices=("all", "search", "path"),
+    )
+    prune: float = key(0.0, "each step off the solution path is left out with this chance, and what came of it", low=0.0, high=1.0)
     choice_weight: float = key(1.0, "loss weight of tokens that choose the next step at random", low=0.0, high=1.0)
+    from_checkpoint: bool = key(False, "the warm start trains the policy of hf_checkpoint or load further, instead of being skipped")
     hf_checkpoint: str = key("", "HF directory to start from instead of a random model; a relative path is from the working directory")
 
 

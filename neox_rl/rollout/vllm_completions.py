@@ -19,6 +19,8 @@ from neox_rl.rollout.vllm_client import ServerFailedError
 from neox_rl.types import Completion, Finish, SamplingParams
 
 ROUTE = "/v1/completions"
+TOP = 20
+"""Log-probs a token that a vLLM server gives at most, unless it is told otherwise."""
 
 
 class _Logprobs(msgspec.Struct):
@@ -45,6 +47,20 @@ class _Models(msgspec.Struct):
     data: list[_Card]
 
 
+class _TopLogprobs(msgspec.Struct):
+    top_logprobs: list[dict[str, float]]
+
+
+class _TopChoice(msgspec.Struct):
+    index: int
+    logprobs: _TopLogprobs
+
+
+class _Tops(msgspec.Struct):
+    choices: list[_TopChoice]
+
+
+_TOPS = msgspec.json.Decoder(_Tops)
 _RESPONSE, _MODELS = msgspec.json.Decoder(_Response), msgspec.json.Decoder(_Models)
 
 
@@ -99,6 +115,30 @@ class CompletionsGenerator:
         if len(choices) != n:
             raise WireError(f"{self.address}: {len(choices)} choices where {n} were asked for")
         return tuple(self._completion(choice) for choice in choices)
+
+    async def next_token(self, prompts: Sequence[Sequence[int]], ids: Sequence[int]) -> list[tuple[float, ...]]:
+        """For each prompt the log-probs of the tokens ``ids`` as the next one; -inf for one that is not among the TOP likeliest.
+
+        One request, of which each prompt's answer is one token. Raises as ``sample`` does.
+        """
+        body = {
+            "model": self.model,
+            "prompt": [list(prompt) for prompt in prompts],
+            "max_tokens": 1,
+            "temperature": 1.0,
+            "logprobs": TOP,
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
+        }
+        raw = await self._call("POST", ROUTE, body, f"the next tokens of {len(prompts)} prompts")
+        try:
+            choices = sorted(_TOPS.decode(raw).choices, key=lambda choice: choice.index)
+            found = [choice.logprobs.top_logprobs[0] for choice in choices]
+        except (msgspec.DecodeError, UnicodeDecodeError, IndexError) as error:
+            raise WireError(f"{self.address}: answer not as expected: {error}") from error
+        if len(found) != len(prompts):
+            raise WireError(f"{self.address}: {len(found)} choices for {len(prompts)} prompts")
+        return [tuple(tops.get(f"token_id:{i}", -math.inf) for i in ids) for tops in found]
 
     def _completion(self, choice: _Choice) -> Completion:
         logprobs = tuple([p for p in choice.logprobs.token_logprobs if p is not None and math.isfinite(p)])

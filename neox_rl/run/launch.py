@@ -28,18 +28,17 @@ from neox_rl.config.dump import dump
 from neox_rl.config.machine import Machine
 from neox_rl.config.network import curve_on
 from neox_rl.config.placement import num_ranks
-from neox_rl.config.rules_rl import warmstart_skipped
 from neox_rl.config.run import RunConfig
 from neox_rl.errors import ConfigError
 from neox_rl.keys import Keys
 from neox_rl.ports import Tokenizer
 from neox_rl.problems.sources import problems_of_run
 from neox_rl.problems.tokenizer import SymbolicTokenizer, load_tokenizer
+from neox_rl.run.demonstrating import demonstration_source
 from neox_rl.run.endpoints import choose_endpoints, write_endpoints
 from neox_rl.run.processes import ORCHESTRATOR, RANKS, Program, programs
 from neox_rl.run.resume import has_checkpoint, hold, next_attempt, refuse_full_directories, refuse_resume
 from neox_rl.run.supervise import Supervisor
-from neox_rl.search.demonstrations import demonstrable
 from neox_rl.telemetry.display import LiveDisplay
 from neox_rl.telemetry.events import EventLog
 from neox_rl.telemetry.jsonl import write_json
@@ -95,8 +94,7 @@ def prepared(config: RunConfig, script: str, resume: bool) -> Iterator[tuple[Run
     tokenizer = load_tokenizer(config.metarl.tokenizer, config.metarl.problems)
     if config.metarl.debug.mode != "train_only":
         problems = problems_of_run(config, tokenizer)
-        if config.metarl.warmstart.steps and not warmstart_skipped(config):
-            demonstrable(problems.train, config.metarl.warmstart.style)
+        demonstration_source(config, problems.train, tokenizer)
     endpoints = choose_endpoints(config, tokenizer.vocab_size)
     with ExitStack() as stack:
         try:

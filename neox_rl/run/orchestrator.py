@@ -33,6 +33,7 @@ from neox_rl.queue.wire import Delivery, ExperienceServer, Phase
 from neox_rl.queue.wire_messages import attempt_of
 from neox_rl.run.audit import Rule
 from neox_rl.run.comeback import Comeback
+from neox_rl.run.demonstrating import demonstration_source
 from neox_rl.run.evaluation import Evaluator
 from neox_rl.run.live_audit import LiveAudit
 from neox_rl.run.parts import Parts, build_parts
@@ -75,23 +76,14 @@ class Orchestrator:
         self._audit = LiveAudit(config, book, parts.events)
         self._comeback = Comeback(book, self._queue, self._cursor, self._pump, self._on_load)
         self._evaluator = Evaluator(config, parts.problems.heldout, parts.attempts, params)
+        self._shown = demonstration_source(config, parts.problems.train, parts.attempts.tokenizer)
         self._demonstrations = self._new_demonstrations(0, 0)
         self._tasks: asyncio.TaskGroup | None = None
         self._background: dict[str, asyncio.Task[None]] = {}
         self._evaluated = 0
 
     def _new_demonstrations(self, draws: int, ticket: int) -> Demonstrations:
-        warmstart = self._config.metarl.warmstart
-        return Demonstrations(
-            self._parts.problems.train,
-            self._parts.attempts.tokenizer,
-            self._config.metarl.seed,
-            warmstart.style,
-            warmstart.choice_weight,
-            self._config.neox.seq_length,
-            draws,
-            ticket,
-        )
+        return Demonstrations(self._shown, self._config.metarl.seed, self._config.neox.seq_length, draws, ticket)
 
     def stop(self) -> None:
         """The user asks to end: whatever the trainer waits for ends now, and it saves and ends after its step."""

@@ -28,7 +28,7 @@ from neox_rl.arithmetic import ARITHMETIC_TASKS
 from neox_rl.config.schema import VerifyConfig
 from neox_rl.errors import ConfigError, NeoxRLError
 from neox_rl.run.search_rows import Row, error_line, read_rows, result_line
-from neox_rl.run.search_server import Policy, cache_counters, connect
+from neox_rl.run.search_server import Policy, cache_counters, connect, connect_prm
 from neox_rl.search.arithmetic_domain import ArithmeticDomain
 from neox_rl.search.domain import Domain
 from neox_rl.search.growth import Budget
@@ -44,6 +44,7 @@ from neox_rl.types import End, Json, Problem, Tree, Verdict
 from neox_rl.verify.verifier import TaskVerifier, make_verifier
 
 VALUES = ("none", "oracle", "heuristic", "monte-carlo", "prm", "judge")
+TOKENIZER = "tokenizer.json"
 ALL_LEGAL, ATTEMPTS, SAMPLES = 1 << 20, 16, 4
 
 
@@ -56,8 +57,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--budget-tokens", type=int, help="most tokens of a search, those of its value included")
     p.add_argument("--server", default="", metavar="URL", help="a vLLM server that serves the policy")
     p.add_argument("--model", type=Path, metavar="DIR", help="directory with the policy's tokenizer.json")
-    p.add_argument("--prm-server", default="", metavar="URL", help="a vLLM server that serves the process reward model (/classify)")
-    p.add_argument("--prm-model", default="", help="the name under which it is served")
+    p.add_argument("--prm-server", default="", metavar="URL", help="a vLLM server that serves the process reward model")
+    p.add_argument(
+        "--prm-model",
+        default="",
+        metavar="DIR|NAME",
+        help="directory with the tokenizer.json of a reward model of this project (configs/prm.yml); or the name under which a sequence"
+        " classifier is served (/classify)",
+    )
     p.add_argument("--sees-earlier", action="store_true", help="the value sees the attempts that ended before (the meta-critic, 8.3.4)")
     p.add_argument(
         "--width", type=int, help="steps proposed at a node; best-of-n: attempts (default: 4, best-of-n 16, all without a server)"
@@ -130,7 +137,7 @@ class Verifiers:
             verifier.close()
 
 
-def make_value(args: argparse.Namespace, policy: Policy | None, verifiers: Verifiers) -> Value:
+async def make_value(args: argparse.Namespace, policy: Policy | None, verifiers: Verifiers, stack: AsyncExitStack) -> Value:
     """The value of ``--value``. Raises ConfigError when it needs a server that was not given."""
     match args.value:
         case "none":
@@ -144,8 +151,10 @@ def make_value(args: argparse.Namespace, policy: Policy | None, verifiers: Verif
             value = MonteCarloValue(playouts, args.playouts, args.playout_tokens)
         case "prm":
             if not args.prm_server or not args.prm_model:
-                raise ConfigError("--value prm needs --prm-server URL and --prm-model NAME: the served process reward model")
-            return PrmValue(ServedScorer(args.prm_server.rstrip("/"), args.prm_model, args.timeout_s), args.sees_earlier)
+                raise ConfigError("--value prm needs --prm-server URL and --prm-model DIR or NAME: the served process reward model")
+            if not Path(args.prm_model, TOKENIZER).is_file():
+                return PrmValue(ServedScorer(args.prm_server.rstrip("/"), args.prm_model, args.timeout_s), args.sees_earlier)
+            value = await connect_prm(args, stack)
         case _:
             if policy is None:
                 raise ConfigError("--value judge needs --server URL: the policy itself votes")
@@ -200,7 +209,7 @@ async def search_file(args: argparse.Namespace) -> int:
         budget, options = Budget(args.budget_nodes, args.budget_tokens), make_options(args)
         policy = await connect(args, stack) if args.server else None
         rows = read_rows(args.problems, words=policy is None or policy.writes_words, template=template)
-        value = make_value(args, policy, verifiers)
+        value = await make_value(args, policy, verifiers, stack)
         proposer: Proposer = policy.proposer if policy else ExhaustiveProposer()
         search = Search(args.strategy, verifiers.domain, options, args.seed)
         trees = stack.enter_context(args.trees.open("wb")) if args.trees else None

@@ -1,21 +1,37 @@
-"""Endless seeded demonstrations for the warm start: a problem, and a linearized search or the solution it came with, as a trace."""
+"""Endless seeded demonstrations for the warm start: a search and the solution it came to, an attempt that was right, or a step's value.
+
+=========  =================================================================================================================
+searches   a searcher of the project searches a training problem, and the tree is told: (2) and (3) with a solver as the source
+trees      recorded trees are told, those that found a right end: (3) where a policy's searches made them
+attempts   recorded rollouts that were right, as they were written: (2) and (3) with the policy itself as the source
+values     a path of a recorded tree, and in one word whether it is hopeful: what a process reward model is trained on
+=========  =================================================================================================================
+
+Equations of arXiv 2501.04682.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from neox_rl.errors import ConfigError
 from neox_rl.ports import Tokenizer
+from neox_rl.search.credit import value_labels
 from neox_rl.search.dfs import MIXED, dfs, solution_path
-from neox_rl.search.linearize import Span, demonstration, linearize
-from neox_rl.types import Problem, Role, Trace, Tree
+from neox_rl.search.linearize import Mask, Span, demonstration, glue_of, linearize, solution_of
+from neox_rl.search.reward_model import value_trace
+from neox_rl.search.styles import STYLES, pruned
+from neox_rl.types import NO_VERSION, Problem, Role, Segment, Trace, Tree
 
 Searcher: TypeAlias = Callable[[Problem, random.Random], Tree]
-Style: TypeAlias = Callable[[Problem, random.Random], Sequence[Span]]
+Source: TypeAlias = Callable[[random.Random, str], Trace]
+"""Draws one demonstration, which gets the id."""
 WRITTEN = "written"
+MAX_SKIPS = 1_000
 
 
 def mixed(problem: Problem, rng: random.Random) -> Tree:
@@ -24,28 +40,118 @@ def mixed(problem: Problem, rng: random.Random) -> Tree:
     return dfs(problem, rng, strategy)
 
 
-def searched(searcher: Searcher) -> Style:
-    return lambda problem, rng: linearize(searcher(problem, rng), problem)
+SEARCHERS: Mapping[str, Searcher] = {"dfs": dfs, "mixed": mixed, "solution": solution_path}
 
 
-def written(problem: Problem, rng: random.Random) -> Sequence[Span]:
-    """The worked solution that the problem's row brought along."""
-    return (Span(str(problem.meta["solution"]), Role.SOLUTION),)
+@dataclass(frozen=True, slots=True)
+class TraceStyle:
+    """How a tree becomes a trace: told by one of ``styles.STYLES``, after its wrong steps were thinned out with chance ``prune``."""
+
+    telling: str = "stream"
+    mask: Mask = Mask.ALL
+    prune: float = 0.0
+    choice_weight: float = 1.0
+
+    def trace(self, tree: Tree, problem: Problem, tokenizer: Tokenizer, rng: random.Random, id: str) -> Trace:
+        told = STYLES[self.telling](pruned(tree, rng, self.prune) if self.prune else tree, rng)
+        spans = linearize(told.tree, problem, told.restart)
+        return demonstration(problem, spans, tokenizer, self.choice_weight, id, self.mask, glue_of(problem))
 
 
-STYLES: Mapping[str, Style] = {"dfs": searched(dfs), "mixed": searched(mixed), "solution": searched(solution_path), WRITTEN: written}
-MAX_SKIPS = 1_000
+def searches(problems: Sequence[Problem], searcher: str, style: TraceStyle, tokenizer: Tokenizer) -> Source:
+    """Raises ConfigError for a searcher that there is not, or without problems."""
+    if searcher not in SEARCHERS:
+        raise ConfigError(f"warmstart.style {searcher!r} is none of {sorted(SEARCHERS)}")
+    if not problems:
+        raise ConfigError("demonstrations need at least one problem")
+
+    def draw(rng: random.Random, id: str) -> Trace:
+        problem = rng.choice(problems)
+        return style.trace(SEARCHERS[searcher](problem, rng), problem, tokenizer, rng, id)
+
+    return draw
 
 
-def demonstrable(problems: Sequence[Problem], style: str) -> Sequence[Problem]:
-    """The problems that a style can show: all, or with ``written`` those that have a solution. Raises ConfigError when there is none."""
-    shown = [p for p in problems if "solution" in p.meta] if style == WRITTEN else problems
+def written(problems: Sequence[Problem], style: TraceStyle, tokenizer: Tokenizer) -> Source:
+    """The worked solutions that the problems' rows brought along. Raises ConfigError when none has one."""
+    shown = [p for p in problems if "solution" in p.meta]
     if not shown:
         raise ConfigError(
-            f"warmstart.style {style}: none of {len(problems)} training problems has a worked solution; give rows with a solution, or set"
+            f"warmstart.style {WRITTEN}: none of {len(problems)} training problems has a worked solution; give rows with a solution, or set"
             " warmstart.steps: 0 and start from warmstart.hf_checkpoint or load"
         )
-    return shown
+
+    def draw(rng: random.Random, id: str) -> Trace:
+        problem = rng.choice(shown)
+        spans = [Span(str(problem.meta["solution"]), Role.SOLUTION)]
+        return demonstration(problem, spans, tokenizer, style.choice_weight, id)
+
+    return draw
+
+
+def of_problems(trees: Iterable[Tree], problems: Sequence[Problem]) -> list[tuple[Tree, Problem]]:
+    """The trees of ``problems``, by id; those of other problems, held-out ones among them, are left out."""
+    known = {problem.id: problem for problem in problems}
+    return [(tree, known[tree.problem_id]) for tree in trees if tree.problem_id in known]
+
+
+def trees(found: Sequence[tuple[Tree, Problem]], style: TraceStyle, tokenizer: Tokenizer) -> Source:
+    """Every tree with a right end is as likely as any other. Raises ConfigError when there is none."""
+    verified = [(tree, problem) for tree, problem in found if solution_of(tree)]
+    if not verified:
+        raise ConfigError(
+            f"warmstart.style trees: none of {len(found)} trees of training problems has a right end to imitate; search with a larger"
+            " budget, over rows that python -m neox_rl.problems.make_rows wrote for this config"
+        )
+
+    def draw(rng: random.Random, id: str) -> Trace:
+        tree, problem = rng.choice(verified)
+        return style.trace(tree, problem, tokenizer, rng, id)
+
+    return draw
+
+
+def attempts(recorded: Iterable[Trace], problems: Sequence[Problem]) -> Source:
+    """The right ones of ``recorded``: a problem is drawn, then one of its attempts, so that easy problems are not shown more often.
+
+    Raises ConfigError when no attempt at one of ``problems`` was right.
+    """
+    known = {problem.id for problem in problems}
+    count: Counter[bool] = Counter()
+    right: dict[str, list[Trace]] = {}
+    for trace in recorded:
+        good = trace.problem_id in known and trace.verdict.correct
+        count[good] += 1
+        if good:
+            right.setdefault(trace.problem_id, []).append(imitated(trace))
+    if not right:
+        raise ConfigError(f"warmstart.style attempts: none of {count.total()} recorded rollouts is a right one of a training problem")
+    names = sorted(right)
+    return lambda rng, id: replace(rng.choice(right[rng.choice(names)]), id=id)
+
+
+def imitated(trace: Trace) -> Trace:
+    """What a policy sampled, as a demonstration: its tokens are trained on, whoever made them; what it did not sample stays context."""
+    segments = [Segment(s.ids, s.role, mask=float(s.version != NO_VERSION), episode=s.episode) for s in trace.segments]
+    return replace(trace, segments=tuple(segments), reward=1.0)
+
+
+def values(found: Sequence[tuple[Tree, Problem]], tokenizer: Tokenizer) -> Source:
+    """A tree, then one of its steps, each as likely as any other; the word is drawn anew each time, hopeful with the chance of the
+    step's value, so that the expected loss is the cross-entropy against the value itself. Raises ConfigError without a step."""
+    grown = [(list(value_labels(tree)), problem) for tree, problem in found if len(tree.nodes) > 1]
+    if not grown:
+        raise ConfigError(
+            f"warmstart.style values: none of {len(found)} trees of training problems has a step to judge; search over rows that"
+            " python -m neox_rl.problems.make_rows wrote for this config"
+        )
+
+    def draw(rng: random.Random, id: str) -> Trace:
+        labels, problem = rng.choice(grown)
+        path, value = rng.choice(labels)
+        return value_trace(problem, [node.text for node in path], rng.random() < value, tokenizer, id)
+
+    return draw
 
 
 class Demonstrations(Iterator[Trace]):
@@ -55,33 +161,16 @@ class Demonstrations(Iterator[Trace]):
     A longer trace is skipped and counted in ``skipped``, never cut: a cut trace would teach to stop before the goal.
     """
 
-    def __init__(
-        self,
-        problems: Sequence[Problem],
-        tokenizer: Tokenizer,
-        seed: int,
-        style: str = "dfs",
-        choice_weight: float = 1.0,
-        max_tokens: int = 1 << 30,
-        draws: int = 0,
-        ticket: int = 0,
-    ) -> None:
-        if not problems:
-            raise ConfigError("demonstrations need at least one problem")
-        if style not in STYLES:
-            raise ConfigError(f"warmstart.style {style!r} is none of {sorted(STYLES)}")
-        self.problems, self.tokenizer, self.seed = problems, tokenizer, seed
-        self.style, self.choice_weight, self.max_tokens = style, choice_weight, max_tokens
+    def __init__(self, source: Source, seed: int, max_tokens: int = 1 << 30, draws: int = 0, ticket: int = 0) -> None:
+        self.source, self.seed, self.max_tokens = source, seed, max_tokens
         self.draws, self.ticket, self.skipped = draws, ticket, 0
 
-    @cached_property
-    def _shown(self) -> Sequence[Problem]:
-        return demonstrable(self.problems, self.style)
-
     def __next__(self) -> Trace:
-        """Raises ConfigError when no problem can be shown, or when MAX_SKIPS traces in a row do not fit."""
+        """Raises ConfigError when MAX_SKIPS traces in a row do not fit."""
         for _ in range(MAX_SKIPS):
-            trace = self._draw()
+            rng = random.Random(f"demonstration/{self.seed}/{self.draws}")
+            self.draws += 1
+            trace = self.source(rng, f"g{self.ticket:06d}/r0")
             if trace.num_tokens <= self.max_tokens:
                 self.ticket += 1
                 return trace
@@ -89,9 +178,3 @@ class Demonstrations(Iterator[Trace]):
         raise ConfigError(
             f"{MAX_SKIPS} demonstrations in a row are longer than {self.max_tokens} tokens: raise seq_length or use smaller problems"
         )
-
-    def _draw(self) -> Trace:
-        rng = random.Random(f"demonstration/{self.seed}/{self.draws}")
-        self.draws += 1
-        problem = rng.choice(self._shown)
-        return demonstration(problem, STYLES[self.style](problem, rng), self.tokenizer, self.choice_weight, f"g{self.ticket:06d}/r0")

@@ -4,7 +4,7 @@
     v0           publish; evaluate "warmstart"
     RL step s    next(rl, s) -> bound checked, packed -> [proximal, reference log-probs]
                  -> engine.step(objective) on v(s-1) -> v(s) -> publish -> report           s = 1 .. train_iters
-    end          evaluate "final"; checkpoint; HF export
+    end          evaluate "final"; checkpoint; HF export                                    without RL steps v0 is the last one
 
 Who waits on whom: the loop waits for the feed only. A slow or dead server is the orchestrator's business.
 """
@@ -21,8 +21,10 @@ from neox_rl.batch.pack import pack_rl, pack_sft
 from neox_rl.batch.packing import Layout
 from neox_rl.batch.types import MicroBatch, StepBatch
 from neox_rl.codec import decode_groups, encode_groups
+from neox_rl.config.derived import makes_policy, warmstart_skipped
 from neox_rl.config.run import RunConfig
 from neox_rl.engines.port import Engine, StepReport
+from neox_rl.errors import DiskFullError
 from neox_rl.loss.policy import make_loss_fn, make_sft_loss_fn, needs_proximal, needs_reference
 from neox_rl.queue.wire import Phase
 from neox_rl.step.feed import Feed
@@ -84,7 +86,7 @@ class TrainingLoop:
             self.engine.load(Path(load))
         elif warmstart.hf_checkpoint:
             self.engine.load_hf(Path(warmstart.hf_checkpoint))
-        if not resume and (load or warmstart.hf_checkpoint):
+        if not resume and warmstart_skipped(self.config):
             self.position.sft_step = warmstart.steps
         if self.leader is not None:
             self.leader.feed.hello(self.engine.topology.world_size, self.position)
@@ -98,6 +100,8 @@ class TrainingLoop:
         return True
 
     def _reinforce(self) -> bool:
+        if not makes_policy(self.config):
+            return True
         if self.position.rl_step == 0 and needs_reference(self.config.metarl.objective):
             self.engine.set_reference()  # later checkpoints hold it: the policy then is not the reference any more
         self._publish()
@@ -110,7 +114,7 @@ class TrainingLoop:
             if step % self.config.metarl.weights.publish_every == 0 or step == self.config.neox.train_iters:
                 self._publish()
             self._checkpoint(force=False)
-        return self._evaluate("final")
+        return self.config.neox.train_iters == 0 or self._evaluate("final")
 
     def _train(self, phase: Phase, step: int) -> bool:
         """One optimizer step; False when the feed asks to stop."""

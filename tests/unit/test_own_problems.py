@@ -16,7 +16,7 @@ from neox_rl.problems.files import read_problems, worked_solution
 from neox_rl.problems.make_word_problems import word_problems
 from neox_rl.problems.sources import problems_of_run
 from neox_rl.problems.tokenizer import load_tokenizer
-from neox_rl.search.demonstrations import Demonstrations, demonstrable
+from neox_rl.search.demonstrations import Demonstrations, TraceStyle, written
 from neox_rl.types import Problem, Reason, Role
 from neox_rl.verify.math import check_math
 from tests.unit.small_run import small_config
@@ -81,7 +81,7 @@ def test_written_demonstrations_are_prompt_then_solution_with_loss_on_the_soluti
     tokenizer = load_tokenizer(TokenizerConfig(str(made / "tokenizer")), JSONL)
     problems, _ = read_problems(made / "problems.jsonl", "math")
     by_id = {p.id: p for p in problems}
-    for trace in itertools.islice(Demonstrations(problems, tokenizer, seed=1, style="written", max_tokens=200), 20):
+    for trace in itertools.islice(Demonstrations(written(problems, TraceStyle(), tokenizer), seed=1, max_tokens=200), 20):
         problem = by_id[trace.problem_id]
         prompt, solution = trace.segments
         assert (prompt.role, prompt.mask) == (Role.PROMPT, 0.0) and tokenizer.decode(prompt.ids) == problem.prompt
@@ -89,12 +89,14 @@ def test_written_demonstrations_are_prompt_then_solution_with_loss_on_the_soluti
         assert tokenizer.decode(solution.ids).strip() == problem.meta["solution"]
 
 
-def test_problems_without_solutions_are_not_shown_and_none_at_all_is_refused() -> None:
+def test_problems_without_solutions_are_not_shown_and_none_at_all_is_refused(made: Path) -> None:
+    tokenizer = load_tokenizer(TokenizerConfig(str(made / "tokenizer")), JSONL)
     solved = Problem("a", "math", "q\n", "1", "a", {"solution": "\\boxed{1}"})
     bare = Problem("b", "math", "q\n", "1", "b")
-    assert demonstrable([solved, bare], "written") == [solved]
+    source = written([solved, bare], TraceStyle(), tokenizer)
+    assert {trace.problem_id for trace in itertools.islice(Demonstrations(source, seed=1), 20)} == {"a"}
     with pytest.raises(ConfigError, match="none of 1 training problems has a worked solution"):
-        demonstrable([bare], "written")
+        written([bare], TraceStyle(), tokenizer)
 
 
 def test_prompts_that_leave_no_room_are_left_out_and_counted(tmp_path: Path, made: Path) -> None:

@@ -14,7 +14,7 @@ from neox_rl import metacot
 from neox_rl.arithmetic import reachable, state_of
 from neox_rl.errors import ConfigError
 from neox_rl.metacot import Step, prompt_text, step_text
-from neox_rl.search.demonstrations import Demonstrations
+from neox_rl.search.demonstrations import Demonstrations, TraceStyle, searches
 from neox_rl.search.dfs import MIXED, ORDERS, Strategy, dfs, expected_nodes, rules, solution_path, tree_size
 from neox_rl.search.linearize import demonstration, linearize, text_of, tree_of
 from neox_rl.types import NO_VERSION, Node, Problem, Role, Tree
@@ -155,20 +155,21 @@ def test_demonstration_masks_the_prompt_and_weighs_choices(task: Problem, seed: 
 
 
 def test_demonstrations_are_seeded_endless_and_resumable() -> None:
-    tasks, tokenizer = [problem([3, 5, 7], t) for t in (22, 26, 28)], Words()
-    stream = Demonstrations(tasks, tokenizer, seed=1, max_tokens=80)
+    source = searches([problem([3, 5, 7], t) for t in (22, 26, 28)], "dfs", TraceStyle(), Words())
+    stream = Demonstrations(source, seed=1, max_tokens=80)
     first = list(itertools.islice(stream, 40))
     assert [t.id for t in first[:2]] == ["g000000/r0", "g000001/r0"]
     assert max(t.num_tokens for t in first) <= 80 and stream.skipped > 0, "longer ones were skipped and counted"
-    assert first == list(itertools.islice(Demonstrations(tasks, tokenizer, seed=1, max_tokens=80), 40))
-    resumed = Demonstrations(tasks, tokenizer, seed=1, max_tokens=80, draws=stream.draws, ticket=stream.ticket)
+    assert first == list(itertools.islice(Demonstrations(source, seed=1, max_tokens=80), 40))
+    resumed = Demonstrations(source, seed=1, max_tokens=80, draws=stream.draws, ticket=stream.ticket)
     assert list(itertools.islice(stream, 10)) == list(itertools.islice(resumed, 10))
-    assert first != list(itertools.islice(Demonstrations(tasks, tokenizer, seed=2, max_tokens=80), 40))
+    assert first != list(itertools.islice(Demonstrations(source, seed=2, max_tokens=80), 40))
 
 
 def test_demonstrations_without_search_hold_no_dead_end() -> None:
     tokenizer = Words()
-    for trace in itertools.islice(Demonstrations([problem([3, 5, 7], 26)], tokenizer, seed=1, style="solution"), 20):
+    source = searches([problem([3, 5, 7], 26)], "solution", TraceStyle(), tokenizer)
+    for trace in itertools.islice(Demonstrations(source, seed=1), 20):
         words = tokenizer.decode([i for s in trace.segments[1:] for i in s.ids]).split()
         assert not {metacot.LOW, metacot.HIGH, metacot.BACK} & set(words)
 
@@ -176,11 +177,11 @@ def test_demonstrations_without_search_hold_no_dead_end() -> None:
 def test_demonstrations_that_cannot_be_made_are_refused() -> None:
     tasks, tokenizer = [problem([3, 5, 7], 26)], Words()
     with pytest.raises(ConfigError, match="longer than 10 tokens"):
-        next(Demonstrations(tasks, tokenizer, seed=1, max_tokens=10))
+        next(Demonstrations(searches(tasks, "dfs", TraceStyle(), tokenizer), seed=1, max_tokens=10))
     with pytest.raises(ConfigError, match="'bfs'"):
-        Demonstrations(tasks, tokenizer, seed=1, style="bfs")
+        searches(tasks, "bfs", TraceStyle(), tokenizer)
     with pytest.raises(ConfigError, match="at least one problem"):
-        Demonstrations([], tokenizer, seed=1)
+        searches([], "dfs", TraceStyle(), tokenizer)
 
 
 def test_searchers_of_mixed_quality_all_reach_the_goal_and_the_narrow_informed_one_takes_the_fewest_steps() -> None:

@@ -1,0 +1,57 @@
+"""What a run shows in its warm start: the source of demonstrations that the config names, with the files that it reads."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from neox_rl.batch.record import read_batch, recorded_steps
+from neox_rl.config.derived import warmstart_skipped
+from neox_rl.config.run import RunConfig
+from neox_rl.errors import ConfigError, WireError
+from neox_rl.ports import Tokenizer
+from neox_rl.queue.wire_messages import Phase
+from neox_rl.search.demonstrations import WRITTEN, Source, TraceStyle, attempts, of_problems, searches, trees, values, written
+from neox_rl.search.linearize import Mask
+from neox_rl.search.trees import read_trees
+from neox_rl.types import Problem, Trace, Tree
+
+
+def demonstration_source(config: RunConfig, problems: Sequence[Problem], tokenizer: Tokenizer) -> Source:
+    """Of training ``problems`` alone, whatever the files hold. Raises ConfigError when there is nothing to show."""
+    w = config.metarl.warmstart
+    if not w.steps or warmstart_skipped(config):
+        return _nothing
+    style = TraceStyle(w.telling, Mask(w.mask), w.prune, w.choice_weight)
+    match w.style:
+        case "trees":
+            return trees(of_problems(_trees(w.path), problems), style, tokenizer)
+        case "values":
+            return values(of_problems(_trees(w.path), problems), tokenizer)
+        case "attempts":
+            return attempts(_attempts(Path(w.path)), problems)
+        case name if name == WRITTEN:
+            return written(problems, style, tokenizer)
+    return searches(problems, w.style, style, tokenizer)
+
+
+def _nothing(rng: random.Random, id: str) -> Trace:
+    raise ConfigError("this run has no warm start, so it has nothing to demonstrate")
+
+
+def _trees(paths: str) -> Iterator[Tree]:
+    try:
+        for path in paths.split(","):
+            yield from read_trees(Path(path))
+    except (OSError, WireError) as error:
+        raise ConfigError(f"metarl.warmstart.path = {paths!r}: {error}; give files that python -m neox_rl.search --trees wrote") from error
+
+
+def _attempts(directory: Path) -> Iterator[Trace]:
+    try:
+        for step in recorded_steps(directory, Phase.RL.value):
+            for group in read_batch(directory, Phase.RL.value, step)[0]:
+                yield from group.traces
+    except (OSError, WireError) as error:
+        raise ConfigError(f"metarl.warmstart.path = '{directory}': {error}; give a directory that debug.record_batches filled") from error

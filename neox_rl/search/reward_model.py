@@ -1,0 +1,71 @@
+"""A process reward model v(q, S_t) as a language model that says in one word, after a path, whether it is hopeful (2501.04682, 3.2).
+
+The word is ``goal`` or ``back``, which every vocabulary of a search has; with another tokenizer, the first tokens of these words. The
+model is trained on it by the objective ``sft`` alone, from any start, by any engine, and served as any language model is: the value of
+a path is the chance of ``goal`` against ``back`` as its next token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from neox_rl import metacot
+from neox_rl.errors import ConfigError
+from neox_rl.ports import Tokenizer
+from neox_rl.search.linearize import DEMONSTRATED, glue_of
+from neox_rl.search.proposers import Position
+from neox_rl.search.values import Scores
+from neox_rl.types import Finish, Problem, Role, Segment, Trace
+
+HOPEFUL, HOPELESS = metacot.GOAL, metacot.BACK
+
+
+class NextToken(Protocol):
+    async def next_token(self, prompts: Sequence[Sequence[int]], ids: Sequence[int]) -> Sequence[Sequence[float]]:
+        """For each prompt the log-probs of the tokens ``ids`` as the next one; -inf for one far down the list."""
+        ...
+
+
+def value_ids(tokenizer: Tokenizer) -> tuple[int, int]:
+    """(hopeful, hopeless). Raises ConfigError for a tokenizer that does not tell the two words apart by their first token."""
+    found = [tokenizer.encode(f" {word}")[:1] for word in (HOPEFUL, HOPELESS)]
+    if not all(found) or found[0] == found[1]:
+        raise ConfigError(
+            f"the tokenizer begins {HOPEFUL!r} and {HOPELESS!r} with the same token {found}: a reward model cannot say which it means"
+        )
+    return found[0][0], found[1][0]
+
+
+def value_context(problem: Problem, texts: Sequence[str], tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Prompt and path as the model reads them, in training and when it is asked: step by step, so that no token spans two steps."""
+    glue = glue_of(problem)
+    return (*tokenizer.encode(problem.prompt), *(i for text in texts for i in tokenizer.encode(glue + text)))
+
+
+def value_trace(problem: Problem, texts: Sequence[str], hopeful: bool, tokenizer: Tokenizer, id: str) -> Trace:
+    """A path as context, and the one word about it, which alone is trained on."""
+    word = value_ids(tokenizer)[0 if hopeful else 1]
+    segments = (Segment(value_context(problem, texts, tokenizer), Role.PROMPT), Segment((word,), Role.VERIFY, mask=1.0))
+    return Trace(id, problem.id, segments, reward=1.0, finish=Finish.STOP, verdict=DEMONSTRATED)
+
+
+@dataclass(frozen=True)
+class WordValue:
+    """The value of a position by a served model of this kind; it writes one token a position. NaN where it says neither word."""
+
+    model: NextToken
+    tokenizer: Tokenizer
+
+    async def score(self, positions: Sequence[Position], max_tokens: int | None) -> Scores:
+        if max_tokens is not None and max_tokens < len(positions):
+            return Scores([0.0] * len(positions))
+        prompts = [value_context(p.problem, p.texts, self.tokenizer) for p in positions]
+        found = await self.model.next_token(prompts, value_ids(self.tokenizer))
+        return Scores([_share(*map(math.exp, pair)) for pair in found], len(positions))
+
+
+def _share(hopeful: float, hopeless: float) -> float:
+    return hopeful / (hopeful + hopeless) if hopeful + hopeless > 0 else math.nan
