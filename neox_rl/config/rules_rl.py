@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from neox_rl.config.derived import prompt_tokens, staleness_bound, starts_from_checkpoint, warmstart_skipped
 from neox_rl.config.machine import Machine
-from neox_rl.config.own import is_own
 from neox_rl.config.run import RunConfig
 
 RECORDED = ("trees", "attempts", "values")
