@@ -24,7 +24,6 @@ from neox_rl.codec import decode_groups, encode_groups
 from neox_rl.config.derived import makes_policy, warmstart_skipped
 from neox_rl.config.run import RunConfig
 from neox_rl.engines.port import Engine, StepReport
-from neox_rl.errors import DiskFullError
 from neox_rl.loss.policy import make_loss_fn, make_sft_loss_fn, needs_proximal, needs_reference
 from neox_rl.queue.wire import Phase
 from neox_rl.step.feed import Feed
