@@ -36,6 +36,10 @@ class WeightError(NeoxRLError):
     """A snapshot that is incomplete or whose digest differs: it must never become live."""
 
 
+class DiskFullError(NeoxRLError):
+    """Files could not be written whole for lack of room, and what was there before is as it was: with room it may be done again."""
+
+
 class ProcessDiedError(NeoxRLError):
     """A process of the run ended when it should not have. Names the process, its exit status and its log."""
 

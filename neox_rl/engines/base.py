@@ -1,6 +1,6 @@
 """What every engine over torch.distributed does alike; a framework adds how it builds, schedules, steps and saves.
 
-step:  micro-batches -> the framework's schedule -> logits [T, V/tp] on the last stage -> log-probs, entropy -> loss function
+step:  micro-batches -> the framework's schedule -> logits [T, V/tp] on the last stage -> log-probs, entropy [N] -> loss function
        -> gradients summed over micro-batches and DP ranks -> optimizer -> report, equal on every rank
 """
 
@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -21,19 +22,23 @@ from torch import Tensor
 
 from neox_rl.batch.types import MicroBatch
 from neox_rl.config.derived import hf_config
+from neox_rl.config.own import own
 from neox_rl.config.run import RunConfig
+from neox_rl.engines.checkpoint_files import out_of_room
 from neox_rl.engines.hf_files import check_config, hf_reader, write_hf
+from neox_rl.engines.hf_layout import HfLayout
 from neox_rl.engines.model_shape import ModelShape, model_shape
+from neox_rl.engines.packed import Gather
 from neox_rl.engines.port import LossFn, Policy, StepReport, Topology
 from neox_rl.engines.weight_parts import WeightParts, World
-from neox_rl.errors import NeoxRLError
+from neox_rl.errors import DiskFullError, NeoxRLError
 from neox_rl.loss.metrics import is_max
 from neox_rl.loss.vocab_parallel import token_logprobs_and_entropy
 from neox_rl.types import Json
 
 _COUNTED = ("loss", "tokens")
 OnLogits = Callable[[Tensor, MicroBatch, Tensor], Tensor]
-"""(logits [T, V/tp], micro-batch, targets [T]) -> a scalar to take the gradient of. Called on the last stage, once a micro-batch."""
+"""(logits [T, V/tp], micro-batch, targets [Q]) -> a scalar to take the gradient of. Called on the last stage, once a micro-batch."""
 
 
 class RankEngine(ABC):
@@ -48,6 +53,8 @@ class RankEngine(ABC):
         self._dtype = torch.bfloat16 if config.neox.precision == "bfloat16" else torch.float32
         self._steps = 0
         self._reference: list[Tensor] | None = None
+        layout = config.metarl.hf_layout
+        self._hf_names: HfLayout | None = own(layout, "metarl.hf_layout") if layout else None
 
     @abstractmethod
     def _train(self, microbatches: Sequence[MicroBatch], on_logits: OnLogits, lr: float) -> float:
@@ -73,7 +80,7 @@ class RankEngine(ABC):
         sums: dict[str, Tensor] = {}
 
         def loss(logits: Tensor, batch: MicroBatch, targets: Tensor) -> Tensor:
-            value, metrics = loss_fn(*self._logprobs(logits, targets, temperature), batch)
+            value, metrics = loss_fn(*self._logprobs(logits, batch, targets, temperature), batch)
             counted = {
                 "loss": value,
                 "tokens": torch.tensor(np.count_nonzero(batch.loss_weight)),
@@ -102,7 +109,7 @@ class RankEngine(ABC):
         found: list[Tensor] = []
 
         def keep(logits: Tensor, batch: MicroBatch, targets: Tensor) -> Tensor:
-            values, _ = self._logprobs(logits, targets, temperature)
+            values, _ = self._logprobs(logits, batch, targets, temperature)
             found.append(values.float())
             return values.sum()
 
@@ -110,14 +117,18 @@ class RankEngine(ABC):
         with torch.no_grad(), self._weights(which):
             self._forward(microbatches, keep)
         world = self._world
-        result = torch.stack(found) if self._last else torch.empty(len(microbatches), len(microbatches[0]), device=world.device)
+        sizes = [len(batch.terms) for batch in microbatches]
+        result = torch.cat(found) if self._last else torch.empty(sum(sizes), device=world.device)
         if world.topology.pp > 1:
             dist.broadcast(result, group=world.pp, group_src=world.topology.pp - 1)
-        return list(result.cpu().numpy())
+        return [part.numpy() for part in result.cpu().split(sizes)]
 
-    def _logprobs(self, logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def _logprobs(self, logits: Tensor, batch: MicroBatch, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """log p(target) and entropy [N] of each term, from the logits [T, V/tp] of the rows."""
         top = self.topology
-        return token_logprobs_and_entropy(
+        if batch.shared:
+            logits = _at(logits, batch.rows)
+        logprobs, entropy = token_logprobs_and_entropy(
             logits,
             targets,
             vocab_start=top.tp_rank * logits.shape[-1],
@@ -125,6 +136,7 @@ class RankEngine(ABC):
             group=self._world.tp if top.tp > 1 else None,
             temperature=temperature,
         )
+        return (_at(logprobs, batch.terms), _at(entropy, batch.terms)) if batch.shared else (logprobs, entropy)
 
     def _check_lengths(self, microbatches: Sequence[MicroBatch]) -> None:
         sizes = sorted({len(batch) for batch in microbatches})
@@ -153,7 +165,8 @@ class RankEngine(ABC):
     # Weights
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        return self._parts.gathered()
+        tensors = self._parts.gathered()
+        return tensors if self._hf_names is None else self._hf_names.exported(tensors, self.shape.hf_shapes())
 
     def hf_config(self) -> dict[str, Json]:
         return hf_config(self._config, self.shape.vocab)
@@ -161,13 +174,13 @@ class RankEngine(ABC):
     def load_hf(self, directory: Path) -> None:
         check_config(directory, self.hf_config())
         with hf_reader(directory) as read:
-            self._set_weights(read)
+            self._set_weights(read if self._hf_names is None else self._hf_names.reader(read, self.shape.hf_shapes()))
 
     def save_hf(self, directory: Path) -> None:
         tensors = dict(self.named_tensors())
-        if self.topology.rank == 0:
-            write_hf(directory, tensors, self.hf_config())
-        self.barrier()
+        with self._writing(directory):
+            if self.topology.rank == 0:
+                write_hf(directory, tensors, self.hf_config())
 
     def _set_weights(self, read: Callable[[str], Tensor]) -> None:
         self._parts.fill(read)
@@ -203,6 +216,27 @@ class RankEngine(ABC):
 
     def barrier(self) -> None:
         dist.barrier(group=self._world.control)
+
+    @contextmanager
+    def _writing(self, directory: Path) -> Iterator[None]:
+        """A barrier behind what each rank writes in the block. Raises DiskFullError on every rank alike where one had no room."""
+        full = 0
+        try:
+            yield
+        except Exception as error:
+            if not out_of_room(error):
+                raise
+            full = 1
+        without = torch.tensor(full)
+        dist.all_reduce(without, group=self._world.control)
+        if int(without):
+            raise DiskFullError(
+                f"no room on the disk of {directory}, for {int(without)} of {self.topology.world_size} ranks: make room there"
+            )
+
+
+def _at(x: Tensor, index: NDArray[np.int64]) -> Tensor:
+    return cast(Tensor, Gather.apply(x, torch.from_numpy(index).to(x.device)))  # type: ignore[no-untyped-call]
 
 
 def broadcast(data: bytes | None, group: dist.ProcessGroup, source: int, device: torch.device) -> bytes:

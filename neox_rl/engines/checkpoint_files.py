@@ -19,7 +19,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from neox_rl.errors import WeightError
+from neox_rl.telemetry.jsonl import FULL
 from neox_rl.types import Json
 
 logger = logging.getLogger(__name__)
@@ -112,6 +115,13 @@ def to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def out_of_room(error: BaseException) -> bool:
+    """Whether a write failed only for lack of room. safetensors has no other way to say so than the words of the system."""
+    if isinstance(error, SafetensorError):
+        return any(f"(os error {number})" in str(error) for number in FULL)
+    return isinstance(error, OSError) and error.errno in FULL
 
 
 def read_meta(checkpoint: Path, layout: Mapping[str, Json]) -> dict[str, Json]:

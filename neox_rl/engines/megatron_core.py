@@ -93,20 +93,20 @@ class MegatronCoreEngine(RankEngine):
     def save(self, directory: Path, client_state: Mapping[str, Json]) -> Path:
         final = directory / f"step{self._steps:06d}"
         temporary = directory / f"{final.name}.tmp"
-        if self.topology.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        self.barrier()
+        with self._writing(directory):
+            if self.topology.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
         state = mcore_state.collect(self._inner, self._setup.torch_optimizers(self._optimizer), self._reference)
-        mcore_state.write_rank(temporary, self.topology.rank, state)
-        self.barrier()
-        if self.topology.rank == 0:
-            meta: dict[str, Json] = {"format": checkpoint_files.FORMAT, "steps": self._steps, "layout": self._layout()}
-            meta["client_state"] = dict(client_state)
-            checkpoint_files.publish(temporary, final, meta)
-            checkpoint_files.tidy(directory)
-            checkpoint_files.prune(final, self._neox.keep_last_n_checkpoints)
-        self.barrier()
+        with self._writing(directory):
+            mcore_state.write_rank(temporary, self.topology.rank, state)
+        with self._writing(directory):
+            if self.topology.rank == 0:
+                meta: dict[str, Json] = {"format": checkpoint_files.FORMAT, "steps": self._steps, "layout": self._layout()}
+                meta["client_state"] = dict(client_state)
+                checkpoint_files.publish(temporary, final, meta)
+                checkpoint_files.tidy(directory)
+                checkpoint_files.prune(final, self._neox.keep_last_n_checkpoints)
         return final
 
     def load(self, directory: Path) -> dict[str, Json]:

@@ -51,7 +51,7 @@ class LossFn(Protocol):
     """The objective of one micro-batch."""
 
     def __call__(self, logprobs: Tensor, entropy: Tensor, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """From log p(target) [T] and entropy [T] (fp32, with gradient): the scalar loss sum, and sums to report.
+        """From log p(target) [N] and entropy [N] (fp32, with gradient): the scalar loss sum, and sums to report.
 
         The weights of the batch are normalized over the global batch already: nothing is divided afterwards.
         """
@@ -71,7 +71,7 @@ class Engine(Protocol):
     def logprobs(
         self, microbatches: Sequence[MicroBatch], which: Policy = "current", temperature: float = 1.0
     ) -> list[NDArray[np.float32]]:
-        """log p(target) [T] of each micro-batch, without gradient, on every rank of the pipeline."""
+        """log p(target) [N] of the terms of each micro-batch, without gradient, on every rank of the pipeline."""
         ...
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -90,11 +90,14 @@ class Engine(Protocol):
         ...
 
     def save_hf(self, directory: Path) -> None:
-        """Writes ``config.json`` and safetensors; tokenizer files are the caller's."""
+        """Writes ``config.json`` and safetensors; tokenizer files are the caller's. Raises DiskFullError like ``save``."""
         ...
 
     def save(self, directory: Path, client_state: Mapping[str, Json]) -> Path:
-        """Writes a checkpoint below ``directory`` atomically and returns its path."""
+        """Writes a checkpoint below ``directory`` atomically and returns its path.
+
+        Raises DiskFullError, on every rank, where one of them has no room: earlier checkpoints are whole, and it may be called again.
+        """
         ...
 
     def load(self, directory: Path) -> dict[str, Json]:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from neox_rl.telemetry.heartbeat import Beat
 
-WAITING = ("wait_batch", "evaluate", "build")
-"""Spans of a rank with deadlines of their own: those of the requests to the orchestrator, and of the start."""
+BUILD = "build"
+WAITING = ("wait_batch", "evaluate", "wait_disk", BUILD)
+"""Spans of a rank with deadlines of their own: those of the requests to the orchestrator, of a full disk, and of the start."""
 STALL_S = 2.0
 """Between two looks: the launcher was stopped itself, perhaps with everything else, and what it did not hear counts for nothing."""
 MAX_NAMED = 4
@@ -30,8 +31,8 @@ class _Heard:
 class Signs:
     """``hear`` takes the newest beats, ``stuck`` says what is wrong with whom, in words; empty where nothing is."""
 
-    def __init__(self, silence_s: float, step_s: float) -> None:
-        self._silence_s, self._step_s = silence_s, step_s
+    def __init__(self, silence_s: float, step_s: float, start_s: float) -> None:
+        self._silence_s, self._step_s, self._start_s = silence_s, step_s, start_s
         self._heard: dict[str, _Heard] = {}
         self._looked: float | None = None
 
@@ -60,7 +61,7 @@ class Signs:
     def stuck(self, prefix: str, now: float) -> str:
         """Why the processes whose name begins so cannot be left alone."""
         found = {process: heard for process, heard in self._heard.items() if process.startswith(prefix)}
-        silent = [h for h in found.values() if now - h.at > self._silence_s]
+        silent = [h for h in found.values() if now - h.at > self._patience(h.beat)]
         if silent:
             longest = max(now - h.at for h in silent)
             return f"shows no sign of life for {longest:.0f} s: {name_all([h.beat for h in silent])}"
@@ -69,6 +70,10 @@ class Signs:
             behind = sorted(slow, key=lambda h: h.since)
             return f"stands still for {now - behind[0].since:.0f} s: {name_all([h.beat for h in behind])}"
         return ""
+
+    def _patience(self, beat: Beat) -> float:
+        """Imports and compilations of the start hold the interpreter for long, and longer where many processes start on few cores."""
+        return max(self._start_s, self._silence_s) if beat.doing.startswith(BUILD) else self._silence_s
 
 
 def name_all(beats: list[Beat]) -> str:

@@ -78,7 +78,7 @@ class Supervisor:
         self._asked: float | None = None
         self._told: GuardedProcess | None = None
         self._served: float | None = None
-        self._trained = self._enough = False
+        self._trained = self._enough = self._full = False
 
     def run(self, parts: list[Program]) -> bool:
         """True when the ranks trained everything, False when the user stopped the run. Raises ProcessDiedError, DeadlineError."""
@@ -145,6 +145,9 @@ class Supervisor:
             self._healed(RANKS)
         if ORCHESTRATOR in self._healing and ORCHESTRATOR not in self._due and self._watch.heard_of(ORCHESTRATOR):
             self._healed(ORCHESTRATOR)
+        if (room := self._watch.without_room()) and not self._full:
+            self._warn(f"the disk is full, make room: {room}")
+        self._full = bool(room)
         self._check_deadlines()
         time.sleep(POLL_S)
 

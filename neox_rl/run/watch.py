@@ -30,7 +30,7 @@ class Watch:
     def __init__(self, config: RunConfig, paths: RunPaths) -> None:
         deadlines = config.metarl.deadlines
         self._paths, self._start_s = paths, deadlines.ranks_start_s
-        self._signs = Signs(deadlines.silence_s, deadlines.step_s)
+        self._signs = Signs(deadlines.silence_s, deadlines.step_s, deadlines.ranks_start_s)
         self._every_s = min(0.5, interval_s(deadlines.silence_s))
         self._looked = 0.0
         self._gone: float | None = None
@@ -85,6 +85,10 @@ class Watch:
         if self._gone is None:  # their runner ends the others in a moment: who was gone first is what matters
             self._gone, self._lost = now, name_all(gone)
         return f"lost {self._lost}" if now - self._gone > EXIT_S else ""
+
+    def without_room(self) -> str:
+        """Which ranks wait for room on the disk, and where, in words; their log may have no room to say so."""
+        return name_all([beat for beat in self.heard_of(f"{RANKS}-") if beat.doing.startswith("wait_disk")])
 
     def doing(self, name: str) -> str:
         """What it was last known to be at, in words."""

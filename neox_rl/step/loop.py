@@ -12,9 +12,11 @@ Who waits on whom: the loop waits for the feed only. A slow or dead server is th
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from neox_rl.batch.pack import pack_rl, pack_sft
@@ -24,6 +26,7 @@ from neox_rl.codec import decode_groups, encode_groups
 from neox_rl.config.derived import makes_policy, warmstart_skipped
 from neox_rl.config.run import RunConfig
 from neox_rl.engines.port import Engine, StepReport
+from neox_rl.errors import DiskFullError
 from neox_rl.loss.policy import make_loss_fn, make_sft_loss_fn, needs_proximal, needs_reference
 from neox_rl.queue.wire import Phase
 from neox_rl.step.feed import Feed
@@ -36,6 +39,10 @@ from neox_rl.telemetry.paths import RunPaths
 from neox_rl.types import Group
 from neox_rl.weights.publisher import Publisher
 from neox_rl.weights.snapshot import make_snapshot
+
+logger = logging.getLogger(__name__)
+DISK_S = 1.0
+"""Between two tries to save on a full disk."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class TrainingLoop:
         reason = "finished" if self._warm_start() and self._reinforce() else "stopped"
         self._checkpoint(force=True)
         if reason == "finished":
-            self.engine.save_hf(self.paths.root / "model")
+            self._when_room(lambda: self.engine.save_hf(self.paths.root / "model"))
         if self.leader is not None:
             self.leader.feed.done(reason)
         self.engine.barrier()
@@ -211,7 +218,25 @@ class TrainingLoop:
         due = force or (factor > 0 and sum(here) % factor == 0)
         if due and here != self._saved:
             with self.events.span("checkpoint", step=sum(here)):
-                self.engine.save(self._checkpoints, self.position.to_json())
+                self._when_room(lambda: self.engine.save(self._checkpoints, self.position.to_json()))
             self._saved = here
             if self.leader is not None:
                 self.leader.feed.saved(self.position)
+
+    def _when_room(self, write: Callable[[], object]) -> None:
+        """A full disk is waited for as the journal waits; rank 0's clock decides. Raises DiskFullError after ``queue.disk_full_s``."""
+        limit_s, begin = self.config.metarl.queue.disk_full_s, time.monotonic()
+        for tries in count():
+            try:
+                write()
+                return
+            except DiskFullError as error:
+                waited_s = time.monotonic() - begin
+                if self.engine.broadcast_bytes(b"\x01" if waited_s < limit_s else b"\x00") == b"\x00":
+                    raise DiskFullError(
+                        f"waited {waited_s:.0f} s for room to save: {error}; the run goes on from its last checkpoint"
+                    ) from error
+                if tries == 0:
+                    logger.warning("waits up to %.0f s to save: %s", limit_s, error)
+                with self.events.span("wait_disk", directory=str(self._checkpoints)):
+                    time.sleep(DISK_S)

@@ -32,6 +32,7 @@ SPANS: Final[dict[str, str]] = {
     "train_step": "forward, backward, optimizer",
     "publish": "offering new weights",
     "checkpoint": "saving",
+    "wait_disk": "waiting for room on the disk, to save",
     "evaluate": "held-out evaluation",
     # orchestrator
     "demonstrate": "building demonstrations",

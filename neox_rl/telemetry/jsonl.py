@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import FileIO
@@ -16,6 +17,7 @@ from typing import Any, Final
 FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 """Of an OSError: there is no room, and there may be again."""
 REWRITTEN_BYTES: Final = 2048
+READS, READ_S = 3, 0.005
 logger = logging.getLogger(__name__)
 
 
@@ -141,16 +143,34 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def write_json(path: Path, value: Mapping[str, Any], *, indent: int | None = None) -> None:
-    """Replace the file at once: a reader sees the old value or the new one, never a part. A write that fails leaves the old one."""
-    clean, _ = finite(value)
+def write_json(path: Path, value: Mapping[str, Any], *, indent: int | None = None, room: int = 0) -> None:
+    """Replace the file at once: a reader sees the old value or the new one, never a part. A write that fails leaves the old one.
+
+    With ``room`` the file has that many bytes at least, and a full disk does not matter to what fits: it is rewritten in its place.
+    """
+    text = json.dumps(finite(value)[0], indent=indent, allow_nan=False)
+    data = (text.ljust(room - 1) + "\n").encode()
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(clean, indent=indent, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_bytes(data)
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise
+        if not (room and error.errno in FULL and _in_place(path, data)):
+            raise
+
+
+def _in_place(path: Path, data: bytes) -> bool:
+    """Whether the file has as many bytes, which are ``data`` now."""
+    try:
+        file = os.open(path, os.O_WRONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fits = os.fstat(file).st_size == len(data)
+        return fits and os.pwrite(file, data, 0) == len(data)
+    finally:
+        os.close(file)
 
 
 def rewrite_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -163,24 +183,27 @@ def rewrite_json(path: Path, value: Mapping[str, Any]) -> None:
     if len(text) >= REWRITTEN_BYTES:
         raise ValueError(f"{path.name}: {len(text)} bytes, at most {REWRITTEN_BYTES - 1} can be rewritten in place")
     data = text.ljust(REWRITTEN_BYTES - 1).encode() + b"\n"
-    try:
-        file = os.open(path, os.O_WRONLY)
-    except FileNotFoundError:
+    if not _in_place(path, data):
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         temporary.write_bytes(data)
         os.replace(temporary, path)
-        return
-    try:
-        os.pwrite(file, data, 0)
-    finally:
-        os.close(file)
+
+
+def _whole(path: Path) -> Any:
+    """A file that is being rewritten in its place is read again."""
+    for _ in range(READS - 1):
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            time.sleep(READ_S)
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in the file; empty if there is no file. Raises ValueError when it holds something else."""
     if not path.exists():
         return {}
-    value = json.loads(path.read_text(encoding="utf-8"))
+    value = _whole(path)
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object")
     return value

@@ -1,6 +1,7 @@
 """Where the run stands: two small files, replaced at once, that any process may read at any time.
 
-``status.json`` is the orchestrator's, ``processes.json`` the launcher's: each has one writer. On a full disk they stay what they were.
+``status.json`` is the orchestrator's, ``processes.json`` the launcher's: each has one writer. On a full disk the first is rewritten in its
+place, so that it says so and its phase goes on; the second stays what it was.
 """
 
 from __future__ import annotations
@@ -8,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Final
 
 from neox_rl.telemetry.jsonl import read_json, unless_full, write_json
 
+ROOM: Final = 4096
+"""Bytes that ``status.json`` has at least: what a longer message needs is there before the disk is full."""
 PHASES = ("starting", "warmstart", "evaluate", "rl", "report", "done", "failed")
 
 
@@ -46,7 +50,7 @@ class Status:
 
 def write_status(path: Path, status: Status) -> None:
     with unless_full():
-        write_json(path, asdict(status))
+        write_json(path, asdict(status), room=ROOM)
 
 
 def read_status(path: Path) -> Status:

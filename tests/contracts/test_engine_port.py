@@ -6,25 +6,27 @@ One rank, in this process. tests/invariance/test_engine_layouts.py holds the par
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from neox_rl.config.load import parse
 from neox_rl.config.neox import NeoXConfig
 from neox_rl.config.run import RunConfig
 from neox_rl.config.schema import MetaRLConfig
-from neox_rl.engines import mcore_state, registry
+from neox_rl.engines import checkpoint_files, mcore_state
+from neox_rl.engines.megatron_core import MegatronCoreEngine
 from neox_rl.engines.port import Engine
-from neox_rl.engines.registry import build_engine, register_engine
-from neox_rl.errors import ConfigError, NeoxRLError, WeightError
+from neox_rl.engines.registry import build_engine
+from neox_rl.errors import ConfigError, DiskFullError, NeoxRLError, WeightError
 from tests.invariance.engine_batches import VOCAB, loss_fn, sequences, split
 
 NEOX = NeoXConfig(hidden_size=32, num_attention_heads=2, num_layers=2, seq_length=64)
@@ -103,6 +105,44 @@ def test_checkpoint_is_whole_or_not_there(engine: Engine, tmp_path: Path) -> Non
     assert all(torch.equal(tensor, trained[name]) for name, tensor in engine.named_tensors())
     assert engine.save(tmp_path, {"cursor": [3]}) == path, "saving the same step again replaces it"
     assert engine.load(path) == {"cursor": [3]}
+
+
+def test_without_room_the_error_says_so_and_earlier_files_stay(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/e2e/test_full_disk.py has a disk that is. How DeepSpeed's own files fail is DeepSpeed's."""
+
+    def fails(error: Exception) -> Callable[..., None]:
+        def write(*_: Any) -> None:
+            raise error
+
+        return write
+
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").symlink_to("/dev/full")
+    with pytest.raises(DiskFullError, match=rf"no room on the disk of {model}, for 1 of 1 ranks"):
+        engine.save_hf(model)
+    (model / "config.json").unlink()
+    engine.save_hf(model)
+    if not isinstance(engine, MegatronCoreEngine):
+        return
+    path, before = engine.save(tmp_path / "ckpt", {"cursor": [1]}), weights(engine)
+    engine.step(split(sequences(), 1), loss_fn, 1e-2)
+    full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    for module, name, error in (
+        (mcore_state, "write_rank", full),
+        (mcore_state, "write_rank", OSError(errno.EDQUOT, "quota")),
+        (checkpoint_files, "_write", OSError(errno.ENOSPC, "full")),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(DiskFullError, match="make room there"):
+            patch.setattr(module, name, fails(error))
+            engine.save(tmp_path / "ckpt", {"cursor": [2]})
+        assert checkpoint_files.find(tmp_path / "ckpt") == path
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="broken"):
+        patch.setattr(mcore_state, "write_rank", fails(OSError(errno.EIO, "broken")))
+        engine.save(tmp_path / "ckpt", {"cursor": [2]})
+    later = engine.save(tmp_path / "ckpt", {"cursor": [2]})
+    assert checkpoint_files.find(tmp_path / "ckpt") == later and engine.load(path) == {"cursor": [1]}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in engine.named_tensors())
 
 
 def test_as_many_checkpoints_are_kept_as_asked_for(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,11 +230,6 @@ def test_ranks_that_the_layout_does_not_divide_are_refused_before_they_meet(monk
         build_engine(RunConfig(dataclasses.replace(NEOX, model_parallel_size=2)), VOCAB)
 
 
-def test_engines_are_found_by_name(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> None:
-    monkeypatch.setattr(registry, "ENGINES", dict(registry.ENGINES))
-    register_engine("mine", lambda config, vocab_size: engine)
-    assert build_engine(parse([], ["metarl.engine=mine"]).config, VOCAB) is engine
+def test_an_engine_that_there_is_not() -> None:
     with pytest.raises(ConfigError, match=r"'nemo'.*megatron-core"):
         build_engine(RunConfig(metarl=MetaRLConfig(engine="nemo")), VOCAB)
-    with pytest.raises(ConfigError, match="registered already"):
-        register_engine("megatron-core", lambda config, vocab_size: pytest.fail("never built"))

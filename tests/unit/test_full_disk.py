@@ -43,12 +43,12 @@ class Disk:
                 disk.left += before - super().truncate(size)
                 return before
 
-        def write_text(path: Path, text: str, encoding: str = "") -> int:
+        def write_bytes(path: Path, data: bytes) -> int:
             with File(path, "w") as file:
-                return sum(file.write(text[at].encode()) for at in range(len(text)))
+                return sum(file.write(data[at : at + 1]) for at in range(len(data)))
 
         monkeypatch.setattr(jsonl, "FileIO", File)
-        monkeypatch.setattr(Path, "write_text", write_text)
+        monkeypatch.setattr(Path, "write_bytes", write_bytes)
 
 
 @pytest.fixture
@@ -109,12 +109,19 @@ def test_events_wait_for_room_and_those_beyond_a_bound_are_counted(tmp_path: Pat
     assert (dropped.name, dropped.fields) == ("dropped", {"events": 100 - len(kept)})
 
 
-def test_the_status_stays_what_it_was(tmp_path: Path, disk: Disk) -> None:
+def test_the_status_goes_on_in_the_room_that_it_has(tmp_path: Path, disk: Disk) -> None:
     path = tmp_path / "status.json"
-    write_status(path, Status(phase="rl", step=1))
     disk.left = 20
-    write_status(path, Status(phase="rl", step=2))
-    assert read_status(path).step == 1 and [file.name for file in tmp_path.iterdir()] == ["status.json"]
+    write_status(path, Status(phase="rl", step=0))
+    assert list(tmp_path.iterdir()) == [], "there is no room at all"
+    disk.left = 1 << 20
+    write_status(path, Status(phase="rl", step=1))
+    disk.left, inode = 20, path.stat().st_ino
+    write_status(path, Status(phase="rl", step=2, message="waits for the disk"))
+    assert (read_status(path).step, read_status(path).message, path.stat().st_ino) == (2, "waits for the disk", inode)
+    assert [file.name for file in tmp_path.iterdir()] == ["status.json"]
+    write_status(path, Status(phase="rl", step=9, message="x" * 5000))
+    assert read_status(path).step == 2, "what does not fit leaves the old one"
     disk.left = 1 << 20
     write_status(path, Status(phase="rl", step=3))
     assert read_status(path).step == 3

@@ -89,7 +89,7 @@ def told(signs: Signs, *rounds: tuple[float, list[Beat]]) -> None:
 
 
 def test_the_silent_rank_is_named_with_what_it_was_at(tmp_path: Path) -> None:
-    signs = Signs(silence_s=5.0, step_s=100.0)
+    signs = Signs(silence_s=5.0, step_s=100.0, start_s=30.0)
     told(signs, *((float(t), [beat(0, t + 1), beat(1, min(t, 2) + 1)]) for t in range(9)))
     assert signs.stuck("trainer-", 7.0) == ""
     said = signs.stuck("trainer-", 8.0)
@@ -97,27 +97,33 @@ def test_the_silent_rank_is_named_with_what_it_was_at(tmp_path: Path) -> None:
 
 
 def test_a_standstill_names_all_who_wait_and_first_who_has_waited_longest() -> None:
-    signs = Signs(silence_s=5.0, step_s=10.0)
+    signs = Signs(silence_s=5.0, step_s=10.0, start_s=30.0)
     told(
         signs,
         *((float(t), [beat(0, t + 1, "publish version 4" if t > 2 else "train_step"), beat(1, t + 1, "train_step")]) for t in range(15)),
     )
     said = signs.stuck("trainer-", 14.0)
     assert (
-        said.startswith("stands still for 14 s: trainer-1 (pid 101 on here), at train_step; trainer-0 ")
-        and "at publish version 4" in said
+        said.startswith("stands still for 14 s: trainer-1 (pid 101 on here), at train_step; trainer-0 ") and "at publish version 4" in said
     )
 
 
-@pytest.mark.parametrize("doing", ["wait_batch phase rl step 4", "evaluate label final version 9", "build"])
+@pytest.mark.parametrize("doing", ["wait_batch phase rl step 4", "evaluate label final version 9", "build", "wait_disk directory d"])
 def test_waits_with_deadlines_of_their_own_are_no_standstill(doing: str) -> None:
-    signs = Signs(silence_s=5.0, step_s=10.0)
+    signs = Signs(silence_s=5.0, step_s=10.0, start_s=30.0)
     told(signs, *((float(t), [beat(0, t + 1, doing)]) for t in range(40)))
     assert signs.stuck("trainer-", 39.0) == ""
 
 
+def test_a_rank_that_is_built_may_be_silent_as_long_as_a_start_may_take() -> None:
+    signs = Signs(silence_s=5.0, step_s=10.0, start_s=30.0)
+    told(signs, *((float(t), [beat(0, 1, "build"), beat(1, t + 1, "build")]) for t in range(40)))
+    assert signs.stuck("trainer-", 30.0) == ""
+    assert signs.stuck("trainer-", 31.0) == "shows no sign of life for 31 s: trainer-0 (pid 100 on here), at build"
+
+
 def test_time_in_which_the_launcher_was_stopped_itself_counts_for_nothing() -> None:
-    signs = Signs(silence_s=5.0, step_s=10.0)
+    signs = Signs(silence_s=5.0, step_s=10.0, start_s=30.0)
     told(signs, (0.0, [beat(0, 1)]), (1.0, [beat(0, 1)]), (500.0, [beat(0, 1)]))
     assert signs.stuck("trainer-", 500.5) == ""
     told(signs, *((500.0 + t, [beat(0, 1)]) for t in range(1, 6)))
@@ -125,7 +131,7 @@ def test_time_in_which_the_launcher_was_stopped_itself_counts_for_nothing() -> N
 
 
 def test_a_successor_under_the_same_name_starts_anew() -> None:
-    signs = Signs(silence_s=5.0, step_s=100.0)
+    signs = Signs(silence_s=5.0, step_s=100.0, start_s=30.0)
     told(signs, (0.0, [beat(0, 7)]), (1.0, [beat(0, 7)]), (2.0, [beat(0, 7)]), (3.0, [beat(0, 1, pid=555)]), (4.0, [beat(0, 1, pid=555)]))
     assert signs.stuck("trainer-", 7.0) == ""
     signs.forget("trainer-")

@@ -14,12 +14,13 @@ import torch
 from neox_rl.batch.record import record_batch
 from neox_rl.config.run import RunConfig
 from neox_rl.engines.port import StepReport, Topology
-from neox_rl.errors import ConfigError
+from neox_rl.errors import ConfigError, DiskFullError
 from neox_rl.queue.wire import Phase
+from neox_rl.step import loop as loop_module
 from neox_rl.step.feed import RecordedFeed
 from neox_rl.step.loop import Leader, TrainingLoop
 from neox_rl.step.position import Position
-from neox_rl.telemetry.events import EventLog
+from neox_rl.telemetry.events import EventLog, read_events
 from neox_rl.telemetry.jsonl import read_jsonl
 from neox_rl.telemetry.status import read_status
 from neox_rl.types import Group, Json
@@ -41,6 +42,7 @@ class WrittenEngine:
 
     def __init__(self, story: Story) -> None:
         self.story = story
+        self.full = 0
 
     def __getattr__(self, name: str) -> Any:
         def note(*args: Any, **kwargs: Any) -> None:
@@ -65,6 +67,9 @@ class WrittenEngine:
 
     def save(self, directory: Path, client_state: Mapping[str, Json]) -> Path:
         self.story.said.append("save")
+        if self.full:
+            self.full -= 1
+            raise DiskFullError("no room on the disk of d")
         self.story.saved = dict(client_state)
         return directory
 
@@ -110,10 +115,13 @@ class WrittenFeed:
     def close(self) -> None: ...
 
 
-def run(config: RunConfig, story: Story, feed: Any = None, resume: bool = False) -> str:
+def run(config: RunConfig, story: Story, feed: Any = None, resume: bool = False, full: int = 0) -> str:
+    """``full``: how often the engine finds no room to save."""
     paths = small_paths(config)
     events = EventLog(paths.event_log("trainer-0"), "trainer-0")
-    loop = TrainingLoop(config, WrittenEngine(story), Leader(feed or WrittenFeed(story), None), events, paths)  # type: ignore[arg-type]
+    engine = WrittenEngine(story)
+    engine.full = full
+    loop = TrainingLoop(config, engine, Leader(feed or WrittenFeed(story), None), events, paths)
     try:
         return loop.run(resume)
     finally:
@@ -163,6 +171,22 @@ def test_checkpoints_every_n_steps_over_both_phases(tmp_path: Path) -> None:
     story = Story()
     run(with_neox(small_config(tmp_path, train_iters=4), checkpoint_factor=3), story)
     assert [story.said[i - 2 : i + 1] for i, s in enumerate(story.said) if s == "save"] == [["rl 1", "v1", "save"], ["rl 4", "v4", "save"]]
+
+
+def test_a_full_disk_is_waited_for_and_no_checkpoint_is_told_before_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_module, "DISK_S", 0.001)
+    config, story = small_config(tmp_path, train_iters=1), Story()
+    assert run(config, story, full=3) == "finished"
+    assert story.said[-7:] == [*["save"] * 4, "saved sft 2 rl 1", "save_hf", "done finished"]
+    waits = [event for event in read_events(small_paths(config).events) if event.name == "wait_disk"]
+    assert len(waits) == 3 and waits[0].fields["directory"].endswith("checkpoints")
+
+
+def test_a_disk_that_stays_full_ends_the_ranks_with_a_word(tmp_path: Path) -> None:
+    story = Story()
+    with pytest.raises(DiskFullError, match=r"waited 0 s for room to save: no room on the disk of d; the run goes on from its last"):
+        run(small_config(tmp_path, train_iters=1, queue={"disk_full_s": 0.0}), story, full=1)
+    assert not [said for said in story.said if said.startswith(("saved", "done"))]
 
 
 def test_a_loaded_or_imported_model_is_v0_of_a_run_without_a_warm_start(tmp_path: Path) -> None:
