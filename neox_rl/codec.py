@@ -2,8 +2,8 @@
 
 A group is encoded once, when it is finished, as one run of bytes; from then on these bytes travel::
 
-    head        ticket uint64; uint32: characters of problem_id, log-probs, traces, segments, ids, bytes of text
-    log-probs   float64, a token, only of segments that a policy sampled (version != NO_VERSION)
+    head        ticket uint64; unshown uint64; uint32: characters of problem_id, log-probs, traces, segments, ids, bytes of text
+    log-probs   float64, a token, only of segments that a policy sampled in this context (``sampled``)
     traces      rows of ``_TRACE``: how many segments and characters are its own, reward, finish, verdict
     segments    rows of ``_SEGMENT``
     ids         int32, a token
@@ -32,7 +32,7 @@ ARRAY: Final = "groups"
 """The one array of a message with groups."""
 _ROLES, _FINISHES, _REASONS, _BOOLS = tuple(Role), tuple(Finish), tuple(Reason), (False, True)
 _INT32_MAX, _FLOAT_MAX = 2**31 - 1, float(np.finfo(np.float64).max)
-_HEAD: Final = struct.Struct("<Q6I")
+_HEAD: Final = struct.Struct("<2Q6I")
 _MAX_TICKET = 1 << 63
 _TRACE: Final = np.dtype(
     [
@@ -45,10 +45,10 @@ _SEGMENT: Final = np.dtype(
     [
         *(("version", "<i8"), ("mask", "<f8"), ("advantage", "<f8")),
         *(("num_ids", "<u4"), ("episode", "<i4")),
-        *(("role", "u1"), ("credited", "u1")),
+        *(("role", "u1"), ("credited", "u1"), ("sampled", "u1")),
     ]
 )
-"""``credited``: it has an advantage of its own; without one that field is 0."""
+"""``credited``: it has an advantage of its own; without one that field is 0. ``sampled``: it has log-probs."""
 _PARTS: Final = {"log-probs": np.dtype("<f8"), "traces": _TRACE, "segments": _SEGMENT, "ids": np.dtype("<i4")}
 """In the order of the bytes and of the counts in the head."""
 _TRACE_RANGES: Final = {"reward": (-_FLOAT_MAX, _FLOAT_MAX), "ms": (0, _FLOAT_MAX)}
@@ -64,10 +64,10 @@ def encode_group(group: Group) -> bytes:
     """Raises WireError for a value that ``decode_group`` would refuse."""
     segments = [segment for trace in group.traces for segment in trace.segments]
     for segment in segments:
-        if len(segment.logprobs) != (0 if segment.version == NO_VERSION else len(segment.ids)):
+        if len(segment.logprobs) not in ((0,) if segment.version == NO_VERSION else (0, len(segment.ids))):
             raise WireError(
                 f"segment of {len(segment.ids)} tokens at version {segment.version} has {len(segment.logprobs)} log-probs; "
-                f"sampled tokens have one each, others none"
+                f"tokens of a policy have one each, or none has one, and others have none"
             )
     try:
         parts = [
@@ -79,11 +79,11 @@ def encode_group(group: Group) -> bytes:
         _check(*parts)
         texts = (text for t in group.traces for text in (t.id, t.problem_id, t.verdict.extracted))
         text = "".join((group.problem_id, *texts)).encode()
-        head = _HEAD.pack(group.ticket, len(group.problem_id), *map(len, parts), len(text))
+        head = _HEAD.pack(group.ticket, group.unshown, len(group.problem_id), *map(len, parts), len(text))
     except (OverflowError, TypeError, ValueError, struct.error) as error:
         raise WireError(f"a value of the group of ticket {group.ticket} does not fit its place: {error}") from error
-    if group.ticket >= _MAX_TICKET:
-        raise WireError(f"ticket {group.ticket} is beyond {_MAX_TICKET}")
+    if max(group.ticket, group.unshown) >= _MAX_TICKET:
+        raise WireError(f"ticket {group.ticket} or its {group.unshown} other tokens are beyond {_MAX_TICKET}")
     return b"".join((head, *(part.tobytes() for part in parts), text))
 
 
@@ -106,8 +106,8 @@ def decode_batch(data: Frame) -> tuple[Group, ...]:
             raise WireError(f"a batch of {len(view)} bytes ends in the head of group {len(heads)}")
         head = _HEAD.unpack_from(view, at)
         at += _HEAD.size
-        sizes = [count * dtype.itemsize for count, dtype in zip(head[2:-1], _PARTS.values(), strict=True)]
-        if (end := at + sum(sizes) + head[-1]) > len(view) or head[0] >= _MAX_TICKET:
+        sizes = [count * dtype.itemsize for count, dtype in zip(head[3:-1], _PARTS.values(), strict=True)]
+        if (end := at + sum(sizes) + head[-1]) > len(view) or max(head[:2]) >= _MAX_TICKET:
             raise WireError(f"group {len(heads)} of ticket {head[0]} ends at byte {end} of {len(view)}")
         for size, part in zip(sizes, parts, strict=True):
             part.append(view[at : at + size])
@@ -163,7 +163,7 @@ def _trace_row(trace: Trace) -> tuple[float | int, ...]:
 def _segment_row(segment: Segment) -> tuple[float | int, ...]:
     credit = segment.advantage
     own = (segment.version, segment.mask, 0.0 if credit is None else credit, len(segment.ids), segment.episode)
-    return (*own, _ROLES.index(segment.role), credit is not None)
+    return (*own, _ROLES.index(segment.role), credit is not None, bool(segment.logprobs))
 
 
 def _check(logprobs: Array, traces: Array, segments: Array, ids: Array) -> None:
@@ -175,6 +175,8 @@ def _check(logprobs: Array, traces: Array, segments: Array, ids: Array) -> None:
             _check_range(name, table[name], low, high)
     if segments[(segments["credited"] == 0) & (segments["advantage"].view(np.int64) != 0)].size:
         raise WireError("an advantage of a segment that has none of its own")
+    if segments[(segments["sampled"] != 0) & ((segments["version"] == NO_VERSION) | (segments["num_ids"] == 0))].size:
+        raise WireError("log-probs of a segment that no policy made, or that is empty")
 
 
 def _check_range(name: str, array: Array, low: float, high: float) -> None:
@@ -192,7 +194,7 @@ class _Cutter:
         self._id = self._logprob = 0
 
     def group(self, head: Sequence[int], text: str) -> Group:
-        ticket, at, num_logprobs, num_traces, num_segments, num_ids, _ = head
+        ticket, unshown, at, num_logprobs, num_traces, num_segments, num_ids, _ = head
         ends = (self._id + num_ids, self._logprob + num_logprobs, num_segments, len(text))
         problem_id, segments, traces, first = text[:at], self._cut_segments(num_segments), [], 0
         for reward, ms, count, size, problem_size, extracted_size, finish, correct, reason in islice(self._traces, num_traces):
@@ -205,13 +207,13 @@ class _Cutter:
             at, first = end, first + count
         if (found := (self._id, self._logprob, first, at)) != ends:
             raise WireError(f"group of ticket {ticket}: ids, log-probs, segments, characters end at {found}, its head says {ends}")
-        return Group(ticket, problem_id, tuple(traces))
+        return Group(ticket, problem_id, tuple(traces), unshown)
 
     def _cut_segments(self, count: int) -> list[Segment]:
         ids, logprobs, at, logprob = self._ids, self._logprobs, self._id, self._logprob
         segments = []
-        for version, mask, advantage, size, episode, role, credited in islice(self._segments, count):
-            end, logprob_end = at + size, logprob if version == NO_VERSION else logprob + size
+        for version, mask, advantage, size, episode, role, credited, sampled in islice(self._segments, count):
+            end, logprob_end = at + size, logprob + size if _BOOLS[sampled] else logprob
             credit = advantage if _BOOLS[credited] else None
             segments.append(Segment(ids[at:end], _ROLES[role], logprobs[logprob:logprob_end], version, mask, episode, credit))
             at, logprob = end, logprob_end

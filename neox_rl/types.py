@@ -103,9 +103,11 @@ class Verdict:
 class Segment:
     """A run of tokens of one role, one version and one episode.
 
-    ``logprobs`` is empty exactly when ``version == NO_VERSION``: no policy sampled these tokens. ``mask`` is the
-    loss weight of each of its tokens, 0 for context only, 1 for full weight. ``advantage`` is the step's own credit, where it was
-    given one (VinePPO, arXiv 2410.01679): it takes the place of the rollout's advantage in its group. None: the rollout's holds.
+    ``version`` is the policy's that made the tokens, NO_VERSION where none did. ``logprobs`` are those under which it sampled them after
+    exactly the tokens before them; empty where none did so: prompts, feedback, and steps of a search that a trace tells in another
+    context, which only imitation (``objective.loss: sft``) can train. ``mask`` is the loss weight of each of its tokens, 0 for context
+    only, 1 for full weight. ``advantage`` is the step's own credit, where it was given one (VinePPO, arXiv 2410.01679): it takes the
+    place of the rollout's advantage in its group. None: the rollout's holds.
     """
 
     ids: tuple[int, ...]
@@ -143,11 +145,15 @@ class Trace:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Rollouts of one problem, compared with one another (GRPO, arXiv 2402.03300). ``ticket`` orders delivery."""
+    """Rollouts of one problem, compared with one another (GRPO, arXiv 2402.03300). ``ticket`` orders delivery.
+
+    ``unshown``: tokens that were generated for it and are in no trace, such as those of a search's values.
+    """
 
     ticket: int
     problem_id: str
     traces: tuple[Trace, ...]
+    unshown: int = 0
 
 
 @dataclass(frozen=True, slots=True)

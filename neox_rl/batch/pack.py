@@ -29,7 +29,7 @@ from neox_rl.ages import NO_AGE, beyond, check_bound, count_ages, token_ages
 from neox_rl.batch.advantages import group_advantages, zero_variance
 from neox_rl.batch.packing import Layout, Plan, plan
 from neox_rl.batch.types import PADDING, BatchStats, Floats, Ints, MicroBatch, StepBatch
-from neox_rl.config.schema import ObjectiveConfig, StalenessConfig
+from neox_rl.config.schema import IMITATION, ObjectiveConfig, StalenessConfig
 from neox_rl.errors import StalenessError
 from neox_rl.framing import Array
 from neox_rl.types import NO_VERSION, Finish, Group, Trace
@@ -68,9 +68,8 @@ def pack_rl(
     """
     _check_tickets(groups)
     sequences = _sequences(groups)
-    for sequence in sequences:
-        if bool(((sequence.mask > 0) & (sequence.versions == NO_VERSION)).any()):
-            raise ValueError(f"trace {sequence.trace.id} puts a loss on tokens that no policy sampled: mask them, or train them with sft")
+    if objective.loss != IMITATION:
+        _check_sampled(groups)
     ages = [_shift(token_ages(sequence.trace, step), NO_AGE) for sequence in sequences]
     bound = staleness.admission_slack + staleness.delivery_slack
     stale = [beyond(age, bound) for age in ages]
@@ -103,6 +102,12 @@ def pack_sft(groups: Sequence[Group], step: int, *, layout: Layout) -> StepBatch
     layout_plan = plan([len(s.tokens) for s in sequences], layout)
     stats = _stats(groups, sequences, layout_plan, 0, {}, {})
     return StepBatch(step, _microbatches(sequences, layout_plan), stats)
+
+
+def _check_sampled(groups: Sequence[Group]) -> None:
+    for trace in (trace for group in groups for trace in group.traces):
+        if any(s.mask > 0 and not s.logprobs and s.ids for s in trace.segments):
+            raise ValueError(f"trace {trace.id} puts a loss on tokens that no policy sampled there: mask them, or train them with sft")
 
 
 def _check_tickets(groups: Sequence[Group]) -> None:

@@ -17,6 +17,10 @@ def key(default: Any, doc: str, *, choices: tuple[str, ...] = (), low: float | N
     return field(default=default, metadata={"doc": doc, "choices": choices, "low": low, "high": high})
 
 
+IMITATION = "sft"
+"""The objective that reads no behavior log-probs and no advantages: it makes what it is shown more likely."""
+
+
 @dataclass(frozen=True)
 class ProblemsConfig:
     """Where problems come from."""
@@ -160,7 +164,7 @@ class StalenessConfig:
 class ObjectiveConfig:
     """Objective = credit x baseline x loss, each chosen by name."""
 
-    loss: str = key("tis", "policy loss", choices=("reinforce", "ppo", "decoupled_ppo", "tis", "cispo", "gspo"))
+    loss: str = key("tis", "policy loss", choices=("reinforce", "ppo", "decoupled_ppo", "tis", "cispo", "gspo", "sft"))
     baseline: str = key("grpo", "reward baseline in a group", choices=("none", "mean", "rloo", "grpo"))
     aggregation: str = key("token_mean", "denominator of the loss", choices=("token_mean", "sequence_mean", "constant"))
     clip_low: float = key(0.2, "lower clip: ratio >= 1 - clip_low", low=0.0)

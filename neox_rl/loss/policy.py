@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from neox_rl.config.schema import ObjectiveConfig
+from neox_rl.config.schema import IMITATION, ObjectiveConfig
 from neox_rl.loss.inputs import TokenArrays, TokenInputs, token_inputs
 from neox_rl.loss.kl import ESTIMATORS
 from neox_rl.loss.metrics import policy_sums, token_sums
@@ -46,7 +46,9 @@ def make_loss_fn(cfg: ObjectiveConfig, current_version: int) -> LossFn:
     def loss_fn(logprobs: Tensor, entropy: Tensor, batch: TokenArrays) -> tuple[Tensor, dict[str, Tensor]]:
         inputs = token_inputs(logprobs, entropy, batch)
         per_token, sums = objective(inputs, cfg)
-        sums |= token_sums(inputs) | policy_sums(inputs, current_version)
+        sums |= token_sums(inputs)
+        if cfg.loss != IMITATION:  # what is imitated has no behavior log-probs: nothing to compare with
+            sums |= policy_sums(inputs, current_version)
         if cfg.kl_coef > 0.0:
             divergence = ESTIMATORS[cfg.kl_estimator](logprobs, inputs.reference)
             per_token = per_token + cfg.kl_coef * divergence

@@ -62,7 +62,7 @@ class Book:
             encode_group(group),
             ticket=group.ticket,
             digests=self._digests(versions),
-            tokens=sum(versions.values()),
+            tokens=sum(versions.values()) + group.unshown,
             rollouts=len(group.traces),
         )
 
@@ -80,7 +80,8 @@ class Book:
         )
 
     def refused(self, group: Group) -> None:
-        self.add("refused", ticket=group.ticket, tokens=sum(version_tokens(group).values()), rollouts=len(group.traces))
+        tokens = sum(version_tokens(group).values()) + group.unshown
+        self.add("refused", ticket=group.ticket, tokens=tokens, rollouts=len(group.traces))
 
     def taken(self, id: int, step: int, groups: Iterable[Group], state: Mapping[str, Json]) -> None:
         """The batch of an RL step, which may leave once this is durable."""

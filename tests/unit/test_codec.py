@@ -23,7 +23,8 @@ FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 def segments(draw: st.DrawFn) -> Segment:
     ids = draw(st.lists(st.integers(0, 2**31 - 1), max_size=6))
     version = draw(st.sampled_from([NO_VERSION, 0, 7, 2**40]))
-    logprobs = [] if version == NO_VERSION else draw(st.lists(FLOATS, min_size=len(ids), max_size=len(ids)))
+    sampled = version != NO_VERSION and draw(st.booleans())
+    logprobs = draw(st.lists(FLOATS, min_size=len(ids), max_size=len(ids))) if sampled else []
     mask = draw(st.floats(0, 1))
     advantage = draw(st.none() | FLOATS)
     return Segment(tuple(ids), draw(st.sampled_from(Role)), tuple(logprobs), version, mask, draw(st.integers(0, 3)), advantage)
@@ -32,7 +33,7 @@ def segments(draw: st.DrawFn) -> Segment:
 VERDICTS = st.builds(Verdict, st.booleans(), st.text(max_size=5), st.sampled_from(Reason), st.floats(0, 1e6))
 TEXT = st.text(max_size=5)
 TRACES = st.builds(Trace, TEXT, TEXT, st.lists(segments(), max_size=3).map(tuple), FLOATS, st.sampled_from(Finish), VERDICTS)
-GROUPS = st.lists(st.builds(Group, st.integers(0, 2**50), TEXT, st.lists(TRACES, max_size=3).map(tuple)), max_size=3)
+GROUPS = st.lists(st.builds(Group, st.integers(0, 2**50), TEXT, st.lists(TRACES, max_size=3).map(tuple), st.integers(0, 9)), max_size=3)
 
 
 def example(traces: int = 2, groups: int = 2) -> list[Group]:
@@ -40,7 +41,7 @@ def example(traces: int = 2, groups: int = 2) -> list[Group]:
     think = Segment((4, 5), Role.THINK, (-0.1, -0.2), version=3, mask=1.0, advantage=-0.25)
     solution = Segment((6,), Role.SOLUTION, (-0.3,), version=4, mask=1.0, episode=1)
     trace = Trace("g000001/r0", "p", (prompt, think, solution), 1.0, Finish.STOP, Verdict(True, "26", Reason.MATCH, 0.5))
-    return [Group(k, "p", (trace,) * traces) for k in range(groups)]
+    return [Group(k, "p", (trace,) * traces, unshown=k) for k in range(groups)]
 
 
 @given(GROUPS, st.dictionaries(st.text(max_size=4), st.integers(-(2**63), 2**63) | st.text(max_size=3)))
@@ -138,15 +139,16 @@ def test_a_lone_surrogate_is_refused() -> None:
         encode_group(replace(example()[0], problem_id="\ud800"))
 
 
-@pytest.mark.parametrize("field", range(7))
+@pytest.mark.parametrize("field", range(8))
 def test_a_head_that_says_another_number_is_refused(field: int) -> None:
-    """Ticket, characters of the problem id, log-probs, traces, segments, ids, bytes of text: one more, and as many as fit."""
+    """Ticket, unshown tokens, characters of problem id, log-probs, traces, segments, ids, bytes of text: one more, and as many as fit."""
     sent = encode_group(example()[0])
-    head = struct.unpack_from("<Q6I", sent)
-    for value in (head[field] + 1, 2**63 if field == 0 else 2**32 - 1):
-        changed = struct.pack("<Q6I", *head[:field], value, *head[field + 1 :]) + sent[32:]
-        if field == 0 and value < 2**63:
-            assert decode_group(changed).ticket == value
+    head = struct.unpack_from("<2Q6I", sent)
+    for value in (head[field] + 1, 2**63 if field < 2 else 2**32 - 1):
+        changed = struct.pack("<2Q6I", *head[:field], value, *head[field + 1 :]) + sent[40:]
+        if field < 2 and value < 2**63:
+            group = decode_group(changed)
+            assert (group.ticket, group.unshown)[field] == value
         else:
             with pytest.raises(WireError):
                 decode_group(changed)
