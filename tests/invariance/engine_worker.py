@@ -103,6 +103,17 @@ def parity(case: dict[str, Any], out: Path) -> None:
     engine.close()
 
 
+def first_step(case: dict[str, Any], out: Path) -> None:
+    """Log-probs under given weights, one step, and the next weights."""
+    engine = build(case, out)
+    engine.load_hf(Path(case["load_hf"]))
+    logprobs = engine.logprobs(split(sequences(), 2))
+    report = train(engine, case, range(1))[0]
+    tensors = {f"w.{name}": tensor.numpy() for name, tensor in engine.named_tensors()}
+    np.savez(out / f"rank{engine.topology.rank}.npz", logprobs=logprobs, report=report, **tensors)
+    engine.close()
+
+
 def resume(case: dict[str, Any], out: Path) -> None:
     """Four steps in one go, against two steps, save, another process state, load, two steps."""
     engine = build(case, out)
@@ -127,7 +138,7 @@ def main() -> None:
     for case in cases:
         directory = out / case["name"]
         directory.mkdir(parents=True, exist_ok=True)
-        {"export": export, "parity": parity, "resume": resume}[case["kind"]](case, directory)
+        {"export": export, "parity": parity, "first_step": first_step, "resume": resume}[case["kind"]](case, directory)
 
 
 if __name__ == "__main__":
