@@ -27,6 +27,7 @@ REQUIRED = [
     "aiohttp",
     "msgspec",
     "blake3",
+    "xxhash>=3",
     "psutil",
     "pyyaml",
     "rich",

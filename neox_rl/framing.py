@@ -1,6 +1,6 @@
 """One framing for everything that crosses a process: a JSON header and one raw frame an array. Never pickle.
 
-Message = [header, array 0, array 1, ...]. The header is 4 bytes ``nrl`` + protocol version, 8 bytes of blake3 over the JSON and
+Message = [header, array 0, array 1, ...]. The header is 4 bytes ``nrl`` + protocol version, 8 bytes of XXH3 over the JSON and
 every array, then the JSON: ``{"kind": "...", "meta": {...}, "arrays": [[name, dtype, shape], ...]}``. A receiver checks the
 version, the digest, the JSON (UTF-8, no nan, no infinity, no key twice, at most ``MAX_DEPTH`` deep), the kind, the number of
 frames, each dtype against a fixed list and each frame's size in bytes before it uses a byte. The digest finds damage, not
@@ -16,7 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from blake3 import blake3
+from xxhash import xxh3_64
 
 from neox_rl.errors import ProtocolError, WireError
 from neox_rl.types import Json
@@ -50,7 +50,7 @@ def pack(kind: str, meta: Mapping[str, Json], arrays: Mapping[str, Array], self_
         rows.append([name, array.dtype.name, list(array.shape)])
         frames.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     header = {"kind": kind, "meta": dict(meta), "arrays": rows}
-    raw = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
+    raw = _ENCODER.encode(header).encode()
     return [seal(raw, [] if self_digested else frames), *frames]
 
 
@@ -90,10 +90,10 @@ def unpack_any(
 
 
 def _digest(raw: Frame, frames: Sequence[Frame]) -> bytes:
-    found = blake3(raw)
+    found = xxh3_64(raw)
     for frame in frames:
         found.update(frame)
-    return found.digest(_DIGEST_BYTES)
+    return found.digest()
 
 
 def _split(frames: Sequence[Frame]) -> tuple[bytes, bytes]:
@@ -114,7 +114,7 @@ def _split(frames: Sequence[Frame]) -> tuple[bytes, bytes]:
 
 def _parse(raw: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(raw.decode(), object_pairs_hook=_object, parse_constant=_refuse, parse_float=_float, parse_int=_int)
+        header = _DECODER.decode(raw.decode())
         if _SURROGATE.search(raw):
             json.dumps(header, ensure_ascii=False).encode()  # half of a pair raises: it could not be written to a log
     except (ValueError, RecursionError) as error:
@@ -152,6 +152,10 @@ def _int(text: str) -> int:
     if len(text) > MAX_INT_DIGITS + 1:
         raise ValueError(f"an integer of {len(text)} digits")
     return int(text)
+
+
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse, parse_float=_float, parse_int=_int)
 
 
 def _array(kind: str, row: object, frame: Frame) -> tuple[str, Array]:

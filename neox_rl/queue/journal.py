@@ -25,13 +25,16 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Final, TextIO
 
 from neox_rl.errors import ConfigError, JournalError
-from neox_rl.queue.records import Damage, Record, payload_of, scan, to_bytes
+from neox_rl.queue.records import Damage, Record, parts_of, payload_of, scan, to_bytes
 
 FORMAT: Final = 3
 SUFFIX: Final = ".journal"
@@ -251,13 +254,12 @@ class Journal:
 
     def _settle(self) -> None:
         with self._wake:
-            done = [w for w in self._waiters if w[0] <= self._committed or self._failed]
-            self._waiters = [w for w in self._waiters if w not in done]
-        for _, loop, future in done:
-            try:
-                loop.call_soon_threadsafe(_resolve, future, self._failed)
-            except RuntimeError:
-                continue  # the loop has ended, and who waited with it
+            # In order of what they wait for: each waits for all that was appended when it came.
+            ready = len(self._waiters) if self._failed else bisect_right(self._waiters, self._committed, key=lambda waiter: waiter[0])
+            done, self._waiters = self._waiters[:ready], self._waiters[ready:]
+        for loop, waiters in groupby(done, key=lambda waiter: waiter[1]):
+            with suppress(RuntimeError):  # the loop has ended, and who waited with it
+                loop.call_soon_threadsafe(_resolve, [future for _, _, future in waiters], self._failed)
 
 
 class _Segment:
@@ -276,7 +278,7 @@ class _Segment:
         _sync_directory(self.path.parent)
 
     def write(self, items: Sequence[tuple[int, bytes]]) -> None:
-        data = memoryview(b"".join(to_bytes(self.path.name, seq, payload) for seq, payload in items))
+        data = memoryview(b"".join(part for seq, payload in items for part in parts_of(self.path.name, seq, payload)))
         if os.fstat(self._file).st_size > self._end:
             os.ftruncate(self._file, self._end)
         at = self._end
@@ -339,13 +341,14 @@ def _name(first_seq: int) -> str:
     return f"{first_seq:012d}{SUFFIX}"
 
 
-def _resolve(future: asyncio.Future[None], failed: BaseException | None) -> None:
-    if future.done():
-        return
-    if failed is None:
-        future.set_result(None)
-    else:
-        future.set_exception(failed)
+def _resolve(futures: Iterable[asyncio.Future[None]], failed: BaseException | None) -> None:
+    for future in futures:
+        if future.done():
+            continue
+        if failed is None:
+            future.set_result(None)
+        else:
+            future.set_exception(failed)
 
 
 def _free(directory: Path) -> int:

@@ -4,9 +4,9 @@
     head     = magic (4) | payload length uint32 | sequence number uint64 | checksum (8) | CRC-32 of the 24 bytes before it, little-endian
     payload  = length of meta uint32 | meta (JSON object with a "kind") | body
 
-The checksum is blake3 over the segment's file name, length, sequence number and payload. The name is in it so that a record that was copied
-into the payload of another is none when a reader has to look for the next one after damage. ``body`` is opaque here: of a group it is
-``codec.encode_group``, so that a reader decodes only the groups that it needs.
+The checksum is XXH3 (64 bits) over the segment's file name, length, sequence number and payload. The name is in it so that a record
+that was copied into the payload of another is none when a reader has to look for the next one after damage. ``body`` is opaque here:
+of a group it is ``codec.encode_group``, so that a reader decodes only the groups that it needs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from blake3 import blake3
+from xxhash import xxh3_64
 
 from neox_rl.types import Json
 
@@ -28,6 +28,7 @@ _CRC = struct.Struct("<I")
 _LENGTH = struct.Struct("<I")
 HEAD_BYTES = _HEAD.size + _CRC.size
 MAX_PAYLOAD_BYTES = 1 << 31
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +57,19 @@ class Damage:
 
 def payload_of(kind: str, meta: Mapping[str, Json], body: bytes | memoryview = b"") -> bytes:
     """Raises ValueError for a meta that is not JSON."""
-    head = json.dumps({"kind": kind, **meta}, separators=(",", ":"), allow_nan=False).encode()
+    head = _ENCODER.encode({"kind": kind, **meta}).encode()
     return b"".join((_LENGTH.pack(len(head)), head, body))
 
 
 def to_bytes(segment: str, seq: int, payload: bytes | memoryview) -> bytes:
     """The record as it stands in the file ``segment``."""
+    return b"".join(parts_of(segment, seq, payload))
+
+
+def parts_of(segment: str, seq: int, payload: bytes | memoryview) -> tuple[bytes | memoryview, ...]:
+    """``to_bytes`` in pieces, for who joins many records: a payload is copied once."""
     head = _HEAD.pack(MAGIC, len(payload), seq, _checksum(segment, seq, payload))
-    return b"".join((head, _CRC.pack(zlib.crc32(head)), payload))
+    return head, _CRC.pack(zlib.crc32(head)), payload
 
 
 def scan(segment: str, data: bytes | memoryview) -> Iterator[Record | Damage]:
@@ -118,6 +124,6 @@ def _parse(seq: int, payload: memoryview) -> Record | None:
 
 
 def _checksum(segment: str, seq: int, payload: bytes | memoryview) -> bytes:
-    found = blake3(f"{segment}/{seq}/{len(payload)}/".encode())
+    found = xxh3_64(f"{segment}/{seq}/{len(payload)}/".encode())
     found.update(payload)
-    return found.digest(8)
+    return found.digest()
