@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from neox_rl.config.own import own
 from neox_rl.config.rules_model import LLAMA, model_family
 from neox_rl.config.run import RunConfig
 
@@ -41,7 +42,7 @@ def data_parallel_size(config: RunConfig) -> int:
 def prompt_tokens(config: RunConfig) -> int | None:
     """Tokens of a prompt under the symbolic tokenizer; None where another tokenizer makes them differ from problem to problem."""
     problems = config.metarl.problems
-    if problems.source == "jsonl" or config.metarl.tokenizer.path:
+    if problems.free_text or config.metarl.tokenizer.path:
         return None
     return PROMPT_MARKERS + problems.num_numbers
 
@@ -69,6 +70,13 @@ def hf_config(config: RunConfig, vocab_size: int, *, eos_id: int = 1, pad_id: in
     Rotary settings stand both as ``rope_parameters`` (transformers 5) and under the older names, which a reader of either kind needs:
     one that finds neither falls back to its own base without a word.
     """
+    described = _family_config(config, vocab_size, eos_id, pad_id)
+    if layout := config.metarl.hf_layout:
+        described = own(layout, "metarl.hf_layout").config(described)
+    return described
+
+
+def _family_config(config: RunConfig, vocab_size: int, eos_id: int, pad_id: int) -> dict[str, Any]:
     n = config.neox
     common: dict[str, Any] = {
         "vocab_size": vocab_size,

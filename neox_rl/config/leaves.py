@@ -11,11 +11,13 @@ from functools import cache
 from typing import Any, get_type_hints
 
 from neox_rl.config.neox import NeoXConfig
+from neox_rl.config.own import is_own
 from neox_rl.config.schema import MetaRLConfig
 from neox_rl.errors import ConfigError
 
 BLOCK = "metarl"
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+OWN_PART = "package.module:name"
 LARGEST = sys.float_info.max
 """NaN is not below it, nor is an integer that no float holds."""
 
@@ -31,11 +33,14 @@ class Leaf:
     choices: tuple[str, ...]
     low: float | None
     high: float | None
+    own: bool
 
     def expects(self) -> str:
         """The values that this key takes, in words."""
         if self.choices:
-            return "one of " + ", ".join(self.choices)
+            return "one of " + ", ".join(self.choices) + (f", or {OWN_PART}" if self.own else "")
+        if self.own:
+            return OWN_PART if self.type is str else f"a list of {OWN_PART}"
         kind = {int: "an integer", float: "a number", bool: "true or false", str: "text", tuple[str, ...]: "a list of texts"}
         words = kind.get(self.type, "a mapping")
         bounds = [f"{sign} {bound:g}" for sign, bound in ((">=", self.low), ("<=", self.high)) if bound is not None]
@@ -56,7 +61,7 @@ def _walk(cls: type, prefix: str) -> Iterator[tuple[str, Leaf | None]]:
 def _leaf(path: str, kind: Any, f: Field[Any]) -> Leaf:
     default = f.default_factory() if f.default_factory is not MISSING else f.default
     meta = f.metadata
-    return Leaf(path, kind, default, meta["doc"], meta.get("choices", ()), meta.get("low"), meta.get("high"))
+    return Leaf(path, kind, default, meta["doc"], meta.get("choices", ()), meta.get("low"), meta.get("high"), meta.get("own", False))
 
 
 @cache
@@ -119,7 +124,7 @@ def _typed(leaf: Leaf, value: object) -> Any:
 
 def _in_bounds(leaf: Leaf, value: Any) -> bool:
     if leaf.choices:
-        return value in leaf.choices
+        return value in leaf.choices or (leaf.own and is_own(value))
     return (leaf.low is None or value >= leaf.low) and (leaf.high is None or value <= leaf.high)
 
 

@@ -10,7 +10,7 @@ from dataclasses import fields
 from neox_rl.config.checkout import VARIABLE, find_checkout, known_keys
 from neox_rl.config.machine import Machine
 from neox_rl.config.run import RunConfig
-from neox_rl.config.schema import ENGINES, NEOX_ENGINE
+from neox_rl.config.schema import NEOX_ENGINE
 from neox_rl.errors import ConfigError
 
 VLLM_CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -238,15 +238,6 @@ def _yaml(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def engine_comes_with_the_project(config: RunConfig, machine: Machine) -> Iterator[str]:
-    """No more than a warning: the ranks' own script may register an engine, and only the ranks run it."""
-    if (name := config.metarl.engine) not in ENGINES:
-        yield (
-            f"metarl.engine = {name!r}: does not come with this project, so the ranks end at once unless their script registers it; the"
-            f" built-in engines are {' and '.join(ENGINES)}"
-        )
-
-
 def checkout_knows_the_keys(config: RunConfig, machine: Machine) -> Iterator[str]:
     """The engine ``gpt-neox`` needs the user's checkout, and hands it every key that is not one of this project."""
     if config.metarl.engine != NEOX_ENGINE:
@@ -293,4 +284,4 @@ MODEL_RULES = (
     checkout_knows_the_keys,
     sequence_divides,
 )
-MODEL_WARNINGS = (engine_comes_with_the_project, stages_are_even)
+MODEL_WARNINGS = (stages_are_even,)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from neox_rl.config.derived import prompt_tokens, staleness_bound, starts_from_checkpoint, warmstart_skipped
 from neox_rl.config.machine import Machine
+from neox_rl.config.own import is_own
 from neox_rl.config.run import RunConfig
 
 RECORDED = ("trees", "attempts", "values")
@@ -65,7 +66,7 @@ def heldout_problems_exist(config: RunConfig, machine: Machine) -> Iterator[str]
 def jsonl_is_complete(config: RunConfig, machine: Machine) -> Iterator[str]:
     """Rows of a file are free text and come without a solver."""
     m = config.metarl
-    if m.problems.source != "jsonl":
+    if not m.problems.free_text:
         for key in ("path", "heldout_path"):
             if value := getattr(m.problems, key):
                 yield (
@@ -75,7 +76,7 @@ def jsonl_is_complete(config: RunConfig, machine: Machine) -> Iterator[str]:
         if m.warmstart.style == "written":
             yield f"metarl.warmstart.style = written: {m.problems.source} problems come without worked solutions; set style: dfs"
         return
-    if not m.problems.path:
+    if m.problems.source == "jsonl" and not m.problems.path:
         yield "metarl.problems.path is empty: source jsonl reads its problems from it; set path to a JSONL file of {problem, answer} rows"
     if not m.tokenizer.path:
         yield (
@@ -84,8 +85,9 @@ def jsonl_is_complete(config: RunConfig, machine: Machine) -> Iterator[str]:
         )
     if m.warmstart.steps and m.warmstart.style not in ("written", *RECORDED) and not warmstart_skipped(config):
         yield (
-            f"metarl.warmstart.style = {m.warmstart.style}: needs a solver for its searches, and source {m.problems.source} has none; set style: written"
-            " (the rows' own solutions), or steps: 0 and start from metarl.warmstart.hf_checkpoint or load"
+            f"metarl.warmstart.style = {m.warmstart.style}: needs a solver for its searches, and source"
+            f" {m.problems.source} has none; set style: written (the rows' own"
+            " solutions), or steps: 0 and start from metarl.warmstart.hf_checkpoint or load"
         )
 
 
@@ -147,7 +149,7 @@ def truncation_has_a_ratio(config: RunConfig, machine: Machine) -> Iterator[str]
         yield (
             "metarl.staleness.stale_tokens = truncate: mode strict leaves no token beyond the bound; set stale_tokens: mask or mode: token"
         )
-    if loss not in ("tis", "cispo"):
+    if loss not in ("tis", "cispo") and not is_own(loss):
         yield (
             f"metarl.objective.loss = {loss}: has no truncated ratio for tokens beyond the bound; set loss: tis or cispo, or"
             " staleness.stale_tokens: mask"

@@ -69,7 +69,7 @@ def servers_come_from_one_place(config: RunConfig, machine: Machine) -> Iterator
 
 def scripts_know_the_problems(config: RunConfig, machine: Machine) -> Iterator[str]:
     m = config.metarl
-    if m.rollout.generator == "scripted" and m.problems.source == "jsonl" and m.debug.mode != "train_only":
+    if m.rollout.generator == "scripted" and m.problems.free_text and m.debug.mode != "train_only":
         yield "metarl.rollout.generator = 'scripted': writes searches of arithmetic problems; use vllm, or problems.source: countdown"
 
 

@@ -12,9 +12,14 @@ MEGATRON_ENGINE, NEOX_ENGINE = ENGINES = ("megatron-core", "gpt-neox")
 """The trainer engines that come with this project."""
 
 
-def key(default: Any, doc: str, *, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None) -> Any:
-    """A config key: its default, one line of documentation, and the values it takes (inclusive bounds)."""
-    return field(default=default, metadata={"doc": doc, "choices": choices, "low": low, "high": high})
+def key(
+    default: Any, doc: str, *, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None, own: bool = False
+) -> Any:
+    """A config key: its default, one line of documentation, and the values it takes (inclusive bounds).
+
+    ``own``: or a part of the user's own, as ``package.module:name`` (docs/EXTENDING.md says what it must be).
+    """
+    return field(default=default, metadata={"doc": doc, "choices": choices, "low": low, "high": high, "own": own})
 
 
 IMITATION = "sft"
@@ -25,16 +30,21 @@ IMITATION = "sft"
 class ProblemsConfig:
     """Where problems come from."""
 
-    source: str = key("countdown", "problem source", choices=("countdown", "game24", "jsonl"))
+    source: str = key("countdown", "problem source", choices=("countdown", "game24", "jsonl"), own=True)
     path: str = key("", "file of training problems (source jsonl: rows of {problem, answer}, GSM8K or MATH rows)")
     heldout_path: str = key("", "file of held-out problems; empty: a share of the training file, split by cluster")
-    task: str = key("math", "checker for source jsonl", choices=("math",))
+    task: str = key("math", "checker for source jsonl, and for a source of your own", choices=("math",), own=True)
     num_numbers: int = key(3, "numbers in a countdown problem", low=2, high=6)
     max_number: int = key(9, "largest number in a countdown problem", low=2, high=100)
     max_target: int = key(40, "largest countdown target", low=1)
     max_value: int = key(60, "largest intermediate value; steps beyond it are not legal", low=1)
     heldout_frac: float = key(0.25, "share of the clusters (number multisets) that is held out", low=0.0, high=0.9)
     limit: int = key(0, "keep at most this many training problems; 0: all", low=0)
+
+    @property
+    def free_text(self) -> bool:
+        """Whether problems are any text: the arithmetic games have a solver, a tokenizer and checkers of their own."""
+        return self.source not in ("countdown", "game24")
 
 
 @dataclass(frozen=True)
@@ -109,7 +119,47 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """Rollouts made by search under the current policy (``rollout.method: search``)."""
+    """Rollouts made by search under the current policy (``rollout.method: search``), ``rollout.group_size`` searches of a problem."""
+
+    strategy: str = key(
+        "mcts", "who goes where", choices=("best-of-n", "beam", "bfs", "dfs", "best-first", "astar", "mcts"), own=True
+    )
+    value: str = key(
+        "monte-carlo",
+        "how hopeful a step is: the mean of completions (11), the exact solver, the domain's guess, or votes of the policy",
+        choices=("none", "oracle", "heuristic", "monte-carlo", "judge"),
+    )
+    nodes: int = key(32, "most nodes of a tree, its root left out", low=1)
+    tokens: int = key(0, "most tokens of a search, refused steps and those of its value included; 0: what its nodes take", low=0)
+    width: int = key(4, "steps sampled at a node; best-of-n: attempts", low=1)
+    batch: int = key(1, "nodes expanded together; mcts spreads them by virtual loss", low=1)
+    beam: int = key(5, "nodes that beam keeps at a level", low=1)
+    prune: bool = key(True, "a node that the oracle knows to be hopeless is not expanded")
+    exploration: float = key(1.0, "c of UCT", low=0.0)
+    max_step_tokens: int = key(64, "most tokens of a step", low=1)
+    cut_steps: bool = key(False, "a step without an end within max_step_tokens ends there, for text; else it is refused")
+    playouts: int = key(4, "completions of a Monte-Carlo value", low=1)
+    playout_tokens: int = key(64, "most tokens of one of them", low=1)
+    votes: int = key(3, "votes of a judge", low=1)
+    trains: str = key(
+        "steps",
+        "what is trained: sampled steps, each with the advantage v(step) - v(before it) (VinePPO); or searches that came to a right end,"
+        " told as a Meta-CoT and imitated (Meta-STaR (3), objective.loss: sft)",
+        choices=("steps", "traces"),
+    )
+    samples: str = key(
+        "all",
+        "steps: all that were sampled, refused ones as of value 0 and repeated ones as often as they came; or the nodes of the tree, once",
+        choices=("all", "nodes"),
+    )
+    baseline: str = key(
+        "parent", "steps: what the value of a step is compared with", choices=("parent", "siblings")
+    )
+    telling: str = key(
+        "stream", "traces: how a search is told", choices=("stream", "taken", "revision", "backtrack", "solution")
+    )
+    mask: str = key("all", "traces: what has a loss: all (22), the search (23), no step off the path (24)", choices=("all", "search", "path"))
+    thin: float = key(0.0, "traces: each step off the solution path is left out with this chance, and what came of it", low=0.0, high=1.0)
 
 
 @dataclass(frozen=True)
@@ -164,7 +214,7 @@ class StalenessConfig:
 class ObjectiveConfig:
     """Objective = credit x baseline x loss, each chosen by name."""
 
-    loss: str = key("tis", "policy loss", choices=("reinforce", "ppo", "decoupled_ppo", "tis", "cispo", "gspo", "sft"))
+    loss: str = key("tis", "policy loss", choices=("reinforce", "ppo", "decoupled_ppo", "tis", "cispo", "gspo", "sft"), own=True)
     baseline: str = key("grpo", "reward baseline in a group", choices=("none", "mean", "rloo", "grpo"))
     aggregation: str = key("token_mean", "denominator of the loss", choices=("token_mean", "sequence_mean", "constant"))
     clip_low: float = key(0.2, "lower clip: ratio >= 1 - clip_low", low=0.0)
@@ -285,7 +335,11 @@ class DeadlinesConfig:
     orchestrator_s: float = key(60.0, "the trainer waits for a word from an orchestrator that is down or starts again", low=5.0)
     ranks_start_s: float = key(300.0, "the launcher waits for training ranks, and for an orchestrator, to come up", low=1.0)
     step_s: float = key(900.0, "a training rank's one step, publish or save, and each collective operation in it", low=1.0)
-    silence_s: float = key(30.0, "a rank or orchestrator that shows no sign of life for this long is stuck, and is ended", low=1.0)
+    silence_s: float = key(
+        30.0,
+        "a rank or orchestrator that shows no sign of life for this long is stuck, and is ended; a rank that is built has ranks_start_s",
+        low=1.0,
+    )
     publish_s: float = key(180.0, "the orchestrator waits for a version that the trainer promised", low=1.0)
     stop_s: float = key(120.0, "after Ctrl-C the trainer gets this long to finish its step and save", low=1.0)
     shutdown_s: float = key(20.0, "processes get this long to end before they are killed", low=0.1)
@@ -321,9 +375,14 @@ class MetaRLConfig:
     runs_dir: str = key("runs", "parent directory of runs")
     engine: str = key(
         MEGATRON_ENGINE,
-        "trainer engine: megatron-core, or gpt-neox (the checkout at GPT_NEOX_PATH); any other is registered (engines/registry.py) by the"
-        " script that the ranks run",
+        "trainer engine: megatron-core, or gpt-neox (the checkout at GPT_NEOX_PATH)",
+        choices=ENGINES,
+        own=True,
     )
+    patches: tuple[str, ...] = key(
+        (), "changes of your own to megatron-core, GPT-NeoX or DeepSpeed (megatron_patches.Patch), made before the engine", own=True
+    )
+    hf_layout: str = key("", "names in HF checkpoints, of an architecture with Llama's or GPT-NeoX's mathematics; empty: theirs", own=True)
     seed: int = key(1234, "seed of problems, demonstrations and sampling", low=0)
     restarts: int = key(0, "how often a run that lost a training rank goes on from its last checkpoint by itself (--restarts)", low=0)
     orchestrator_restarts: int = key(

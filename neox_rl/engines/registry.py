@@ -1,12 +1,13 @@
-"""Trainer engines by name. A new one registers a builder; nothing else changes."""
+"""Trainer engines by name, the project's and a user's own. The user's patches are applied before any is built."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import megatron_patches
+from neox_rl.config.own import found, own
 from neox_rl.config.run import RunConfig
 from neox_rl.engines.port import Engine
-from neox_rl.errors import ConfigError
 
 Builder = Callable[[RunConfig, int], Engine]
 """(configuration, true vocabulary size) -> engine. Builders import their engine when called, not before."""
@@ -27,15 +28,8 @@ def _gpt_neox(config: RunConfig, vocab_size: int) -> Engine:
 ENGINES: dict[str, Builder] = {"megatron-core": _megatron_core, "gpt-neox": _gpt_neox}
 
 
-def register_engine(name: str, builder: Builder) -> None:
-    """Makes an engine known. Raises ConfigError for a name that is taken."""
-    if name in ENGINES:
-        raise ConfigError(f"engine {name!r} is registered already; choose another name")
-    ENGINES[name] = builder
-
-
 def build_engine(config: RunConfig, vocab_size: int) -> Engine:
-    """The engine that ``metarl.engine`` names, with its ranks joined and initial weights set. Raises ConfigError."""
-    if config.metarl.engine not in ENGINES:
-        raise ConfigError(f"engine {config.metarl.engine!r} is not registered; choose one of {sorted(ENGINES)}")
-    return ENGINES[config.metarl.engine](config, vocab_size)
+    """The engine that ``metarl.engine`` names, with its ranks joined and initial weights set. Raises ConfigError and PatchError."""
+    builder = found(ENGINES, config.metarl.engine, "metarl.engine")
+    megatron_patches.add_own(tuple(own(name, "metarl.patches") for name in config.metarl.patches))
+    return builder(config, vocab_size)

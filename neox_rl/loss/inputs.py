@@ -61,6 +61,12 @@ Objective: TypeAlias = Callable[[TokenInputs, ObjectiveConfig], tuple[Tensor, di
 """``(per-token loss [T] before loss_weight, metric sums)``; metric names follow ``neox_rl.loss.metrics``."""
 
 
+def reads_proximal(objective: Objective) -> Objective:
+    """Decorates an objective that reads ``inputs.proximal``: the trainer then computes these log-probs before each update."""
+    objective.reads_proximal = True  # type: ignore[attr-defined]
+    return objective
+
+
 def token_inputs(logprobs: Tensor, entropy: Tensor, batch: TokenArrays) -> TokenInputs:
     def floats(array: Array) -> Tensor:
         return torch.from_numpy(array).to(logprobs)

@@ -11,8 +11,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+from neox_rl.config.own import found
 from neox_rl.config.schema import IMITATION, ObjectiveConfig
-from neox_rl.loss.inputs import TokenArrays, TokenInputs, token_inputs
+from neox_rl.loss.inputs import Objective, TokenArrays, TokenInputs, token_inputs
 from neox_rl.loss.kl import ESTIMATORS
 from neox_rl.loss.metrics import policy_sums, token_sums
 from neox_rl.loss.objectives import OBJECTIVES
@@ -29,9 +30,14 @@ class LossFn(Protocol):
         ...
 
 
+def objective(cfg: ObjectiveConfig) -> Objective:
+    """The objective that ``cfg.loss`` names. Raises ConfigError."""
+    return found(OBJECTIVES, cfg.loss, "metarl.objective.loss")
+
+
 def needs_proximal(cfg: ObjectiveConfig) -> bool:
     """Whether the trainer must compute log-probs under the version being trained before it updates."""
-    return cfg.loss == "decoupled_ppo"
+    return getattr(objective(cfg), "reads_proximal", False)
 
 
 def needs_reference(cfg: ObjectiveConfig) -> bool:
@@ -41,11 +47,11 @@ def needs_reference(cfg: ObjectiveConfig) -> bool:
 
 def make_loss_fn(cfg: ObjectiveConfig, current_version: int) -> LossFn:
     """The policy loss of a step that trains ``current_version``."""
-    objective = OBJECTIVES[cfg.loss]
+    per_token_loss = objective(cfg)
 
     def loss_fn(logprobs: Tensor, entropy: Tensor, batch: TokenArrays) -> tuple[Tensor, dict[str, Tensor]]:
         inputs = token_inputs(logprobs, entropy, batch)
-        per_token, sums = objective(inputs, cfg)
+        per_token, sums = per_token_loss(inputs, cfg)
         sums |= token_sums(inputs)
         if cfg.loss != IMITATION:  # what is imitated has no behavior log-probs: nothing to compare with
             sums |= policy_sums(inputs, current_version)

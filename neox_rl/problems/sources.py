@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from neox_rl.config.own import found
 from neox_rl.config.run import RunConfig
 from neox_rl.config.schema import ProblemsConfig
 from neox_rl.errors import ConfigError
@@ -25,9 +26,7 @@ def load_problems(cfg: ProblemsConfig, seed: int) -> ProblemSet:
 
     Held-out problems come in a seeded random order, so that the first n of them are a fair sample over the clusters.
     """
-    if cfg.source not in SOURCES:
-        raise ConfigError(f"problems.source {cfg.source!r} is none of {sorted(SOURCES)}")
-    problems = SOURCES[cfg.source](cfg, seed)
+    problems = found(SOURCES, cfg.source, "metarl.problems.source")(cfg, seed)
     heldout = random.Random(f"heldout/{seed}").sample(problems.heldout, len(problems.heldout))
     problems = replace(problems, heldout=tuple(heldout))
     if 0 < cfg.limit < len(problems.train):
@@ -39,15 +38,16 @@ def load_problems(cfg: ProblemsConfig, seed: int) -> ProblemSet:
 def problems_of_run(config: RunConfig, tokenizer: Tokenizer) -> ProblemSet:
     """The problems of a run, without those of a file whose prompt leaves no room for an attempt in ``seq_length``. Raises ConfigError."""
     problems = load_problems(config.metarl.problems, config.metarl.seed)
-    if config.metarl.problems.source != "jsonl":
+    if not config.metarl.problems.free_text:
         return problems
     room = config.neox.seq_length - config.metarl.rollout.max_new_tokens
     train, heldout = (tuple(p for p in part if len(tokenizer.encode(p.prompt)) <= room) for part in (problems.train, problems.heldout))
     too_long = len(problems.train) + len(problems.heldout) - len(train) - len(heldout)
     if not train or (problems.heldout and not heldout):
         raise ConfigError(
-            f"{config.metarl.problems.path}: {too_long} prompts have more than seq_length - max_new_tokens = {room} tokens, and no problem"
-            " is left to train on, or none to evaluate on; raise seq_length, or lower metarl.rollout.max_new_tokens"
+            f"{config.metarl.problems.path or config.metarl.problems.source}: {too_long} prompts have more than"
+            f" seq_length - max_new_tokens = {room} tokens, and no problem is left to train on, or none to evaluate on; raise seq_length,"
+            " or lower metarl.rollout.max_new_tokens"
         )
     return replace(problems, train=train, heldout=heldout, counts=problems.counts | {"prompts_too_long": too_long})
 

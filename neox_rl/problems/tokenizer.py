@@ -96,8 +96,10 @@ def load_tokenizer(cfg: TokenizerConfig, problems: ProblemsConfig) -> Tokenizer:
     """The tokenizer of ``tokenizer.path``; when that is empty the symbolic one, which knows arithmetic problems only."""
     if cfg.path:
         return DirectoryTokenizer(Path(cfg.path))
-    if problems.source == "jsonl":
-        raise ConfigError("problems.source jsonl needs tokenizer.path: the symbolic tokenizer has words for arithmetic problems only")
+    if problems.free_text:
+        raise ConfigError(
+            f"problems.source {problems.source} needs tokenizer.path: the symbolic tokenizer has words for arithmetic problems only"
+        )
     return SymbolicTokenizer(problems.max_value)
 
 

@@ -67,13 +67,14 @@ async def build_parts(config: RunConfig, paths: RunPaths, stack: AsyncExitStack)
     events = EventLog(paths.event_log("orchestrator"), "orchestrator")
     stack.callback(events.close)
     tokenizer = load_tokenizer(metarl.tokenizer, metarl.problems)
-    task = metarl.problems.task if metarl.problems.source == "jsonl" else metarl.problems.source
+    task = metarl.problems.task if metarl.problems.free_text else metarl.problems.source
     verifier = make_verifier(metarl.verify, task)
     stack.callback(verifier.close)
     problems = problems_of_run(config, tokenizer)
     logger.info("%d training and %d held-out problems: %s", len(problems.train), len(problems.heldout), problems.counts)
-    if metarl.problems.source == "jsonl":
-        problems = with_readable_answers(problems, verifier, metarl.problems.path, paths.unreadable)
+    if metarl.problems.free_text:
+        origin = metarl.problems.path or metarl.problems.source
+        problems = with_readable_answers(problems, verifier, origin, paths.unreadable)
     generator, keeper, activity = await _generation(config, paths, endpoints, events, keys, stack)
     joins = _join_desk(config, paths, endpoints, keeper, keys, stack)
     attempts = Attempts(generator, verifier, tokenizer, partial(_reward, config), solution_id(tokenizer))

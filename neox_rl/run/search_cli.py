@@ -50,7 +50,7 @@ ALL_LEGAL, ATTEMPTS, SAMPLES = 1 << 20, 16, 4
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("python -m neox_rl.search", description="Searches the problems of a file; one JSON line each.")
-    p.add_argument("--strategy", required=True, choices=list(STRATEGIES))
+    p.add_argument("--strategy", required=True, help=f"{', '.join(STRATEGIES)}, or package.module:name of your own")
     p.add_argument("--value", default="none", choices=VALUES)
     p.add_argument("--problems", required=True, type=Path, metavar="FILE.jsonl")
     p.add_argument("--budget-nodes", required=True, type=int, help="most nodes of a tree, its root left out")

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from neox_rl.errors import ConfigError
+from neox_rl.config.own import found
 from neox_rl.search.growth import Distinct, Growth, Leaf
 from neox_rl.search.mcts import Mcts
 from neox_rl.search.strategy import Ask, Options, Strategy
@@ -112,7 +112,5 @@ STRATEGIES: Mapping[str, Callable[[Options], Strategy]] = {
 
 
 def make_strategy(name: str, options: Options) -> Strategy:
-    """A strategy at its beginning; each search needs its own. Raises ConfigError for an unknown name."""
-    if name not in STRATEGIES:
-        raise ConfigError(f"strategy {name!r} is none of {sorted(STRATEGIES)}")
-    return STRATEGIES[name](options)
+    """A strategy at its beginning; each search needs one of its own. Raises ConfigError for an unknown name."""
+    return found(STRATEGIES, name, "strategy")(options)

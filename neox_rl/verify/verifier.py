@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from neox_rl.arithmetic import ARITHMETIC_TASKS
+from neox_rl.config.own import is_own, own
 from neox_rl.config.schema import VerifyConfig
 from neox_rl.errors import ConfigError
 from neox_rl.ports import Verifier
@@ -65,7 +66,10 @@ def make_verifier(config: VerifyConfig, task: str) -> TaskVerifier:
         return ArithmeticVerifier()
     if task == "math":
         return VerifierPool(config.workers, config.deadline_s, config.math)
-    raise ConfigError(f"task {task!r} has no verifier; known tasks: {', '.join(TASKS)}")
+    if is_own(task):
+        verifier: TaskVerifier = own(task, "metarl.problems.task")(config)
+        return verifier
+    raise ConfigError(f"task {task!r} has no verifier; known tasks: {', '.join(TASKS)}, or package.module:name of your own")
 
 
 def readable_gold(verifier: TaskVerifier, problems: Sequence[Problem]) -> tuple[tuple[Problem, ...], tuple[str, ...]]:

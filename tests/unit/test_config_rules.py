@@ -295,7 +295,7 @@ CASES = (
         "port 8002 is master_port too",
         "metarl.network.master_port=8003",
     ),
-    Case("engine_comes_with_the_project", "metarl.engine=nemo", "'nemo': does not come with this project", "metarl.engine=megatron-core"),
+    Case("own_parts_exist", "metarl.objective.loss=nowhere.at:all", "No module named 'nowhere'", "metarl.objective.loss=tis"),
     Case("checkout_knows_the_keys", "metarl.engine=gpt-neox", "GPT_NEOX_PATH is not set", "metarl.engine=megatron-core"),
     Case(
         "sequence_divides",

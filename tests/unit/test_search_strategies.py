@@ -209,7 +209,7 @@ def test_budgets_and_options_that_make_no_sense_are_refused() -> None:
     for make in (lambda: Budget(-1), lambda: Budget(5, -1), lambda: Options(width=0), lambda: Options(exploration=math.nan)):
         with pytest.raises(ConfigError, match="at least"):
             make()
-    with pytest.raises(ConfigError, match="'greedy' is none of"):
+    with pytest.raises(ConfigError, match="'greedy': is none of"):
         search("greedy", OPEN)
     with pytest.raises(ConfigError, match="numbers must be"):
         search("dfs", problem=countdown([], 3))

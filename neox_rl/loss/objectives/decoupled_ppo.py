@@ -12,9 +12,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from neox_rl.config.schema import ObjectiveConfig
-from neox_rl.loss.inputs import TokenInputs, clipped_surrogate, ratio, share
+from neox_rl.loss.inputs import TokenInputs, clipped_surrogate, ratio, reads_proximal, share
 
 
+@reads_proximal
 def loss(inputs: TokenInputs, cfg: ObjectiveConfig) -> tuple[Tensor, dict[str, Tensor]]:
     surrogate, clipped = clipped_surrogate(ratio(inputs.logprobs, inputs.proximal), inputs.advantages, cfg)
     weight = ratio(inputs.proximal, inputs.behavior)
