@@ -1,6 +1,6 @@
 """Groups to one step's micro-batches: staleness checked, advantages and loss weights fixed, sequences packed.
 
-    groups -> sequences (shifted to targets) -> staleness bound -> advantages x loss weights -> bins -> MicroBatch
+    groups -> sequences (shifted to targets) -> staleness bound -> advantages x loss weights -> trees -> bins -> MicroBatch
 
 Loss weights are final here: with D = the denominator over the whole global batch, weight(t) = mask(t) / D, and a step's loss is
 the plain sum over micro-batches and ranks. Any split into micro-batches gives the same gradient.
@@ -23,12 +23,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import DTypeLike
 
 from neox_rl.ages import NO_AGE, beyond, check_bound, count_ages, token_ages
 from neox_rl.batch.advantages import group_advantages, zero_variance
+from neox_rl.batch.microbatches import lay_out, units
 from neox_rl.batch.packing import Layout, Plan, plan
-from neox_rl.batch.types import PADDING, BatchStats, Floats, Ints, MicroBatch, StepBatch
+from neox_rl.batch.types import BatchStats, Floats, Ints, MicroBatch, StepBatch
 from neox_rl.config.schema import IMITATION, ObjectiveConfig, StalenessConfig
 from neox_rl.errors import StalenessError
 from neox_rl.framing import Array
@@ -85,8 +85,7 @@ def pack_rl(
         weights = [np.where(old, np.float32(0), weight) for old, weight in zip(stale, weights, strict=True)]
     advantages = [a for group in groups for a in group_advantages([t.reward for t in group.traces], objective.baseline)]
     sequences = [replace(s, weight=w, advantage=a) for s, w, a in zip(sequences, weights, advantages, strict=True)]
-    layout_plan = plan([len(s.tokens) for s in sequences], layout)
-    microbatches = _microbatches(sequences, layout_plan)
+    layout_plan, microbatches = _packed(groups, sequences, layout)
     trained = _trained_ages(microbatches, step)
     if staleness.stale_tokens == "mask":
         check_bound(trained, bound, step)
@@ -99,9 +98,8 @@ def pack_sft(groups: Sequence[Group], step: int, *, layout: Layout) -> StepBatch
     """Demonstrations: advantage 1, weights mask / (sum of masks), no staleness. Raises ConfigError for too long a sequence."""
     sequences = _sequences(groups)
     sequences = [replace(s, weight=w) for s, w in zip(sequences, _loss_weights(sequences, "token_mean", 0), strict=True)]
-    layout_plan = plan([len(s.tokens) for s in sequences], layout)
-    stats = _stats(groups, sequences, layout_plan, 0, {}, {})
-    return StepBatch(step, _microbatches(sequences, layout_plan), stats)
+    layout_plan, microbatches = _packed(groups, sequences, layout)
+    return StepBatch(step, microbatches, _stats(groups, sequences, layout_plan, 0, {}, {}))
 
 
 def _check_sampled(groups: Sequence[Group]) -> None:
@@ -155,42 +153,10 @@ def _loss_weights(sequences: Sequence[_Sequence], aggregation: str, max_new_toke
     return [(s.mask.astype(np.float64) / (denominator or 1.0)).astype(np.float32) for s, denominator in pairs]
 
 
-def _microbatches(sequences: Sequence[_Sequence], layout_plan: Plan) -> tuple[tuple[MicroBatch, ...], ...]:
-    # Padding is cut to the longest real sequence, so that no position or attention length appears that the model never meets.
-    longest = max(len(s.tokens) for s in sequences)
-    return tuple(
-        tuple(_microbatch({i: sequences[i] for i in members}, layout_plan.length, longest) for members in rank) for rank in layout_plan.bins
-    )
-
-
-def _microbatch(members: Mapping[int, _Sequence], length: int, longest: int) -> MicroBatch:
-    chosen = list(members.values())
-    used = sum(len(s.tokens) for s in chosen)
-    padding = [min(longest, length - start) for start in range(used, length, longest)]
-    sizes = [len(s.tokens) for s in chosen] + padding
-
-    def lay(parts: list[Array], fill: int, dtype: DTypeLike) -> Array:
-        flat: Array = np.concatenate([*parts, np.full(length - used, fill)]).astype(dtype)
-        return flat
-
-    def spread(values: list[int], fill: int, dtype: DTypeLike) -> Array:
-        return np.repeat(np.array([*values, *[fill] * len(padding)], dtype=dtype), sizes)
-
-    behavior = lay([s.logprobs for s in chosen], 0, np.float32)
-    return MicroBatch(
-        tokens=lay([s.tokens for s in chosen], 0, np.int64),
-        targets=lay([s.targets for s in chosen], 0, np.int64),
-        positions=np.concatenate([np.arange(size, dtype=np.int64) for size in sizes]),
-        cu_seqlens=np.cumsum([0, *sizes], dtype=np.int32),
-        loss_weight=lay([s.weight for s in chosen], 0, np.float32),
-        advantages=lay([s.advantages for s in chosen], 0, np.float32),
-        behavior_logprobs=behavior,
-        proximal_logprobs=behavior.copy(),
-        reference_logprobs=behavior.copy(),
-        versions=lay([s.versions for s in chosen], NO_VERSION, np.int64),
-        sequence_index=spread(list(members), PADDING, np.int64),
-        max_seqlen=max(sizes),
-    )
+def _packed(groups: Sequence[Group], sequences: Sequence[_Sequence], layout: Layout) -> tuple[Plan, tuple[tuple[MicroBatch, ...], ...]]:
+    packed = units(sequences, [len(group.traces) for group in groups], layout.pack_tokens, layout.share_prefixes)
+    layout_plan = plan([len(unit.tree) for unit in packed], layout)
+    return layout_plan, lay_out(sequences, packed, layout_plan, layout.share_prefixes)
 
 
 def _trained_ages(microbatches: Sequence[Sequence[MicroBatch]], step: int) -> dict[int, int]:
@@ -208,14 +174,15 @@ def _stats(
 ) -> BatchStats:
     rewards = np.array([s.trace.reward for s in sequences])
     lengths = np.array([int((s.mask > 0).sum()) for s in sequences])
-    num_tokens = sum(len(s.tokens) for s in sequences)
     loss_tokens = int(lengths.sum())
     trained_tokens = sum(int((s.weight != 0).sum()) for s in sequences)
     slots = layout_plan.length * sum(len(rank) for rank in layout_plan.bins)
+    num_rows = layout_plan.used
     return BatchStats(
         num_groups=len(groups),
         num_sequences=len(sequences),
-        num_tokens=num_tokens,
+        num_tokens=sum(len(s.tokens) for s in sequences),
+        num_rows=num_rows,
         loss_tokens=loss_tokens,
         stale_tokens=stale,
         masked_tokens=loss_tokens - trained_tokens,
@@ -229,6 +196,6 @@ def _stats(
         length_mean=float(lengths.mean()),
         length_max=int(lengths.max()),
         truncated_frac=float(np.mean([s.trace.finish is Finish.LENGTH for s in sequences])),
-        packing_efficiency=num_tokens / slots,
+        packing_efficiency=num_rows / slots,
         reasons=Counter(s.trace.verdict.reason.value for s in sequences),
     )

@@ -1,4 +1,4 @@
-"""Where each sequence goes: bins of bounded load, as many on every data-parallel rank, all padded to one length. Pure."""
+"""Where each sequence or tree goes: bins of bounded load, as many on every data-parallel rank, all padded to one length. Pure."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from neox_rl.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What the ranks ask of the packing. ``min_microbatches`` is the NeoX key gradient_accumulation_steps."""
+    """What the ranks ask of the packing. ``min_microbatches`` is the NeoX key gradient_accumulation_steps.
+
+    ``share_prefixes``: the sequences of a group are laid out as prefix trees (``neox_rl.batch.prefixes``).
+    """
 
     pack_tokens: int
     data_parallel: int = 1
     tensor_parallel: int = 1
     min_microbatches: int = 1
+    share_prefixes: bool = False
 
     @property
     def multiple(self) -> int:
@@ -26,10 +30,12 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """``bins[rank][microbatch]`` are indices of sequences; every micro-batch is padded to ``length`` tokens."""
+    """``bins[rank][microbatch]`` are indices of what was packed; every micro-batch is padded to ``length`` tokens, of which ``used`` are
+    real over all of them."""
 
     bins: tuple[tuple[tuple[int, ...], ...], ...]
     length: int
+    used: int
 
 
 def plan(lengths: Sequence[int], layout: Layout) -> Plan:
@@ -54,7 +60,7 @@ def plan(lengths: Sequence[int], layout: Layout) -> Plan:
     level.sort(key=lambda members: -sum(lengths[i] for i in members))
     ranks = tuple(tuple(tuple(sorted(members)) for members in level[rank :: layout.data_parallel]) for rank in range(layout.data_parallel))
     load = max(_fullest(level, lengths), 1)
-    return Plan(ranks, math.ceil(load / layout.multiple) * layout.multiple)
+    return Plan(ranks, math.ceil(load / layout.multiple) * layout.multiple, sum(lengths))
 
 
 def _best_fit(order: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:

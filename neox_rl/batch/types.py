@@ -19,29 +19,38 @@ PADDING = -1
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Sequences laid end to end. Every array but ``cu_seqlens`` has length T; entry t speaks of predicting ``targets[t]``.
+    """Sequences, or prefix trees of them, laid end to end in T rows; Q predictions that are made at rows; N loss terms of predictions.
 
-    ``targets[t]`` is the next token of the same sequence; at a sequence's last token it is 0 with weight 0. Sequence i is
-    ``cu_seqlens[i]:cu_seqlens[i + 1]``; padding comes last, as sequences no longer than the step's longest. ``loss_weight``
-    has the aggregation's denominator in it, so a step's loss is the plain sum of ``loss_weight * per_token_loss`` over every
-    micro-batch of every rank.
+    ``tokens`` and ``positions`` [T]: tree i is ``cu_seqlens[i]:cu_seqlens[i + 1]``, its rows depth first, ``positions`` their depth (see
+    ``neox_rl.batch.prefixes``; a sequence is the tree that does not branch). ``rows`` and ``targets`` [Q]: prediction q is of
+    ``targets[q]`` after row ``rows[q]``. ``terms`` [N]: the prediction that each loss term is taken of; the arrays below have one entry a
+    term. Without shared prefixes T = Q = N, ``rows`` and ``terms`` count up, and ``targets[t]`` is the next token of the same sequence, at
+    its last token 0 with weight 0. With them, terms without a weight are left out.
 
-    Two sequences [5, 6, 7] and [8, 9], prompts of one token, padded to T = 8::
+    ``loss_weight`` has the aggregation's denominator in it, so a step's loss is the plain sum of ``loss_weight * per_term_loss`` over
+    every micro-batch of every rank. Padding comes last, as sequences no longer than the step's longest.
 
-        tokens          5 6 7 | 8 9 | 0 0 0        cu_seqlens  0 3 5 8
-        targets         6 7 0 | 9 0 | 0 0 0        max_seqlen  3
-        positions       0 1 2 | 0 1 | 0 1 2
-        sequence_index  0 0 0 | 1 1 | -1 -1 -1
+    Two sequences [5, 6, 7] and [5, 9] of one group, prompts of one token, padded to T = 8, laid out alone and as a tree::
+
+        tokens          5 6 7 | 5 9 | 0 0 0        5 6 7 9 | 0 0 0 | 0
+        positions       0 1 2 | 0 1 | 0 1 2        0 1 2 1 | 0 1 2 | 0
+        cu_seqlens      0 3 5 8                    0 4 7 8
+        rows            0 1 2   3 4   5 6 7        0 1 0
+        targets         6 7 0   9 0   0 0 0        6 7 9
+        terms           0 1 2   3 4   5 6 7        0 1 2
+        sequence_index  0 0 0   1 1  -1 -1 -1      0 0 1
 
     ``behavior_logprobs`` and ``versions`` are of the policy that sampled the target (0.0 and NO_VERSION where none did);
     ``advantages`` are constant over a sequence, but for segments with an advantage of their own. ``proximal_logprobs`` and
-    ``reference_logprobs`` are copies of the behavior's until replaced.
+    ``reference_logprobs`` are copies of the behavior's until replaced. ``max_seqlen`` is the length of the longest path.
     """
 
     tokens: Ints
-    targets: Ints
     positions: Ints
     cu_seqlens: NDArray[np.int32]
+    rows: Ints
+    targets: Ints
+    terms: Ints
     loss_weight: Floats
     advantages: Floats
     behavior_logprobs: Floats
@@ -51,14 +60,19 @@ class MicroBatch:
     sequence_index: Ints
     max_seqlen: int
 
+    @property
+    def shared(self) -> bool:
+        """Whether it was laid out with shared prefixes: no root is predicted then, so there are fewer predictions than rows."""
+        return len(self.rows) < len(self.tokens)
+
     def __len__(self) -> int:
         return len(self.tokens)
 
     def with_logprobs(self, *, proximal: Floats | None = None, reference: Floats | None = None) -> MicroBatch:
-        """The same micro-batch with the log-probs [T] of its targets under the proximal or the reference policy."""
+        """The same micro-batch with the log-probs [N] of its terms under the proximal or the reference policy."""
         for name, array in (("proximal", proximal), ("reference", reference)):
-            if array is not None and array.shape != self.tokens.shape:
-                raise ValueError(f"{name} log-probs have shape {array.shape}, the micro-batch has {self.tokens.shape}")
+            if array is not None and array.shape != self.terms.shape:
+                raise ValueError(f"{name} log-probs have shape {array.shape}, the terms of the micro-batch {self.terms.shape}")
         return dataclasses.replace(
             self,
             proximal_logprobs=self.proximal_logprobs if proximal is None else proximal.astype(np.float32),
@@ -73,6 +87,8 @@ class BatchStats:
     num_groups: int
     num_sequences: int
     num_tokens: int
+    num_rows: int
+    """Tokens that the model computes: num_tokens, or fewer where prefixes are shared."""
     loss_tokens: int
     stale_tokens: int
     """Loss tokens older than the bound, whether masked or kept with a truncated ratio."""
@@ -94,7 +110,7 @@ class BatchStats:
     truncated_frac: float
     """Share of sequences that ended for their token budget."""
     packing_efficiency: float
-    """num_tokens over all slots of all micro-batches, in (0, 1]."""
+    """num_rows over all slots of all micro-batches, in (0, 1]."""
     reasons: Mapping[str, int]
     """What the verifier found: {reason: sequences}."""
 

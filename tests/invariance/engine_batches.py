@@ -38,8 +38,9 @@ def pack(chosen: Sequence[np.ndarray[Any, Any]], size: int, all_sequences: Seque
         ends.append(size)
     cu_seqlens = np.array(ends, np.int32)
     versions = np.zeros(size, np.int64)
+    every, longest = np.arange(size), int(np.diff(cu_seqlens).max())
     return MicroBatch(
-        tokens, targets, positions, cu_seqlens, weight, advantages, zeros, zeros, zeros, versions, index, int(np.diff(cu_seqlens).max())
+        tokens, positions, cu_seqlens, every, targets, every, weight, advantages, zeros, zeros, zeros, versions, index, longest
     )
 
 

@@ -21,7 +21,7 @@ def stats(staleness: Mapping[int, int], trained: Mapping[int, int]) -> BatchStat
     total, kept = sum(staleness.values()), sum(trained.values())
     verdicts = {"mismatch": 1, "match": 3}
     return BatchStats(
-        2, 4, 60, total, total - kept, total - kept, kept, staleness, trained, 0.5, 0.5, 0.5, 1, 12.0, 20, 0.25, 0.9, verdicts
+        2, 4, 60, 60, total, total - kept, total - kept, kept, staleness, trained, 0.5, 0.5, 0.5, 1, 12.0, 20, 0.25, 0.9, verdicts
     )
 
 

@@ -1,0 +1,124 @@
+"""Sequences to micro-batches: which rows the model computes, and which loss terms are taken at them. Pure.
+
+sequences -> trees (one a sequence; with shared prefixes one a group) -> bins -> rows and terms of a MicroBatch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from neox_rl.batch.packing import Plan
+from neox_rl.batch.prefixes import PrefixTree, prefix_trees
+from neox_rl.batch.types import PADDING, Floats, Ints, MicroBatch
+from neox_rl.framing import Array
+from neox_rl.types import NO_VERSION
+
+
+class TokenSequence(Protocol):
+    """Arrays of one length; entry t speaks of predicting ``targets[t]``, the token after ``tokens[t]``."""
+
+    @property
+    def tokens(self) -> Ints: ...
+    @property
+    def targets(self) -> Ints: ...
+    @property
+    def logprobs(self) -> Floats: ...
+    @property
+    def versions(self) -> Ints: ...
+    @property
+    def weight(self) -> Floats: ...
+    @property
+    def advantages(self) -> Floats: ...
+
+
+class Unit(NamedTuple):
+    """What is packed as one: a tree, and the indices of the sequences that are its paths."""
+
+    members: tuple[int, ...]
+    tree: PrefixTree
+
+
+def units(sequences: Sequence[TokenSequence], group_sizes: Sequence[int], max_rows: int, share: bool) -> list[Unit]:
+    """A tree a sequence or, with ``share``, as few trees of ``max_rows`` rows as each group of consecutive sequences takes."""
+    if not share:
+        return [Unit((i,), _alone(sequence.tokens)) for i, sequence in enumerate(sequences)]
+    found, start = [], 0
+    for size in group_sizes:
+        for members, tree in prefix_trees([s.tokens for s in sequences[start : start + size]], max_rows):
+            found.append(Unit(tuple(start + i for i in members), tree))
+        start += size
+    return found
+
+
+def _alone(tokens: Ints) -> PrefixTree:
+    rows = np.arange(len(tokens), dtype=np.int64)
+    return PrefixTree(tokens, rows, (rows,))
+
+
+def lay_out(
+    sequences: Sequence[TokenSequence], packed: Sequence[Unit], layout_plan: Plan, share: bool
+) -> tuple[tuple[MicroBatch, ...], ...]:
+    """The micro-batches of every rank; ``layout_plan`` has bins of indices of ``packed``."""
+    # Padding is cut to the longest real sequence, so that no position or attention length appears that the model never meets.
+    longest = max(len(s.tokens) for s in sequences)
+    return tuple(
+        tuple(_microbatch(sequences, [packed[i] for i in members], layout_plan.length, longest, share) for members in rank)
+        for rank in layout_plan.bins
+    )
+
+
+def _microbatch(sequences: Sequence[TokenSequence], chosen: Sequence[Unit], length: int, longest: int, share: bool) -> MicroBatch:
+    sizes = [len(unit.tree) for unit in chosen]
+    padding = [min(longest, length - start) for start in range(sum(sizes), length, longest)]
+    tokens = np.concatenate([*(unit.tree.tokens for unit in chosen), np.zeros(sum(padding), np.int64)])
+    positions = np.concatenate([*(unit.tree.positions for unit in chosen), *(np.arange(size, dtype=np.int64) for size in padding)])
+    starts = np.cumsum([0, *sizes, *padding])
+    members = [i for unit in chosen for i in unit.members]
+    paths = [start + path for start, unit in zip(starts[: len(chosen)], chosen, strict=True) for path in unit.tree.paths]
+    # With shared prefixes most rows have a term of several sequences, or none: terms without a weight would only cost.
+    kept = [np.flatnonzero(sequences[i].weight) if share else np.arange(len(path)) for i, path in zip(members, paths, strict=True)]
+    num_terms = sum(len(k) for k in kept)
+    spare = int(num_terms == 0) if share else length - num_terms
+
+    def lay(parts: Sequence[Array], fill: int, dtype: DTypeLike) -> Array:
+        taken = [part[k] for part, k in zip(parts, kept, strict=True)]
+        flat: Array = np.concatenate([*taken, np.full(spare, fill)]).astype(dtype)
+        return flat
+
+    own = [sequences[i] for i in members]
+    targets = lay([s.targets for s in own], 0, np.int64)
+    rows = terms = np.arange(length, dtype=np.int64)
+    if share:
+        rows, targets, terms = _predictions(lay(paths, 0, np.int64), lay([_next(path) for path in paths], 0, np.int64), targets)
+    behavior = lay([s.logprobs for s in own], 0, np.float32)
+    return MicroBatch(
+        tokens=tokens,
+        positions=positions,
+        cu_seqlens=starts.astype(np.int32),
+        rows=rows,
+        targets=targets,
+        terms=terms,
+        loss_weight=lay([s.weight for s in own], 0, np.float32),
+        advantages=lay([s.advantages for s in own], 0, np.float32),
+        behavior_logprobs=behavior,
+        proximal_logprobs=behavior.copy(),
+        reference_logprobs=behavior.copy(),
+        versions=lay([s.versions for s in own], NO_VERSION, np.int64),
+        sequence_index=np.concatenate([*(np.full(len(k), i) for i, k in zip(members, kept, strict=True)), np.full(spare, PADDING)]),
+        max_seqlen=int(positions.max()) + 1,
+    )
+
+
+def _next(path: Ints) -> Ints:
+    """The row of the token that each row of a path predicts. The last predicts nothing, and is never kept."""
+    return np.append(path[1:], path[-1:])
+
+
+def _predictions(rows: Ints, predicted: Ints, targets: Ints) -> tuple[Ints, Ints, Ints]:
+    """``(rows, targets, terms)`` of :class:`MicroBatch`: terms on one and the same row of the tree share its prediction."""
+    _, first, terms = np.unique(predicted, return_index=True, return_inverse=True)
+    return rows[first], targets[first], terms.astype(np.int64)
