@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from neox_rl.config.schema import key
+from neox_rl.config.declare import key
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def samples_are_the_policys(config: RunConfig, machine: Machine) -> Iterator[str
 
 def group_has_a_baseline(config: RunConfig, machine: Machine) -> Iterator[str]:
     m = config.metarl
-    if m.objective.baseline != "none" and m.rollout.group_size < 2:
+    if m.objective.baseline != "none" and m.rollout.group_size < 2 and m.rollout.method != "search":
         yield (
             f"metarl.rollout.group_size = {m.rollout.group_size}: baseline {m.objective.baseline} compares the rollouts of a group with one"
             " another; set group_size: 8, or objective.baseline: none"

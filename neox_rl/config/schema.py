@@ -6,20 +6,12 @@ The NeoX keys of the same YAML files stay at the top level and are in ``neox_rl.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+
+from neox_rl.config.declare import key
+from neox_rl.config.schema_search import EpisodesConfig, SearchConfig
 
 MEGATRON_ENGINE, NEOX_ENGINE = ENGINES = ("megatron-core", "gpt-neox")
 """The trainer engines that come with this project."""
-
-
-def key(
-    default: Any, doc: str, *, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None, own: bool = False
-) -> Any:
-    """A config key: its default, one line of documentation, and the values it takes (inclusive bounds).
-
-    ``own``: or a part of the user's own, as ``package.module:name`` (docs/EXTENDING.md says what it must be).
-    """
-    return field(default=default, metadata={"doc": doc, "choices": choices, "low": low, "high": high, "own": own})
 
 
 IMITATION = "sft"
@@ -115,56 +107,6 @@ class RolloutConfig:
     )
     max_inflight_groups: int = key(0, "groups generated at once; 0: as many as the admission rule allows", low=0)
     record_every: int = key(50, "write every n-th group to rollouts.jsonl; 0: none", low=0)
-
-
-@dataclass(frozen=True)
-class SearchConfig:
-    """Rollouts made by search under the current policy (``rollout.method: search``), ``rollout.group_size`` searches of a problem."""
-
-    strategy: str = key(
-        "mcts", "who goes where", choices=("best-of-n", "beam", "bfs", "dfs", "best-first", "astar", "mcts"), own=True
-    )
-    value: str = key(
-        "monte-carlo",
-        "how hopeful a step is: the mean of completions (11), the exact solver, the domain's guess, or votes of the policy",
-        choices=("none", "oracle", "heuristic", "monte-carlo", "judge"),
-    )
-    nodes: int = key(32, "most nodes of a tree, its root left out", low=1)
-    tokens: int = key(0, "most tokens of a search, refused steps and those of its value included; 0: what its nodes take", low=0)
-    width: int = key(4, "steps sampled at a node; best-of-n: attempts", low=1)
-    batch: int = key(1, "nodes expanded together; mcts spreads them by virtual loss", low=1)
-    beam: int = key(5, "nodes that beam keeps at a level", low=1)
-    prune: bool = key(True, "a node that the oracle knows to be hopeless is not expanded")
-    exploration: float = key(1.0, "c of UCT", low=0.0)
-    max_step_tokens: int = key(64, "most tokens of a step", low=1)
-    cut_steps: bool = key(False, "a step without an end within max_step_tokens ends there, for text; else it is refused")
-    playouts: int = key(4, "completions of a Monte-Carlo value", low=1)
-    playout_tokens: int = key(64, "most tokens of one of them", low=1)
-    votes: int = key(3, "votes of a judge", low=1)
-    trains: str = key(
-        "steps",
-        "what is trained: sampled steps, each with the advantage v(step) - v(before it) (VinePPO); or searches that came to a right end,"
-        " told as a Meta-CoT and imitated (Meta-STaR (3), objective.loss: sft)",
-        choices=("steps", "traces"),
-    )
-    samples: str = key(
-        "all",
-        "steps: all that were sampled, refused ones as of value 0 and repeated ones as often as they came; or the nodes of the tree, once",
-        choices=("all", "nodes"),
-    )
-    baseline: str = key(
-        "parent", "steps: what the value of a step is compared with", choices=("parent", "siblings")
-    )
-    telling: str = key(
-        "stream", "traces: how a search is told", choices=("stream", "taken", "revision", "backtrack", "solution")
-    )
-    mask: str = key("all", "traces: what has a loss: all (22), the search (23), no step off the path (24)", choices=("all", "search", "path"))
-    thin: float = key(0.0, "traces: each step off the solution path is left out with this chance, and what came of it", low=0.0, high=1.0)
-
-
-@dataclass(frozen=True)
-class EpisodesConfig:
-    """Meta-RL rollouts of several episodes in one context (``rollout.method: episodes``)."""
 
 
 @dataclass(frozen=True)

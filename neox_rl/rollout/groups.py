@@ -18,6 +18,21 @@ CUT_OFF = Verdict(correct=False, extracted="", reason=Reason.NO_ANSWER, ms=0.0)
 
 
 @dataclass(frozen=True, slots=True)
+class Patient:
+    """Another generator, waited for: a server may take longer to start again than a request may take; while none serves nothing failed."""
+
+    generator: Generator
+
+    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> tuple[Completion, ...]:
+        """See ``ports.Generator``."""
+        while True:
+            try:
+                return await self.generator.sample(prompt_ids, params, n, rollout_id)
+            except NobodyServesError:
+                await asyncio.sleep(0)
+
+
+@dataclass(frozen=True, slots=True)
 class Attempts:
     """How a problem is attempted by sampling: the ``ports.GroupMaker`` of ``rollout.method: sample``.
 
@@ -41,19 +56,11 @@ class Attempts:
     async def attempt(self, problem: Problem, name: str, params: SamplingParams, size: int) -> tuple[Trace, ...]:
         """``size`` verified rollouts of ``problem``, ids ``<name>/r<i>``. Raises what the generator raises."""
         prompt = self.tokenizer.encode(problem.prompt)
-        completions = await self._sample(prompt, params, size, name)
+        completions = await Patient(self.generator).sample(prompt, params, size, name)
         texts = [self.tokenizer.decode(completion.ids) for completion in completions]
         verdicts = await asyncio.gather(*(self._verdict(problem, c, text) for c, text in zip(completions, texts, strict=True)))
         rows = zip(completions, texts, verdicts, strict=True)
         return tuple(self._trace(f"{name}/r{i}", problem, prompt, *row) for i, row in enumerate(rows))
-
-    async def _sample(self, prompt: Sequence[int], params: SamplingParams, size: int, name: str) -> tuple[Completion, ...]:
-        """A server may take longer to start again than a request may take: as long as none serves, no attempt has failed."""
-        while True:
-            try:
-                return await self.generator.sample(prompt, params, size, name)
-            except NobodyServesError:
-                await asyncio.sleep(0)
 
     def _trace(self, id: str, problem: Problem, prompt: tuple[int, ...], completion: Completion, text: str, verdict: Verdict) -> Trace:
         return Trace(
@@ -84,6 +91,8 @@ def sampled_ids(trace: Trace) -> list[int]:
     return [i for segment in trace.segments if segment.logprobs for i in segment.ids]
 
 
-def rewards_differ(traces: Sequence[Trace]) -> bool:
-    """A group of equal rewards teaches nothing under a group baseline (DAPO, arXiv 2503.14476, section 3.2)."""
-    return len({trace.reward for trace in traces}) > 1
+def teaches(traces: Sequence[Trace]) -> bool:
+    """A group of equal rewards teaches nothing under a group baseline (DAPO, arXiv 2503.14476, section 3.2), unless its steps have credit
+    of their own."""
+    credit = [s.advantage for trace in traces for s in trace.segments if s.advantage is not None]
+    return any(credit) if credit else len({trace.reward for trace in traces}) > 1

@@ -8,8 +8,12 @@ from neox_rl.config.run import RunConfig
 from neox_rl.errors import ConfigError
 from neox_rl.ports import GroupMaker
 from neox_rl.rollout.groups import Attempts
+from neox_rl.run.search_groups import search_groups
 
-MAKERS: Mapping[str, Callable[[RunConfig, Attempts], GroupMaker]] = {"sample": lambda config, attempts: attempts}
+MAKERS: Mapping[str, Callable[[RunConfig, Attempts], GroupMaker]] = {
+    "sample": lambda config, attempts: attempts,
+    "search": search_groups,
+}
 """The attempts have what a maker needs: the run's generator, verifier, tokenizer and reward."""
 
 

@@ -15,7 +15,7 @@ from neox_rl.queue.book import Book
 from neox_rl.queue.history import Standing
 from neox_rl.queue.state import TicketQueue
 from neox_rl.rollout.chunks import ChunkedGenerator
-from neox_rl.rollout.groups import rewards_differ
+from neox_rl.rollout.groups import teaches
 from neox_rl.rollout.vllm_client import ServerFailedError
 from neox_rl.run.pulse import Pulse
 from neox_rl.telemetry.events import EventLog
@@ -122,7 +122,7 @@ class RolloutPump:
     def _accept(self, group: Group, problem: Problem) -> None:
         staleness = self._config.metarl.staleness
         refusable = staleness.dynamic_sampling and self._queue.refusals(group.ticket) < staleness.max_refusals
-        if refusable and not rewards_differ(group.traces):
+        if refusable and not teaches(group.traces):
             self._queue.refuse(group.ticket)
             self._book.refused(group)
             del self._positions[group.ticket]  # another problem may teach something

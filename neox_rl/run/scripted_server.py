@@ -16,7 +16,7 @@ import logging
 import math
 import random
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,8 @@ class ScriptedServer:
             written = [self._scripts.go_on(body["token_ids"], self._rng, greedy) for _ in range(sampling["n"])]
         except KeyError as error:
             return web.json_response({"error": str(error)}, status=400)
-        choices = await asyncio.gather(*(self._complete(i, ids, sampling["max_tokens"]) for i, ids in enumerate(written)))
+        stops = frozenset(sampling["stop_token_ids"])
+        choices = await asyncio.gather(*(self._complete(i, stopped(ids, stops), sampling["max_tokens"]) for i, ids in enumerate(written)))
         return web.json_response({"choices": choices}, dumps=_dumps)
 
     async def _complete(self, index: int, script: Sequence[int], max_tokens: int) -> dict[str, Any]:
@@ -134,6 +135,11 @@ class ScriptedServer:
         stager, self._stager = self._stager, None
         if stager is not None:
             await asyncio.to_thread(stager.close)
+
+
+def stopped(ids: Sequence[int], stops: Collection[int]) -> Sequence[int]:
+    """Up to the first of ``stops``, that one included; a script is at its end anyway."""
+    return ids[: next((at for at, token in enumerate(ids) if token in stops), len(ids)) + 1]
 
 
 def _dumps(value: Any) -> str:

@@ -24,22 +24,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from neox_rl.arithmetic import ARITHMETIC_TASKS
 from neox_rl.config.schema import VerifyConfig
 from neox_rl.errors import ConfigError, NeoxRLError
+from neox_rl.run.search_parts import domain_of, own_value
 from neox_rl.run.search_rows import Row, error_line, read_rows, result_line
 from neox_rl.run.search_server import Policy, cache_counters, connect, connect_prm
-from neox_rl.search.arithmetic_domain import ArithmeticDomain
 from neox_rl.search.domain import Domain
 from neox_rl.search.growth import Budget
 from neox_rl.search.proposers import ExhaustiveProposer, Proposer
-from neox_rl.search.scorers import Discouraged, JudgeValue, PrmValue, ServedScorer
+from neox_rl.search.scorers import Discouraged, PrmValue, ServedScorer
 from neox_rl.search.search import Search, run_all
 from neox_rl.search.strategies import STRATEGIES
 from neox_rl.search.strategy import Options
-from neox_rl.search.text_domain import TextDomain
 from neox_rl.search.trees import tree_line
-from neox_rl.search.values import HeuristicValue, MonteCarloValue, NoValue, OracleValue, PolicyPlayouts, StepPlayouts, Value
+from neox_rl.search.values import Value
 from neox_rl.types import End, Json, Problem, Tree, Verdict
 from neox_rl.verify.verifier import TaskVerifier, make_verifier
 
@@ -130,7 +128,7 @@ class Verifiers:
         return await self.of(problem.task).check(problem, text)
 
     def domain(self, problem: Problem) -> Domain:
-        return ArithmeticDomain(problem) if problem.task in ARITHMETIC_TASKS else TextDomain(problem, self)
+        return domain_of(problem, self)
 
     def close(self) -> None:
         for verifier in self._made.values():
@@ -139,27 +137,16 @@ class Verifiers:
 
 async def make_value(args: argparse.Namespace, policy: Policy | None, verifiers: Verifiers, stack: AsyncExitStack) -> Value:
     """The value of ``--value``. Raises ConfigError when it needs a server that was not given."""
-    match args.value:
-        case "none":
-            value: Value = NoValue()
-        case "oracle":
-            value = OracleValue()
-        case "heuristic":
-            value = HeuristicValue()
-        case "monte-carlo":
-            playouts = PolicyPlayouts(policy.proposer, verifiers) if policy else StepPlayouts(ExhaustiveProposer())
-            value = MonteCarloValue(playouts, args.playouts, args.playout_tokens)
-        case "prm":
-            if not args.prm_server or not args.prm_model:
-                raise ConfigError("--value prm needs --prm-server URL and --prm-model DIR or NAME: the served process reward model")
-            if not Path(args.prm_model, TOKENIZER).is_file():
-                return PrmValue(ServedScorer(args.prm_server.rstrip("/"), args.prm_model, args.timeout_s), args.sees_earlier)
-            value = await connect_prm(args, stack)
-        case _:
-            if policy is None:
-                raise ConfigError("--value judge needs --server URL: the policy itself votes")
-            return JudgeValue(policy.generator, policy.tokenizer, args.votes, sees_earlier=args.sees_earlier)
-    return Discouraged(value) if args.sees_earlier else value
+    if args.value != "prm":
+        proposer = policy.proposer if policy else None
+        value = own_value(args.value, proposer, verifiers, args.playouts, args.playout_tokens, args.votes, args.sees_earlier)
+    elif not args.prm_server or not args.prm_model:
+        raise ConfigError("--value prm needs --prm-server URL and --prm-model DIR or NAME: the served process reward model")
+    elif not Path(args.prm_model, TOKENIZER).is_file():
+        return PrmValue(ServedScorer(args.prm_server.rstrip("/"), args.prm_model, args.timeout_s), args.sees_earlier)
+    else:
+        value = await connect_prm(args, stack)
+    return Discouraged(value) if args.sees_earlier and args.value != "judge" else value
 
 
 def make_options(args: argparse.Namespace) -> Options:

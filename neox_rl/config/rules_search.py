@@ -1,0 +1,57 @@
+"""Rules on rollouts made by search. Each yields one message a broken value: value, rule, fix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from neox_rl.arithmetic import ARITHMETIC_TASKS
+from neox_rl.config.derived import prompt_tokens
+from neox_rl.config.machine import Machine
+from neox_rl.config.run import RunConfig
+from neox_rl.config.schema import IMITATION
+
+
+def objective_suits_what_is_trained(config: RunConfig, machine: Machine) -> Iterator[str]:
+    """Steps have behavior log-probs and credit of their own; a told search has neither, and only a right one may be imitated."""
+    loss, method, trains = config.metarl.objective.loss, config.metarl.rollout.method, config.metarl.search.trains
+    told = method == "search" and trains == "traces"
+    if told and loss != IMITATION:
+        yield (
+            f"metarl.objective.loss = {loss}: needs the log-probs of the policy that sampled the text, and a told search (search.trains:"
+            f" traces) was sampled in another order; set loss: {IMITATION}, or search.trains: steps"
+        )
+    if loss == IMITATION and not told:
+        yield (
+            f"metarl.objective.loss = {IMITATION}: imitates what it is given, wrong attempts too; set loss: tis, or rollout.method: search"
+            " with search.trains: traces, which gives only searches that came to a right end"
+        )
+    if method == "search" and trains == "steps" and loss == "gspo":
+        yield (
+            "metarl.objective.loss = gspo: clips one ratio of a whole sequence, and with search.trains: steps each step has an advantage"
+            " of its own; set loss: tis"
+        )
+
+
+def searches_have_room(config: RunConfig, machine: Machine) -> Iterator[str]:
+    search, seq, prompt = config.metarl.search, config.neox.seq_length, prompt_tokens(config) or 1
+    if config.metarl.rollout.method != "search":
+        return
+    if prompt + search.max_step_tokens > seq:
+        yield (
+            f"metarl.search.max_step_tokens = {search.max_step_tokens}: a prompt and one step must fit in seq_length = {seq}; set"
+            f" max_step_tokens: {max(1, seq - prompt)}"
+        )
+    if 0 < search.tokens < search.max_step_tokens:
+        yield (
+            f"metarl.search.tokens = {search.tokens}: does not pay for one step of max_step_tokens = {search.max_step_tokens}; set tokens:"
+            f" {search.width * search.max_step_tokens} or more, or 0"
+        )
+
+
+def values_know_the_problems(config: RunConfig, machine: Machine) -> Iterator[str]:
+    value, source = config.metarl.search.value, config.metarl.problems.source
+    if config.metarl.rollout.method == "search" and value in ("oracle", "heuristic") and source not in ARITHMETIC_TASKS:
+        yield f"metarl.search.value = {value}: knows arithmetic problems only, and source is {source}; set value: monte-carlo"
+
+
+SEARCH_RULES = (objective_suits_what_is_trained, searches_have_room, values_know_the_problems)

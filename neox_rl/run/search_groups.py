@@ -1,0 +1,104 @@
+"""Groups made by search: the ``ports.GroupMaker`` of ``metarl.rollout.method: search``.
+
+    ticket -> group_size searches of one problem, each by requests for steps to whatever serves -> trees -> traces (search/rollouts.py)
+
+A search is one rollout of the ticket's group and may give several traces. A request that fails is made again, by the generator on other
+servers and by the search, so a lost server loses no finished node; while none serves, the search waits. What the orchestrator had of an
+unfinished search when it died is not in the journal: the ticket is searched again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Self
+
+from neox_rl.config.run import RunConfig
+from neox_rl.config.schema_search import SearchConfig
+from neox_rl.ports import Generator
+from neox_rl.rollout.groups import Attempts, Patient
+from neox_rl.rollout.vllm_client import ServerFailedError
+from neox_rl.run.search_parts import domain_of, own_value
+from neox_rl.search.demonstrations import TraceStyle
+from neox_rl.search.growth import Budget
+from neox_rl.search.linearize import Mask
+from neox_rl.search.proposers import PolicyProposer, derived_seed, step_ends
+from neox_rl.search.rollouts import Baseline, Remembering, advantages, all_samples, node_samples, step_traces, told_trace
+from neox_rl.search.search import Search
+from neox_rl.search.strategy import Options
+from neox_rl.search.values import Value
+from neox_rl.types import NO_VERSION, End, Group, Problem, SamplingParams, Trace, Tree, Verdict
+
+STEPS = "steps"
+
+
+@dataclass(frozen=True)
+class SearchGroups:
+    """``max_tokens``: of a told trace, prompt included. ``config`` says what is trained."""
+
+    config: SearchConfig
+    attempts: Attempts
+    search: Search
+    proposer: PolicyProposer
+    value: Value
+    max_tokens: int
+
+    async def group(self, problem: Problem, ticket: int, params: SamplingParams, size: int) -> Group:
+        """``size`` searches of ``problem``. ``params`` are those of whole attempts: a search samples by its own.
+
+        Raises ServerFailedError where a search could not take a single step.
+        """
+        found = await asyncio.gather(*(self._rollout(problem, ticket, index) for index in range(size)))
+        traces = [trace for _, some in found for trace in some]
+        shown = sum(len(s.ids) for trace in traces for s in trace.segments if s.version != NO_VERSION)
+        paid = sum(tree.num_tokens for tree, _ in found)
+        named = (replace(trace, id=f"g{ticket:06d}/r{i}") for i, trace in enumerate(traces))
+        return Group(ticket, problem.id, tuple(named), max(0, paid - shown))
+
+    def chunked(self, chunks: Callable[[Generator], Generator]) -> Self:
+        """See ``ports.GroupMaker``: no request is longer than a step or a playout."""
+        return self
+
+    async def _rollout(self, problem: Problem, ticket: int, index: int) -> tuple[Tree, Sequence[Trace]]:
+        seed = derived_seed(self.search.seed, ticket, index)
+        proposer = Remembering(self.proposer)
+        budget = Budget(self.config.nodes, self.config.tokens or None)
+        tree = await replace(self.search, seed=seed).run(problem, proposer, self.value, budget)
+        if tree.end is End.FAILED and len(tree.nodes) == 1:
+            raise ServerFailedError(f"search g{ticket:06d}/{index}: {tree.error}")
+        rewarder = partial(self._reward, problem)
+        if self.config.trains != STEPS:
+            style = TraceStyle(self.config.telling, Mask(self.config.mask), self.config.thin)
+            rng = random.Random(seed)
+            return tree, [told_trace(tree, problem, style, self.attempts.tokenizer, rng, self.max_tokens, rewarder)]
+        every = self.config.samples == "all"
+        samples = all_samples(tree, self.search.domain(problem), proposer.asked) if every else node_samples(tree)
+        credit = advantages(tree, samples, Baseline(self.config.baseline))
+        return tree, list(step_traces(tree, problem, self.proposer.prompt_ids(problem), samples, credit, rewarder))
+
+    def _reward(self, problem: Problem, verdict: Verdict, text: str, num_tokens: int) -> float:
+        return self.attempts.reward(problem, verdict, text, num_tokens)
+
+
+def search_groups(config: RunConfig, attempts: Attempts) -> SearchGroups:
+    """Raises ConfigError where no token of the tokenizer ends a step."""
+    metarl, block = config.metarl, config.metarl.search
+    proposer = PolicyProposer(
+        Patient(attempts.generator),
+        attempts.tokenizer,
+        step_ends(attempts.tokenizer),
+        block.max_step_tokens,
+        metarl.rollout.temperature,
+        metarl.rollout.top_p,
+        config.neox.seq_length,
+        seeded=False,
+        cut_steps=block.cut_steps,
+    )
+    value = own_value(block.value, proposer, attempts.verifier, block.playouts, block.playout_tokens, block.votes)
+    prune = 0.0 if block.value == "oracle" and block.prune else None
+    options = Options(block.width, block.batch, block.beam, prune, exploration=block.exploration)
+    search = Search(block.strategy, lambda problem: domain_of(problem, attempts.verifier), options, metarl.seed)
+    return SearchGroups(block, attempts, search, proposer, value, config.neox.seq_length)

@@ -1,0 +1,189 @@
+"""Searches as rollouts to train: every sampled step with its own credit, or the whole search told as one text to imitate.
+
+*Steps.* A step was sampled after exactly the prompt and the path that lead to it, so its log-probs are those of the behavior policy, and
+each may be of another policy version: a tree outlives an update. Its advantage is v(step) - v(where it was taken) (VinePPO, arXiv
+2410.01679; TreeRL, 2506.11902). There is a trace for each path to a leaf. Each sampled step is trained in one trace, the first that holds
+it, and is context without a loss in the others: what is trained is the flat sum over steps, none counted twice.
+
+*Traces.* The search in the words of a Meta-CoT (Meta-STaR, arXiv 2501.04682, (3)). No policy sampled this text in this order, so there is
+no behavior policy to correct for and it is imitated where the search found a right end, and else not trained: expert iteration.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import NamedTuple
+
+from neox_rl.ports import Tokenizer
+from neox_rl.search.credit import UNFINISHED, children_of
+from neox_rl.search.demonstrations import TraceStyle
+from neox_rl.search.domain import Domain, Rejection, State
+from neox_rl.search.linearize import glue_of, solution_of
+from neox_rl.search.proposers import Position, Proposal, Proposer
+from neox_rl.types import NO_NODE, Finish, Node, Problem, Role, Segment, Trace, Tree, Verdict, VersionSpan
+
+Rewarder = Callable[[Verdict, str, int], float]
+"""(verdict, a path as text, its tokens) -> reward."""
+
+
+class Baseline(StrEnum):
+    """What the value of a step is compared with: that of the place where it was taken, or the mean of all that were sampled there."""
+
+    PARENT = "parent"
+    SIBLINGS = "siblings"
+
+
+@dataclass
+class Remembering(Proposer):
+    """Another proposer, and all that it proposed in one search, whatever became of it: ``asked`` holds (position, proposals)."""
+
+    proposer: Proposer
+    asked: list[tuple[Position, Sequence[Proposal]]] = field(default_factory=list)
+
+    @property
+    def step_tokens(self) -> int:
+        return self.proposer.step_tokens
+
+    async def propose(self, position: Position, n: int, max_tokens: int) -> Sequence[Proposal]:
+        made = await self.proposer.propose(position, n, max_tokens)
+        self.asked.append((position, made))
+        return made
+
+
+class Sample(NamedTuple):
+    """A step that a policy sampled at node ``parent``. ``node``: what it became, NO_NODE where it was refused or was there before."""
+
+    parent: int
+    node: int
+    value: float
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    spans: tuple[VersionSpan, ...]
+    finish: Finish = Finish.STOP
+
+
+def node_samples(tree: Tree) -> list[Sample]:
+    """Each node of the tree, once."""
+    return [Sample(n.parent, n.id, n.value, n.ids, n.logprobs, n.spans) for n in tree.nodes[1:] if n.spans]
+
+
+def all_samples(tree: Tree, domain: Domain, asked: Sequence[tuple[Position, Sequence[Proposal]]]) -> list[Sample]:
+    """Every step as often as the policy sampled it: an unbiased sum over what it does at a node.
+
+    A step that was refused, or that gave up, leads nowhere: its value is 0. One that was sampled again has the value of the node that it
+    leads to. Steps that the budget did not reach are left out.
+    """
+    found = node_samples(tree)
+    states, values = _states(tree, domain)
+    written = [tuple(i for step in tree.path(node.id) for i in step.ids) for node in tree.nodes]
+    places = {ids: node for node, ids in reversed(list(enumerate(written)))}
+    nodes = Counter((written[s.parent], s.ids) for s in found)
+    for position, proposals in asked:
+        parent = places.get(position.ids, NO_NODE)
+        for proposal in proposals:
+            nodes[position.ids, proposal.ids] -= 1
+            if parent == NO_NODE or nodes[position.ids, proposal.ids] >= 0:
+                continue  # it is a node itself
+            value = _value(parent, states[parent], proposal, domain, values)
+            if value is not None and proposal.spans:
+                finish = Finish.STOP if proposal.complete else Finish.LENGTH
+                found.append(Sample(parent, NO_NODE, value, proposal.ids, proposal.logprobs, proposal.spans, finish))
+    return found
+
+
+def _states(tree: Tree, domain: Domain) -> tuple[list[State], dict[tuple[int, State], float]]:
+    """The state of every node, and the value of each state below a node and, under NO_NODE, of the first anywhere."""
+    states, values = [domain.root], dict[tuple[int, State], float]()
+    for node in tree.nodes[1:]:
+        stepped = domain.step(states[node.parent], node.text, node.verdict is not None)
+        assert not isinstance(stepped, Rejection)
+        states.append(stepped.state)
+        values.setdefault((node.parent, stepped.state), node.value)
+        values.setdefault((NO_NODE, stepped.state), node.value)
+    return states, values
+
+
+def _value(parent: int, state: State, proposal: Proposal, domain: Domain, values: dict[tuple[int, State], float]) -> float | None:
+    if not proposal.complete or not (proposal.text.strip() or proposal.ended):
+        return 0.0
+    stepped = domain.step(state, proposal.text, proposal.ended)
+    if isinstance(stepped, Rejection):
+        return 0.0
+    return values.get((parent, stepped.state), values.get((NO_NODE, stepped.state)))
+
+
+def advantages(tree: Tree, samples: Sequence[Sample], baseline: Baseline) -> list[float]:
+    """One a sample. A search does not score its root: its value is the mean of what was sampled there."""
+    below: dict[int, list[float]] = {}
+    for sample in samples:
+        below.setdefault(sample.parent, []).append(sample.value)
+    means = {parent: sum(values) / len(values) for parent, values in below.items()}
+    if baseline is Baseline.SIBLINGS:
+        return [s.value - means[s.parent] for s in samples]
+    return [s.value - (means[0] if s.parent == 0 else tree.nodes[s.parent].value) for s in samples]
+
+
+def step_traces(
+    tree: Tree, problem: Problem, prompt_ids: Sequence[int], samples: Sequence[Sample], credit: Sequence[float], rewarder: Rewarder
+) -> Iterator[Trace]:
+    """A trace for each path to a leaf, then one for each sample that is no node; without ids. Every sample has its loss in one of them.
+
+    A tree without a step gives its prompt alone. Rewards and verdicts are those of the paths' ends, for the record: the credit is trained.
+    """
+    prompt = Segment(tuple(prompt_ids), Role.PROMPT)
+    fresh = {s.node: tuple(_credited(s, a)) for s, a in zip(samples, credit, strict=True) if s.node != NO_NODE}
+    inner = children_of(tree).keys()
+    for leaf in (node for node in tree.nodes if node.id not in inner):
+        path = tree.path(leaf.id)
+        steps = [segment for node in path for segment in fresh.pop(node.id, None) or (_context(node),)]
+        yield _trace(problem, (prompt, *steps), path, leaf.verdict or UNFINISHED, Finish.STOP, rewarder)
+    for sample, advantage in zip(samples, credit, strict=True):
+        if sample.node == NO_NODE:
+            path = tree.path(sample.parent)
+            steps = [*map(_context, path), *_credited(sample, advantage)]
+            yield _trace(problem, (prompt, *steps), path, UNFINISHED, sample.finish, rewarder)
+
+
+def _credited(sample: Sample, advantage: float) -> Iterator[Segment]:
+    for span in sample.spans:
+        part = slice(span.start, span.end)
+        yield Segment(sample.ids[part], Role.THINK, sample.logprobs[part], span.version, mask=1.0, advantage=advantage)
+
+
+def _context(node: Node) -> Segment:
+    return Segment(node.ids, Role.THINK)
+
+
+def _trace(
+    problem: Problem, segments: tuple[Segment, ...], path: Sequence[Node], verdict: Verdict, finish: Finish, rewarder: Rewarder
+) -> Trace:
+    text = glue_of(problem).join(node.text for node in path)
+    reward = rewarder(verdict, text, sum(len(s.ids) for s in segments[1:]))
+    return Trace("", problem.id, segments, reward, finish, verdict)
+
+
+def told_trace(
+    tree: Tree, problem: Problem, style: TraceStyle, tokenizer: Tokenizer, rng: random.Random, max_tokens: int, rewarder: Rewarder
+) -> Trace:
+    """The search told in ``style``, without an id: a loss on all that the style's mask leaves, where it came to a right end.
+
+    Else, and where the telling is longer than ``max_tokens``, the path of its answer as context alone: nothing of it is trained. What is
+    told has the oldest version that made a step of the tree, the one by which its staleness is bounded.
+    """
+    prompt = Segment(tokenizer.encode(problem.prompt), Role.PROMPT)
+    solution = solution_of(tree)
+    if solution:
+        told = style.trace(tree, problem, tokenizer, rng, "")
+        if told.num_tokens <= max_tokens:
+            version = min(span.version for node in tree.nodes for span in node.spans)
+            segments = tuple(replace(s, version=version) if s.mask > 0 else s for s in told.segments)
+            verdict = solution[-1].verdict or UNFINISHED
+            text = tokenizer.decode([i for s in segments[1:] for i in s.ids])
+            return replace(told, segments=segments, verdict=verdict, reward=rewarder(verdict, text, told.num_tokens - len(prompt.ids)))
+    path = tree.path(max(tree.answer, 0))
+    verdict = path[-1].verdict if path and path[-1].verdict is not None else UNFINISHED
+    return _trace(problem, (prompt, *map(_context, path)), path, verdict, Finish.STOP, rewarder)

@@ -1,0 +1,366 @@
+"""What breaks each rule between keys, what it says, and the fix it names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from neox_rl.config.machine import Machine
+
+CPU = Machine(cores=(0, 1, 2, 3), exists=lambda path: path.startswith("here"))
+GPU = replace(CPU, num_gpus=4)
+NEOX = replace(CPU, gpt_neox_path=str(Path(__file__).parent / "checkout_stub"))
+
+LLAMA = "norm=rmsnorm activation=swiglu use_bias_in_attn_linear=false use_bias_in_mlp=false intermediate_size=1536 "
+JSONL = "metarl.problems.source=jsonl metarl.problems.path=here.jsonl metarl.tokenizer.path=here "
+FAR = "launcher=slurm hostfile=here master_addr=10.0.0.1 metarl.network.bind_host=10.0.0.1 "
+
+
+@dataclass(frozen=True)
+class Case:
+    """``wrong`` settings break ``rule``, whose message holds ``says``; with ``fix`` on top it is silent."""
+
+    rule: str
+    wrong: str
+    says: str
+    fix: str
+    machine: Machine = CPU
+
+
+CASES = (
+    Case(
+        "heads_divide_width",
+        "hidden_size=200",
+        "hidden_size = 200: must be a multiple of num_attention_heads = 6; take 198 or 204",
+        "hidden_size=204",
+    ),
+    Case("one_family", "norm=rmsnorm", "activation = gelu: norm rmsnorm makes a LlamaForCausalLM, which needs activation: swiglu", LLAMA),
+    Case("one_family", LLAMA + "rotary_pct=0.5", "rotary_pct = 0.5", "rotary_pct=1"),
+    Case("one_family", LLAMA + "gpt_j_residual=true", "needs gpt_j_residual: false", "gpt_j_residual=false"),
+    Case(
+        "one_family",
+        "use_bias_in_mlp=false",
+        "norm layernorm makes a GPTNeoXForCausalLM, which needs use_bias_in_mlp: true",
+        "use_bias_in_mlp=true",
+    ),
+    Case("one_family", "num_kv_heads=2", "num_kv_heads = 2", "num_kv_heads=0"),
+    Case("head_size_served", "num_attention_heads=4", "= 48: vLLM on CPU serves head sizes 32, 64", "num_attention_heads=6"),
+    Case("rotary_dimensions", "rotary_pct=0.1", "rotates 3 of 32 dimensions", "rotary_pct=0.0625"),
+    Case("kv_heads_divide", LLAMA + "num_kv_heads=4", "must divide num_attention_heads = 6; take one of [1, 2, 3, 6]", "num_kv_heads=3"),
+    Case(
+        "mlp_width_whole",
+        LLAMA + "intermediate_size=1001",
+        "projections of 668 and 333 columns, which do not fit; take 1002",
+        "intermediate_size=1002",
+    ),
+    Case("mlp_width_whole", "intermediate_size=192 mlp_multiple_of=64", "take 256", "intermediate_size=256"),
+    Case(
+        "tensor_parallel_divides",
+        "model_parallel_size=4",
+        "model_parallel_size = 4: must divide num_attention_heads = 6",
+        "model_parallel_size=2",
+    ),
+    Case(
+        "tensor_parallel_divides",
+        "metarl.servers.tensor_parallel_size=4",
+        "tensor_parallel_size = 4: must divide",
+        "metarl.servers.tensor_parallel_size=2",
+    ),
+    Case("stages_hold_layers", "pipe_parallel_size=4", "each stage holds a layer at least, and num_layers = 3", "pipe_parallel_size=3"),
+    Case("stages_are_even", "pipe_parallel_size=2", "waits for the longest stage", "num_layers=4"),
+    Case("ranks_divide", "model_parallel_size=2 num_gpus=3", "set num_gpus: 4", "num_gpus=4"),
+    Case("sequence_parallel_needs_tp", "sequence_parallel=true", "model_parallel_size = 1", "model_parallel_size=2"),
+    Case("zero_stage", "zero_optimization.stage=3", "stage = 3: must be 0 or 1", "zero_optimization.stage=1"),
+    Case("zero_stage", "zero_optimization.stage=true", "stage = True: must be 0 or 1", "zero_optimization.stage=1"),
+    Case("zero_stage", "zero_optimization.stages=1", "stages: is no key", "zero_optimization={}"),
+    Case("zero_stage", "zero_optimization.cpu_offload=true", "set cpu_offload: false", "zero_optimization.cpu_offload=false"),
+    Case("optimizer_known", "optimizer.type=SGD", "must be Adam or AdamW", "optimizer.type=AdamW"),
+    Case("optimizer_known", "optimizer.kind=Adam", "optimizer.kind: is no key", "optimizer={}"),
+    Case("optimizer_known", "optimizer.params=3", "must be a block", "optimizer.params={}"),
+    Case("optimizer_known", "optimizer.params.lr=1e400", "must be a number > 0", "optimizer.params.lr=1e-3"),
+    Case("optimizer_known", "optimizer.params.lr=-1", "optimizer.params.lr = -1: must be a number > 0", "optimizer.params.lr=1e-3"),
+    Case("optimizer_known", "optimizer.params.betas=0.9", "must be two numbers in [0, 1)", "optimizer.params.betas=[0.9,0.99]"),
+    Case("optimizer_known", "optimizer.params.weight_decay=0.1", "write weight_decay at the top level", "optimizer.params={}"),
+    Case("decay_goes_down", "lr_decay_style=cosine min_lr=0.1", "must not be above optimizer.params.lr", "min_lr=1e-5"),
+    Case("positions_hold_sequence", "max_position_embeddings=128", "must be >= seq_length = 256", "max_position_embeddings=0"),
+    Case("backend_fits_machine", "distributed_backend=nccl", "shows none; set distributed_backend: auto", "distributed_backend=auto"),
+    Case(
+        "prompt_and_completion_fit",
+        "seq_length=134",
+        "must hold a prompt of 7 tokens and metarl.rollout.max_new_tokens = 128; set seq_length: 135",
+        "seq_length=135",
+    ),
+    Case("prompt_and_completion_fit", "seq_length=130", "or max_new_tokens: 123", "metarl.rollout.max_new_tokens=123"),
+    Case("prompt_and_completion_fit", JSONL + "seq_length=128", "must hold a prompt and", "seq_length=256"),
+    Case("pack_holds_a_sequence", "metarl.pack_tokens=128", "must hold one sequence of seq_length = 256", "metarl.pack_tokens=256"),
+    Case(
+        "pack_holds_a_sequence",
+        "metarl.warmstart.steps=1 metarl.warmstart.tokens_per_step=99",
+        "must hold one demonstration",
+        "metarl.warmstart.tokens_per_step=256",
+    ),
+    Case(
+        "generated_values_fit",
+        "metarl.problems.max_value=30",
+        "must reach max_number = 9 and max_target = 40",
+        "metarl.problems.max_value=40",
+    ),
+    Case(
+        "generated_values_fit",
+        "metarl.problems.source=game24 metarl.problems.max_value=20",
+        "must reach the target 24",
+        "metarl.problems.max_value=24",
+    ),
+    Case(
+        "game24_has_cards",
+        "metarl.problems.source=game24 metarl.problems.num_numbers=5",
+        "set num_numbers: 4",
+        "metarl.problems.num_numbers=4",
+    ),
+    Case(
+        "game24_has_cards",
+        "metarl.problems.source=game24 metarl.problems.max_number=14",
+        "set max_number: 13",
+        "metarl.problems.max_number=13",
+    ),
+    Case("heldout_problems_exist", "metarl.problems.heldout_frac=0", "leaves nothing to evaluate on", "metarl.problems.heldout_frac=0.25"),
+    Case(
+        "demonstrations_have_a_source",
+        "metarl.warmstart.style=trees metarl.warmstart.steps=9",
+        "path is empty: style trees shows what was recorded",
+        "metarl.warmstart.path=here.jsonl,here2.jsonl",
+    ),
+    Case(
+        "demonstrations_have_a_source",
+        "metarl.warmstart.style=attempts metarl.warmstart.path=here/batches,gone",
+        "names 'gone', which does not exist",
+        "metarl.warmstart.path=here/batches",
+    ),
+    Case(
+        "demonstrations_have_a_source",
+        "metarl.warmstart.path=here.jsonl",
+        "is read with style trees, attempts, values only",
+        "metarl.warmstart.style=values",
+    ),
+    Case(
+        "demonstrations_have_a_source",
+        "metarl.warmstart.from_checkpoint=true",
+        "there is no checkpoint to train further",
+        "metarl.warmstart.hf_checkpoint=here",
+    ),
+    Case(
+        "demonstrations_are_trained_on",
+        "metarl.warmstart.mask=search metarl.warmstart.telling=solution",
+        "mask = search: style dfs told as solution shows solutions alone",
+        "metarl.warmstart.telling=revision",
+    ),
+    Case(
+        "demonstrations_are_trained_on",
+        "metarl.warmstart.style=attempts metarl.warmstart.prune=0.5",
+        "prune = 0.5: only searches are told",
+        "metarl.warmstart.prune=0",
+    ),
+    Case(
+        "reward_model_is_trained_alone",
+        "metarl.warmstart.style=values metarl.warmstart.steps=9",
+        "train_iters = 100: metarl.warmstart.style values makes a reward model",
+        "train_iters=0",
+    ),
+    Case(
+        "reward_model_is_trained_alone",
+        "metarl.warmstart.style=values metarl.warmstart.steps=9 train_iters=0 metarl.warmstart.hf_checkpoint=here",
+        "the warm start is all of its training",
+        "metarl.warmstart.from_checkpoint=true",
+    ),
+    Case("jsonl_is_complete", "metarl.problems.source=jsonl", "metarl.tokenizer.path is empty", JSONL),
+    Case("jsonl_is_complete", "metarl.problems.path=here", "set source: jsonl or remove path", "metarl.problems.path=''"),
+    Case(
+        "jsonl_is_complete",
+        JSONL + "metarl.warmstart.steps=9",
+        "needs a solver for its searches",
+        "metarl.warmstart.hf_checkpoint=here",
+    ),
+    Case("one_start", "load=here metarl.warmstart.hf_checkpoint=here", "both give initial weights; keep one", "load=''"),
+    Case(
+        "samples_are_the_policys",
+        "metarl.rollout.temperature=0",
+        "no advantage is left; set temperature: 1.0",
+        "metarl.rollout.temperature=1",
+    ),
+    Case("samples_are_the_policys", "metarl.rollout.top_p=0.9", "set top_p: 1.0", "metarl.rollout.top_p=1"),
+    Case("group_has_a_baseline", "metarl.rollout.group_size=1", "baseline grpo compares", "metarl.objective.baseline=none"),
+    Case(
+        "refusals_are_possible",
+        "metarl.staleness.dynamic_sampling=true metarl.staleness.max_refusals=0",
+        "so dynamic_sampling does nothing",
+        "metarl.staleness.max_refusals=8",
+    ),
+    Case(
+        "refusals_are_possible",
+        "metarl.staleness.dynamic_sampling=true metarl.rollout.group_size=1 metarl.objective.baseline=none",
+        "a group of one always has equal rewards",
+        "metarl.rollout.group_size=2",
+    ),
+    Case(
+        "strict_waits_at_a_due_ticket",
+        "metarl.staleness.mode=strict metarl.staleness.dynamic_sampling=true",
+        "waits for up to max_refusals = 8 whole rollouts",
+        "metarl.staleness.admission_slack=0 metarl.staleness.delivery_slack=0",
+    ),
+    Case(
+        "truncation_has_a_ratio",
+        "metarl.staleness.stale_tokens=truncate metarl.objective.loss=ppo",
+        "set loss: tis or cispo",
+        "metarl.objective.loss=tis",
+    ),
+    Case(
+        "truncation_has_a_ratio",
+        "metarl.staleness.stale_tokens=truncate metarl.staleness.mode=strict",
+        "leaves no token beyond the bound",
+        "metarl.staleness.mode=token",
+    ),
+    Case(
+        "publishing_keeps_up",
+        "metarl.weights.publish_every=3",
+        "must be <= staleness.admission_slack + 1 = 2",
+        "metarl.staleness.admission_slack=2",
+    ),
+    Case(
+        "clips_are_sensible", "metarl.objective.loss=ppo metarl.objective.clip_low=1", "must stay above 0", "metarl.objective.clip_low=0.2"
+    ),
+    Case("clips_are_sensible", "metarl.objective.ratio_cap=0.5", "truncates on-policy tokens too", "metarl.objective.ratio_cap=2"),
+    Case("stale_samples_are_corrected", "metarl.objective.loss=reinforce", "tokens may be 2 steps old", "metarl.objective.loss=tis"),
+    Case(
+        "objective_suits_what_is_trained",
+        "metarl.rollout.method=search metarl.search.trains=traces",
+        "was sampled in another order",
+        "metarl.objective.loss=sft",
+    ),
+    Case("objective_suits_what_is_trained", "metarl.objective.loss=sft", "imitates what it is given, wrong", "metarl.objective.loss=tis"),
+    Case(
+        "objective_suits_what_is_trained",
+        "metarl.rollout.method=search metarl.objective.loss=gspo",
+        "clips one ratio of a whole sequence",
+        "metarl.objective.loss=ppo",
+    ),
+    Case(
+        "searches_have_room",
+        "metarl.rollout.method=search metarl.search.max_step_tokens=300",
+        "a prompt and one step must fit in seq_length",
+        "metarl.search.max_step_tokens=8",
+    ),
+    Case(
+        "searches_have_room",
+        "metarl.rollout.method=search metarl.search.tokens=63",
+        "does not pay for one step of max_step_tokens = 64",
+        "metarl.search.tokens=256",
+    ),
+    Case(
+        "values_know_the_problems",
+        JSONL + "metarl.rollout.method=search metarl.search.value=oracle",
+        "knows arithmetic problems only, and source is jsonl",
+        "metarl.search.value=monte-carlo",
+    ),
+    Case("policy_has_a_start", "metarl.warmstart.steps=0", "RL starts from random weights", "metarl.warmstart.steps=100"),
+    Case("name_is_a_file_name", "metarl.name=../x", "metarl.name = '../x'", "metarl.name=x-1.2_b"),
+    Case("name_is_a_file_name", "metarl.name=''", "metarl.name = ''", "metarl.name=x"),
+    Case("paths_exist", "load=gone", "load = 'gone': does not exist", "load=here/checkpoint"),
+    Case("paths_exist", "metarl.debug.batches=gone", "metarl.debug.batches = 'gone'", "metarl.debug.batches=here"),
+    Case("servers_come_from_one_place", "metarl.servers.addresses=[http://a:1]", "set num_servers: 0", "metarl.servers.num_servers=0"),
+    Case(
+        "scripts_know_the_problems",
+        "metarl.rollout.generator=scripted metarl.problems.source=jsonl",
+        "writes searches of arithmetic problems",
+        "metarl.problems.source=game24",
+    ),
+    Case("servers_come_from_one_place", "metarl.servers.num_servers=0", "nobody generates", "metarl.servers.num_servers=2"),
+    Case(
+        "servers_come_from_one_place",
+        "metarl.servers.num_servers=0 metarl.servers.addresses=[a:1]",
+        "must be http://host:port",
+        "metarl.servers.addresses=[http://a:1]",
+    ),
+    Case(
+        "servers_come_from_one_place",
+        "metarl.servers.num_servers=0 metarl.servers.addresses=[http://a:1,http://a:1]",
+        "names a server twice",
+        "metarl.servers.addresses=[http://a:1]",
+    ),
+    Case("core_sets_fit", "metarl.servers.cores=0;1", "has 2 sets for 1 server", "metarl.servers.num_servers=2"),
+    Case("core_sets_fit", "metarl.servers.cores=0|1", "each server has 1 TP rank", "metarl.servers.tensor_parallel_size=2"),
+    Case("core_sets_fit", "metarl.servers.cores=9", "core 9 is not among this machine's cores [0, 1, 2, 3]", "metarl.servers.cores=3"),
+    Case("core_sets_fit", "metarl.servers.cores=a", "must be auto, or core sets", "metarl.servers.cores=0-1"),
+    Case(
+        "core_sets_fit",
+        "metarl.servers.cores=1 metarl.trainer_cores=1",
+        "core 1 is given to metarl.servers.cores too",
+        "metarl.trainer_cores=2",
+    ),
+    Case("gpus_fit", "num_gpus=4", "need 5 GPUs, and this machine has 4", "num_gpus=3", GPU),
+    Case("gpus_fit", "num_gpus=2 metarl.servers.gpus=1", "[1] are taken by training ranks", "metarl.servers.gpus=2", GPU),
+    Case("gpus_fit", "metarl.servers.gpus='2,3'", "must be 1 sets of 1 GPU ids", "metarl.servers.tensor_parallel_size=2", GPU),
+    Case("debug_mode_is_complete", "metarl.debug.mode=train_only", "metarl.debug.batches is empty", "metarl.debug.batches=here"),
+    Case("debug_mode_is_complete", "metarl.debug.batches=here", "is read with mode train_only", "metarl.debug.mode=train_only"),
+    Case(
+        "debug_mode_is_complete",
+        "metarl.debug.mode=train_only metarl.debug.batches=here metarl.debug.record_batches=here",
+        "delivers no new batches",
+        "metarl.debug.record_batches=''",
+    ),
+    Case("debug_mode_is_complete", "metarl.debug.mode=rollout_only metarl.warmstart.steps=1", "trains nothing", "metarl.warmstart.steps=0"),
+    Case(
+        "ports_are_free_of_one_another",
+        "metarl.network.weights_port=80",
+        "must be 0 (a free one) or 1024 to 65535",
+        "metarl.network.weights_port=0",
+    ),
+    Case(
+        "ports_are_free_of_one_another",
+        "metarl.network.server_port=8000 metarl.servers.num_servers=3 metarl.network.master_port=8002",
+        "port 8002 is master_port too",
+        "metarl.network.master_port=8003",
+    ),
+    Case("own_parts_exist", "metarl.objective.loss=nowhere.at:all", "No module named 'nowhere'", "metarl.objective.loss=tis"),
+    Case("checkout_knows_the_keys", "metarl.engine=gpt-neox", "GPT_NEOX_PATH is not set", "metarl.engine=megatron-core"),
+    Case(
+        "sequence_divides",
+        "metarl.engine=gpt-neox model_parallel_size=2 sequence_parallel=true seq_length=255",
+        "take 256",
+        "seq_length=256",
+        NEOX,
+    ),
+    Case("host_can_be_bound", "metarl.network.bind_host=::1", "'::1': must be an IPv4 address", "metarl.network.bind_host=127.0.0.1"),
+    Case("host_can_be_bound", "metarl.network.bind_host='*:5555'", "without port", "metarl.network.bind_host=0.0.0.0"),
+    Case("host_can_be_bound", "metarl.network.bind_host=''", "= ''", "metarl.network.bind_host=node-1.cluster"),
+    Case(
+        "servers_elsewhere_reach_the_publisher",
+        "metarl.servers.addresses=[http://127.0.0.1:1,http://10.0.0.4:1]",
+        "bind_host = 127.0.0.1: the server http://10.0.0.4:1 fetches weights",
+        "metarl.network.bind_host=10.0.0.1",
+    ),
+    Case(
+        "servers_elsewhere_reach_the_publisher",
+        "metarl.servers.addresses=[http://a:1] metarl.network.bind_host=0.0.0.0",
+        "bind_host = 0.0.0.0",
+        "metarl.servers.addresses=[http://localhost:1]",
+    ),
+    Case("several_nodes_are_reachable", "launcher=slurm metarl.network.bind_host=10.0.0.1 master_addr=10.0.0.1", "give hostfile", FAR),
+    Case("several_nodes_are_reachable", "launcher=slurm metarl.network.bind_host=10.0.0.1", "master_addr = 127.0.0.1", FAR),
+    Case("several_nodes_are_reachable", "hostfile=here master_addr=10.0.0.1", "bind_host = 127.0.0.1", FAR),
+    Case(
+        "inner_deadlines_come_first",
+        "metarl.deadlines.publish_s=100",
+        "must be >= weights.stage_timeout_s",
+        "metarl.deadlines.publish_s=180",
+    ),
+    Case(
+        "inner_deadlines_come_first", "metarl.deadlines.batch_s=100", "must be >= servers.request_timeout_s", "metarl.deadlines.batch_s=120"
+    ),
+    Case("inner_deadlines_come_first", "metarl.deadlines.silence_s=50", "orchestrator_s = 60: must be >=", "metarl.deadlines.silence_s=40"),
+    Case("sockets_are_private", "metarl.network.bind_host=0.0.0.0", "keep it in a private network", "metarl.network.bind_host=127.0.0.1"),
+    Case("cores_are_enough", "num_gpus=4", "want 5 cores and this machine has 4", "num_gpus=3"),
+    Case("memory_is_enough", "metarl.servers.kv_cache_gib=100", "need about 103.1 GiB of 64.0 GiB", "metarl.servers.kv_cache_gib=4"),
+    Case("precision_suits_machine", "precision=bfloat16", "slower than fp32 on most CPUs", "precision=fp32"),
+    Case("precision_suits_machine", "metarl.servers.dtype=float16", "server and trainer disagree", "metarl.servers.dtype=float32"),
+    Case("checkpoints_come_in_time", "checkpoint_factor=500", "only the end is saved", "checkpoint_factor=50"),
+)
