@@ -19,6 +19,8 @@ from neox_rl.queue.wire import Phase
 from neox_rl.rollout.groups import sampled_ids
 from neox_rl.run.evaluation import Attempt
 from neox_rl.run.pace import Pace
+from neox_rl.run.searched import books as search_books
+from neox_rl.run.searched import laid_out, written_ids
 from neox_rl.search.analyze import SearchAnalysis, analyze, summarize
 from neox_rl.search.render import render
 from neox_rl.telemetry.events import EventLog
@@ -70,6 +72,9 @@ class Scoreboard:
         self._since, self._counted = time.monotonic(), 0.0
         self._searches: dict[int, list[SearchAnalysis]] = {}
         self._delivered: list[SearchAnalysis] = []
+        self._searched: dict[str, float] = {}
+        self._made_by_search = config.metarl.rollout.method == "search"
+        self._made_of_steps = self._made_by_search and config.metarl.search.trains == "steps"
         self._word = ""
         total = config.metarl.warmstart.steps or config.neox.train_iters
         self._status: dict[str, Json] = {"phase": "starting", "total_steps": total, "bound": staleness_bound(config)}
@@ -132,6 +137,8 @@ class Scoreboard:
         }
         if self._delivered:
             books["search"] = {**summarize(self._delivered)}
+        if self._searched:
+            books["searched"] = {**self._searched}
         return books
 
     async def evaluation(self, row: EvaluationRow) -> None:
@@ -153,19 +160,21 @@ class Scoreboard:
         self._count()
         self.recovered(group, problem)  # here and not when the step takes its batch: the trainer would wait for it
         if self._recorder.wants(group.ticket):
-            ids = sampled_ids(group.traces[0])
+            ids = written_ids(group.traces[0]) if self._made_by_search else sampled_ids(group.traces[0])
             attempt = Attempt(problem, group.traces[0], self._tokenizer.decode(ids), len(ids))
-            self._recorder.record(rollout_to_read(attempt, TRAIN, self._queue.step))
+            row = rollout_to_read(attempt, TRAIN, self._queue.step)
+            self._recorder.record({**row, "lines": laid_out(group, self._tokenizer)} if self._made_of_steps else row)
 
     def recovered(self, group: Group, problem: Problem) -> None:
         """A group that was ready before this process began."""
-        if problem.task in ARITHMETIC_TASKS:
+        if problem.task in ARITHMETIC_TASKS and not self._made_by_search:  # a path is no search of its own
             written = [sampled_ids(trace) for trace in group.traces]
             self._searches[group.ticket] = [analyze(problem, self._tokenizer.decode(ids), len(ids)) for ids in written]
 
     def delivered(self, groups: Sequence[Group]) -> None:
         """A step took these groups."""
         self._delivered = [analysis for group in groups for analysis in self._searches.pop(group.ticket, ())]
+        self._searched = search_books(groups) if self._made_by_search else {}
 
     def servers(self, states: Mapping[str, str]) -> None:
         """What each server is now."""
