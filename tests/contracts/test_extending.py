@@ -143,8 +143,6 @@ def test_names_of_weights(lab: Path, engine_name: str) -> None:
         assert type(model).__name__ == "Phi3ForCausalLM"
         names = dict(engine.named_tensors())
         assert {"model.layers.1.self_attn.qkv_proj.weight", "model.layers.1.mlp.gate_up_proj.weight"} < set(names)
-            name for name in names if "q_proj" in name or name == "up_proj.w"
-        ]
         ours, tokens = engine.logprobs(split(sequences(), 1))[0], torch.from_numpy(sequences()[0])
         with torch.no_grad():
             theirs = model(tokens[None]).logits[0, :-1].log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
