@@ -27,6 +27,11 @@ NUMBERS, TARGET, SEARCH = "numbers", "target", "search"
 LOW, HIGH, GOAL, BACK, SOLUTION = "low", "high", "goal", "back", "solution"
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 MARKERS = (NUMBERS, TARGET, SEARCH, LOW, HIGH, GOAL, BACK, SOLUTION)
+EPISODE, RESET, STOP, RIGHT, WRONG, FROM = "[EPISODE", "[RESET", "[STOP]", "right", "wrong", "from"
+TAGS = ("work quickly", "take a moment", "take your time")
+"""What a prompt says of the discount a token under which it is trained (21): one policy, several lengths of search."""
+NAMED_STATES = tuple(f"s{i}" for i in range(1, 10))
+"""Names of the states that a rollout of several episodes may go back to, in the order in which it reached them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +88,25 @@ def vocabulary(max_value: int) -> tuple[str, ...]:
     operands = [f"{op}{n}" for op in OPERATORS for n in range(max_value + 1)]
     results = [f"={n}" for n in range(max_value + 1)]
     return (PAD, EOS, UNKNOWN, *MARKERS, *OPERATORS, "(", ")", *numbers, *operands, *results)
+
+
+def goal_prompt(num_goals: int) -> str:
+    """Of goal finding (``neox_rl.problems.goal_finding``); an attempt is the number of a door."""
+    return f"One of the doors 1 to {num_goals} hides the goal. Name a door.\n"
+
+
+def goal_words(num_goals: int) -> tuple[str, ...]:
+    """The words of its prompts that are no numbers."""
+    return tuple(dict.fromkeys(word for word in goal_prompt(num_goals).split() if not word.isdigit()))
+
+
+def episode_words(num_episodes: int) -> tuple[str, ...]:
+    """The words around the episodes of one rollout (``neox_rl.episodes.protocol``), none where there is one episode at most."""
+    if num_episodes < 2:
+        return ()
+    resets = (RESET, FROM, *NAMED_STATES, *(f"{name}]" for name in NAMED_STATES))
+    tags = tuple(dict.fromkeys(" ".join(TAGS).split()))
+    return (EPISODE, *(f"{i}]" for i in range(2, num_episodes + 1)), RIGHT, WRONG, STOP, *resets, *tags)
 
 
 def parse(text: str) -> Iterator[Event]:

@@ -8,6 +8,8 @@ from typing import Any
 from neox_rl.config.own import own
 from neox_rl.config.rules_model import LLAMA, model_family
 from neox_rl.config.run import RunConfig
+from neox_rl.config.schema import MEGATRON_ENGINE, ProblemsConfig
+from neox_rl.metacot import episode_words, goal_prompt, goal_words, vocabulary
 
 PROMPT_MARKERS = 4
 """Words of a symbolic prompt beside the numbers: ``numbers ... target t search``."""
@@ -44,7 +46,28 @@ def prompt_tokens(config: RunConfig) -> int | None:
     problems = config.metarl.problems
     if problems.free_text or config.metarl.tokenizer.path:
         return None
+    if problems.source == "goal_finding":
+        return len(goal_prompt(problems.num_goals).split())
     return PROMPT_MARKERS + problems.num_numbers
+
+
+def symbolic_words(problems: ProblemsConfig, episodes: int = 1) -> tuple[str, ...]:
+    """The vocabulary of the symbolic tokenizer, for rollouts of at most so many episodes."""
+    words = vocabulary(problems.max_value)
+    if problems.source == "goal_finding":
+        words = vocabulary(problems.num_goals) + goal_words(problems.num_goals)
+    return tuple(dict.fromkeys(words + episode_words(episodes)))
+
+
+def num_episodes(config: RunConfig) -> int:
+    """Most episodes of a rollout."""
+    return config.metarl.episodes.count if config.metarl.rollout.method == "episodes" else 1
+
+
+def max_policy_tokens(config: RunConfig) -> int:
+    """Most tokens that the policy writes in one rollout."""
+    whole = config.metarl.rollout.max_new_tokens * num_episodes(config)
+    return min(whole, config.metarl.episodes.max_tokens or whole) if config.metarl.rollout.method == "episodes" else whole
 
 
 def padded_vocab_size(config: RunConfig, vocab_size: int) -> int:
@@ -118,3 +141,9 @@ def _family_config(config: RunConfig, vocab_size: int, eos_id: int, pad_id: int)
         "rotary_emb_base": n.rotary_emb_base,
         "rope_parameters": rope | {"partial_rotary_factor": n.rotary_pct},
     }
+
+
+def shares_prefixes(config: RunConfig) -> bool:
+    """Whether groups are laid out as prefix trees: ``metarl.share_prefixes``, resolved."""
+    choice = config.metarl.share_prefixes
+    return choice == "always" or (choice == "auto" and config.metarl.engine == MEGATRON_ENGINE)

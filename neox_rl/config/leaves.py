@@ -41,7 +41,14 @@ class Leaf:
             return "one of " + ", ".join(self.choices) + (f", or {OWN_PART}" if self.own else "")
         if self.own:
             return OWN_PART if self.type is str else f"a list of {OWN_PART}"
-        kind = {int: "an integer", float: "a number", bool: "true or false", str: "text", tuple[str, ...]: "a list of texts"}
+        kind = {
+            int: "an integer",
+            float: "a number",
+            bool: "true or false",
+            str: "text",
+            tuple[str, ...]: "a list of texts",
+            tuple[float, ...]: "a list of numbers",
+        }
         words = kind.get(self.type, "a mapping")
         bounds = [f"{sign} {bound:g}" for sign, bound in ((">=", self.low), ("<=", self.high)) if bound is not None]
         return " ".join([words, " and ".join(bounds)]).strip()
@@ -117,6 +124,11 @@ def _typed(leaf: Leaf, value: object) -> Any:
             return (value,)
         case kind, list() | tuple() if kind == tuple[str, ...]:
             return tuple(value) if all(isinstance(v, str) for v in value) else MISSING
+        case kind, int() | float() if kind == tuple[float, ...]:
+            return (float(value),)
+        case kind, list() | tuple() if kind == tuple[float, ...]:
+            found = numbers(list(value))
+            return tuple(map(float, found)) if all(type(v) in (int, float) for v in found) else MISSING
         case kind, dict() if kind == dict[str, Any]:
             return numbers(value)
     return MISSING

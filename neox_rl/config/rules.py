@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 from neox_rl.config.machine import Machine
+from neox_rl.config.rules_episodes import EPISODE_RULES
 from neox_rl.config.rules_model import MODEL_RULES, MODEL_WARNINGS
 from neox_rl.config.rules_own import OWN_RULES
 from neox_rl.config.rules_rl import RL_RULES, RL_WARNINGS
@@ -17,7 +18,7 @@ from neox_rl.errors import ConfigError
 Rule: TypeAlias = Callable[[RunConfig, Machine], Iterator[str]]
 """Yields one message a broken value: the value, the rule, the fix. Yields nothing when all is well."""
 
-RULES: tuple[Rule, ...] = (*MODEL_RULES, *RL_RULES, *RUN_RULES, *SEARCH_RULES, *OWN_RULES)
+RULES: tuple[Rule, ...] = (*MODEL_RULES, *RL_RULES, *RUN_RULES, *SEARCH_RULES, *EPISODE_RULES, *OWN_RULES)
 WARNINGS: tuple[Rule, ...] = (*MODEL_WARNINGS, *RL_WARNINGS, *RUN_WARNINGS)
 
 

@@ -22,10 +22,11 @@ IMITATION = "sft"
 class ProblemsConfig:
     """Where problems come from."""
 
-    source: str = key("countdown", "problem source", choices=("countdown", "game24", "jsonl"), own=True)
+    source: str = key("countdown", "problem source", choices=("countdown", "game24", "goal_finding", "jsonl"), own=True)
     path: str = key("", "file of training problems (source jsonl: rows of {problem, answer}, GSM8K or MATH rows)")
     heldout_path: str = key("", "file of held-out problems; empty: a share of the training file, split by cluster")
     task: str = key("math", "checker for source jsonl, and for a source of your own", choices=("math",), own=True)
+    num_goals: int = key(6, "N, the doors of goal_finding; an attempt names one, and the goal is behind one", low=2, high=100)
     num_numbers: int = key(3, "numbers in a countdown problem", low=2, high=6)
     max_number: int = key(9, "largest number in a countdown problem", low=2, high=100)
     max_target: int = key(40, "largest countdown target", low=1)
@@ -35,8 +36,8 @@ class ProblemsConfig:
 
     @property
     def free_text(self) -> bool:
-        """Whether problems are any text: the arithmetic games have a solver, a tokenizer and checkers of their own."""
-        return self.source not in ("countdown", "game24")
+        """Whether problems are any text: the games have a tokenizer and checkers of their own."""
+        return self.source not in ("countdown", "game24", "goal_finding")
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,9 @@ class WarmstartConfig:
         "dfs",
         "what is shown: depth-first searches in random order, searches of mixed quality, solutions alone; source jsonl: the worked"
         " solutions that the rows bring along (written); of path: recorded searches (trees), recorded rollouts that were right (attempts),"
-        " or whether a step is hopeful (values), which makes a process reward model and no policy",
-        choices=("dfs", "mixed", "solution", "written", "trees", "attempts", "values"),
+        " or whether a step is hopeful (values), which makes a process reward model and no policy; or rollouts of several attempts by the"
+        " rules of block episodes: guesses, or searches of mixed quality (episodes)",
+        choices=("dfs", "mixed", "solution", "written", "trees", "attempts", "values", "episodes"),
     )
     path: str = key(
         "",
@@ -91,7 +93,7 @@ class RolloutConfig:
     method: str = key(
         "sample",
         "what a rollout is: a sampled attempt, what a search under the policy found (block search), or several episodes in one context"
-        " (block episodes). Held-out problems are attempted by sampling",
+        " (block episodes). Held-out problems are attempted by sampling, or in episodes",
         choices=("sample", "search", "episodes"),
     )
     generator: str = key("vllm", "who generates: vllm servers, or the scripted fake", choices=("vllm", "scripted"))
@@ -123,7 +125,15 @@ class QueueConfig:
     """The journal of tickets, groups and unfinished rollouts (``runs/<name>/journal``)."""
 
     flush_s: float = key(0.1, "the journal reaches the disk this often, and before any batch leaves", low=0.001, high=60.0)
-    disk_full_s: float = key(600.0, "how long a full disk is waited for; meanwhile nothing is admitted or trained, nor lost", low=0.0)
+    segment_mib: int = key(
+        512,
+        "MiB after which the journal keeps no longer what was trained since the last checkpoint, for a rank that is lost: a resume from"
+        " there generates it again. Bounds its files, and the memory of who reads them, with checkpoint_factor: 0 too",
+        low=1,
+    )
+    disk_full_s: float = key(
+        600.0, "how long a full disk is waited for, by journal and checkpoints; meanwhile nothing is admitted or trained, nor lost", low=0.0
+    )
 
 
 @dataclass(frozen=True)
@@ -337,6 +347,18 @@ class MetaRLConfig:
         choices=("off", "warn", "stop"),
     )
     pack_tokens: int = key(2048, "most tokens in one packed micro-batch of one rank", low=16)
+    share_prefixes: str = key(
+        "auto",
+        "beginnings that traces of a group have in common are computed once, gradients stay the same; auto: where the engine can"
+        " (megatron-core)",
+        choices=("auto", "always", "never"),
+    )
+    share_prefixes: str = key(
+        "auto",
+        "beginnings that traces of a group have in common are computed once, gradients stay the same; auto: where the engine can"
+        " (megatron-core)",
+        choices=("auto", "always", "never"),
+    )
     trainer_cores: str = key("auto", "CPU cores of the training ranks: auto, or one a rank as in '1' or '0;1'")
     problems: ProblemsConfig = field(default_factory=ProblemsConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)

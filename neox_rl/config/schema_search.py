@@ -50,4 +50,32 @@ class SearchConfig:
 
 @dataclass(frozen=True)
 class EpisodesConfig:
-    """Meta-RL rollouts of several episodes in one context (``rollout.method: episodes``)."""
+    """Meta-RL rollouts of several episodes in one context (``rollout.method: episodes``); held-out problems are attempted so too."""
+
+    count: int = key(4, "K, most episodes of a rollout, each of at most rollout.max_new_tokens", low=1, high=100)
+    max_tokens: int = key(0, "most tokens of the policy in all episodes of a rollout; 0: count x rollout.max_new_tokens", low=0)
+    feedback: str = key(
+        "binary",
+        "what the policy is told of an episode: that it is over, whether it was right, or in words what its answer was",
+        choices=("none", "binary", "text"),
+    )
+    objective: str = key(
+        "sum",
+        "what of the episodes' rewards is maximised: their sum (RL^2 (13)), the last (E-RL^2 (14)), the best, the first (plain RL)",
+        choices=("sum", "final", "any", "first"),
+    )
+    gammas: tuple[float, ...] = key(
+        (1.0,),
+        "discounts a token of the policy (21); of several each group has one, which its prompt tells by a tag: work quickly, take a"
+        " moment, take your time. Held-out problems have the largest",
+    )
+    tool: str = key(
+        "none",
+        "what an episode may call: a calculator ([CALC 3 * 7]), or Python programs ([PYTHON] ... [/PYTHON]) in a sandbox. Needs"
+        " tokenizer.path",
+        choices=("none", "calculator", "python"),
+    )
+    tool_workers: int = key(1, "python: programs that run at once", low=1, high=64)
+    tool_deadline_s: float = key(2.0, "python: a program that takes longer is ended", low=0.1, high=600.0)
+    tool_memory_mib: int = key(256, "python: address space of a program", low=64)
+    tool_output_chars: int = key(1000, "python: what a program prints beyond is cut", low=10, high=100000)

@@ -1,4 +1,7 @@
-"""What a rollout of several episodes is worth, and what of that each episode is credited with. Equations of arXiv 2501.04682."""
+"""What a rollout of several episodes is worth, and what of that each episode is credited with. Equations of arXiv 2501.04682.
+
+The KL term of (15) is no part of the reward here: ``metarl.objective.kl_coef`` puts it into the loss, for every method of rollout.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from types import MappingProxyType
+
+from neox_rl.metacot import TAGS
 
 
 class Objective(StrEnum):
@@ -18,8 +22,19 @@ class Objective(StrEnum):
     FIRST = "first"  # plain RL: one attempt
 
 
-GAMMA_TAGS: Mapping[str, float] = MappingProxyType({"work quickly": 0.99, "take a moment": 0.997, "take your time": 1.0})
-"""Prompt tags, each with the discount a token under which it is trained (21): one policy, several lengths of search."""
+def tags_of(gammas: Sequence[float]) -> Mapping[float, str]:
+    """The prompt tag of each discount, the smaller the more in haste; a single one has none. Raises ValueError for more than TAGS."""
+    ordered = sorted(set(gammas))
+    if len(ordered) > len(TAGS):
+        raise ValueError(f"{len(ordered)} discounts, and {len(TAGS)} prompt tags: {', '.join(TAGS)}")
+    if len(ordered) == 1:
+        return {ordered[0]: ""}
+    return dict(zip(ordered, (*TAGS[: len(ordered) - 1], TAGS[-1]), strict=True))
+
+
+def tagged(prompt: str, tag: str) -> str:
+    """The prompt with the tag as its last line."""
+    return f"{prompt.rstrip()}\n{tag}\n" if tag else prompt
 
 
 def total(rewards: Sequence[float], objective: Objective) -> float:
@@ -60,11 +75,6 @@ def discounted(reward: float, num_search_tokens: int, gamma: float) -> float:
     if not 0.0 < gamma <= 1.0:
         raise ValueError(f"gamma {gamma} must be in (0, 1]: it shrinks the reward with every token of search")
     return gamma**num_search_tokens * reward
-
-
-def kl_penalized(reward: float, logprobs: Sequence[float], reference: Sequence[float], beta: float) -> float:
-    """(15): r - beta KL to the reference, by its sample log pi(Z, S | q) - log pi_ref(Z, S | q), summed over the policy's tokens."""
-    return reward - beta * math.fsum(p - r for p, r in zip(logprobs, reference, strict=True))
 
 
 def qstar_reward(solution_logprobs: Sequence[float], without_search: Sequence[float] = ()) -> float:

@@ -1,4 +1,4 @@
-"""Episodes of one rollout, as lines of text: what the policy may write at the end of one, and what comes back.
+"""Episodes of one rollout, as words of its context: what the policy may write at the end of one, and what comes back.
 
 ::
 
@@ -6,25 +6,27 @@
     ... the first attempt ...
     [EPISODE 2] wrong                      environment: the next episode, and feedback: none, binary, or a text
     ... the second attempt ...
-    [RESET s1]                             policy: the next episode begins at the state it named s1, not at the start
-    [EPISODE 3] wrong, from s1
+    [RESET s1]                             policy: the next episode begins at the state that it reached first, not at the start
+    [EPISODE 3] wrong from s1 ...          environment: what stands at that state
     ...
     [STOP]                                 policy: no more episodes
+
+Words are parted by white space of any kind: a vocabulary of words has no line breaks.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
 from neox_rl.errors import ConfigError
+from neox_rl.metacot import EPISODE, FROM, RIGHT, WRONG
 
-STOP_LINE = "[STOP]"
-_RESET = re.compile(r"^\[RESET ([A-Za-z0-9_.-]{1,40})\]$")
-_MARKERS = re.compile(r"^\[(?:EPISODE|RESET|STOP)\b.*\]?$")
+MAX_MARKER_CHARS = 64
+_LAST = re.compile(r"(?:^|(?<=\s))(?:\[STOP\]|\[RESET ([A-Za-z0-9_.-]{1,40})\])$")
+_MARKERS = re.compile(r"\[(?:EPISODE|RESET|STOP)\b")
 
 
 class Feedback(StrEnum):
@@ -37,15 +39,19 @@ class Feedback(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """At most ``num_episodes`` of at most ``max_episode_tokens`` tokens, ``max_tokens`` in all, their feedback left out."""
+    """At most ``num_episodes`` of at most ``max_episode_tokens`` tokens each, ``max_tokens`` in all, of the policy's own tokens.
+
+    ``max_context``: tokens of everything, prompt, feedback and tools included. What would not fit any more ends the rollout.
+    """
 
     num_episodes: int
     feedback: Feedback
     max_episode_tokens: int
     max_tokens: int
+    max_context: int
 
     def __post_init__(self) -> None:
-        for name in ("num_episodes", "max_episode_tokens", "max_tokens"):
+        for name in ("num_episodes", "max_episode_tokens", "max_tokens", "max_context"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} {getattr(self, name)} must be at least 1: a rollout is at least one episode")
 
@@ -61,18 +67,18 @@ class Outcome:
 
 
 class Environment(Protocol):
-    def reset(self, state: str | None) -> None:
-        """Begin at the start, or at a state that an earlier ``Outcome`` named."""
+    def reset(self, state: str | None) -> str:
+        """Begin at the start, or at a state that an earlier ``Outcome`` named. Returns what the policy is shown of that state."""
         ...
 
-    async def step(self, text: str) -> Outcome:
-        """Judge one episode's text."""
+    async def step(self, text: str, num_tokens: int, finished: bool) -> Outcome:
+        """Judge one episode: its text, how many tokens the policy wrote for it, and whether it ended it or the token budget did."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How an episode's text ends: ``reset`` names a state, ``stop`` ends the rollout. ``attempt`` is the text without those lines."""
+    """How an episode's text ends: ``reset`` names a state, ``stop`` ends the rollout. ``attempt`` is the text without those words."""
 
     attempt: str
     stop: bool = False
@@ -80,71 +86,75 @@ class Ending:
 
 
 def read_ending(text: str) -> Ending:
-    """Reset and stop are read from the last lines alone; both may stand there."""
-    lines = text.rstrip().split("\n")
+    """Reset and stop are read from the end alone; both may stand there, each once."""
     stop, reset = False, None
-    while lines:
-        line = lines[-1].strip()
-        found = _RESET.match(line)
-        if line == STOP_LINE and not stop:
+    while found := _LAST.search((text := text.rstrip())[-MAX_MARKER_CHARS:]):
+        if found[1] is None and not stop:
             stop = True
-        elif found and reset is None:
+        elif found[1] is not None and reset is None:
             reset = found[1]
         else:
             break
-        lines.pop()
-    return Ending("\n".join(lines), stop, reset)
+        text = text[: len(text) - len(found[0])]
+    return Ending(text, stop, reset)
 
 
 @dataclass
 class Progress:
-    """The episodes of one rollout so far. ``forged_markers``: lines of the policy that look like the environment's."""
+    """The episodes of one rollout so far.
+
+    ``ends``: the policy's tokens up to the end of each. ``forged_markers``: words of the policy that look like the environment's.
+    ``cut``: there was no room in the context for more.
+    """
 
     rules: Rules
     outcomes: list[Outcome] = field(default_factory=list)
-    num_tokens: int = 0
+    ends: list[int] = field(default_factory=list)
     stopped: bool = False
+    cut: bool = False
     begins_at: str | None = None
     unknown_resets: int = 0
     forged_markers: int = 0
 
     @property
+    def num_tokens(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    @property
     def done(self) -> bool:
-        return self.stopped or len(self.outcomes) >= self.rules.num_episodes or self.num_tokens >= self.rules.max_tokens
+        return self.stopped or self.cut or len(self.outcomes) >= self.rules.num_episodes or self.num_tokens >= self.rules.max_tokens
 
-    @property
-    def tokens_left(self) -> int:
-        """For the next episode."""
-        return min(self.rules.max_episode_tokens, self.rules.max_tokens - self.num_tokens)
+    def tokens_left(self, num_context: int) -> int:
+        """For the next episode, behind a context of so many tokens."""
+        rules = self.rules
+        return min(rules.max_episode_tokens, rules.max_tokens - self.num_tokens, rules.max_context - num_context)
 
-    @property
-    def rewards(self) -> Sequence[float]:
-        return [outcome.reward for outcome in self.outcomes]
-
-    def end_episode(self, ending: Ending, outcome: Outcome, num_tokens: int) -> str:
-        """Books an episode. Returns the environment's words before the next one, empty when there is none."""
+    def end_episode(self, ending: Ending, outcome: Outcome, num_tokens: int) -> None:
+        """Books an episode of so many tokens of the policy."""
         self.outcomes.append(outcome)
-        self.num_tokens += num_tokens
+        self.ends.append(self.num_tokens + num_tokens)
         self.stopped = ending.stop
-        self.forged_markers += sum(bool(_MARKERS.match(line.strip())) for line in ending.attempt.split("\n"))
+        self.forged_markers += len(_MARKERS.findall(ending.attempt))
         self.begins_at = None
         if ending.reset is not None:
             if any(ending.reset in o.states for o in self.outcomes):
                 self.begins_at = ending.reset
             else:
                 self.unknown_resets += 1
-        if self.done:
-            return ""
-        start = f", from {self.begins_at}" if self.begins_at else ""
-        return f"\n[EPISODE {len(self.outcomes) + 1}] {feedback_of(outcome, self.rules.feedback)}{start}".rstrip() + "\n"
+
+
+def announcement(number: int, outcome: Outcome, feedback: Feedback, begins_at: str | None = None, shown: str = "") -> str:
+    """The environment's words before episode ``number`` (from 2): what became of the one before, and where this one begins."""
+    start = f"{FROM} {begins_at} {shown}" if begins_at else shown
+    return f"\n{EPISODE} {number}] " + " ".join(word for word in (feedback_of(outcome, feedback), start) if word).strip() + "\n"
 
 
 def feedback_of(outcome: Outcome, feedback: Feedback) -> str:
-    """One line; a message is no marker and holds no line break, whatever the environment says."""
+    """One line; a message holds no line break, whatever the environment says."""
     match feedback:
         case Feedback.NONE:
             return ""
         case Feedback.BINARY:
-            return "right" if outcome.correct else "wrong"
+            return RIGHT if outcome.correct else WRONG
         case Feedback.TEXT:
             return " ".join(outcome.message.split())

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from neox_rl.episodes.objectives import Objective, total
-from neox_rl.episodes.protocol import Environment, Progress, Rules, read_ending
+from neox_rl.episodes.objectives import Objective, discounted, total
+from neox_rl.episodes.protocol import Environment, Progress, Rules, announcement, read_ending
+from neox_rl.episodes.tools import Tool
 from neox_rl.ports import Generator, Tokenizer
 from neox_rl.types import Completion, Finish, Problem, Reason, Role, SamplingParams, Segment, Trace, Verdict
 
-Tool = Callable[[str], str | None]
-"""What the text of an unfinished episode calls for: the tool's words, or None when it calls nothing."""
 MAX_CALLS = 8
+FOUND, MISSED = "+", "-"
 
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """``trace`` has the objective's value as its reward; ``progress`` the outcome of each episode, for ``objectives.credits``."""
+    """``rewards``: of each episode, discounted; the trace's reward is the objective's value of them.
+
+    The trace's verdict is right when any episode was, and its ``extracted`` has a ``+`` or ``-`` for each: ``--+``.
+    """
 
     trace: Trace
     progress: Progress
+    rewards: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -33,45 +37,81 @@ class Episodes:
     objective: Objective
     tool: Tool | None = None
 
-    async def roll_out(self, problem: Problem, environment: Environment, params: SamplingParams, name: str) -> Rollout:
-        """The trace ``name``. Raises what generator and environment raise."""
+    async def roll_out(self, problem: Problem, environment: Environment, params: SamplingParams, name: str, gamma: float = 1.0) -> Rollout:
+        """The trace ``name``; rewards under the discount ``gamma`` a token (21). Raises what generator and environment raise."""
         progress = Progress(self.rules)
-        segments = [Segment(self.tokenizer.encode(problem.prompt), Role.PROMPT)]
-        finish, correct = Finish.STOP, False
+        context = _Context([Segment(self.tokenizer.encode(problem.prompt), Role.PROMPT)])
+        environment.reset(None)
+        finish = Finish.LENGTH
         while not progress.done:
+            room = progress.tokens_left(context.num_tokens)
+            if room < 1:
+                break
             episode = len(progress.outcomes)
-            environment.reset(progress.begins_at)
-            text, used, finish = await self._episode(segments, params, progress.tokens_left, episode, name)
+            text, used, finish = await self._episode(context, params, room, episode, name)
             ending = read_ending(text)
-            outcome = await environment.step(ending.attempt)
-            correct = correct or outcome.correct
-            words = progress.end_episode(ending, outcome, used)
-            if words:
-                segments.append(Segment(self.tokenizer.encode(words), Role.ENV, episode=episode))
-        reward = total(progress.rewards, self.objective)
-        verdict = Verdict(correct, "", Reason.MATCH if correct else Reason.MISMATCH, 0.0)
-        return Rollout(Trace(name, problem.id, tuple(segments), reward, finish, verdict), progress)
+            outcome = await environment.step(ending.attempt, used, finish is Finish.STOP)
+            progress.end_episode(ending, outcome, used)
+            if not progress.done:
+                shown = environment.reset(progress.begins_at)
+                words = announcement(episode + 2, outcome, self.rules.feedback, progress.begins_at, shown)
+                progress.cut = not context.hear(self.tokenizer.encode(words), episode, self.rules.max_context - 1)
+        return self._rollout(problem, context, progress, finish, name, gamma)
+
+    def _rollout(self, problem: Problem, context: _Context, progress: Progress, finish: Finish, name: str, gamma: float) -> Rollout:
+        rewards = tuple(discounted(o.reward, end, gamma) for o, end in zip(progress.outcomes, progress.ends, strict=True))
+        marks = "".join(FOUND if outcome.correct else MISSED for outcome in progress.outcomes)
+        correct = FOUND in marks
+        verdict = Verdict(correct, marks, Reason.MATCH if correct else Reason.MISMATCH, 0.0)
+        trace = Trace(name, problem.id, tuple(context.segments), total(rewards, self.objective), finish, verdict)
+        return Rollout(trace, progress, rewards)
 
     async def _episode(
-        self, segments: list[Segment], params: SamplingParams, max_tokens: int, episode: int, name: str
+        self, context: _Context, params: SamplingParams, max_tokens: int, episode: int, name: str
     ) -> tuple[str, int, Finish]:
-        """Samples one episode onto ``segments``: its text as the policy wrote it, tools left out, its tokens, and why it ended."""
+        """Samples one episode onto ``context``: its text as the policy wrote it, tools left out, its tokens, and why it ended."""
         written: list[int] = []
         finish = Finish.LENGTH
         for call in range(MAX_CALLS + 1):
-            context = [i for segment in segments for i in segment.ids]
+            room = min(max_tokens - len(written), self.rules.max_context - context.num_tokens)
+            if room < 1:
+                return self.tokenizer.decode(written), len(written), Finish.LENGTH
             seed = None if params.seed is None else (params.seed + 7919 * episode + 104_729 * call) & 0x7FFFFFFF
-            asked = replace(params, max_tokens=min(params.max_tokens, max_tokens - len(written)), seed=seed)
-            (completion,) = await self.generator.sample(context, asked, 1, name)
-            segments += policy_segments(completion, episode)
+            (completion,) = await self.generator.sample(context.ids, replace(params, max_tokens=room, seed=seed), 1, name)
+            context.segments.extend(policy_segments(completion, episode))
             written += completion.ids
             finish = completion.finish
-            may_call = self.tool is not None and finish is Finish.STOP and call < MAX_CALLS and len(written) < max_tokens
-            said = self.tool(self.tokenizer.decode(completion.ids)) if self.tool is not None and may_call else None
+            if self.tool is None or finish is not Finish.STOP or call == MAX_CALLS:
+                break
+            said = await self.tool(self.tokenizer.decode(completion.ids))
             if said is None:
                 break
-            segments.append(Segment(self.tokenizer.encode(said), Role.ENV, episode=episode))
+            if not context.hear(self.tokenizer.encode(said), episode, self.rules.max_context - 1):
+                finish = Finish.LENGTH
+                break
         return self.tokenizer.decode(written), len(written), finish
+
+
+@dataclass(frozen=True, slots=True)
+class _Context:
+    """All that the policy has before it."""
+
+    segments: list[Segment]
+
+    @property
+    def ids(self) -> list[int]:
+        return [i for segment in self.segments for i in segment.ids]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(segment.ids) for segment in self.segments)
+
+    def hear(self, ids: tuple[int, ...], episode: int, max_tokens: int) -> bool:
+        """Words of an environment or a tool after ``episode``; False, and nothing, where they would make more than ``max_tokens``."""
+        if self.num_tokens + len(ids) > max_tokens:
+            return False
+        self.segments.append(Segment(ids, Role.ENV, episode=episode))
+        return True
 
 
 def policy_segments(completion: Completion, episode: int) -> Iterator[Segment]:

@@ -15,10 +15,16 @@ from neox_rl.ports import Tokenizer
 from neox_rl.problems.countdown import countdown
 from neox_rl.problems.files import from_files
 from neox_rl.problems.game24 import game24
+from neox_rl.problems.goal_finding import goal_finding
 from neox_rl.problems.split import ProblemSet
 from neox_rl.types import Json, Problem
 
-SOURCES: Mapping[str, Callable[[ProblemsConfig, int], ProblemSet]] = {"countdown": countdown, "game24": game24, "jsonl": from_files}
+SOURCES: Mapping[str, Callable[[ProblemsConfig, int], ProblemSet]] = {
+    "countdown": countdown,
+    "game24": game24,
+    "goal_finding": goal_finding,
+    "jsonl": from_files,
+}
 
 
 def load_problems(cfg: ProblemsConfig, seed: int) -> ProblemSet:

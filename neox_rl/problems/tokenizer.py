@@ -9,17 +9,18 @@ from pathlib import Path
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import models, pre_tokenizers
 
+from neox_rl.config.derived import symbolic_words
 from neox_rl.config.schema import ProblemsConfig, TokenizerConfig
 from neox_rl.errors import ConfigError
-from neox_rl.metacot import EOS, PAD, UNKNOWN, vocabulary
+from neox_rl.metacot import EOS, PAD, UNKNOWN
 from neox_rl.ports import Tokenizer
 
 
 class SymbolicTokenizer:
-    """Word-level tokenizer over ``metacot.vocabulary(max_value)``: a dict look-up a word, with the ids of the saved HF form."""
+    """Word-level tokenizer over ``derived.symbolic_words``: a dict look-up a word, with the ids of the saved HF form."""
 
-    def __init__(self, max_value: int) -> None:
-        self.words = vocabulary(max_value)
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words = tuple(words)
         self._ids = {word: i for i, word in enumerate(self.words)}
         self._unknown = self._ids[UNKNOWN]
         self._silent = frozenset((self._ids[PAD], self._ids[EOS]))
@@ -92,15 +93,14 @@ class DirectoryTokenizer:
         return str(self._hf.decode(list(ids), skip_special_tokens=True))
 
 
-def load_tokenizer(cfg: TokenizerConfig, problems: ProblemsConfig) -> Tokenizer:
-    """The tokenizer of ``tokenizer.path``; when that is empty the symbolic one, which knows arithmetic problems only."""
+def load_tokenizer(cfg: TokenizerConfig, problems: ProblemsConfig, episodes: int = 1) -> Tokenizer:
+    """The tokenizer of ``tokenizer.path``; when that is empty the symbolic one, which knows the games alone, and the words around
+    at most so many ``episodes`` of a rollout."""
     if cfg.path:
         return DirectoryTokenizer(Path(cfg.path))
     if problems.free_text:
-        raise ConfigError(
-            f"problems.source {problems.source} needs tokenizer.path: the symbolic tokenizer has words for arithmetic problems only"
-        )
-    return SymbolicTokenizer(problems.max_value)
+        raise ConfigError(f"problems.source {problems.source} needs tokenizer.path: the symbolic tokenizer has words for the games only")
+    return SymbolicTokenizer(symbolic_words(problems, episodes))
 
 
 def _eos_id(directory: Path, hf: HFTokenizer) -> int:

@@ -24,10 +24,13 @@ class Scripts:
     """``script(prompt, number)`` is the ``number``-th of the ``NUM_SCRIPTS`` completions of a prompt, always the same one.
 
     A completion may be asked for in pieces, each request with the tokens so far behind the prompt, and from another server than before: it
-    goes on with one of the scripts that begin so.
+    goes on with one of the scripts that begin so. Behind the token ``anew`` another one begins.
     """
 
-    def __init__(self, prompts: Collection[tuple[int, ...]], script: Callable[[tuple[int, ...], int], Sequence[int]]) -> None:
+    def __init__(
+        self, prompts: Collection[tuple[int, ...]], script: Callable[[tuple[int, ...], int], Sequence[int]], anew: int | None = None
+    ) -> None:
+        self._anew = anew
         self._prompts = frozenset(prompts)
         self._lengths = sorted({len(prompt) for prompt in prompts})
         self._script = lru_cache(_CACHED)(lambda prompt, number: tuple(script(prompt, number)))
@@ -39,10 +42,10 @@ class Scripts:
             prompt, begun = whole[:length], whole[length:]
             if prompt in self._prompts:
                 numbers = [0] if greedy else [rng.randrange(NUM_SCRIPTS)]
-                if begun:
+                if begun and self._anew not in begun:
                     numbers = [n for n in range(NUM_SCRIPTS) if self._script(prompt, n)[: len(begun)] == begun]
                 if numbers:
-                    return self._script(prompt, numbers[0] if greedy else rng.choice(numbers))[len(begun) :]
+                    return self._script(prompt, numbers[0] if greedy else rng.choice(numbers))[0 if self._anew in begun else len(begun) :]
         raise KeyError(f"a prompt of {len(whole)} tokens that is none of the run's, or goes on as no script does")
 
 

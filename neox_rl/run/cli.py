@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from neox_rl.config.derived import num_parameters, staleness_bound
+from neox_rl.config.derived import num_episodes, num_parameters, staleness_bound, symbolic_words
 from neox_rl.config.dump import dump
 from neox_rl.config.load import parse
 from neox_rl.config.machine import Machine
@@ -16,7 +16,6 @@ from neox_rl.config.placement import plan
 from neox_rl.config.rules import check, warnings
 from neox_rl.config.run import RunConfig
 from neox_rl.errors import ConfigError, NeoxRLError
-from neox_rl.metacot import vocabulary
 from neox_rl.run.resume import refuse_resume
 from neox_rl.telemetry.paths import RunPaths
 
@@ -113,5 +112,5 @@ def _model(config: RunConfig) -> str:
     )
     if config.metarl.tokenizer.path:
         return f"{shape}, and the embeddings of the tokenizer in {config.metarl.tokenizer.path}"
-    words = len(vocabulary(config.metarl.problems.max_value))
+    words = len(symbolic_words(config.metarl.problems, num_episodes(config)))
     return f"{num_parameters(config, words) / 1e6:.2f} M parameters: {shape}, vocabulary of {words}"

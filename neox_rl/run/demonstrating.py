@@ -12,6 +12,7 @@ from neox_rl.config.run import RunConfig
 from neox_rl.errors import ConfigError, WireError
 from neox_rl.ports import Tokenizer
 from neox_rl.queue.wire_messages import Phase
+from neox_rl.run.episode_demonstrations import episode_demonstrations
 from neox_rl.search.demonstrations import WRITTEN, Source, TraceStyle, attempts, of_problems, searches, trees, values, written
 from neox_rl.search.linearize import Mask
 from neox_rl.search.trees import read_trees
@@ -29,6 +30,8 @@ def demonstration_source(config: RunConfig, problems: Sequence[Problem], tokeniz
             return trees(of_problems(_trees(w.path), problems), style, tokenizer)
         case "values":
             return values(of_problems(_trees(w.path), problems), tokenizer)
+        case "episodes":
+            return episode_demonstrations(config, problems, tokenizer)
         case "attempts":
             return attempts(_attempts(Path(w.path)), problems)
         case name if name == WRITTEN:

@@ -9,21 +9,36 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from neox_rl.arithmetic import ARITHMETIC_TASKS
+from neox_rl.config.derived import num_episodes
 from neox_rl.config.placement import num_servers
 from neox_rl.config.run import RunConfig
+from neox_rl.episodes.rollout import FOUND
 from neox_rl.errors import DeadlineError, NeoxRLError
-from neox_rl.rollout.groups import Attempts, sampled_ids
+from neox_rl.ports import Tokenizer
+from neox_rl.rollout.groups import sampled_ids
 from neox_rl.rollout.vllm_client import ServerFailedError
 from neox_rl.run.pump import MAX_FAILURES, RETRY_S
 from neox_rl.search.analyze import analyze, summarize
-from neox_rl.telemetry.rows import EvaluationRow
+from neox_rl.telemetry.rows import EpisodeRow, EvaluationRow
 from neox_rl.telemetry.stats import cluster_mean_ci
 from neox_rl.types import NO_VERSION, Problem, SamplingParams, Trace
 
 FILL = 2
 """Completions asked for at once, as a multiple of what the servers decode at once: enough that none idles, few enough to wait little."""
+
+
+class Attempting(Protocol):
+    """How held-out problems are attempted."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    async def attempt(self, problem: Problem, name: str, params: SamplingParams, size: int) -> tuple[Trace, ...]:
+        """``size`` verified rollouts of ``problem``, ids ``<name>/r<i>``. Raises what the generator raises."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -40,10 +55,11 @@ class Evaluator:
     """Evaluates the servers' live policy. ``params`` fixes the stop tokens and the budget; each mode sets its temperature."""
 
     def __init__(
-        self, config: RunConfig, problems: Sequence[Problem], attempts: Attempts, params: SamplingParams, retry_s: float = RETRY_S
+        self, config: RunConfig, problems: Sequence[Problem], attempts: Attempting, params: SamplingParams, retry_s: float = RETRY_S
     ) -> None:
         evaluation = config.metarl.evaluation
         self._samples, self._seed = evaluation.samples, config.metarl.seed
+        self._episodes = num_episodes(config) if config.metarl.rollout.method == "episodes" else 0
         self._problems = tuple(problems[: evaluation.num_problems or None])
         self._small = self._problems[: evaluation.small_problems]
         self._attempts, self._params, self._retry_s = attempts, params, retry_s
@@ -79,11 +95,24 @@ class Evaluator:
             "num_problems": len(problems),
             "num_clusters": len({p.cluster for p in problems}),
             "per_problem": [[a.problem.id, a.problem.cluster, int(a.trace.verdict.correct), a.num_tokens] for a in attempts],
-            "search": search_quality(attempts),
+            "search": {} if self._episodes else search_quality(attempts),
+            **self._by_episode(attempts),
             "time": time.time(),
             "seconds": time.monotonic() - start,
         }
         return row, attempts
+
+    def _by_episode(self, attempts: Sequence[Attempt]) -> EpisodeRow:
+        """Found by episode k, and right in episode k, for every k; nothing where a rollout is one attempt."""
+        if not self._episodes:
+            return {}
+        clusters = [a.problem.cluster for a in attempts]
+        found: EpisodeRow = {"found_by": [], "right_in": []}
+        for k in range(1, self._episodes + 1):
+            marks = [a.trace.verdict.extracted for a in attempts]
+            found["found_by"].append(cluster_mean_ci([float(FOUND in m[:k]) for m in marks], clusters).row())  # type: ignore[arg-type]
+            found["right_in"].append(cluster_mean_ci([float(m[k - 1 : k] == FOUND) for m in marks], clusters).row())  # type: ignore[arg-type]
+        return found
 
     async def _attempt(self, problem: Problem, index: int, mode: str, label: str, room: asyncio.Semaphore) -> list[Attempt]:
         if mode == "greedy":
@@ -106,7 +135,7 @@ class Evaluator:
         raise NeoxRLError(f"the evaluation's {name} failed {MAX_FAILURES} times, the last time so: {last}") from last
 
 
-def as_attempt(problem: Problem, trace: Trace, attempts: Attempts) -> Attempt:
+def as_attempt(problem: Problem, trace: Trace, attempts: Attempting) -> Attempt:
     ids = sampled_ids(trace)
     return Attempt(problem, trace, attempts.tokenizer.decode(ids), len(ids))
 

@@ -23,7 +23,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from neox_rl.config.derived import hf_config
+from neox_rl.config.derived import hf_config, num_episodes
 from neox_rl.config.dump import dump
 from neox_rl.config.machine import Machine
 from neox_rl.config.network import curve_on
@@ -39,6 +39,7 @@ from neox_rl.run.endpoints import choose_endpoints, write_endpoints
 from neox_rl.run.processes import ORCHESTRATOR, RANKS, Program, programs
 from neox_rl.run.resume import has_checkpoint, hold, next_attempt, refuse_full_directories, refuse_resume
 from neox_rl.run.supervise import Supervisor
+from neox_rl.run.tools import make_tool
 from neox_rl.telemetry.display import LiveDisplay
 from neox_rl.telemetry.events import EventLog
 from neox_rl.telemetry.jsonl import write_json
@@ -91,10 +92,12 @@ def prepared(config: RunConfig, script: str, resume: bool) -> Iterator[tuple[Run
 
     Whatever a user can get wrong is found first: a start that fails leaves the directory as it was. Raises ConfigError.
     """
-    tokenizer = load_tokenizer(config.metarl.tokenizer, config.metarl.problems)
+    tokenizer = load_tokenizer(config.metarl.tokenizer, config.metarl.problems, num_episodes(config))
     if config.metarl.debug.mode != "train_only":
         problems = problems_of_run(config, tokenizer)
         demonstration_source(config, problems.train, tokenizer)
+        with ExitStack() as tools:
+            make_tool(config, tools)
     endpoints = choose_endpoints(config, tokenizer.vocab_size)
     with ExitStack() as stack:
         try:

@@ -75,7 +75,7 @@ class Orchestrator:
         self._pump = RolloutPump(config, book, self._queue, self._cursor, parts.maker, params, parts.events, self._board.group)
         self._audit = LiveAudit(config, book, parts.events)
         self._comeback = Comeback(book, self._queue, self._cursor, self._pump, self._on_load)
-        self._evaluator = Evaluator(config, parts.problems.heldout, parts.attempts, params)
+        self._evaluator = Evaluator(config, parts.problems.heldout, parts.evaluated, params)
         self._shown = demonstration_source(config, parts.problems.train, parts.attempts.tokenizer)
         self._demonstrations = self._new_demonstrations(0, 0)
         self._tasks: asyncio.TaskGroup | None = None

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from neox_rl.arithmetic import ARITHMETIC_TASKS
+from neox_rl.config.derived import num_episodes
 from neox_rl.config.machine import Machine
 from neox_rl.config.network import curve_on
 from neox_rl.config.placement import num_servers
@@ -23,10 +24,13 @@ from neox_rl.rollout.groups import Attempts
 from neox_rl.rollout.vllm_client import VllmGenerator
 from neox_rl.run.activity import ServerActivity
 from neox_rl.run.endpoints import Endpoints, offered_spec, read_endpoints, server_specs
+from neox_rl.run.episode_groups import EpisodeGroups
+from neox_rl.run.evaluation import Attempting
 from neox_rl.run.join_wire import JoinSocket
 from neox_rl.run.joining import JoinDesk, Offer
 from neox_rl.run.makers import make_maker
 from neox_rl.run.readable import with_readable_answers
+from neox_rl.run.tools import make_tool
 from neox_rl.run.versions import Deadlines, ServerKeeper
 from neox_rl.search.replay import num_wrong_steps
 from neox_rl.telemetry.events import EventLog
@@ -44,13 +48,14 @@ MIN_SILENCE_S = 5.0
 class Parts:
     """What the orchestrator is made of.
 
-    ``attempts`` samples the policy, for evaluations; ``maker`` makes the groups to train. ``activity`` watches the servers; ``keys`` are
-    those of its sockets.
+    ``attempts`` samples the policy; ``evaluated`` attempts held-out problems; ``maker`` makes the groups to train. ``activity`` watches
+    the servers; ``keys`` are those of its sockets.
     """
 
     endpoints: Endpoints
     problems: ProblemSet
     attempts: Attempts
+    evaluated: Attempting
     maker: GroupMaker
     keeper: ServerKeeper
     joins: JoinDesk
@@ -66,7 +71,7 @@ async def build_parts(config: RunConfig, paths: RunPaths, stack: AsyncExitStack)
     keys = Keys.of_run(curve_on(metarl.network), paths.keys)
     events = EventLog(paths.event_log("orchestrator"), "orchestrator")
     stack.callback(events.close)
-    tokenizer = load_tokenizer(metarl.tokenizer, metarl.problems)
+    tokenizer = load_tokenizer(metarl.tokenizer, metarl.problems, num_episodes(config))
     task = metarl.problems.task if metarl.problems.free_text else metarl.problems.source
     verifier = make_verifier(metarl.verify, task)
     stack.callback(verifier.close)
@@ -78,7 +83,9 @@ async def build_parts(config: RunConfig, paths: RunPaths, stack: AsyncExitStack)
     generator, keeper, activity = await _generation(config, paths, endpoints, events, keys, stack)
     joins = _join_desk(config, paths, endpoints, keeper, keys, stack)
     attempts = Attempts(generator, verifier, tokenizer, partial(_reward, config), solution_id(tokenizer))
-    return Parts(endpoints, problems, attempts, make_maker(config, attempts), keeper, joins, activity, events, keys)
+    maker = make_maker(config, attempts, make_tool(config, stack))
+    evaluated: Attempting = maker if isinstance(maker, EpisodeGroups) else attempts
+    return Parts(endpoints, problems, attempts, evaluated, maker, keeper, joins, activity, events, keys)
 
 
 def _reward(config: RunConfig, problem: Problem, verdict: Verdict, text: str, num_tokens: int) -> float:

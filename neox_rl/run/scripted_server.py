@@ -22,11 +22,15 @@ from typing import Any
 
 from aiohttp import web
 
+from neox_rl.arithmetic import ARITHMETIC_TASKS
+from neox_rl.config.derived import num_episodes
 from neox_rl.config.load import load_resolved
 from neox_rl.config.run import RunConfig
 from neox_rl.config.schema import ScriptedConfig
+from neox_rl.episodes.objectives import tagged, tags_of
 from neox_rl.errors import ConfigError, NeoxRLError, WeightError
 from neox_rl.keys import Keys
+from neox_rl.metacot import EPISODE
 from neox_rl.ports import Tokenizer
 from neox_rl.problems.sources import load_problems
 from neox_rl.problems.tokenizer import load_tokenizer
@@ -147,15 +151,21 @@ def _dumps(value: Any) -> str:
 
 
 def scripts_of(config: RunConfig) -> Scripts:
-    """The searches of the run's problems."""
+    """The searches of the run's problems; with several episodes one search each."""
     metarl = config.metarl
-    problems, tokenizer = load_problems(metarl.problems, metarl.seed), load_tokenizer(metarl.tokenizer, metarl.problems)
-    by_prompt = {tokenizer.encode(p.prompt): p for p in (*problems.train, *problems.heldout)}
-    return Scripts(by_prompt.keys(), lambda prompt, n: _script(by_prompt[prompt], n, tokenizer, metarl.scripted, metarl.seed))
+    problems = load_problems(metarl.problems, metarl.seed)
+    tokenizer = load_tokenizer(metarl.tokenizer, metarl.problems, num_episodes(config))
+    tags, anew = [""], None
+    if config.metarl.rollout.method == "episodes":
+        tags, anew = list(tags_of(metarl.episodes.gammas).values()), tokenizer.encode(EPISODE)[0]
+    by_prompt = {tokenizer.encode(tagged(p.prompt, tag)): p for p in (*problems.train, *problems.heldout) for tag in tags}
+    return Scripts(by_prompt.keys(), lambda prompt, n: _script(by_prompt[prompt], n, tokenizer, metarl.scripted, metarl.seed), anew)
 
 
 def _script(problem: Problem, number: int, tokenizer: Tokenizer, config: ScriptedConfig, seed: int) -> tuple[int, ...]:
     rng = random.Random(f"scripted/{seed}/{problem.id}/{number}")
+    if problem.task not in ARITHMETIC_TASKS:
+        return (*tokenizer.encode(str(rng.randint(1, int(str(problem.meta["num_goals"]))))), tokenizer.eos_id)
     ids = tokenizer.encode(text_of(linearize(dfs(problem, rng), problem)))
     if not config.mean_tokens:
         return (*(ids[: rng.randrange(len(ids))] if rng.random() < UNFINISHED_FRAC else ids), tokenizer.eos_id)

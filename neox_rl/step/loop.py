@@ -23,7 +23,7 @@ from neox_rl.batch.pack import pack_rl, pack_sft
 from neox_rl.batch.packing import Layout
 from neox_rl.batch.types import MicroBatch, StepBatch
 from neox_rl.codec import decode_groups, encode_groups
-from neox_rl.config.derived import makes_policy, warmstart_skipped
+from neox_rl.config.derived import makes_policy, max_policy_tokens, warmstart_skipped
 from neox_rl.config.run import RunConfig
 from neox_rl.engines.port import Engine, StepReport
 from neox_rl.errors import DiskFullError
@@ -164,7 +164,7 @@ class TrainingLoop:
             step,
             staleness=metarl.staleness,
             objective=metarl.objective,
-            max_new_tokens=metarl.rollout.max_new_tokens,
+            max_new_tokens=max_policy_tokens(self.config),
             layout=self._layout,
         )
 

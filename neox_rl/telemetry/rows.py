@@ -90,7 +90,16 @@ class IntervalRow(TypedDict):
     n: int
 
 
-class EvaluationRow(TypedDict, total=False):
+class EpisodeRow(TypedDict, total=False):
+    """What rollouts of several episodes found; entry k - 1 speaks of episode k."""
+
+    found_by: list[IntervalRow]
+    """Share of the rollouts that were right in one of the episodes 1 to k."""
+    right_in: list[IntervalRow]
+    """Share that was right in episode k itself; one that ended before counts as wrong."""
+
+
+class EvaluationRow(EpisodeRow, total=False):
     """One evaluation in one sampling mode."""
 
     label: Required[str]

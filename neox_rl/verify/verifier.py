@@ -15,9 +15,10 @@ from neox_rl.ports import Verifier
 from neox_rl.types import Problem, Reason, Verdict
 from neox_rl.verify.arithmetic import check_arithmetic, check_arithmetic_gold
 from neox_rl.verify.finding import Finding
+from neox_rl.verify.goal import GOAL_TASK, check_goal
 from neox_rl.verify.pool import VerifierPool
 
-TASKS = (*sorted(ARITHMETIC_TASKS), "math")
+TASKS = (*sorted(ARITHMETIC_TASKS), GOAL_TASK, "math")
 
 
 class TaskVerifier(Verifier, Protocol):
@@ -56,6 +57,29 @@ class ArithmeticVerifier:
         """Nothing is held."""
 
 
+class GoalVerifier:
+    """Goal finding."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[Reason] = Counter()
+
+    async def check(self, problem: Problem, text: str) -> Verdict:
+        return self.check_sync(problem, text)
+
+    def check_sync(self, problem: Problem, text: str) -> Verdict:
+        started = time.perf_counter()
+        verdict = _timed(check_goal(problem, text), started)
+        self.counts[verdict.reason] += 1
+        return verdict
+
+    def check_gold(self, problem: Problem) -> Verdict:
+        started = time.perf_counter()
+        return _timed(check_goal(problem, problem.answer), started)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
 def _timed(finding: Finding, started: float) -> Verdict:
     return finding.verdict((time.perf_counter() - started) * 1e3)
 
@@ -64,6 +88,8 @@ def make_verifier(config: VerifyConfig, task: str) -> TaskVerifier:
     """The verifier of a task, ready to check. Raises ConfigError on an unknown task, DeadlineError when no worker starts."""
     if task in ARITHMETIC_TASKS:
         return ArithmeticVerifier()
+    if task == GOAL_TASK:
+        return GoalVerifier()
     if task == "math":
         return VerifierPool(config.workers, config.deadline_s, config.math)
     if is_own(task):

@@ -15,6 +15,7 @@ import pytest
 from transformers import LlamaConfig
 
 from neox_rl.guard import guarded_popen, stop
+from neox_rl.metacot import vocabulary
 from neox_rl.problems.tokenizer import SymbolicTokenizer
 from neox_rl.rollout.vllm_server import ServerSpec, core_ids, server_command, wait_ready
 from neox_rl.run import search_cli
@@ -34,7 +35,7 @@ class Served:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     home = tmp_path_factory.mktemp("search")
-    tokenizer = SymbolicTokenizer(MAX_VALUE)
+    tokenizer = SymbolicTokenizer(vocabulary(MAX_VALUE))
     tokenizer.save(home / "model")
     LlamaConfig(
         hidden_size=64,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from neox_rl.errors import NeoxRLError
 from neox_rl.metacot import prompt_text
+from neox_rl.metacot import vocabulary
 from neox_rl.problems.tokenizer import SymbolicTokenizer
 from neox_rl.search.arithmetic_domain import ArithmeticDomain
 from neox_rl.search.domain import Rejection, State, Stepped
@@ -18,7 +19,7 @@ from neox_rl.search.values import Scores
 from neox_rl.types import Completion, Finish, Problem, Reason, SamplingParams, Verdict, VersionSpan
 
 MAX_VALUE = 60
-TOKENIZER = SymbolicTokenizer(MAX_VALUE)
+TOKENIZER = SymbolicTokenizer(vocabulary(MAX_VALUE))
 
 
 def countdown(numbers: Sequence[int], target: int, max_value: int | None = MAX_VALUE) -> Problem:

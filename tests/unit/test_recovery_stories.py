@@ -258,7 +258,10 @@ async def live_on(world: World, trainer: Trainer, disk: Disk) -> None:
     verifier, tokenizer = EveryOtherVerifier(), Words(world.tokenizer)
     attempts = Attempts(policy, verifier, tokenizer, lambda problem, verdict, text, length: float(verdict.correct))
     parts = cast(
-        Parts, SimpleNamespace(problems=world.problems, attempts=attempts, maker=attempts, keeper=policy, activity=None, events=events)
+        Parts,
+        SimpleNamespace(
+            problems=world.problems, attempts=attempts, maker=attempts, evaluated=attempts, keeper=policy, activity=None, events=events
+        ),
     )
     writer = MetricsWriter(world.paths, world.config.metarl.logging)
     book = Book(cast(Journal, disk), tuple(disk.records), [])

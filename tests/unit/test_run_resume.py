@@ -12,6 +12,7 @@ from neox_rl.config.leaves import blocks, leaves
 from neox_rl.config.run import RunConfig
 from neox_rl.config.schema import MetaRLConfig, StalenessConfig
 from neox_rl.errors import ConfigError
+from neox_rl.metacot import vocabulary
 from neox_rl.problems.tokenizer import SymbolicTokenizer
 from neox_rl.run import launch
 from neox_rl.run.launch import prepared
@@ -130,7 +131,7 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 def test_a_bad_problem_file_is_found_before_anything_starts(config: RunConfig, tmp_path: Path) -> None:
-    SymbolicTokenizer(36).save(tmp_path / "tokenizer")
+    SymbolicTokenizer(vocabulary(36)).save(tmp_path / "tokenizer")
     (tmp_path / "bad.jsonl").write_text('{"x": 1}\n')
     problems = {"source": "jsonl", "path": str(tmp_path / "bad.jsonl")}
     with pytest.raises(ConfigError, match=r"bad\.jsonl:1"):

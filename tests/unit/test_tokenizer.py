@@ -22,26 +22,26 @@ ALL_WORDS = " ".join(word for word in vocabulary(MAX_VALUE) if word not in (PAD,
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer")
-    SymbolicTokenizer(MAX_VALUE).save(path)
+    SymbolicTokenizer(vocabulary(MAX_VALUE)).save(path)
     return path
 
 
 def test_every_word_is_one_token_and_comes_back() -> None:
-    tokenizer = SymbolicTokenizer(MAX_VALUE)
+    tokenizer = SymbolicTokenizer(vocabulary(MAX_VALUE))
     ids = tokenizer.encode(ALL_WORDS)
     assert len(set(ids)) == len(ids) == tokenizer.vocab_size - 3
     assert tokenizer.decode(ids) == ALL_WORDS
 
 
 def test_words_outside_the_language_and_padded_ids_read_as_unknown() -> None:
-    tokenizer = SymbolicTokenizer(MAX_VALUE)
+    tokenizer = SymbolicTokenizer(vocabulary(MAX_VALUE))
     assert tokenizer.decode(tokenizer.encode("3 hello 31")) == f"3 {UNKNOWN} {UNKNOWN}"
     assert tokenizer.decode((tokenizer.vocab_size + 4,)) == UNKNOWN
     assert tokenizer.decode((tokenizer.pad_id, *tokenizer.encode("3"), tokenizer.eos_id)) == "3"
 
 
 def test_transformers_loads_the_saved_directory(directory: Path) -> None:
-    ours, theirs = SymbolicTokenizer(MAX_VALUE), AutoTokenizer.from_pretrained(directory)
+    ours, theirs = SymbolicTokenizer(vocabulary(MAX_VALUE)), AutoTokenizer.from_pretrained(directory)
     assert len(theirs) == ours.vocab_size
     assert (theirs.eos_token_id, theirs.pad_token_id) == (ours.eos_id, ours.pad_id)
     for text in (ALL_WORDS, "3 hello  4"):
@@ -55,12 +55,12 @@ def test_transformers_loads_the_saved_directory(directory: Path) -> None:
 def test_streaming_decoder_keeps_the_spaces(directory: Path) -> None:
     """vLLM detokenizes one id at a time with this class."""
     hf, stream = HFTokenizer.from_file(str(directory / "tokenizer.json")), DecodeStream()
-    pieces = [stream.step(hf, i) or "" for i in SymbolicTokenizer(MAX_VALUE).encode(ALL_WORDS)]
+    pieces = [stream.step(hf, i) or "" for i in SymbolicTokenizer(vocabulary(MAX_VALUE)).encode(ALL_WORDS)]
     assert "".join(pieces) == ALL_WORDS
 
 
 def test_directory_tokenizer_agrees_with_the_symbolic_one(directory: Path) -> None:
-    ours = SymbolicTokenizer(MAX_VALUE)
+    ours = SymbolicTokenizer(vocabulary(MAX_VALUE))
     loaded = load_tokenizer(TokenizerConfig(path=str(directory)), ProblemsConfig(source="jsonl"))
     assert (loaded.eos_id, loaded.vocab_size) == (ours.eos_id, ours.vocab_size)
     assert loaded.encode(ALL_WORDS) == ours.encode(ALL_WORDS)
