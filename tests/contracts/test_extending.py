@@ -153,8 +153,7 @@ def test_names_of_weights(lab: Path, engine_name: str) -> None:
 
 
 def test_problem_source_and_checker() -> None:
-    config = MetaRLConfig(problems=MetaRLConfig().problems).problems
-    cfg = type(config)(source="my_lab.letters:letters", task="my_lab.letters:LettersVerifier")
+    cfg = ProblemsConfig(source="my_lab.letters:letters", task="my_lab.letters:LettersVerifier")
     problems, verifier = load_problems(cfg, 1), make_verifier(VerifyConfig(), cfg.task)
     assert problems.heldout and not {p.cluster for p in problems.train} & {p.cluster for p in problems.heldout}
     problem = problems.train[0]
