@@ -8,6 +8,7 @@ from neox_rl.config.derived import prompt_tokens, staleness_bound, starts_from_c
 from neox_rl.config.machine import Machine
 from neox_rl.config.own import is_own
 from neox_rl.config.run import RunConfig
+from neox_rl.config.schema import NEOX_ENGINE
 
 RECORDED = ("trees", "attempts", "values")
 """Styles of demonstrations that are read from ``warmstart.path``."""
@@ -38,6 +39,13 @@ def pack_holds_a_sequence(config: RunConfig, machine: Machine) -> Iterator[str]:
             f"metarl.warmstart.tokens_per_step = {m.warmstart.tokens_per_step}: must hold one demonstration of seq_length = {seq}; set it"
             f" to {seq} or more"
         )
+
+
+def engine_knows_prefix_trees(config: RunConfig, machine: Machine) -> Iterator[str]:
+    """The attention of GPT-NeoX takes a sequence a row, and masks it causally."""
+    m = config.metarl
+    if m.share_prefixes == "always" and m.engine == NEOX_ENGINE:
+        yield "metarl.share_prefixes = always: the engine gpt-neox has no attention over prefix trees; set auto, or engine: megatron-core"
 
 
 def generated_values_fit(config: RunConfig, machine: Machine) -> Iterator[str]:
@@ -242,6 +250,7 @@ def reward_model_is_trained_alone(config: RunConfig, machine: Machine) -> Iterat
 RL_RULES = (
     prompt_and_completion_fit,
     pack_holds_a_sequence,
+    engine_knows_prefix_trees,
     generated_values_fit,
     game24_has_cards,
     heldout_problems_exist,

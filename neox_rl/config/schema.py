@@ -353,12 +353,6 @@ class MetaRLConfig:
         " (megatron-core)",
         choices=("auto", "always", "never"),
     )
-    share_prefixes: str = key(
-        "auto",
-        "beginnings that traces of a group have in common are computed once, gradients stay the same; auto: where the engine can"
-        " (megatron-core)",
-        choices=("auto", "always", "never"),
-    )
     trainer_cores: str = key("auto", "CPU cores of the training ranks: auto, or one a rank as in '1' or '0;1'")
     problems: ProblemsConfig = field(default_factory=ProblemsConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)

@@ -23,7 +23,7 @@ from neox_rl.batch.pack import pack_rl, pack_sft
 from neox_rl.batch.packing import Layout
 from neox_rl.batch.types import MicroBatch, StepBatch
 from neox_rl.codec import decode_groups, encode_groups
-from neox_rl.config.derived import makes_policy, max_policy_tokens, warmstart_skipped
+from neox_rl.config.derived import makes_policy, max_policy_tokens, shares_prefixes, warmstart_skipped
 from neox_rl.config.run import RunConfig
 from neox_rl.engines.port import Engine, StepReport
 from neox_rl.errors import DiskFullError
@@ -65,7 +65,8 @@ class TrainingLoop:
         self.config, self.engine, self.leader, self.events, self.paths = config, engine, leader, events, paths
         self.position = Position()
         topology = engine.topology
-        self._layout = Layout(config.metarl.pack_tokens, topology.dp, topology.tp, config.neox.gradient_accumulation_steps)
+        accumulate, share = config.neox.gradient_accumulation_steps, shares_prefixes(config)
+        self._layout = Layout(config.metarl.pack_tokens, topology.dp, topology.tp, accumulate, share)
         self._checkpoints = Path(config.neox.save) if config.neox.save else paths.checkpoints
         self._saved = (-1, -1)
         self._published = 0.0

@@ -92,6 +92,12 @@ CASES = (
     ),
     Case("prompt_and_completion_fit", "seq_length=130", "or max_new_tokens: 123", "metarl.rollout.max_new_tokens=123"),
     Case("prompt_and_completion_fit", JSONL + "seq_length=128", "must hold a prompt and", "seq_length=256"),
+    Case(
+        "engine_knows_prefix_trees",
+        "metarl.share_prefixes=always metarl.engine=gpt-neox",
+        "no attention over prefix trees; set auto",
+        "metarl.share_prefixes=auto",
+    ),
     Case("pack_holds_a_sequence", "metarl.pack_tokens=128", "must hold one sequence of seq_length = 256", "metarl.pack_tokens=256"),
     Case(
         "pack_holds_a_sequence",
