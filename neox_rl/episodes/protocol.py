@@ -146,7 +146,8 @@ class Progress:
 def announcement(number: int, outcome: Outcome, feedback: Feedback, begins_at: str | None = None, shown: str = "") -> str:
     """The environment's words before episode ``number`` (from 2): what became of the one before, and where this one begins."""
     start = f"{FROM} {begins_at} {shown}" if begins_at else shown
-    return f"\n{EPISODE} {number}] " + " ".join(word for word in (feedback_of(outcome, feedback), start) if word).strip() + "\n"
+    words = (f"{EPISODE} {number}]", feedback_of(outcome, feedback), start.strip())
+    return "\n" + " ".join(word for word in words if word) + "\n"
 
 
 def feedback_of(outcome: Outcome, feedback: Feedback) -> str:
