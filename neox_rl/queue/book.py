@@ -15,23 +15,43 @@ from neox_rl.queue.records import Record, payload_of
 from neox_rl.types import NO_VERSION, Completion, Group, Json
 
 logger = logging.getLogger(__name__)
+SEGMENT_BYTES = 512 << 20
 
 
 class Book:
     """``history`` is the present state; ``damage`` the words about what could not be read, which may leave a hole (``has_holes``).
     ``add`` and its kin are for one event loop."""
 
-    def __init__(self, journal: Journal, records: Sequence[Record], damage: list[str], has_holes: bool = False) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        records: Sequence[Record],
+        damage: list[str],
+        has_holes: bool = False,
+        segment_bytes: int = SEGMENT_BYTES,
+    ) -> None:
+        self._bytes, self._segment_bytes = sum(len(record.body) for record in records), segment_bytes
         self.journal, self.history, self.damage, self.has_holes = journal, fold(records), damage, has_holes
         self._follow: Callable[[Record], None] = lambda _: None
         self._past = records
 
     @classmethod
-    def open(cls, directory: Path, attempt: int, flush_s: float, full_s: float, rule: Mapping[str, Json] | None = None) -> Book:
-        """Takes over what is there. ``rule``: what the run keeps to, for who audits it. Raises ConfigError like ``open_journal``."""
+    def open(
+        cls,
+        directory: Path,
+        attempt: int,
+        flush_s: float,
+        full_s: float,
+        rule: Mapping[str, Json] | None = None,
+        segment_bytes: int = SEGMENT_BYTES,
+    ) -> Book:
+        """Takes over what is there. ``rule``: what the run keeps to, for who audits it; ``segment_bytes``: see ``tidy``.
+
+        Raises ConfigError like ``open_journal``.
+        """
         begin = time.monotonic()
         journal, reading = open_journal(directory, flush_s, full_s)
-        book = cls(journal, reading.records, reading.words(), reading.has_holes)
+        book = cls(journal, reading.records, reading.words(), reading.has_holes, segment_bytes)
         for word in book.damage:
             logger.warning("%s", word)
         logger.info("%d records of %s read in %.2f s", len(reading.records), directory, time.monotonic() - begin)
@@ -46,7 +66,9 @@ class Book:
 
     def add(self, kind: str, body: bytes = b"", **meta: Json) -> None:
         """Raises JournalError once the journal has given up."""
-        seq = self.journal.append(payload_of(kind, meta, body))
+        payload = payload_of(kind, meta, body)
+        seq = self.journal.append(payload)
+        self._bytes += len(payload)
         record = Record(seq, kind, meta, body)
         self._follow(record)
         self.history.apply(record)
@@ -94,7 +116,17 @@ class Book:
     def checkpoint(self, id: int, sft_step: int, rl_step: int) -> None:
         """A new segment, without what a resume from this checkpoint cannot need."""
         self.add("checkpoint", id=id, sft_step=sft_step, rl_step=rl_step)
+        self._rotate()
+
+    def tidy(self) -> None:
+        """A new segment where the last one has its size, without what was trained. Only when no batch is on its way to the trainer."""
+        if self._bytes > self._segment_bytes:
+            self.history.forget()
+            self._rotate()
+
+    def _rotate(self) -> None:
         self.journal.rotate([payload_of(*record) for record in self.history.compact()])
+        self._bytes = 0  # what was copied is not counted: a new segment of open groups alone would only follow the next
 
     def bodies(self, groups: Iterable[Group]) -> list[bytes | memoryview]:
         """The groups as they were written down, where they still are at hand."""

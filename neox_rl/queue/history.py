@@ -21,8 +21,9 @@
     stopped     id                                                      the user asked to stop: the answer said so
     reported    id, phase, step                                         the step's metrics are written
     checkpoint  id, sft_step, rl_step                                   the trainer has saved; a new segment begins
-    state       (this class)                                            first in the segment after a checkpoint, before its open groups and
-                                                                        chunks (copy: true), and once more, as a copy, behind them
+    state       (this class)                                            first in the segment after a checkpoint, or a full one, before its
+                                                                        open groups and chunks (copy: true), and once more, as a copy,
+                                                                        behind them
 
 ``id`` is the number of the trainer's message. ``digests`` is {version: digest of the weights} of the policies that made the tokens: by it
 experience of an undone timeline is recognised. A record that was lost makes its ticket open again, no more.
@@ -44,7 +45,10 @@ from neox_rl.types import Completion, Finish, Json, VersionSpan
 PHASES = ("sft", "rl")
 KEPT_VERSIONS = 256
 """Digests that are kept for rollouts still in flight, beside those of what is in the journal."""
-_PLAIN = (*("session", "attempt", "last", "steps", "reported", "fresh", "cursor", "published", "evaluated", "state", "sft", "stopped"),)
+_PLAIN = (
+    *("session", "attempt", "last", "steps", "reported", "fresh", "cursor", "published", "evaluated", "state", "sft", "stopped"),
+    "forgotten",
+)
 """Fields that are JSON as they are."""
 
 
@@ -98,6 +102,8 @@ class History:
     spans: dict[int, list[Made]] = field(default_factory=dict)
     taken: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """RL step -> tickets, of steps since the last checkpoint."""
+    forgotten: int = 0
+    """What was trained up to this RL step is not kept, though no checkpoint was made there: who goes back before it begins anew."""
     replay: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """RL step -> tickets, of steps that were undone and not done again yet."""
     digests: dict[int, str] = field(default_factory=dict)
@@ -157,6 +163,10 @@ class History:
             self.groups.pop(ticket, None)
             self.spans.pop(ticket, None)
 
+    def forget(self) -> None:
+        """Keeps nothing of what was trained, though a rollback may undo it: that will cost its generation, not memory until then."""
+        self.forgotten = self.steps["rl"]
+
     def compact(self) -> Iterator[tuple[str, dict[str, Json], bytes | memoryview]]:
         """``(kind, meta, body)`` of the records that say all this anew, without what was trained."""
         used = {version for ticket in self.open for made in self._made(ticket) for version in made.digests}
@@ -202,7 +212,15 @@ class History:
         self._rollback(int(meta["sft_step"]), int(meta["rl_step"]), dict(meta["state"]))
 
     def _rollback(self, sft_step: int, rl_step: int, state: dict[str, Any]) -> None:
-        """The checkpoint decides which tickets are open; the journal supplies what it knows of them and of later ones."""
+        """The checkpoint decides which tickets are open; the journal supplies what it knows of them and of later ones.
+
+        Where it has forgotten some of them it supplies none: problems and tickets follow on the checkpoint's as they did the first time.
+        """
+        if rl_step < self.forgotten:
+            self.tally.failed += len(self.groups.keys() & self.open)
+            self.fresh = self.cursor = self.forgotten = 0
+            for table in (self.groups, self.spans, self.positions, self.refusals, self.replay, self.taken):
+                table.clear()
         self.replay |= {step: tickets for step, tickets in self.taken.items() if step > rl_step}
         self.replay = {step: tickets for step, tickets in self.replay.items() if step > rl_step}
         self.taken = {step: tickets for step, tickets in self.taken.items() if step <= rl_step}
@@ -311,7 +329,7 @@ class History:
             return
         self.complete = not meta.get("copy")
         for name in _PLAIN:
-            setattr(self, name, copy(meta[name]))  # the record stays as it was read
+            setattr(self, name, copy(meta.get(name, getattr(self, name))))  # the record stays as it was read
         self.open = set(meta["open"])
         self.positions, self.refusals = ({int(t): int(v) for t, v in meta[name]} for name in ("positions", "refusals"))
         self.replay = {int(step): tuple(tickets) for step, tickets in meta["replay"]}

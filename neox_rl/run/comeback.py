@@ -37,7 +37,7 @@ class Comeback:
         self._queue.restore(history.queue_state(self._queue.groups_per_step), history.refusals)
         if isinstance(cursor := history.state.get("cursor"), dict):
             self._cursor.restore(cursor)
-        self._cursor.position = max(self._cursor.position, history.cursor)
+        self._cursor.position = history.cursor
         self._pump.restore_problems({ticket: history.positions[ticket] for ticket in history.open if ticket in history.positions})
         foreign: list[int] = []
         beyond = False

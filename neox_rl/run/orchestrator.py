@@ -280,6 +280,7 @@ class Orchestrator:
     async def report(self, id: int, phase: Phase, step: int, metrics: Mapping[str, Json]) -> None:
         await self._board.step(phase, step, metrics)  # first: a row without a record is cut and told again, but not the other way round
         self._book.add("reported", id=id, phase=phase.value, step=step)
+        self._book.tidy()
         if phase is Phase.RL:
             self._audit.reported(step, metrics)
 
@@ -338,7 +339,8 @@ async def serve(config: RunConfig, paths: RunPaths) -> None:
         server = ExperienceServer(config.metarl.network.bind_host, parts.endpoints.experience_port, keys=parts.keys)
         stack.callback(server.close)
         attempt, metarl = attempt_of(os.environ), config.metarl
-        book = Book.open(paths.journal, attempt, metarl.queue.flush_s, metarl.queue.disk_full_s, Rule.of(config).json())
+        queue = metarl.queue
+        book = Book.open(paths.journal, attempt, queue.flush_s, queue.disk_full_s, Rule.of(config).json(), queue.segment_mib << 20)
         stack.callback(book.close)
         orchestrator = Orchestrator(config, paths, parts, MetricsWriter(paths, metarl.logging, asdict(config)), book, attempt)
         stack.callback(orchestrator.close)

@@ -128,8 +128,8 @@ class RolloutPump:
             del self._positions[group.ticket]  # another problem may teach something
             self._events.instant("refused", ticket=group.ticket)
         else:
+            self._book.group(group)  # first: no step takes a group that is not in the book
             self._queue.deliver(group)
-            self._book.group(group)
             self._on_group(group, problem)
 
 

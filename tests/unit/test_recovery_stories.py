@@ -20,9 +20,10 @@ from typing import Any, cast
 import pytest
 
 from neox_rl.codec import decode_group
-from neox_rl.problems.sources import load_problems
+from neox_rl.problems.sources import ProblemCursor, load_problems
 from neox_rl.problems.tokenizer import load_tokenizer
 from neox_rl.queue.book import Book
+from neox_rl.queue.history import fold
 from neox_rl.queue.journal import LEDGER_KINDS, NOT_IN_LEDGER, Journal
 from neox_rl.queue.records import Record, scan, to_bytes
 from neox_rl.queue.wire_messages import ONE_WAY, Phase
@@ -85,7 +86,9 @@ class Disk:
 class World:
     """What outlives the processes: the trainer's position and checkpoint, the weights of each version, and who made each token."""
 
-    def __init__(self, root: Path, seed: int, faithful: bool) -> None:
+    def __init__(self, root: Path, seed: int, faithful: bool, segment_bytes: int | None = None) -> None:
+        self.segment_bytes = segment_bytes
+        """With it no checkpoint is made, and the journal begins a segment after so many bytes."""
         config = small_config(
             root,
             train_iters=STEPS,
@@ -199,7 +202,7 @@ class Trainer:
             self._train("rl", step)
             yield "published", self._publish()
             yield "report", {"phase": Phase.RL, "step": step, "metrics": {"loss": 1.0}}
-            if step == SAVE_EVERY:
+            if step == SAVE_EVERY and self.world.segment_bytes is None:
                 keys = {"sft": self.sft, "rl": self.rl, "weights": self.weights, "state": self.state}
                 self.checkpoint = keys | {"trained": dict(self.trained), "digests": dict(self.digests)}
                 yield "checkpoint", {"sft_step": self.sft, "rl_step": self.rl}
@@ -264,7 +267,7 @@ async def live_on(world: World, trainer: Trainer, disk: Disk) -> None:
         ),
     )
     writer = MetricsWriter(world.paths, world.config.metarl.logging)
-    book = Book(cast(Journal, disk), tuple(disk.records), [])
+    book = Book(cast(Journal, disk), tuple(disk.records), [], segment_bytes=world.segment_bytes or 1 << 30)
     orchestrator = Orchestrator(world.config, world.paths, parts, writer, book, trainer.attempt)
     try:
         async with asyncio.timeout(20.0), asyncio.TaskGroup() as orchestrator._tasks:
@@ -284,9 +287,10 @@ def tell(
     faithful: bool = True,
     seed: int = 1,
     stop_at: tuple[Phase, int] | None = None,
+    segment_bytes: int | None = None,
 ) -> tuple[World, Trainer, Disk]:
     """A run whose n-th orchestrator dies at ``crashes[n]``: (append, who dies with it)."""
-    world = World(root, seed, faithful)
+    world = World(root, seed, faithful, segment_bytes)
     world.stop_at = stop_at
     trainer, disk = Trainer(world, 0, None), Disk([], crashes[0][0], world.rng, crashes[0][1].startswith("answering"))
     for (_, who), following in itertools.pairwise([*crashes, (None, "")]):
@@ -323,8 +327,8 @@ def check(world: World, trainer: Trainer) -> None:
     assert (last["rollouts_dropped"], last["rollouts_trained_twice"]) == (0, 0)
 
 
-def num_appends(root: Path) -> int:
-    world, trainer, disk = tell(root, [(None, "")])
+def num_appends(root: Path, segment_bytes: int | None = None) -> int:
+    world, trainer, disk = tell(root, [(None, "")], segment_bytes=segment_bytes)
     check(world, trainer)
     return disk.appended
 
@@ -334,6 +338,30 @@ def test_a_run_killed_after_any_record_trains_every_ticket_once_and_within_the_b
     for at in range(num_appends(tmp_path / "whole")):
         world, trainer, _ = tell(tmp_path / f"{at}", [(at, who.removeprefix("unfaithful "))], faithful=not who.startswith("un"), seed=at)
         check(world, trainer)
+
+
+@pytest.mark.parametrize("who", ["orchestrator", "answering orchestrator", "ranks", "unfaithful ranks"])
+def test_so_does_a_run_that_makes_no_checkpoint_and_forgets_what_it_trained(tmp_path: Path, who: str) -> None:
+    """The ranks begin anew each time, with the problems that they had the first time."""
+    appends = num_appends(tmp_path / "whole", 2000)
+    for at in range(appends):
+        world, trainer, disk = tell(
+            tmp_path / f"{at}", [(at, who.removeprefix("unfaithful "))], faithful=not who.startswith("un"), seed=at, segment_bytes=2000
+        )
+        check(world, trainer)
+        problems = {g.problem_id for step in range(1, STEPS + 1) for g in trainer.trained["rl", step]}
+        first = ProblemCursor(world.problems.train, world.config.metarl.seed)
+        assert problems == {first.next().id for _ in range(B * STEPS)}, "none is passed over, none is taken twice"
+        history = fold(disk.records)
+        assert max(len(history.taken), len(history.positions)) < B * STEPS, "what was trained is not kept"
+
+
+def test_a_journal_without_checkpoints_stays_small_and_says_which_tickets_were_trained(tmp_path: Path) -> None:
+    world, trainer, disk = tell(tmp_path, [(None, "")], segment_bytes=2000)
+    check(world, trainer)
+    trained = [record.meta["tickets"] for record in disk.records if record.kind == "taken" and record.meta["phase"] == "rl"]
+    assert sorted(ticket for tickets in trained for ticket in tickets) == list(range(B * STEPS)), "the ledger has them all"
+    assert sum(len(record.body) for record in disk.records) < 3 * 2000
 
 
 def test_a_run_killed_again_and_again_ends_all_the_same(tmp_path: Path) -> None:
