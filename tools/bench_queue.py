@@ -3,9 +3,10 @@
     .venv/bin/python tools/bench_queue.py            a minute, two cores
 
 Raw ZeroMQ: a DEALER asks, a ROUTER in another process answers, one request at a time, with the very bytes of the queue's own messages, made
-beforehand; nobody looks at them, or, decoded, they are only made into ``Group`` objects. The queue: the real socket, with tickets, order,
-digests and session checked; the groups are encoded already, as the orchestrator has them from writing them down. Bare fsync: one write and
-one fdatasync a group, equally large, on the same file system. The sides run in turn, several times; the median counts.
+beforehand; nobody looks at them, or, decoded, they are only made into ``Group`` objects. Each: the same groups, one a message, sixteen
+messages a request. The queue: the real socket, with tickets, order, digests and session checked; the groups are encoded already, as the
+orchestrator has them from writing them down, and become ready while the trainer has the last batch, as in a run. Bare fsync: one write and
+one fdatasync a group, equally large, on the same file system. The sides run in turn, several times; the median of their ratios counts.
 """
 
 from __future__ import annotations
@@ -58,10 +59,9 @@ class Handler:
         self._queue.set_live(0)
         self._groups, self._book = [make_group(ticket, tokens) for ticket in range(DISTINCT)], book
         self._bodies = [encode_group(group) for group in self._groups]
+        self._produce()
 
-    async def hello(self, session: str, world: int, pid: int, attempt: int, state: Mapping[str, Json]) -> None: ...
-
-    async def next_groups(self, id: int, phase: Phase, step: int) -> Delivery:
+    def _produce(self) -> None:
         for _ in range(B):
             ticket = self._queue.next_ticket()
             assert ticket is not None
@@ -69,10 +69,15 @@ class Handler:
             if self._book is not None:
                 meta: dict[str, Json] = {"ticket": ticket, "digests": {}, "tokens": 0, "rollouts": ROLLOUTS}
                 self._book.journal.append(payload_of("group", meta, self._bodies[ticket % DISTINCT]))
+
+    async def hello(self, session: str, world: int, pid: int, attempt: int, state: Mapping[str, Json]) -> None: ...
+
+    async def next_groups(self, id: int, phase: Phase, step: int) -> Delivery:
         batch = self._queue.take(step)
         assert batch is not None
         if self._book is not None:
             self._book.journal.append(payload_of("taken", {"step": step, "tickets": [g.ticket for g in batch]}))
+        asyncio.get_running_loop().call_soon(self._produce)
         return Delivery([self._bodies[group.ticket % DISTINCT] for group in batch], {"step": step})
 
     async def durable(self) -> None:
@@ -111,28 +116,32 @@ def request(step: int) -> list[Frame]:
     return pack("next", {"session": "0" * 32, "id": step, "since": step, "phase": "rl", "step": step}, {})
 
 
-def serve_raw(port: Connection, tokens: int, _: str) -> None:
+def serve_raw(port: Connection, tokens: int, _: str, each: bool = False) -> None:
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
     port.send(socket.bind_to_random_port("tcp://127.0.0.1"))
-    answer = pack("batch", {"id": 1, "acked": 1, "state": {"step": 1}}, joined([encode_group(make_group(t, tokens)) for t in range(B)]))
+    bodies = [encode_group(make_group(t, tokens)) for t in range(B)]
+    body: dict[str, Json] = {"id": 1, "acked": 1, "state": {"step": 1}}
+    answers = [pack("batch", body, joined(some)) for some in ([[one] for one in bodies] if each else [bodies])]
     while True:
         peer, asked = socket.recv_multipart()
-        socket.send_multipart([peer, *answer], copy=False)
+        for answer in answers:
+            socket.send_multipart([peer, *answer], copy=False)
         if asked == b"done":
             break
     socket.close(linger=1000)
 
 
-def ask_raw(port: int, decode: bool = False) -> float:
+def ask_raw(port: int, decode: bool = False, messages: int = 1) -> float:
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
     socket.connect(f"tcp://127.0.0.1:{port}")
     words = request(1)
 
     def ask(frames: Sequence[Frame]) -> None:
         socket.send_multipart(frames)
-        _, groups = socket.recv_multipart(copy=False)
-        if decode:
-            decode_batch(groups.buffer)
+        for _ in range(messages):
+            _, groups = socket.recv_multipart(copy=False)
+            if decode:
+                decode_batch(groups.buffer)
 
     rate = rate_of(lambda: ask(words))
     ask([b"done"])
@@ -243,14 +252,46 @@ def recovery_s(directory: Path) -> tuple[float, float]:
     return took, sum(path.stat().st_size for path in directory.iterdir()) / 2**20
 
 
-def median_of(*sides: Callable[[], float]) -> list[float]:
-    rounds = [[side() for side in sides] for _ in range(ROUNDS)]
-    return [statistics.median(column) for column in zip(*rounds, strict=True)]
+def rounds_of(*sides: Callable[[], float]) -> list[tuple[float, ...]]:
+    """Of each side, its rate in every round; the sides in turn."""
+    return list(zip(*([side() for side in sides] for _ in range(ROUNDS)), strict=True))
+
+
+def spread(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    each = sorted(a / b for a, b in zip(ours, theirs, strict=True))
+    return f"{statistics.median(each):.2f} ({each[0]:.2f} to {each[-1]:.2f})"
+
+
+def median(rates: Sequence[float]) -> str:
+    return f"{statistics.median(rates):,.0f}"
+
+
+def report_wire(tokens: int, directory: Callable[[], Path]) -> list[str]:
+    raw, each, queue, decoded, groups, kept = rounds_of(
+        lambda: B * measure(serve_raw, ask_raw, tokens),
+        lambda: B * measure(partial(serve_raw, each=True), partial(ask_raw, messages=B), tokens),
+        lambda: B * measure(serve_queue, ask_queue, tokens),
+        lambda: B * measure(serve_raw, partial(ask_raw, decode=True), tokens),
+        lambda: B * measure(serve_queue, partial(ask_queue, decode=True), tokens),
+        lambda: B * measure(serve_queue, partial(ask_queue, decode=True), tokens, str(directory())),
+    )
+    size = B * len(encode_group(make_group(0, tokens))) / 1024
+    rates = (median(raw), median(each), median(queue), spread(queue, raw), spread(queue, each))
+    return [str(tokens), f"{size:.0f}", *rates, median(decoded), median(groups), spread(groups, decoded), median(kept)]
+
+
+def report_journal(tokens: int, directory: Callable[[], Path]) -> list[str]:
+    body = encode_group(make_group(0, tokens))
+    bare, grouped = rounds_of(lambda: fsync_rate(directory(), body), lambda: journal_rate(directory(), body))
+    return [str(tokens), median(bare), median(grouped), spread(grouped, bare)]
 
 
 def main(argv: Sequence[str]) -> int:
+    from benching import describe_machine, table
+
     work = Path(argv[0]) if argv else Path.cwd() / "runs"
     work.mkdir(parents=True, exist_ok=True)
+    describe_machine("pyzmq", "xxhash")
     with tempfile.TemporaryDirectory(dir=work) as name:
         fresh = iter(range(1 << 20))
 
@@ -259,29 +300,14 @@ def main(argv: Sequence[str]) -> int:
             path.mkdir()
             return path
 
-        print(f"{B} groups a batch, {ROLLOUTS} rollouts a group, median of {ROUNDS}\n")
-        print("| tokens a rollout | KiB a batch | raw, groups/s | queue | ratio | raw, decoded | queue, decoded | ratio | with journal |")
-        print("|---|---|---|---|---|---|---|---|---|")
-        for tokens in (40, 512):
-            raw, queue, decoded, groups, kept = median_of(
-                lambda t=tokens: B * measure(serve_raw, ask_raw, t),  # type: ignore[misc]
-                lambda t=tokens: B * measure(serve_queue, ask_queue, t),  # type: ignore[misc]
-                lambda t=tokens: B * measure(serve_raw, partial(ask_raw, decode=True), t),  # type: ignore[misc]
-                lambda t=tokens: B * measure(serve_queue, partial(ask_queue, decode=True), t),  # type: ignore[misc]
-                lambda t=tokens: B * measure(serve_queue, partial(ask_queue, decode=True), t, str(directory())),  # type: ignore[misc]
-            )
-            size = B * len(encode_group(make_group(0, tokens))) / 1024
-            print(
-                f"| {tokens} | {size:.0f} | {raw:,.0f} | {queue:,.0f} | {queue / raw:.2f} | {decoded:,.0f} | {groups:,.0f} "
-                f"| {groups / decoded:.2f} | {kept:,.0f} |"
-            )
-        print("\n| tokens a rollout | bare fsync, groups/s | journal | ratio |\n|---|---|---|---|")
-        for tokens in (40, 512):
-            body = encode_group(make_group(0, tokens))
-            bare, grouped = median_of(lambda b=body: fsync_rate(directory(), b), lambda b=body: journal_rate(directory(), b))  # type: ignore[misc]
-            print(f"| {tokens} | {bare:,.0f} | {grouped:,.0f} | {grouped / bare:.1f} |")
+        print(f"{B} groups a batch, {ROLLOUTS} rollouts a group, groups/s, medians of {ROUNDS} rounds; ratios round by round\n")
+        header = ["tokens a rollout", "KiB a batch", "raw", "raw, each", "queue", "to raw", "to raw, each"]
+        table(
+            [*header, "raw, decoded", "queue, decoded", "ratio", "with journal"], [report_wire(tokens, directory) for tokens in (40, 512)]
+        )
+        table(["tokens a rollout", "bare fsync", "journal", "ratio"], [report_journal(tokens, directory) for tokens in (40, 512)])
         took, size = recovery_s(directory())
-        print(f"\nRecovery of a journal of {RECOVERED} groups, {size:.0f} MiB: {took:.2f} s")
+        print(f"Recovery of a journal of {RECOVERED} groups, {size:.0f} MiB: {took:.2f} s")
     return 0
 
 
