@@ -1,0 +1,93 @@
+"""RL against RL^2 (13) and E-RL^2 (14) on goal finding: has the policy found the goal by episode k, and is it right in episode k?
+
+Six doors, one hides the goal (arXiv 2501.04682, the figure of its section on meta-RL). All start from the same kind of warm start, random
+guesses. RL guesses once in a rollout and is asked anew each time; RL^2 and E-RL^2 guess six times in one context and hear right or wrong.
+Drawn in: 1 - (1 - 1/N)^k, what guesses without memory come to, and k/N, what guesses without repetition come to.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from common import COLORS, Job, arguments, error_bars, panels, parser, percent, run_jobs, save, table
+
+from neox_rl.problems.goal_finding import memoryless_success, meta_success
+from neox_rl.telemetry.rundata import RunData
+from neox_rl.telemetry.stats import Interval, cluster_mean_ci
+
+DOORS = 6
+EVALUATED = "metarl.evaluation.num_problems=400"
+METHODS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
+    "RL": ("rl", "rl2", ("metarl.rollout.method=sample", f"metarl.evaluation.samples={DOORS}", "metarl.evaluation.every_steps=0")),
+    "RL^2": ("rl2", "rl2", ()),
+    "E-RL^2": ("erl2", "erl2", ()),
+}
+"""Title -> run name, config, settings."""
+QUICK = ("train_iters=4", "metarl.warmstart.steps=4", "metarl.evaluation.num_problems=20")
+
+
+def jobs(args: argparse.Namespace) -> dict[str, list[Job]]:
+    quick = QUICK if args.quick else (EVALUATED,)
+    return {
+        title: [Job(f"{name}-s{seed}", (*settings, *quick, f"metarl.seed={seed}"), config) for seed in range(1, args.seeds + 1)]
+        for title, (name, config, settings) in METHODS.items()
+    }
+
+
+def curve(run: RunData, label: str, key: str) -> list[Interval]:
+    """Of the sampled evaluation ``label``: entry k - 1 is found by episode k (``found_by``) or right in episode k (``right_in``)."""
+    (row,) = [row for row in run.evaluations if row["label"] == label and row["mode"] == "sampled"]
+    if key in row:
+        return [Interval(i["mean"], i["ci95_low"], i["ci95_high"], i["n"]) for i in row[key]]  # type: ignore[literal-required]
+    attempts: dict[str, list[float]] = defaultdict(list)  # a run of single attempts: those at a problem, in the order they were drawn
+    for problem, _, correct, _ in row["per_problem"]:
+        attempts[str(problem)].append(float(correct))
+    pick = (lambda found, k: max(found[:k])) if key == "found_by" else (lambda found, k: found[k - 1])
+    return [cluster_mean_ci([pick(found, k) for found in attempts.values()], list(attempts)) for k in range(1, DOORS + 1)]
+
+
+def over_seeds(curves: Sequence[Sequence[Interval]]) -> list[Interval]:
+    """The mean of the seeds' means, from the lowest to the highest seed."""
+    means = [[each[k].mean for each in curves] for k in range(DOORS)]
+    return [Interval(sum(m) / len(m), min(m), max(m), len(m)) for m in means]
+
+
+def main() -> None:
+    p = parser(__doc__, "meta_rl")
+    p.add_argument("--seeds", type=int, default=3, help="runs of each method")
+    args = arguments(p)
+    wanted = jobs(args)
+    runs = run_jobs([job for some in wanted.values() for job in some], args)
+    k, axes_of = list(range(1, DOORS + 1)), {"found_by": "found by episode k", "right_in": "right in episode k"}
+    figure, axes = panels(2)
+    rows: dict[str, list[list[str]]] = {key: [] for key in axes_of}
+    for (title, some), color in zip(wanted.items(), COLORS, strict=False):
+        for each, key in zip(axes, axes_of, strict=True):
+            for label, style in (("warmstart", {"linestyle": ":", "alpha": 0.5}), ("final", {})):
+                found = over_seeds([curve(runs[job.name], label, key) for job in some])
+                rows[key].append([f"{title}, {'before' if label == 'warmstart' else 'after'} RL", *map(percent, found)])
+                error_bars(each, k, found, title if label == "final" else "", color, **style)
+    for each, (key, name) in zip(axes, axes_of.items(), strict=True):
+        without, best = [memoryless_success(DOORS, i) for i in k], [meta_success(DOORS, i) for i in k]
+        if key == "right_in":
+            without = [1 / DOORS] * DOORS
+        each.plot(
+            k, [100 * v for v in without], "--", color="gray", label="no memory: 1-(1-1/N)^k" if key == "found_by" else "no memory: 1/N"
+        )
+        each.plot(k, [100 * v for v in best], "-.", color="black", label="no repetition: k/N")
+        each.set(xlabel="episode k", ylabel=f"{name}, %", ylim=(0, 103), title=f"Goal finding, {DOORS} doors: {name}")
+        each.legend(frameon=False, fontsize=8)
+        rows[key] += [
+            ["closed form, no memory", *(f"{100 * v:.1f}" for v in without)],
+            ["closed form k/N", *(f"{100 * v:.1f}" for v in best)],
+        ]
+    save(figure, args.picture)
+    for key, name in axes_of.items():
+        print(f"{name}, % (mean of {args.seeds} seeds, from the lowest to the highest)")
+        table(["", *(f"k = {i}" for i in k)], rows[key])
+
+
+if __name__ == "__main__":
+    main()
