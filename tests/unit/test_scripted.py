@@ -14,7 +14,7 @@ import pytest
 from neox_rl.problems.sources import load_problems
 from neox_rl.problems.tokenizer import load_tokenizer
 from neox_rl.rollout.scripted import NUM_SCRIPTS, Scripts, Switches
-from neox_rl.run.scripted_server import scripts_of
+from neox_rl.run.scripted_server import scripts_of, stopped
 from tests.unit.small_run import small_config
 
 PROMPTS = [(1, 2), (1, 2, 3), (4,)]
@@ -41,6 +41,10 @@ def test_greedy_is_always_the_same_and_what_no_script_says_is_refused() -> None:
     for unknown in ((7,), (1,), (), (4, 999), (*(4,), *script((4,), 0), 9)):
         with pytest.raises(KeyError, match="none of the run's, or goes on as no script does"):
             scripts.go_on(unknown, random.Random(0), greedy=False)
+
+
+def test_a_completion_ends_with_the_first_stop_token() -> None:
+    assert stopped((5, 6, 7, 6), {6}) == (5, 6) and stopped((5, 6), {7}) == (5, 6) and stopped((), {7}) == ()
 
 
 def test_spans_follow_the_clock() -> None:

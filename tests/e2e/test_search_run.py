@@ -1,0 +1,46 @@
+"""Whole runs whose rollouts are searches, with the scripted generator: steps with their own credit, and searches told and imitated."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from neox_rl.telemetry.jsonl import read_jsonl
+from tests.e2e.runs import ROOT, Run
+
+SHORT = ("metarl.warmstart.steps=2", "metarl.evaluation.num_problems=4", "metarl.rollout.record_every=1")
+TOLD = ("metarl.search.trains=traces", "metarl.objective.loss=sft", "metarl.search.strategy=dfs", "metarl.search.nodes=30")
+
+
+def audited(run: Run) -> str:
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "audit.py", run.paths.root], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("settings", [(), TOLD], ids=["steps", "told"])
+def test_searches_are_generated_queued_and_trained_and_the_books_are_right(tmp_path: Path, settings: tuple[str, ...]) -> None:
+    run = Run(tmp_path, "whole", "train_iters=6", *SHORT, *settings, config="search")
+    assert run.wait() == 0, run.said()
+    rows = [row for row in run.metrics() if row["phase"] == "rl"]
+    assert [row["step"] for row in rows] == list(range(1, 7)) and run.gone()
+    assert all(row["searched"]["tokens_trained"] == row["tokens_trained"] + row["tokens_masked_stale"] for row in rows)
+    assert sum(row["tokens_trained"] for row in rows) > 0 and max(row["staleness_max"] for row in rows) <= 2
+    assert any(row["searched"]["solved_frac"] > 0 for row in rows)
+    trained = [row for row in read_jsonl(run.paths.rollouts) if row["label"] == "train"]
+    assert trained and max(line["depth"] for row in trained for line in row["lines"]) >= 1
+    assert "VIOLATED" not in audited(run)
+
+
+def test_an_orchestrator_that_dies_searches_its_open_tickets_again(tmp_path: Path) -> None:
+    run = Run(tmp_path, "killed", "train_iters=40", *SHORT, config="search")
+    run.until_step("rl", 3)
+    run.kill_one("neox_rl.run.orchestrator")
+    assert run.wait() == 0, run.said()
+    assert [row["step"] for row in run.metrics() if row["phase"] == "rl"] == list(range(1, 41))
+    assert "VIOLATED" not in audited(run)

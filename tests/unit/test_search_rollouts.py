@@ -1,0 +1,218 @@
+"""Searches as rollouts: what is trained of a tree is the flat sum over the steps that a policy sampled, each with its own credit."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from neox_rl.arithmetic import solvable
+from neox_rl.config.run import RunConfig
+from neox_rl.config.schema_search import SearchConfig
+from neox_rl.metacot import BACK
+from neox_rl.rollout.groups import Attempts, teaches
+from neox_rl.rollout.vllm_client import NobodyServesError, ServerFailedError
+from neox_rl.run.search_groups import SearchGroups, search_groups
+from neox_rl.run.searched import books, laid_out
+from neox_rl.search.arithmetic_domain import ArithmeticDomain
+from neox_rl.search.credit import step_advantages
+from neox_rl.search.demonstrations import TraceStyle
+from neox_rl.search.growth import Budget
+from neox_rl.search.linearize import Mask
+from neox_rl.search.rollouts import Baseline, Remembering, Sample, advantages, all_samples, node_samples, step_traces, told_trace
+from neox_rl.search.search import Search
+from neox_rl.search.strategies import STRATEGIES
+from neox_rl.search.strategy import Options
+from neox_rl.search.values import HeuristicValue, OracleValue
+from neox_rl.types import NO_NODE, NO_VERSION, Completion, Finish, Problem, Role, SamplingParams, Trace, Tree, Verdict, VersionSpan
+from tests.unit.search_worlds import MAX_VALUE, TOKENIZER, RandomPlayer, countdown, policy
+
+TASK = countdown([2, 4, 9, 1], 17)
+EASY = countdown([1, 2, 3], 6)
+PROMPT = TOKENIZER.encode(TASK.prompt)
+
+
+class Sloppy(RandomPlayer):
+    """Every third step is a way back, and versions rise from call to call, as while a run trains."""
+
+    def __init__(self) -> None:
+        self.calls, self.num_tokens = 0, 0
+
+    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> tuple[Completion, ...]:
+        self.calls += 1
+        made = [
+            (await RandomPlayer.sample(self, prompt_ids, replace(params, seed=100 * self.calls + i), 1, rollout_id))[0] for i in range(n)
+        ]
+        made = [self._back() if (self.calls + i) % 3 == 0 else completion for i, completion in enumerate(made)]
+        self.num_tokens += sum(len(c.ids) for c in made)
+        return tuple(replace(c, spans=(VersionSpan(self.calls // 4, 0, len(c.ids)),)) for c in made)
+
+    def _back(self) -> Completion:
+        return Completion(TOKENIZER.encode(BACK), (-0.5,), (VersionSpan(0, 0, 1),), Finish.STOP)
+
+
+def reward(verdict: Verdict, text: str, num_tokens: int) -> float:
+    return float(verdict.correct)
+
+
+def grown(strategy: str, nodes: int = 24, task: Problem = TASK) -> tuple[Tree, list[Sample], Sloppy]:
+    player = Sloppy()
+    remembering = Remembering(policy(player))
+    search = Search(strategy, ArithmeticDomain, Options(4), 0)
+    tree = asyncio.run(search.run(task, remembering, HeuristicValue(), Budget(nodes)))
+    return tree, all_samples(tree, ArithmeticDomain(task), remembering.asked), player
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.sampled_from(sorted(STRATEGIES)), st.integers(1, 40), st.sampled_from(Baseline), st.booleans())
+def test_every_sampled_step_is_trained_once_with_its_credit_after_its_own_path(
+    strategy: str, nodes: int, baseline: Baseline, every: bool
+) -> None:
+    tree, samples, _ = grown(strategy, nodes)
+    samples = samples if every else node_samples(tree)
+    credit = advantages(tree, samples, baseline)
+    paths = [tuple(i for step in tree.path(s.parent) for i in step.ids) for s in samples]
+    expected = Counter((path, s.ids, s.logprobs, s.spans[0].version, a) for path, s, a in zip(paths, samples, credit, strict=True))
+    found: Counter[tuple[object, ...]] = Counter()
+    for trace in step_traces(tree, TASK, PROMPT, samples, credit, reward):
+        assert trace.segments[0].ids == PROMPT and trace.segments[0].role is Role.PROMPT
+        before: tuple[int, ...] = ()
+        for segment in trace.segments[1:]:
+            if segment.mask:
+                found[before, segment.ids, segment.logprobs, segment.version, segment.advantage] += 1
+            else:
+                assert (segment.version, segment.logprobs, segment.advantage) == (NO_VERSION, (), None)
+            before += segment.ids
+    assert found == expected
+
+
+@pytest.mark.parametrize("strategy", ["mcts", "bfs", "best-of-n"])
+def test_what_was_sampled_and_paid_is_what_is_trained(strategy: str) -> None:
+    """With a value that costs nothing: refused steps and steps that came again are among the samples."""
+    tree, samples, player = grown(strategy, nodes=400)
+    assert tree.num_tokens == player.num_tokens == sum(len(s.ids) for s in samples)
+    assert sum(s.node == NO_NODE for s in samples) == sum(tree.counts.values()) > 0
+
+
+def test_credit_of_nodes_alone_is_that_of_the_tree_and_siblings_add_up_to_nothing() -> None:
+    tree, samples, _ = grown("mcts")
+    nodes = node_samples(tree)
+    assert dict(zip((s.node for s in nodes), advantages(tree, nodes, Baseline.PARENT), strict=True)) == pytest.approx(step_advantages(tree))
+    below: Counter[int] = Counter()
+    for sample, advantage in zip(samples, advantages(tree, samples, Baseline.SIBLINGS), strict=True):
+        below[sample.parent] += advantage  # type: ignore[assignment]  # a sum of floats
+    assert len(below) > 3 and all(total == pytest.approx(0.0) for total in below.values())
+
+
+def test_giving_up_has_the_value_0_and_a_step_that_came_again_that_of_its_node() -> None:
+    tree, samples, _ = grown("bfs")
+    refused = [s for s in samples if s.node == NO_NODE and TOKENIZER.decode(s.ids) == BACK]
+    assert refused and all(s.value == 0.0 for s in refused)
+    again = [s for s in samples if s.node == NO_NODE and TOKENIZER.decode(s.ids) != BACK]
+    below = {(n.parent, n.text): n.value for n in tree.nodes}
+    known = [(s.value, below[s.parent, text]) for s in again if (s.parent, text := TOKENIZER.decode(s.ids)) in below]
+    assert known and all(value == of_node for value, of_node in known)
+    assert {s.value for s in again} <= {n.value for n in tree.nodes}
+
+
+def test_a_search_told_is_imitated_where_it_came_to_a_right_end_and_as_old_as_its_oldest_step() -> None:
+    tree, _, _ = grown("dfs", nodes=300, task=EASY)
+    assert tree.answer != NO_NODE
+    rng = random.Random(0)
+    told = told_trace(tree, EASY, TraceStyle(), TOKENIZER, rng, 10_000, reward)
+    loss = [s for s in told.segments if s.mask]
+    assert {s.version for s in loss} == {min(v.version for n in tree.nodes for v in n.spans)} and not any(s.logprobs for s in loss)
+    assert told.reward == 1.0 and loss[-1].ids[-1] == TOKENIZER.eos_id
+    path = told_trace(tree, EASY, TraceStyle(mask=Mask.PATH), TOKENIZER, rng, 10_000, reward)
+    assert 0 < sum(len(s.ids) for s in path.segments if s.mask) < sum(len(s.ids) for s in loss)
+    assert all((s.version == NO_VERSION) == (s.mask == 0) for s in path.segments)
+    for untold in (told_trace(tree, EASY, TraceStyle(), TOKENIZER, rng, told.num_tokens - 1, reward), unsolved()):
+        assert not any(s.mask for s in untold.segments) and untold.oldest_version == NO_VERSION
+
+
+def unsolved() -> Trace:
+    tree, _, _ = grown("mcts", nodes=1, task=EASY)
+    assert tree.answer == NO_NODE
+    return told_trace(tree, EASY, TraceStyle(), TOKENIZER, random.Random(0), 10_000, reward)
+
+
+class Unreliable(Sloppy):
+    """Calls of ``fails`` fail; of ``alone`` nobody serves."""
+
+    def __init__(self, fails: frozenset[int] = frozenset(), alone: frozenset[int] = frozenset()) -> None:
+        super().__init__()
+        self.fails, self.alone, self.asked = fails, alone, 0
+
+    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> tuple[Completion, ...]:
+        self.asked += 1
+        if self.asked in self.alone:
+            raise NobodyServesError("a server that serves", 1.0)
+        if self.asked in self.fails:
+            raise ServerFailedError("connection refused")
+        return await super().sample(prompt_ids, params, n, rollout_id)
+
+
+class NoVerifier:
+    async def check(self, problem: Problem, text: str) -> Verdict:
+        raise AssertionError("an arithmetic search judges itself")
+
+
+def maker(player: RandomPlayer, **search: object) -> SearchGroups:
+    attempts = Attempts(player, NoVerifier(), TOKENIZER, lambda problem, verdict, text, length: float(verdict.correct))
+    config = RunConfig()
+    block = replace(SearchConfig(value="oracle", nodes=30, prune=False), **search)  # type: ignore[arg-type]
+    return search_groups(replace(config, metarl=replace(config.metarl, search=block)), attempts)
+
+
+def test_a_ticket_is_filled_by_searches_and_its_books_are_right() -> None:
+    player = Sloppy()
+    group = asyncio.run(maker(player).group(TASK, 17, SamplingParams(8), 3))
+    assert (group.ticket, group.problem_id, [t.id for t in group.traces]) == (
+        17,
+        TASK.id,
+        [f"g000017/r{i}" for i in range(len(group.traces))],
+    )
+    found = books([group])
+    assert found["tokens_paid"] == player.num_tokens == found["tokens_trained"] + group.unshown
+    assert teaches(group.traces) and not teaches([replace(t, reward=0.0, segments=t.segments[:1]) for t in group.traces])
+    lines = laid_out(group, TOKENIZER)
+    assert lines[0]["depth"] == 0 and max(line["depth"] for line in lines) == 2 and any("v1" in line["text"] for line in lines)
+
+
+def test_told_searches_make_one_trace_each() -> None:
+    group = asyncio.run(maker(Sloppy(), trains="traces", strategy="dfs").group(EASY, 0, SamplingParams(8), 2))
+    assert len(group.traces) == 2 and all(t.verdict.correct and any(s.mask for s in t.segments) for t in group.traces)
+
+
+def test_a_lost_server_costs_no_finished_node_and_none_serving_is_waited_for() -> None:
+    whole = asyncio.run(maker(Sloppy(), nodes=12).group(TASK, 0, SamplingParams(8), 1))
+    troubled = Unreliable(fails=frozenset({2, 3, 9}), alone=frozenset({5, 6}))
+    assert asyncio.run(maker(troubled, nodes=12).group(TASK, 0, SamplingParams(8), 1)) == whole
+    part = Unreliable(fails=frozenset(range(3, 99)))
+    group = asyncio.run(maker(part, nodes=12).group(TASK, 0, SamplingParams(8), 1))
+    assert books([group])["tokens_trained"] == part.num_tokens > 0
+    with pytest.raises(ServerFailedError, match="g000004/0: connection refused"):
+        asyncio.run(maker(Unreliable(fails=frozenset(range(99))), nodes=12).group(TASK, 4, SamplingParams(8), 1))
+
+
+def test_steps_toward_a_solution_have_the_better_credit() -> None:
+    """With the exact oracle a step's sign says whether the problem can still be solved after it."""
+    tree = asyncio.run(Search("bfs", ArithmeticDomain, Options(6), 0).run(EASY, policy(Sloppy()), OracleValue(), Budget(60)))
+    samples = node_samples(tree)
+    below: dict[int, set[float]] = {}
+    for sample in samples:
+        below.setdefault(sample.parent, set()).add(sample.value)
+    mixed = [(s, a) for s, a in zip(samples, advantages(tree, samples, Baseline.SIBLINGS), strict=True) if len(below[s.parent]) == 2]
+    domain = ArithmeticDomain(EASY)
+    assert mixed
+    for sample, advantage in mixed:
+        state = domain.root
+        for node in tree.path(sample.node):
+            state = domain.step(state, node.text, False).state  # type: ignore[union-attr]
+        assert (advantage > 0) == solvable(state, 6, MAX_VALUE)  # type: ignore[arg-type]
