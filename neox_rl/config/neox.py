@@ -47,7 +47,8 @@ class NeoXConfig:
     pipe_parallel_size: int = key(1, "pipeline stages (PP)", low=0)
     sequence_parallel: bool = key(False, "split norms and residuals along the sequence over the TP ranks")
     zero_optimization: dict[str, Any] = field(
-        default_factory=dict, metadata={"doc": "ZeRO: {stage: 0 or 1}; stage 1 shards optimizer states over DP"}
+        default_factory=dict,
+        metadata={"doc": "ZeRO: {stage: 0, 1 or 2}; 1 shards optimizer states over DP, 2 gradients too (engine gpt-neox)"},
     )
     num_gpus: int = key(1, "training ranks on this node (processes; on a CPU machine too)", low=1)
     checkpoint_activations: bool = key(False, "recompute activations in the backward pass")

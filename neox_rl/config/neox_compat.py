@@ -126,8 +126,8 @@ def precision_blocks(table: Mapping[str, Entry]) -> dict[str, Entry]:
     for name, precision in asked.items():
         if precision == "fp16":
             raise ConfigError(
-                f"precision fp16 ({table[name].where}): fp16 needs loss scaling, which the policy's log-probs do not survive; use bfloat16"
-                " or fp32"
+                f"precision fp16 ({table[name].where}): loss scaling leaves out steps that overflow, and here every step makes the version"
+                " that servers wait for; use bfloat16 or fp32"
             )
         result["precision"] = Entry(precision, table[name].where)
     return result

@@ -168,10 +168,25 @@ def sequence_parallel_needs_tp(config: RunConfig, machine: Machine) -> Iterator[
 
 
 def zero_stage(config: RunConfig, machine: Machine) -> Iterator[str]:
-    zero = config.neox.zero_optimization
+    """GPT-NeoX ends a run of ZeRO 2 that has its pipeline module or TP without an error."""
+    n, zero = config.neox, config.neox.zero_optimization
     stage = zero.get("stage", 0)
-    if type(stage) is not int or stage not in (0, 1):
-        yield f"zero_optimization.stage = {stage!r}: must be 0 or 1 (optimizer states sharded over DP); set stage: 1"
+    plain = config.metarl.engine == NEOX_ENGINE and n.pipe_parallel_size == 0 and n.model_parallel_size == 1
+    if type(stage) is not int or stage not in (0, 1, 2):
+        yield (
+            f"zero_optimization.stage = {stage!r}: must be 0 or 1 (optimizer states sharded over DP), or 2 (gradients too); 3 spreads the"
+            " parameters themselves, which servers, reference policy and exports need whole; set stage: 1"
+        )
+    elif stage == 2 and not plain:
+        yield (
+            f"zero_optimization.stage = 2: needs metarl.engine: {NEOX_ENGINE}, pipe_parallel_size: 0 and model_parallel_size: 1, as"
+            " GPT-NeoX has it with neither its pipeline module nor TP; set stage: 1"
+        )
+    elif stage == 2 and n.precision != "fp32":
+        yield (
+            f"zero_optimization.stage = 2: precision {n.precision} would sum gradients in it, DeepSpeed sums in fp32 under stage 1 alone;"
+            " set stage: 1"
+        )
     for key in sorted(set(zero) - ZERO_TUNING):
         yield f"zero_optimization.{key}: is no key of this project; known are {', '.join(sorted(ZERO_TUNING))}; remove it"
     if zero.get("cpu_offload"):

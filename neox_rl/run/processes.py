@@ -81,7 +81,8 @@ def ranks_command(config: RunConfig, paths: RunPaths, endpoints: Endpoints, scri
     if n.launcher == "slurm":
         hosts = parse_hostfile(Path(n.hostfile).read_text(), n.hostfile)
         return srun_ranks(hosts, num_ranks(config), [sys.executable, *script_argv])
-    argv = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_addr", n.master_addr, "--master_port", str(endpoints.master_port)]
+    where = ["--master_addr", n.master_addr, "--master_port", str(endpoints.master_port)]
+    argv = [sys.executable, "-m", "neox_rl.engines.deepspeed_runner", *where]
     if n.launcher == "local":
         argv += ["--no_ssh", "--node_rank", "0", "--num_gpus", str(num_ranks(config))]
     else:

@@ -32,15 +32,21 @@ from neox_rl.telemetry.paths import RunPaths
 from neox_rl.weights.publisher import Publisher
 
 logger = logging.getLogger(__name__)
+RUN_DIR = "NEOX_RL_RUN_DIR"
+"""Says the run directory where whoever starts the ranks chooses their arguments, as GPT-NeoX's deepy.py does."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0, also when the run was asked to stop; that of the error where one is the last word of the log."""
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__)
-    parser.add_argument("--run-dir", required=True, type=Path)
+    parser.add_argument("--run-dir", type=Path, default=os.environ.get(RUN_DIR), help=f"directory of the prepared run; default: ${RUN_DIR}")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of the run")
     parser.add_argument("--local_rank", "--local-rank", type=int, help="given by DeepSpeed's runner; the environment says it too")
+    for name in ("--deepspeed_config", "--megatron_config"):
+        parser.add_argument(name, help="given by GPT-NeoX's deepy.py, and not read: the run directory says what is trained")
     args = parser.parse_args(argv)
+    if args.run_dir is None:
+        parser.error(f"no run directory: give --run-dir, or set {RUN_DIR}, to one that deepy.py made (train.py CONFIG.yml --prepare)")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         train(RunPaths.of(args.run_dir), args.resume)

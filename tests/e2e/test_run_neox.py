@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import pytest
+import yaml
 
-from tests.e2e.runs import Run
+from neox_rl.step.main import RUN_DIR
+from tests.e2e.runs import ROOT, Run
 from tests.e2e.test_run import SHORT, STEPS
 
 pytestmark = pytest.mark.neox
 NEOX = "metarl.engine=gpt-neox"
+Curve: TypeAlias = np.ndarray[tuple[int, int], np.dtype[np.float64]]
 LAYOUTS = {
     "one": (NEOX,),
     "tp2": (NEOX, "num_gpus=2", "model_parallel_size=2"),
@@ -37,21 +44,42 @@ def batches(runs: Path) -> Path:
     return runs / "batches"
 
 
-def curve(runs: Path, batches: Path, name: str, *settings: str) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    run = Run(runs, name, *SHORT, "metarl.debug.mode=train_only", f"metarl.debug.batches={batches}", *settings)
-    assert run.wait() == 0, run.said()
-    return np.array([[row["loss"], row["grad_norm"], row.get("entropy", 0.0)] for row in run.metrics()])
+def replayed(batches: Path) -> tuple[str, ...]:
+    return (*SHORT, "metarl.debug.mode=train_only", f"metarl.debug.batches={batches}")
+
+
+def curve(run: Run) -> Curve:
+    """Reward, loss, gradient norm and entropy of each step."""
+    return np.array([[row.get("reward", 0.0), row["loss"], row["grad_norm"], row.get("entropy", 0.0)] for row in run.metrics()])
 
 
 @pytest.fixture(scope="module")
-def expected(runs: Path, batches: Path) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    return curve(runs, batches, "megatron-core")
+def expected(runs: Path, batches: Path) -> Curve:
+    run = Run(runs, "megatron-core", *replayed(batches))
+    assert run.wait() == 0, run.said()
+    found = curve(run)
+    assert len(found) >= 4 and np.ptp(found[:, 1]) > 1e-3
+    return found
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_recorded_rollouts_give_the_curve_of_the_other_engine(
-    runs: Path, batches: Path, expected: np.ndarray[tuple[int, int], np.dtype[np.float64]], layout: str
-) -> None:
-    found = curve(runs, batches, layout, *LAYOUTS[layout])
-    assert len(found) >= 4 and np.ptp(expected[:, 0]) > 1e-3
-    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+def test_recorded_rollouts_give_the_curve_of_the_other_engine(runs: Path, batches: Path, expected: Curve, layout: str) -> None:
+    run = Run(runs, layout, *replayed(batches), *LAYOUTS[layout])
+    assert run.wait() == 0, run.said()
+    np.testing.assert_allclose(curve(run), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_ranks_that_gpt_neox_itself_starts_from_inside_its_checkout(runs: Path, batches: Path, expected: Curve) -> None:
+    """Its own deepy.py and launcher with our train.py, on a run that --prepare made; it refuses the block ``metarl``, so not with it."""
+    run = Run(runs, "inside", *replayed(batches), NEOX, flags=("--prepare",))
+    assert run.wait() == 0, run.said()
+    keys = yaml.safe_load((ROOT / "configs/debug/train_only.yml").read_text())
+    del keys["metarl"]
+    keys |= {"max_position_embeddings": keys["seq_length"], "train_micro_batch_size_per_gpu": 1, "global_num_gpus": 1}
+    keys |= {"optimizer": {"type": "Adam", "params": {"lr": 2e-4}}}
+    (runs / "model.yml").write_text(yaml.safe_dump(keys))
+    env = os.environ | {RUN_DIR: str(run.paths.root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "deepy.py", str(ROOT / "train.py"), str(runs / "model.yml")]
+    done = subprocess.run(command, cwd=env["GPT_NEOX_PATH"], env=env, text=True, capture_output=True, timeout=150, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    np.testing.assert_allclose(curve(run), expected, rtol=1e-3, atol=1e-4)

@@ -119,6 +119,7 @@ def resume(case: dict[str, Any], out: Path) -> None:
     engine = build(case, out)
     train(engine, case, range(2))
     engine.set_reference()
+    kept = engine.logprobs(split(sequences(), 2))
     engine.save(out / "ckpt", {"cursor": 17, "note": "é"})
     whole = train(engine, case, range(2, 4))
     tensors = {f"w.{name}": tensor.float().numpy() for name, tensor in engine.named_tensors()}
@@ -129,7 +130,20 @@ def resume(case: dict[str, Any], out: Path) -> None:
     again = {f"r.{name}": tensor.float().numpy() for name, tensor in engine.named_tensors()}
     reference = engine.logprobs(split(sequences(), 2), "reference")
     ok = client == {"cursor": 17, "note": "é"}
-    np.savez(out / f"rank{engine.topology.rank}.npz", whole=whole, continued=continued, client=ok, reference=reference, **tensors, **again)
+    policies = {"kept": kept, "reference": reference}
+    np.savez(out / f"rank{engine.topology.rank}.npz", whole=whole, continued=continued, client=ok, **policies, **tensors, **again)
+    engine.close()
+
+
+def round_trip(case: dict[str, Any], out: Path) -> None:
+    """HF weights to a checkpoint of the engine, and from there to HF by another engine."""
+    engine = build(case, out)
+    engine.load_hf(Path(case["load_hf"]))
+    engine.save(out / "ckpt", {})
+    engine.close()
+    engine = build(case, out, 1)
+    engine.load(out / "ckpt")
+    engine.save_hf(out / "hf")
     engine.close()
 
 
@@ -138,7 +152,8 @@ def main() -> None:
     for case in cases:
         directory = out / case["name"]
         directory.mkdir(parents=True, exist_ok=True)
-        {"export": export, "parity": parity, "first_step": first_step, "resume": resume}[case["kind"]](case, directory)
+        kinds = {"export": export, "parity": parity, "first_step": first_step, "resume": resume, "round_trip": round_trip}
+        kinds[case["kind"]](case, directory)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ NEOX_LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {
     "plain": (1, PLAIN, 2),
     "plain_tp2_sp_recompute": (2, {**LAYOUTS["tp2_sp_recompute"][1], **PLAIN}, 1),
     "plain_dp2_zero1": (2, {**ZERO1, **PLAIN}, 2),
+    "plain_dp2_zero2": (2, {"zero_optimization": {"stage": 2}, **PLAIN}, 2),
 }
 """GPT-NeoX has two forms of its model: DeepSpeed's pipeline module, and without it (pipe_parallel_size 0) a plain sequence."""
 ENGINES = {"megatron-core": LAYOUTS, "gpt-neox": NEOX_LAYOUTS}
@@ -69,7 +70,7 @@ def marked(engine: str, *values: str) -> Any:
 
 
 PAIRS = [marked(engine, layout, family) for engine in ENGINES for layout in ENGINES[engine] for family in families_of(engine, layout)]
-RESUMED = {"megatron-core": RESUMES, "gpt-neox": (*RESUMES, "plain", "plain_dp2_zero1")}
+RESUMED = {"megatron-core": RESUMES, "gpt-neox": (*RESUMES, "plain", "plain_dp2_zero1", "plain_dp2_zero2")}
 
 
 def run_engine(engine: str, exports: Path, out: Path, first: list[dict[str, Any]]) -> Path:
@@ -239,6 +240,7 @@ def test_resume_is_bit_exact(case: Case) -> None:
         data = np.load(path)
         assert data["client"]
         np.testing.assert_array_equal(data["continued"], data["whole"])
+        np.testing.assert_array_equal(data["reference"], data["kept"], err_msg="the reference policy is the one that was set")
         for key in data.files:
             if key.startswith("w."):
                 np.testing.assert_array_equal(data[f"r.{key[2:]}"], data[key], err_msg=key)

@@ -52,7 +52,7 @@ def test_modes_leave_out_what_they_do_not_need(tmp_path: Path) -> None:
 def test_ranks_run_under_deepspeed_with_the_port_of_this_run(tmp_path: Path) -> None:
     config = small_config(tmp_path)
     argv = list(parts(RunConfig(replace(config.neox, num_gpus=2), config.metarl), resume=True)[RANKS].argv)
-    assert argv[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
+    assert argv[:3] == [sys.executable, "-m", "neox_rl.engines.deepspeed_runner"]
     assert argv[argv.index("--master_port") + 1] == "5003" and argv[argv.index("--num_gpus") + 1] == "2"
     assert argv[-4:] == ["train.py", "--run-dir", str(tmp_path / "small"), "--resume"]
     pdsh = RunConfig(replace(config.neox, launcher="pdsh", hostfile="hosts", master_addr="10.0.0.1"), config.metarl)
