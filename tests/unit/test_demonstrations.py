@@ -1,0 +1,196 @@
+"""What a warm start shows beside the solver's searches: recorded trees, right rollouts, values of steps; and the model of those values."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from neox_rl import metacot
+from neox_rl.batch.record import record_batch
+from neox_rl.config.load import parse
+from neox_rl.config.run import RunConfig
+from neox_rl.errors import ConfigError
+from neox_rl.problems import make_rows
+from neox_rl.problems.sources import problems_of_run
+from neox_rl.problems.tokenizer import load_tokenizer
+from neox_rl.run import search_cli
+from neox_rl.run.demonstrating import demonstration_source
+from neox_rl.run.search_rows import read_rows
+from neox_rl.search.demonstrations import Demonstrations, TraceStyle
+from neox_rl.search.dfs import dfs
+from neox_rl.search.linearize import Mask, solution_of
+from neox_rl.search.reward_model import WordValue, value_context, value_ids
+from neox_rl.search.styles import STYLES
+from neox_rl.search.trees import read_trees, write_trees
+from neox_rl.types import NO_VERSION, Finish, Group, Problem, Reason, Role, Segment, Trace, Tree, Verdict
+from tests.unit.search_worlds import TOKENIZER, countdown
+from tests.unit.test_search_values import BAD, GOOD
+
+TASK = countdown([3, 5, 7], 26)
+TREE = next(tree for seed in range(100) if len((tree := dfs(TASK, random.Random(seed))).nodes) > 20)
+SMALL = "metarl.problems.max_number=4 metarl.problems.max_target=12 metarl.warmstart.steps=9"
+
+
+def of(settings: str) -> RunConfig:
+    return parse([], settings.split()).config
+
+
+def words(trace: Trace) -> list[tuple[str, float]]:
+    return [(word, s.mask) for s in trace.segments[1:] for word in TOKENIZER.decode(s.ids).split()]
+
+
+def told(style: TraceStyle, seed: int = 1) -> list[tuple[str, float]]:
+    return words(style.trace(TREE, TASK, TOKENIZER, random.Random(seed), "g000000/r0"))
+
+
+@pytest.mark.parametrize("telling", sorted(STYLES))
+def test_every_telling_ends_in_the_solution(telling: str) -> None:
+    trace = TraceStyle(telling).trace(TREE, TASK, TOKENIZER, random.Random(1), "g000000/r0")
+    text = " ".join(word for word, _ in words(trace))
+    assert trace.segments[-1].ids[-1] == TOKENIZER.eos_id and text.count(metacot.SOLUTION) == 1 and text.count(metacot.GOAL) == 1
+
+
+def test_masks_leave_out_what_their_equation_leaves_out() -> None:
+    everything, search, path = (told(TraceStyle(mask=mask)) for mask in (Mask.ALL, Mask.SEARCH, Mask.PATH))
+    assert {m for _, m in everything} == {1.0}
+    at = [word for word, _ in everything].index(metacot.SOLUTION)
+    assert {m for _, m in search[:at]} == {1.0} and {m for _, m in search[at:]} == {0.0}
+    kept = " ".join(word for word, m in path if m)
+    assert kept == " ".join([*(node.text for node in solution_of(TREE)), *(word for word, _ in everything[at - 1 :])])
+
+
+def test_pruning_makes_shorter_traces_that_still_end_right() -> None:
+    lengths = [len(told(TraceStyle(prune=p))) for p in (0.0, 0.5, 1.0)]
+    assert lengths == sorted(lengths, reverse=True) and lengths[0] > 2 * lengths[2]
+    assert told(TraceStyle(prune=1.0)) == told(TraceStyle("solution"))
+
+
+def test_searches_over_a_configs_rows_are_its_demonstrations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """make_rows -> search -> warm start, under the ids and in the words of the run; what was held out is never shown."""
+    rows, file = tmp_path / "rows.jsonl", tmp_path / "trees.jsonl"
+    config = of(f"{SMALL} metarl.warmstart.style=trees metarl.warmstart.path={file}")
+    tokenizer = load_tokenizer(config.metarl.tokenizer, config.metarl.problems)
+    problems = problems_of_run(config, tokenizer)
+    make_rows.write_rows(rows, [*problems.heldout[:40], *problems.train[:60]])
+    by_id = {p.id: p for p in (*problems.train, *problems.heldout)}
+    for read in read_rows(rows, words=True, template=""):
+        assert read.problem is not None
+        expected = by_id[read.problem.id]
+        assert (read.problem.prompt, read.problem.meta["target"]) == (expected.prompt, expected.meta["target"])
+    options = ["--strategy", "dfs", "--value", "monte-carlo", "--playouts", "4", "--budget-nodes", "12", "--width", "4"]
+    assert search_cli.main([*options, "--problems", str(rows), "--trees", str(file)]) == 0
+    found = {tree.problem_id: tree for tree in read_trees(file)}
+    shown = list(itertools.islice(Demonstrations(demonstration_source(config, problems.train, tokenizer), seed=1), 200))
+    wanted = {p.id for p in problems.train[:60] if solution_of(found[p.id])}
+    assert {trace.problem_id for trace in shown} <= wanted and len(wanted) > 10
+    for trace in shown:
+        texts = tokenizer.decode([i for s in trace.segments[1:] for i in s.ids])
+        assert all(node.text in texts for node in solution_of(found[trace.problem_id]))
+    values = replace(config, metarl=replace(config.metarl, warmstart=replace(config.metarl.warmstart, style="values")))
+    for trace in itertools.islice(Demonstrations(demonstration_source(values, problems.train, tokenizer), seed=1), 50):
+        assert trace.problem_id in {p.id for p in problems.train[:60]}
+    with pytest.raises(ConfigError, match="none of 0 trees of training problems has a right end"):
+        demonstration_source(config, problems.train[60:], tokenizer)
+
+
+def rollout(problem_id: str, right: bool, member: int) -> Trace:
+    verdict = Verdict(right, "", Reason.MATCH if right else Reason.MISMATCH, 0.0)
+    segments = (
+        Segment((5, 6), Role.PROMPT),
+        Segment((7, 8 + member), Role.THINK, (-1.0, -2.0), 3, 1.0),
+        Segment((9,), Role.ENV, episode=1),
+        Segment((1,), Role.SOLUTION, (-0.5,), 4, 0.5, 1),
+    )
+    return Trace(f"g000000/r{member}", problem_id, segments, float(right), Finish.STOP, verdict)
+
+
+def test_right_rollouts_are_imitated_as_they_were_written_whoever_wrote_them(tmp_path: Path) -> None:
+    config = of(f"{SMALL} metarl.warmstart.style=attempts metarl.warmstart.path={tmp_path}")
+    tokenizer = load_tokenizer(config.metarl.tokenizer, config.metarl.problems)
+    problems = problems_of_run(config, tokenizer)
+    mine, other, held = problems.train[0].id, problems.train[1].id, problems.heldout[0].id
+    traces = [
+        rollout(id, right, i) for i, (id, right) in enumerate([(mine, True), (mine, False), (held, True), (other, True), (mine, True)])
+    ]
+    record_batch(tmp_path, "rl", 1, [Group(0, mine, tuple(traces[:3]))])
+    record_batch(tmp_path, "rl", 2, [Group(1, mine, tuple(traces[3:]))])
+    shown = list(itertools.islice(Demonstrations(demonstration_source(config, problems.train, tokenizer), seed=1), 60))
+    assert {(t.problem_id, t.segments[1].ids[1]) for t in shown} == {(mine, 8), (mine, 12), (other, 11)}
+    assert shown[1].id == "g000001/r0"
+    for trace in shown:
+        assert [s.mask for s in trace.segments] == [0.0, 1.0, 0.0, 1.0], "what the environment said is context"
+        assert all(s.version == NO_VERSION and not s.logprobs for s in trace.segments)
+    share = sum(t.problem_id == other for t in shown) / len(shown)
+    assert 0.3 < share < 0.7, "by problem, not by rollout"
+    with pytest.raises(ConfigError, match="none of 5 recorded rollouts is a right one"):
+        demonstration_source(config, problems.train[2:], tokenizer)
+
+
+@pytest.mark.parametrize(("name", "content"), [("bad.jsonl", b"{}\n"), ("gone.jsonl", None)])
+def test_a_file_that_holds_no_trees_is_named(name: str, content: bytes | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    config = of(f"{SMALL} metarl.warmstart.style=trees metarl.warmstart.path={tmp_path / name}")
+    with pytest.raises(ConfigError, match=f"metarl.warmstart.path = .*{name}"):
+        demonstration_source(config, (TASK,), TOKENIZER)
+
+
+def valued(value: float) -> Tree:
+    nodes = TREE.nodes
+    return replace(TREE, nodes=(nodes[0], *(replace(node, value=value) for node in nodes[1:])))
+
+
+@pytest.mark.parametrize("value", [0.0, 0.25, 1.0])
+def test_the_word_of_a_step_is_hopeful_as_often_as_its_value_says(value: float, tmp_path: Path) -> None:
+    write_trees(tmp_path / "trees.jsonl", [valued(value)])
+    config = of(f"{SMALL} metarl.warmstart.style=values metarl.warmstart.path={tmp_path / 'trees.jsonl'}")
+    traces = list(itertools.islice(Demonstrations(demonstration_source(config, (TASK,), TOKENIZER), seed=1), 2000))
+    paths = {tuple(node.text for node in TREE.path(n.id)) for n in TREE.nodes[1:]}
+    assert {trace.segments[0].ids for trace in traces} == {value_context(TASK, path, TOKENIZER) for path in paths}
+    hopeful, hopeless = value_ids(TOKENIZER)
+    said = [trace.segments[1].ids for trace in traces]
+    assert set(said) <= {(hopeful,), (hopeless,)} and all(t.segments[1].mask == 1.0 and t.segments[0].mask == 0.0 for t in traces)
+    assert abs(said.count((hopeful,)) / len(said) - value) <= 4 * math.sqrt(0.25 / len(said))
+
+
+class Says:
+    """Log-probs of the next token by what the prompt ends in."""
+
+    async def next_token(self, prompts: Sequence[Sequence[int]], ids: Sequence[int]) -> Sequence[Sequence[float]]:
+        self.prompts, self.ids = [TOKENIZER.decode(p) for p in prompts], list(ids)
+        return [(math.log(0.6), math.log(0.2)) if p.endswith("=21") else (-math.inf, -math.inf) for p in self.prompts]
+
+
+def test_the_value_is_the_share_of_the_hopeful_word_and_unknown_where_neither_is_said() -> None:
+    model = Says()
+    scores = asyncio.run(WordValue(model, TOKENIZER).score([GOOD, BAD], None))
+    assert scores.values[0] == pytest.approx(0.75) and math.isnan(scores.values[1]) and scores.num_tokens == 2
+    assert model.prompts[0] == f"{TASK.prompt} 7 *3 =21" and model.ids == list(value_ids(TOKENIZER))
+    assert asyncio.run(WordValue(model, TOKENIZER).score([GOOD, BAD], 1)).num_tokens == 0, "what it cannot pay it does not ask"
+
+
+def test_words_that_begin_alike_make_no_reward_model() -> None:
+    class OneToken:
+        eos_id, vocab_size = 0, 2
+
+        def encode(self, text: str) -> tuple[int, ...]:
+            return (1,)
+
+        def decode(self, ids: Sequence[int]) -> str:
+            return ""
+
+    with pytest.raises(ConfigError, match="same token"):
+        value_ids(OneToken())
+
+
+def test_rows_of_text_problems_keep_question_and_answer() -> None:
+    row = make_rows.row(Problem("p1", "math", "What is 2+2?", "4", "p1"))
+    assert json.loads(json.dumps(row)) == {"id": "p1", "problem": "What is 2+2?", "answer": "4"}

@@ -1,0 +1,196 @@
+"""What the experiments share: whole runs that are made once and kept, served checkpoints, difficulty, intervals, pictures.
+
+Every experiment is one command. What it has finished is kept in ``--work``, so a command that was stopped, or that ``--stop-after`` ended,
+goes on where it was when it is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from neox_rl.guard import guarded_popen, stop
+from neox_rl.rollout.vllm_server import ServerSpec, core_ids, server_command, wait_ready
+from neox_rl.run.endpoints import free_port
+from neox_rl.search.dfs import expected_nodes
+from neox_rl.telemetry.rundata import RunData, load_run
+from neox_rl.telemetry.stats import Interval, cluster_mean_ci
+from neox_rl.types import Problem
+
+ROOT = Path(__file__).resolve().parents[2]
+PICTURES = Path(__file__).resolve().parent / "pictures"
+START_S = 300.0
+RUN_S = 1500.0
+NOT_DONE = 75
+"""Exit status of a command that ``--stop-after`` ended: give it again."""
+LEVELS = 4
+COLORS = ("#2c3e50", "#c0392b", "#2980b9", "#27ae60", "#e67e22", "#8e44ad", "#16a085", "#7f8c8d")
+
+# 0.65 M parameters, and problems that they can learn in minutes
+MODEL = ("num_layers=3", "hidden_size=128", "num_attention_heads=4", "intermediate_size=1152")
+COUNTDOWN = (
+    "metarl.problems.max_number=10",
+    "metarl.problems.max_target=30",
+    "metarl.problems.max_value=40",
+    "metarl.problems.heldout_frac=0.2",
+)
+QUIET = ("checkpoint_factor=0", "metarl.evaluation.every_steps=0", "metarl.rollout.record_every=0")
+
+
+def parser(doc: str | None, name: str) -> argparse.ArgumentParser:
+    """``--quick`` shows in a minute or two that the experiment runs; its figures mean nothing."""
+    p = argparse.ArgumentParser(description=(doc or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--quick", action="store_true", help="a smoke test: tiny, figures without meaning")
+    p.add_argument("--work", type=Path, default=ROOT / "runs/experiments", help="directory for runs, kept from call to call")
+    p.add_argument("--picture", type=Path, default=PICTURES / f"{name}.png", help="where the plot goes")
+    p.add_argument("--stop-after", type=float, default=1e9, metavar="S", help="begin nothing new after so many seconds")
+    return p
+
+
+def arguments(p: argparse.ArgumentParser) -> argparse.Namespace:
+    args = p.parse_args()
+    if args.quick:
+        args.work, args.picture = args.work / "quick", args.work / "quick" / args.picture.name
+    args.work.mkdir(parents=True, exist_ok=True)
+    args.picture.parent.mkdir(parents=True, exist_ok=True)
+    args.end = time.monotonic() + args.stop_after
+    return args
+
+
+def not_done() -> SystemExit:
+    print("not done yet: give the same command again", flush=True)
+    return SystemExit(NOT_DONE)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of ``deepy.py`` with ``configs/<config>.yml``; ``settings`` as for ``--set``."""
+
+    name: str
+    settings: tuple[str, ...]
+    config: str = "metarl"
+
+    def finished(self, work: Path) -> bool:
+        directory = work / self.name
+        return (directory / "summary.json").is_file() and load_run(directory).status.phase == "done"
+
+    def run(self, work: Path, core: int | None) -> None:
+        """With ``core`` everything that computes is on that core, so that another run can have the next one."""
+        pinned = () if core is None else (f"metarl.trainer_cores={core}",)
+        settings = (*self.settings, *pinned, f"metarl.runs_dir={work}")
+        argv = [sys.executable, "deepy.py", "train.py", f"configs/{self.config}.yml", "--name", self.name]
+        argv += [word for setting in settings for word in ("--set", setting)]
+        if core is not None:
+            argv = ["taskset", "-c", str(core), *argv]
+        output = work / f"{self.name}.out"
+        with output.open("wb") as file:
+            done = subprocess.run(
+                argv, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, timeout=RUN_S, check=False
+            )
+        if done.returncode:
+            raise SystemExit(f"the run {self.name} ended with status {done.returncode}; see {output} and {work / self.name / 'logs'}")
+
+
+def run_jobs(jobs: Sequence[Job], args: argparse.Namespace, side_by_side: bool = True) -> dict[str, RunData]:
+    """Every job once, one a core at a time (or one over all cores). Raises SystemExit where one fails or time was up."""
+    cores: list[int | None] = [*sorted(os.sched_getaffinity(0))] if side_by_side else [None]
+    free = list(cores)
+
+    def one(job: Job) -> None:
+        if job.finished(args.work) or time.monotonic() > args.end:
+            return
+        core = free.pop()
+        print(f"{time.strftime('%H:%M:%S')} {job.name}", flush=True)
+        job.run(args.work, core)
+        free.append(core)
+
+    with ThreadPoolExecutor(len(cores)) as pool:
+        list(pool.map(one, jobs))
+    if not all(job.finished(args.work) for job in jobs):
+        raise not_done()
+    return {job.name: load_run(args.work / job.name) for job in jobs}
+
+
+@asynccontextmanager
+async def served(model: Path, max_len: int, log: Path, core: int) -> AsyncIterator[str]:
+    """The address of a vLLM server with the weights in ``model``, an HF directory, on one core."""
+    spec = ServerSpec(log.stem, model, "127.0.0.1", free_port("127.0.0.1"), "float32", max_len, max_num_seqs=256, cores=str(core))
+    argv, env = server_command(spec, os.environ)
+    at = argv.index("--load-format")
+    process = guarded_popen([*argv[:at], *argv[at + 2 :]], env, log, core_ids(spec.cores))
+    try:
+        await wait_ready(spec, process, START_S)
+        yield spec.address
+    finally:
+        await asyncio.to_thread(stop, process, 20.0)
+
+
+def difficulty(problem: Problem) -> float:
+    """Mean number of steps of a depth-first search in random order until its first goal: exact, by the solver."""
+    meta = problem.meta
+    numbers = tuple(sorted(int(str(n)) for n in meta["numbers"]))  # type: ignore[union-attr]
+    return expected_nodes(numbers, int(str(meta["target"])), int(str(meta["max_value"])))
+
+
+def levels(problems: Sequence[Problem], count: int = LEVELS) -> dict[str, int]:
+    """Each problem's level 0 (easy) .. count - 1, levels of equal size by ``difficulty``."""
+    ranked = sorted(problems, key=lambda p: (difficulty(p), p.id))
+    return {problem.id: min(count - 1, rank * count // len(ranked)) for rank, problem in enumerate(ranked)}
+
+
+def mean_of(rows: Sequence[Sequence[object]], keep: Callable[[str], bool] = lambda id: True) -> tuple[Interval, float]:
+    """(accuracy, mean tokens) over rows of ``per_problem``: problem, cluster, correct, tokens. Seeds are pooled by their clusters."""
+    kept = [row for row in rows if keep(str(row[0]))]
+    accuracy = cluster_mean_ci([float(str(row[2])) for row in kept], [str(row[1]) for row in kept])
+    return accuracy, float(np.mean([float(str(row[3])) for row in kept]))
+
+
+def percent(interval: Interval) -> str:
+    return f"{100 * interval.mean:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Markdown, as it stands in the README of the experiments."""
+    print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+    print(flush=True)
+
+
+def panels(count: int, width: float = 5.2) -> tuple[Figure, Sequence[Axes]]:
+    figure, axes = plt.subplots(1, count, figsize=(width * count, 4.3), constrained_layout=True)
+    found = [axes] if count == 1 else list(axes)
+    for each in found:
+        each.spines[["top", "right"]].set_visible(False)
+    return figure, found
+
+
+def error_bars(axes: Axes, x: Sequence[float], found: Sequence[Interval], label: str, color: str, **style: object) -> None:
+    """Percent, with 95 % intervals."""
+    middle = 100 * np.array([i.mean for i in found])
+    reach = np.array([[100 * (i.mean - i.low) for i in found], [100 * (i.high - i.mean) for i in found]])
+    options: Mapping[str, object] = {"marker": "o", "markersize": 4, "capsize": 2, "linewidth": 1.4, **style}
+    axes.errorbar(x, middle, reach, label=label, color=color, **options)  # type: ignore[arg-type]
+
+
+def save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    print(f"plot: {path}", flush=True)

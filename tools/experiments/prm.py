@@ -1,0 +1,182 @@
+"""A process reward model from trees to the value of a search, against the exact solver's labels on steps of held-out problems.
+
+``python tools/experiments/prm.py``: rows of a config's problems -> breadth-first searches over legal steps, valued by Monte-Carlo play (11)
+or by the oracle -> ``configs/prm.yml`` trained on those values -> the HF checkpoint served by vLLM -> its values of held-out steps, by one
+token's log-probs. Ranking (AUC) and accuracy against whether the step can still be continued to a right end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+from common import COLORS, COUNTDOWN, MODEL, QUIET, ROOT, Job, arguments, panels, parser, run_jobs, save, served, table
+
+from neox_rl.config.load import load_config
+from neox_rl.problems.make_rows import write_rows
+from neox_rl.problems.sources import load_problems
+from neox_rl.problems.tokenizer import DirectoryTokenizer
+from neox_rl.rollout.vllm_completions import CompletionsGenerator
+from neox_rl.search.arithmetic_domain import ArithmeticDomain
+from neox_rl.search.domain import Rejection
+from neox_rl.search.proposers import Position
+from neox_rl.search.reward_model import WordValue
+from neox_rl.search.trees import read_trees
+from neox_rl.types import Problem
+
+LABELS = ("monte-carlo", "oracle")
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of a held-out search: where it leads, whether that can be won, and what the search's own value said."""
+
+    position: Position
+    solvable: bool
+    searched: float
+
+
+def trees(args: argparse.Namespace, label: str, part: str, problems: Sequence[Problem]) -> Path:
+    """The searches of ``problems``, made once."""
+    rows, path = (Path(args.work, f"prm-{part}-{label}.{end}") for end in ("rows.jsonl", "trees.jsonl"))
+    if not path.is_file():
+        write_rows(rows, problems)
+        argv = [sys.executable, "-m", "neox_rl.search", "--strategy", "bfs", "--value", label, "--playouts", str(args.playouts)]
+        argv += ["--prune", "-1", "--width", "5", "--budget-nodes", "25", "--problems", str(rows), "--trees", str(path) + ".partial"]
+        subprocess.run(argv, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        Path(str(path) + ".partial").rename(path)
+    return path
+
+
+def job(args: argparse.Namespace, label: str, path: Path) -> Job:
+    settings = (*MODEL, *QUIET, *COUNTDOWN, f"metarl.warmstart.path={path}", f"metarl.warmstart.steps={args.steps}", "metarl.seed=1")
+    return Job(f"prm-{label}-{args.steps}", (*settings, "metarl.warmstart.tokens_per_step=1024"), "prm")
+
+
+def steps_of(path: Path, problems: Sequence[Problem]) -> list[Step]:
+    known, found = {p.id: p for p in problems}, []
+    for tree in read_trees(path):
+        problem = known[tree.problem_id]
+        domain = ArithmeticDomain(problem)
+        for node in tree.nodes[1:]:
+            if node.verdict is not None:
+                continue  # an end needs no model
+            texts, state = tuple(n.text for n in tree.path(node.id)), domain.root
+            for text in texts:
+                after = domain.step(state, text, False)
+                assert not isinstance(after, Rejection)
+                state = after.state
+            found.append(Step(Position(problem, domain, state, texts, (), 0), bool(domain.solved_value(state)), node.value))
+    return found
+
+
+async def judged(args: argparse.Namespace, name: str, steps: Sequence[Step]) -> list[float]:
+    model = args.work / name / "model"
+    async with served(model, 64, args.work / f"{name}-server.log", 0) as address, CompletionsGenerator(address) as generator:
+        value, found = WordValue(generator, DirectoryTokenizer(model)), list[float]()
+        for at in range(0, len(steps), BATCH):
+            found += (await value.score([s.position for s in steps[at : at + BATCH]], None)).values
+    return found
+
+
+def auc(scores: Sequence[float], labels: Sequence[bool]) -> float:
+    """The chance that a right step is scored above a wrong one, ties counted half."""
+    order = np.argsort(np.asarray(scores), kind="stable")
+    ranks = np.empty(len(scores))
+    values = np.asarray(scores)[order]
+    for value in np.unique(values):
+        ranks[order[values == value]] = np.flatnonzero(values == value).mean() + 1
+    right = np.asarray(labels)
+    positives, negatives = right.sum(), (~right).sum()
+    return float((ranks[right].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def interval(scores: Sequence[float], steps: Sequence[Step], draws: int = 200) -> tuple[float, float]:
+    """95 % of the AUC over problems drawn again (bootstrap by number multiset: steps of one are alike)."""
+    rng, by = np.random.default_rng(1), dict[str, list[int]]()
+    for i, step in enumerate(steps):
+        by.setdefault(step.position.problem.cluster, []).append(i)
+    clusters, found = list(by.values()), list[float]()
+    for _ in range(draws):
+        chosen = [i for at in rng.integers(len(clusters), size=len(clusters)) for i in clusters[at]]
+        found.append(auc([scores[i] for i in chosen], [steps[i].solvable for i in chosen]))
+    return float(np.quantile(found, 0.025)), float(np.quantile(found, 0.975))
+
+
+def best_accuracy(scores: Sequence[float], labels: Sequence[bool]) -> tuple[float, float]:
+    """(accuracy, cut) of the cut that is best on these very steps: what the ranking allows."""
+    order = np.argsort(scores)
+    right = np.asarray(labels)[order]
+    correct = np.concatenate([[right.sum()], right.sum() + np.cumsum(1 - 2 * right.astype(int))])
+    at = int(correct.argmax())
+    return float(correct[at] / len(right)), float(np.asarray(scores)[order][min(at, len(right) - 1)])
+
+
+def main() -> None:
+    p = parser(__doc__, "prm")
+    p.add_argument("--steps", type=int, default=400, help="optimizer steps of 1,024 tokens")
+    p.add_argument("--train", type=int, default=900, help="training problems that are searched")
+    p.add_argument("--heldout", type=int, default=120)
+    p.add_argument("--playouts", type=int, default=8)
+    args = arguments(p)
+    if args.quick:
+        args.steps, args.train, args.heldout = 10, 40, 20
+    config = load_config([ROOT / "configs/metarl.yml"], [*COUNTDOWN, "metarl.seed=1"])
+    problems = load_problems(config.metarl.problems, 1)
+    train = problems.train[:: max(1, len(problems.train) // args.train)][: args.train]
+    jobs = {label: job(args, label, trees(args, label, "train", train)) for label in LABELS}
+    heldout = trees(args, "monte-carlo", "heldout", problems.heldout[: args.heldout])
+    run_jobs(list(jobs.values()), args)
+    steps = steps_of(heldout, problems.heldout)
+    labels = [step.solvable for step in steps]
+    scores = {f"Monte-Carlo play, {args.playouts}": [step.searched for step in steps]}
+    scores["heuristic"] = [step.position.domain.guess(step.position.state) for step in steps]
+    for label, each in jobs.items():
+        scores[f"PRM of {label} values"] = asyncio.run(judged(args, each.name, steps))
+    rows = []
+    for name, found in scores.items():
+        low, high = interval(found, steps)
+        accuracy, cut = best_accuracy(found, labels)
+        half = np.mean([(value >= 0.5) == right for value, right in zip(found, labels, strict=True)])
+        at = f"{auc(found, labels):.3f} [{low:.3f}, {high:.3f}]"
+        rows.append([name, at, f"{100 * accuracy:.1f} (at {cut:.2f})", f"{100 * half:.1f}"])
+    print(f"{len(steps)} steps of {args.heldout} held-out problems, {100 * np.mean(labels):.1f} % of them can still be won\n")
+    table(["value", "AUC", "accuracy at the best cut, %", "accuracy at 0.5, %"], rows)
+    (args.work / "prm.json").write_text(json.dumps({name: [float(v) for v in found] for name, found in scores.items()}))
+    _plot(scores, labels, args.picture)
+
+
+def _plot(scores: dict[str, list[float]], labels: Sequence[bool], path: Path) -> None:
+    figure, (curve, calibration) = panels(2, 5.0)
+    right = np.asarray(labels)
+    for color, (name, found) in zip(COLORS, scores.items(), strict=False):
+        values = np.asarray(found)
+        cuts = np.concatenate([[np.inf], np.sort(np.unique(values))[::-1]])
+        hit, false = ([float((values[which] >= cut).mean()) for cut in cuts] for which in (right, ~right))
+        curve.plot(false, hit, color=color, label=f"{name}: {auc(found, labels):.2f}")
+        edges = np.unique(np.quantile(values, np.linspace(0, 1, 9)))
+        bins = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, max(0, len(edges) - 2))
+        each = [(values[bins == b].mean(), right[bins == b].mean()) for b in np.unique(bins)]
+        calibration.plot(*zip(*each, strict=True), marker="o", color=color, label=name)
+    for axes in (curve, calibration):
+        axes.plot([0, 1], [0, 1], color="black", linestyle=":", linewidth=1)
+    curve.set_xlabel("share of hopeless steps above the cut")
+    curve.set_ylabel("share of hopeful steps above the cut")
+    curve.legend(frameon=False, fontsize=8, loc="lower right", title="area under the curve")
+    calibration.set_xlabel("value")
+    calibration.set_ylabel("share that can still be won")
+    save(figure, path)
+
+
+if __name__ == "__main__":
+    main()

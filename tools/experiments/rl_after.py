@@ -1,0 +1,129 @@
+"""RL after SFT on solutions and after SFT on search traces: what improves, and does the search grow with difficulty?
+
+``python tools/experiments/rl_after.py`` starts from the policies of ``sft_traces.py`` (trained now if they are not there) and runs the
+main job's asynchronous RL on each. Levels of difficulty are quarters of the held-out problems by the exact mean number of steps of a
+depth-first search, from the project's own solver.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import sft_traces
+from common import COLORS, LEVELS, MODEL, QUIET, Job, arguments, error_bars, levels, mean_of, panels, parser, percent, run_jobs, save, table
+
+from neox_rl.config.load import load_config
+from neox_rl.problems.sources import load_problems
+from neox_rl.telemetry.rundata import FIRST, LAST, RunData
+from neox_rl.telemetry.stats import paired_difference_ci
+
+STARTS = ("solutions", "search")
+ITERATIONS = 60
+
+
+def job(start: str, steps: int, iterations: int, seed: int, work: Path) -> Job:
+    first = sft_traces.job("countdown", start, steps, seed)
+    settings = (
+        *MODEL,
+        *QUIET,
+        *sft_traces.TASKS["countdown"],
+        "metarl.warmstart.steps=0",
+        f"metarl.warmstart.hf_checkpoint={work / first.name / 'model'}",
+        f"metarl.seed={seed}",
+        f"train_iters={iterations}",
+        "metarl.rollout.max_new_tokens=100",
+        "metarl.evaluation.num_problems=250",
+        "metarl.evaluation.samples=1",
+    )
+    return Job(f"rl-after-{start}-{steps}-{iterations}-s{seed}", settings)
+
+
+def levels_of(run: RunData) -> dict[str, int]:
+    config = load_config([run.paths.config])
+    return levels(load_problems(config.metarl.problems, config.metarl.seed).heldout)
+
+
+def per_problem(run: RunData, label: str, mode: str = "sampled") -> list[list[object]]:
+    row = run.evaluation(label, mode)
+    assert row is not None
+    return list(row["per_problem"])
+
+
+def main() -> None:
+    p = parser(__doc__, "rl_after")
+    p.add_argument("--steps", type=int, default=sft_traces.LONG, help="steps of the SFT that RL begins from")
+    p.add_argument("--iterations", type=int, default=ITERATIONS, help="RL steps of 16 groups of 8")
+    p.add_argument("--seeds", type=int, nargs="+", default=[1])
+    args = arguments(p)
+    if args.quick:
+        args.steps, args.iterations, args.seeds = 20, 3, [1]
+    found = runs_of(args)
+    rows = []
+    for start, runs in found.items():
+        before, after = ([row for run in runs for row in per_problem(run, label)] for label in (FIRST, LAST))
+        gain = paired_difference_ci(before, after)
+        rows.append([start, "all", percent(mean_of(before)[0]), percent(mean_of(after)[0]), percent(gain), *_lengths(before, after)])
+        for level in range(LEVELS):
+            old, new = (_at(runs, label, level) for label in (FIRST, LAST))
+            change = percent(paired_difference_ci(old, new))
+            rows.append([start, str(level + 1), percent(mean_of(old)[0]), percent(mean_of(new)[0]), change, *_lengths(old, new)])
+    table(["start", "level", "before RL %", "after RL %", "gain, points", "tokens before", "tokens after"], rows)
+    _quality(found)
+    _plot(found, args.picture)
+
+
+def runs_of(args: argparse.Namespace) -> dict[str, list[RunData]]:
+    run_jobs([sft_traces.job("countdown", start, args.steps, seed) for start in STARTS for seed in args.seeds], args)
+    jobs = {(start, seed): job(start, args.steps, args.iterations, seed, args.work) for start in STARTS for seed in args.seeds}
+    runs = run_jobs(list(jobs.values()), args, side_by_side=False)
+    found: dict[str, list[RunData]] = defaultdict(list)
+    for (start, _), each in jobs.items():
+        found[start].append(runs[each.name])
+    return found
+
+
+def _at(runs: list[RunData], label: str, level: int) -> list[list[object]]:
+    return [row for run in runs for known in [levels_of(run)] for row in per_problem(run, label) if known[str(row[0])] == level]
+
+
+def _lengths(before: list[list[object]], after: list[list[object]]) -> list[str]:
+    return [f"{mean_of(rows)[1]:.1f}" for rows in (before, after)]
+
+
+def _quality(found: dict[str, list[RunData]]) -> None:
+    names = ("wrong_nodes_frac", "repeated_nodes_frac", "false_goals_per_output", "first_on_path_frac", "mean_nodes", "answer_frac")
+    rows = []
+    for start, runs in found.items():
+        for label in (FIRST, LAST):
+            rates = [row["search"] for run in runs if (row := run.evaluation(label, "sampled"))]
+            rows.append([start, label, *(f"{sum(r.get(name, 0.0) for r in rates) / len(rates):.2f}" for name in names)])
+    table(["start", "evaluated", *names], rows)
+
+
+def _plot(found: dict[str, list[RunData]], path: Path) -> None:
+    figure, axes = panels(2, 6.0)
+    for start, runs in found.items():
+        color = COLORS[list(sft_traces.STYLES).index(start)]
+        for label, line in ((FIRST, "--"), (LAST, "-")):
+            measured = [mean_of(_at(runs, label, level)) for level in range(LEVELS)]
+            name = f"{start}, {'before' if label == FIRST else 'after'} RL"
+            x = [level + 1.0 for level in range(LEVELS)]
+            error_bars(axes[0], x, [m[0] for m in measured], name, color, linestyle=line)
+            axes[1].plot(x, [m[1] for m in measured], line, marker="o", color=color, label=name)
+    axes[0].set_ylabel("held-out accuracy, sampled, %")
+    axes[1].set_ylabel("tokens an answer")
+    for each in axes:
+        each.set_xlabel("difficulty: quarters by the steps of a blind search")
+        each.set_xticks(range(1, LEVELS + 1))
+        each.set_ylim(bottom=0)
+    axes[0].legend(frameon=False, fontsize=8)
+    save(figure, path)
+
+
+if __name__ == "__main__":
+    main()
