@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
@@ -36,7 +38,18 @@ training are errors.
 
 def page() -> str:
     """The whole reference as Markdown."""
-    return "\n".join([INTRODUCTION, *_sections()])
+    return "\n".join([INTRODUCTION, *_files(), *_sections()])
+
+
+def _files() -> Iterator[str]:
+    """The files that lie ready, each with the sentence that it begins with."""
+    yield "## Files\n\nOne for each way of training, and for each half of it.\n\n| file | what it is for |\n|---|---|"
+    for path in sorted(PAGE.parent.rglob("*.yml")):
+        comment = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+        said = " ".join(line.removeprefix("#").strip() for line in comment)
+        sentence = re.split(r"(?<=[.:])\s(?=[A-Z]|python)", said)[0].rstrip(".:") or "a model to compose a job file with"
+        yield f"| [{path.relative_to(PAGE.parent)}]({path.relative_to(PAGE.parent)}) | {sentence} |"
+    yield ""
 
 
 def _sections() -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import socket
 from collections.abc import Iterator
@@ -17,10 +18,12 @@ from transformers import LlamaConfig
 from neox_rl.guard import guarded_popen, stop
 from neox_rl.metacot import vocabulary
 from neox_rl.problems.tokenizer import SymbolicTokenizer
+from neox_rl.rollout.vllm_completions import TOP, CompletionsGenerator
 from neox_rl.rollout.vllm_server import ServerSpec, core_ids, server_command, wait_ready
 from neox_rl.run import search_cli
 from neox_rl.search.strategies import STRATEGIES
 from neox_rl.search.trees import read_trees
+from neox_rl.types import Completion, SamplingParams
 from tests.unit.search_worlds import MAX_VALUE
 
 MAX_LEN = 512
@@ -93,6 +96,27 @@ def test_values_by_the_policy_are_asked_and_paid(value: str, served: Served, tmp
     args = ["--strategy", "bfs", "--value", value, "--width", "3", "--max-step-tokens", "8", "--playouts", "2", "--playout-tokens", "16"]
     lines, summary = run(served, [{"problem": "3 5 7", "answer": "15"}], tmp_path, capsys, *args, "--cut-steps", "--budget-nodes", "6")
     assert lines[0]["nodes"] == 6 and lines[0]["tokens"] > 6 * 8 and summary["failed"] == 0
+
+
+def test_a_served_language_model_is_asked_for_single_tokens_and_is_the_value_of_a_search(
+    served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its next-token log-probs are those by which it samples; nobody has trained this one, so what it says of a step is anything."""
+
+    async def ask() -> tuple[list[tuple[float, ...]], list[Completion]]:
+        async with CompletionsGenerator(served.address) as generator:
+            prompts = [(5, 6, 7), (9, 8, 7, 6)]
+            tops = await generator.next_token(prompts, range(SymbolicTokenizer(MAX_VALUE).vocab_size))
+            return tops, [(await generator.sample(p, SamplingParams(1, temperature=0.0), 1, "one"))[0] for p in prompts]
+
+    tops, greedy = asyncio.run(ask())
+    for chances, completion in zip(tops, greedy, strict=True):
+        assert sum(math.isfinite(c) for c in chances) >= TOP
+        assert chances.index(max(chances)) == completion.ids[0]
+        assert all(c <= 0 for c in chances) and sum(math.exp(c) for c in chances) <= 1.0 + 1e-6
+    args = ["--strategy", "best-first", "--value", "prm", "--prm-server", served.address, "--prm-model", str(served.model)]
+    lines, summary = run(served, ROWS, tmp_path, capsys, *args, "--budget-nodes", "12", "--max-step-tokens", "8")
+    assert summary["failed"] == 0 and all(line["end"] in ("exhausted", "budget", "solved") for line in lines)
 
 
 def test_siblings_share_their_prefix_and_a_seed_repeats_the_search(
