@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -30,7 +31,7 @@ from neox_rl.telemetry.rewind import TRAIN
 from neox_rl.telemetry.rollouts import RolloutRecorder, rollout_row
 from neox_rl.telemetry.rows import EvaluationRow, MetricsRow, RolloutRow
 from neox_rl.telemetry.status import Status, write_status
-from neox_rl.types import Group, Json, Problem
+from neox_rl.types import Group, Json, Problem, Role
 
 RATE_WINDOW_S, COUNT_S = 30.0, 1.0
 DISK_S = 0.5
@@ -74,6 +75,7 @@ class Scoreboard:
         self._delivered: list[SearchAnalysis] = []
         self._searched: dict[str, float] = {}
         self._made_by_search = config.metarl.rollout.method == "search"
+        self._made_of_episodes = config.metarl.rollout.method == "episodes"
         self._made_of_steps = self._made_by_search and config.metarl.search.trains == "steps"
         self._word = ""
         total = config.metarl.warmstart.steps or config.neox.train_iters
@@ -153,7 +155,7 @@ class Scoreboard:
         self._pace.evaluated(seconds)
         self._since = time.monotonic()
         for attempt in attempts[:: max(1, len(attempts) // READABLE_PER_EVALUATION)]:
-            self._recorder.record(rollout_to_read(attempt, label, self._queue.step))
+            self._recorder.record(self._to_read(attempt, label))
 
     def group(self, group: Group, problem: Problem) -> None:
         """A group of a training problem is ready."""
@@ -162,12 +164,18 @@ class Scoreboard:
         if self._recorder.wants(group.ticket):
             ids = written_ids(group.traces[0]) if self._made_by_search else sampled_ids(group.traces[0])
             attempt = Attempt(problem, group.traces[0], self._tokenizer.decode(ids), len(ids))
-            row = rollout_to_read(attempt, TRAIN, self._queue.step)
+            row = self._to_read(attempt, TRAIN)
             self._recorder.record({**row, "lines": laid_out(group, self._tokenizer)} if self._made_of_steps else row)
+
+    def _to_read(self, attempt: Attempt, label: str) -> RolloutRow:
+        if self._made_of_episodes:
+            return episodes_to_read(attempt, self._tokenizer, label, self._queue.step)
+        return rollout_to_read(attempt, label, self._queue.step)
 
     def recovered(self, group: Group, problem: Problem) -> None:
         """A group that was ready before this process began."""
-        if problem.task in ARITHMETIC_TASKS and not self._made_by_search:  # a path is no search of its own
+        # A path is no search of its own, and several episodes are more than one.
+        if problem.task in ARITHMETIC_TASKS and not self._made_by_search and not self._made_of_episodes:
             written = [sampled_ids(trace) for trace in group.traces]
             self._searches[group.ticket] = [analyze(problem, self._tokenizer.decode(ids), len(ids)) for ids in written]
 
@@ -210,3 +218,14 @@ def rollout_to_read(attempt: Attempt, label: str, step: int) -> RolloutRow:
     else:
         lines = [{"depth": 0, "text": line, "kind": "text", "wrong": False} for line in text.splitlines()]
     return rollout_row(attempt.trace, problem, text, lines, label=label, step=step)
+
+
+def episodes_to_read(attempt: Attempt, tokenizer: Tokenizer, label: str, step: int) -> RolloutRow:
+    """The row of a rollout of several episodes: a line each, and one for what environment or tool said in between."""
+    told = [segment for segment in attempt.trace.segments if segment.role is not Role.PROMPT]
+    lines = []
+    for (said, _), some in itertools.groupby(told, key=lambda s: (s.role is Role.ENV, s.episode)):
+        words = tokenizer.decode([i for segment in some for i in segment.ids]).strip()
+        lines.append({"depth": 0 if said else 1, "text": words, "kind": "text", "wrong": False})
+    text = "\n".join(str(line["text"]) for line in lines)
+    return rollout_row(attempt.trace, attempt.problem, text, lines, label=label, step=step)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from neox_rl.keys import RUN_FILE, Keys
 from neox_rl.telemetry.events import read_events
 from neox_rl.telemetry.jsonl import read_jsonl
-from tests.e2e.runs import Run, own_address
+from tests.e2e.runs import ROOT, Run, own_address
 
 SFT, RL = 4, 4
 SHORT = (f"metarl.warmstart.steps={SFT}", f"train_iters={RL}", "metarl.evaluation.num_problems=8", "metarl.evaluation.every_steps=2")
@@ -139,3 +141,20 @@ def test_training_alone_on_recorded_batches_from_another_runs_model(runs: Path, 
     run = Run(runs, "train-only", *settings, config="train_only")
     assert run.wait() == 0, run.said()
     assert run.steps() == [("rl", s) for s in range(1, RL + 1)] and run.summary()["steps"] == RL
+
+
+def test_a_run_of_several_episodes_a_rollout_trains_them_and_evaluates_by_episode(runs: Path) -> None:
+    run = Run(runs, "episodes", *SHORT[:3], config="episodes")
+    assert run.wait() == 0, run.said()
+    assert run.steps() == STEPS and run.gone()
+    summary = run.summary()
+    assert summary["rollouts_dropped"] == summary["rollouts_trained_twice"] == 0 and summary["max_staleness_seen"] <= 2
+    for row in read_jsonl(run.paths.evaluations):
+        found = [each["mean"] for each in row["found_by"]]
+        assert len(found) == len(row["right_in"]) == 3 and found == sorted(found) and found[-1] == row["accuracy"]["mean"]
+    rl = [row for row in run.metrics() if row["phase"] == "rl"]
+    assert max(row["reward_mean"] for row in rl) > 1, "more than one episode of a rollout may be right"
+    rows = read_jsonl(run.paths.rollouts)
+    assert any("\n[EPISODE 2] wrong" in row["text"] for row in rows) and all(len(row["lines"]) <= 5 for row in rows)
+    audit = subprocess.run([sys.executable, "tools/audit.py", str(run.paths.root)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert audit.returncode == 0, audit.stdout + audit.stderr

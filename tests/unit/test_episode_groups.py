@@ -13,6 +13,7 @@ import pytest
 from neox_rl.codec import decode_group, encode_group
 from neox_rl.config.derived import num_episodes, symbolic_words
 from neox_rl.config.run import RunConfig
+from neox_rl.episodes.tools import Tool
 from neox_rl.errors import ConfigError
 from neox_rl.metacot import UNKNOWN
 from neox_rl.problems.sources import load_problems
@@ -178,8 +179,12 @@ def test_a_tool_is_made_for_episodes_alone(tmp_path: Path) -> None:
         calculator = make_tool(goals(tmp_path, tool="calculator"), stack)
         python = make_tool(goals(tmp_path, tool="python"), stack)
         assert calculator is not None and python is not None
-        assert asyncio.run(calculator("[CALC 2 * 3]")) == "\n= 6\n"
-        assert asyncio.run(python("[PYTHON]\nprint(2 * 3)\n[/PYTHON]")) == "\n> 6\n"
+
+        async def said(tool: Tool, text: str) -> str | None:
+            return await tool(text)
+
+        assert asyncio.run(said(calculator, "[CALC 2 * 3]")) == "\n= 6\n"
+        assert asyncio.run(said(python, "[PYTHON]\nprint(2 * 3)\n[/PYTHON]")) == "\n> 6\n"
 
 
 def test_problems_that_nobody_can_attempt_here_are_refused(tmp_path: Path) -> None:

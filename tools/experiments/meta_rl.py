@@ -40,12 +40,12 @@ def curve(run: RunData, label: str, key: str) -> list[Interval]:
     """Of the sampled evaluation ``label``: entry k - 1 is found by episode k (``found_by``) or right in episode k (``right_in``)."""
     (row,) = [row for row in run.evaluations if row["label"] == label and row["mode"] == "sampled"]
     if key in row:
-        return [Interval(i["mean"], i["ci95_low"], i["ci95_high"], i["n"]) for i in row[key]]  # type: ignore[literal-required]
+        return [Interval(i["mean"], i["ci95_low"], i["ci95_high"], i["n"]) for i in row[key]]
     attempts: dict[str, list[float]] = defaultdict(list)  # a run of single attempts: those at a problem, in the order they were drawn
     for problem, _, correct, _ in row["per_problem"]:
         attempts[str(problem)].append(float(correct))
-    pick = (lambda found, k: max(found[:k])) if key == "found_by" else (lambda found, k: found[k - 1])
-    return [cluster_mean_ci([pick(found, k) for found in attempts.values()], list(attempts)) for k in range(1, DOORS + 1)]
+    first = 0 if key == "found_by" else 1  # the attempts 1 to k, or the k-th alone
+    return [cluster_mean_ci([max(found[first * (k - 1) : k]) for found in attempts.values()], list(attempts)) for k in range(1, DOORS + 1)]
 
 
 def over_seeds(curves: Sequence[Sequence[Interval]]) -> list[Interval]:
