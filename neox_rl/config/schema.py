@@ -335,7 +335,7 @@ class MetaRLConfig:
         (), "changes of your own to megatron-core, GPT-NeoX or DeepSpeed (megatron_patches.Patch), made before the engine", own=True
     )
     hf_layout: str = key("", "names in HF checkpoints, of an architecture with Llama's or GPT-NeoX's mathematics; empty: theirs", own=True)
-    seed: int = key(1234, "seed of problems, demonstrations and sampling", low=0)
+    seed: int = key(1234, "seed of problems, demonstrations and sampling", low=0, high=(1 << 32) - 1)
     restarts: int = key(0, "how often a run that lost a training rank goes on from its last checkpoint by itself (--restarts)", low=0)
     orchestrator_restarts: int = key(
         3, "how often an orchestrator that died is started again; well for five minutes, it is forgiven", low=0

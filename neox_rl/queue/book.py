@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from neox_rl.codec import encode_group
-from neox_rl.queue.history import chunk_body, fold
+from neox_rl.queue.history import KEPT_VERSIONS, chunk_body, fold
 from neox_rl.queue.journal import Journal, open_journal
 from neox_rl.queue.records import Record, payload_of
 from neox_rl.types import NO_VERSION, Completion, Group, Json
@@ -32,6 +32,7 @@ class Book:
     ) -> None:
         self._bytes, self._segment_bytes = sum(len(record.body) for record in records), segment_bytes
         self.journal, self.history, self.damage, self.has_holes = journal, fold(records), damage, has_holes
+        self._attested: dict[int, str] = {}
         self._follow: Callable[[Record], None] = lambda _: None
         self._past = records
 
@@ -58,6 +59,12 @@ class Book:
         book.add("opened", attempt=attempt, pid=os.getpid(), time=time.time(), rule=dict(rule or {}) or None)
         return book
 
+    @property
+    def warning(self) -> str:
+        """Of damage, for the terminal; empty where there is none."""
+        more = f" and {len(self.damage) - 1} more" if len(self.damage) > 1 else ""
+        return f"the journal is damaged: {self.damage[0]}{more}; what it held is made again" if self.damage else ""
+
     def follow(self, hear: Callable[[Record], None]) -> None:
         """``hear`` gets every record, those that are there already first. Call it once."""
         for record in self._past:
@@ -75,7 +82,14 @@ class Book:
 
     def session(self, session: str, attempt: int, sft_step: int, rl_step: int, state: Mapping[str, Json]) -> None:
         """A trainer says hello, at its checkpoint."""
+        self._attested.clear()
         self.add("session", id=1, session=session, attempt=attempt, sft_step=sft_step, rl_step=rl_step, time=time.time(), state=dict(state))
+
+    def attested(self, version: int, digest: str) -> None:
+        """A server serves ``version``: it may do so, and its tokens come, before the trainer's own word of that version is here."""
+        known = self._attested.get(version, digest)
+        self._attested = {v: d for v, d in self._attested.items() if v > version - KEPT_VERSIONS}
+        self._attested[version] = digest if known == digest else ""  # servers of two timelines: whose tokens are whose is not known
 
     def group(self, group: Group) -> None:
         versions = version_tokens(group)
@@ -148,7 +162,7 @@ class Book:
         return {str(version): [*sorted(digests)] for version, digests in sorted(found.items())}
 
     def _digests(self, versions: Iterable[int]) -> dict[str, Json]:
-        return {str(version): self.history.digests.get(version) for version in versions}
+        return {str(version): self.history.digests.get(version, self._attested.get(version) or None) for version in versions}
 
 
 def version_tokens(group: Group) -> dict[int, int]:

@@ -15,6 +15,7 @@ By hand: ``deepy.py train.py CONFIG.yml --prepare`` makes the run directory and 
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shlex
 import sys
@@ -36,6 +37,7 @@ from neox_rl.problems.sources import problems_of_run
 from neox_rl.problems.tokenizer import SymbolicTokenizer, load_tokenizer
 from neox_rl.run.demonstrating import demonstration_source
 from neox_rl.run.endpoints import choose_endpoints, write_endpoints
+from neox_rl.run.preflight import check_servers
 from neox_rl.run.processes import ORCHESTRATOR, RANKS, Program, programs
 from neox_rl.run.resume import has_checkpoint, hold, next_attempt, refuse_full_directories, refuse_resume
 from neox_rl.run.supervise import Supervisor
@@ -58,6 +60,8 @@ INTERRUPTED = 130
 def launch(config: RunConfig, script: str, resume: bool) -> int:
     """Runs to the end; the exit status. Raises ConfigError before anything starts, ProcessDiedError and DeadlineError later."""
     check_logging(config.metarl.logging)
+    if missing := asyncio.run(check_servers(config.metarl.servers.addresses)):
+        raise ConfigError("\n".join(f"metarl.servers.addresses: {line}; start it first, or leave it out" for line in missing))
     with prepared(config, script, resume) as (paths, parts):
         events = EventLog(paths.event_log("launcher"), "launcher")
         supervisor = Supervisor(config, paths, events)

@@ -36,6 +36,7 @@ from neox_rl.run.comeback import Comeback
 from neox_rl.run.demonstrating import demonstration_source
 from neox_rl.run.evaluation import Evaluator
 from neox_rl.run.live_audit import LiveAudit
+from neox_rl.run.members import Member, State
 from neox_rl.run.parts import Parts, build_parts
 from neox_rl.run.pump import RolloutPump
 from neox_rl.run.scoreboard import Scoreboard
@@ -45,7 +46,7 @@ from neox_rl.telemetry.jsonl import read_jsonl
 from neox_rl.telemetry.metrics import MetricsWriter
 from neox_rl.telemetry.paths import RunPaths
 from neox_rl.telemetry.rewind import SMALL, lacks_row, rewind, settle
-from neox_rl.types import Group, Json, SamplingParams
+from neox_rl.types import NO_VERSION, Group, Json, SamplingParams
 
 logger = logging.getLogger(__name__)
 MAX_ERRORS = 3
@@ -99,7 +100,7 @@ class Orchestrator:
             self._take_over(server)
             self._start("disk", self._watch_disk())
             self._parts.keeper.on_states = self._board.servers
-            self._parts.keeper.on_member = self._audit.member
+            self._parts.keeper.on_member = self._on_member
             self._start("versions", self._parts.keeper.run(self._on_live))
             self._start("activity", self._parts.activity.run())
             try:
@@ -141,6 +142,7 @@ class Orchestrator:
             case {"draws": int() as draws, "ticket": int() as ticket}:
                 self._demonstrations = self._new_demonstrations(draws, ticket)
         self._parts.events.instant("recovered", message=message, sft_step=history.steps["sft"], rl_step=history.steps["rl"], **found)
+        message = "; ".join(filter(None, (message, self._book.warning)))
         warm = history.steps["sft"] < self._config.metarl.warmstart.steps
         self._board.phase("warmstart" if warm else "rl", message)
 
@@ -301,6 +303,11 @@ class Orchestrator:
 
     # events
 
+    def _on_member(self, member: Member) -> None:
+        self._audit.member(member)
+        if member.state is State.SERVING and member.version != NO_VERSION and member.digest:
+            self._book.attested(member.version, member.digest)
+
     def _on_live(self, version: int) -> None:
         self._queue.set_live(version)
         self._book.add("live", version=version, digest=self._book.history.digests.get(version))
@@ -338,8 +345,7 @@ async def serve(config: RunConfig, paths: RunPaths) -> None:
         parts = await build_parts(config, paths, stack)
         server = ExperienceServer(config.metarl.network.bind_host, parts.endpoints.experience_port, keys=parts.keys)
         stack.callback(server.close)
-        attempt, metarl = attempt_of(os.environ), config.metarl
-        queue = metarl.queue
+        attempt, metarl, queue = attempt_of(os.environ), config.metarl, config.metarl.queue
         book = Book.open(paths.journal, attempt, queue.flush_s, queue.disk_full_s, Rule.of(config).json(), queue.segment_mib << 20)
         stack.callback(book.close)
         orchestrator = Orchestrator(config, paths, parts, MetricsWriter(paths, metarl.logging, asdict(config)), book, attempt)

@@ -22,6 +22,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from neox_rl.config.network import is_loopback
 from neox_rl.errors import ConfigError, DeadlineError, NeoxRLError
@@ -162,6 +163,13 @@ async def check_run(node: str, run_dir: Path) -> list[str]:
     found = read_endpoints(RunPaths.of(run_dir).endpoints)
     ports = {"join": found.join_port, "weights": found.weights_port}
     lines = await asyncio.gather(*(_try(node, "the run", found.host, port, what, named=False) for what, port in ports.items()))
+    return [line for line in lines if line]
+
+
+async def check_servers(addresses: Sequence[str]) -> list[str]:
+    """At which of ``http://HOST:PORT`` nobody listens, a line each."""
+    here, split = socket.gethostname(), [urlsplit(address) for address in addresses]
+    lines = await asyncio.gather(*(_try(here, url.geturl(), url.hostname or "", url.port or 80, "server", named=False) for url in split))
     return [line for line in lines if line]
 
 

@@ -17,12 +17,13 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import secrets
 import signal
 import socket
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,6 +75,7 @@ class Agent:
     due: float | None = None
     asked_restarts: int = 0
     said: str = ""
+    clock: Callable[[], float] = time.monotonic
 
     async def run(self) -> None:
         """Returns when the run is over or the server has left. Raises NeoxRLError."""
@@ -155,17 +157,17 @@ class Agent:
 
     async def _serve(self, spec: ServerSpec, welcome: Message, host: str, port: int) -> bool:
         """Whether the server is to leave; not where the run is over. Raises ProcessDiedError, DeadlineError."""
-        heard = time.monotonic()
+        heard = self.clock()
         assert self.client is not None
         while not self.stop_asked.is_set():
-            self._keep_up(spec, welcome, time.monotonic())
+            self._keep_up(spec, welcome, self.clock())
             await self.client.send(message(BEAT, token=self.token, name=self.name))
-            next_beat = time.monotonic() + BEAT_S
-            while (left := next_beat - time.monotonic()) > 0 and not self.stop_asked.is_set():
+            next_beat = self.clock() + BEAT_S
+            while (left := next_beat - self.clock()) > 0 and not self.stop_asked.is_set():
                 got = await self.client.receive(min(left, 0.2), (BEATEN, UNKNOWN, OVER, WELCOME, REFUSED))
                 if got is None:
                     continue
-                heard = time.monotonic()
+                heard = self.clock()
                 match got.kind:
                     case "over":
                         logger.info("the run is over: %s", got.fields["reason"])
@@ -178,7 +180,7 @@ class Agent:
                         raise ConfigError(f"the run at {self.client.address} refuses: {got.fields['message']}")
                     case "beaten":
                         self._note(got, spec, welcome)
-            if (waited := time.monotonic() - heard) > self.options.patience:
+            if (waited := self.clock() - heard) > self.options.patience:
                 raise DeadlineError(f"a word from the run at {self.client.address}", waited, "it has ended, or cannot be reached")
         return True
 
@@ -250,6 +252,20 @@ def _own_address(join: str) -> str:
         raise ConfigError(f"--join {join}: must be tcp://HOST:PORT, the join address of endpoints.json ({error})") from error
 
 
+def _check_places(cores: str, gpus: str) -> None:
+    """Raises ConfigError for what the server would only say in its log, once it is started."""
+    try:
+        wanted = set(core_ids(cores)) if cores else set()
+    except ValueError as error:
+        raise ConfigError(f"--cores {cores!r}: must be as in 0-3,5, with | between TP ranks") from error
+    if absent := wanted - os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ():
+        raise ConfigError(f"--cores {cores}: this process may not use core {min(absent)}; it has {sorted(os.sched_getaffinity(0))}")
+    if gpus and not re.fullmatch(r"[0-9]+(,[0-9]+)*", gpus):
+        raise ConfigError(f"--gpus {gpus!r}: must be ids with commas between, as in 0,1")
+    if len(set(gpus.split(","))) < len(gpus.split(",")):
+        raise ConfigError(f"--gpus {gpus}: names a GPU twice; name each once")
+
+
 async def serve(options: argparse.Namespace) -> None:
     with contextlib.closing(Agent(options)) as agent:
         loop = asyncio.get_running_loop()
@@ -282,6 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.name and not NAME.fullmatch(options.name):
             raise ConfigError(f"--name {options.name!r}: must be 1-64 of A-Z a-z 0-9 . _ - and start with a letter or digit")
+        _check_places(options.cores, options.gpus)
         asyncio.run(serve(options))
     except NeoxRLError as error:
         logger.error("%s", error)

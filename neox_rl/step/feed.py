@@ -13,6 +13,7 @@ from typing import Protocol, cast
 from neox_rl.batch.record import read_batch, record_batch, recorded_steps
 from neox_rl.config.derived import staleness_bound
 from neox_rl.config.run import RunConfig
+from neox_rl.errors import DiskFullError
 from neox_rl.queue.wire_client import ExperienceClient
 from neox_rl.queue.wire_messages import Phase
 from neox_rl.step.position import Position
@@ -22,6 +23,8 @@ from neox_rl.telemetry.rewind import rewind
 from neox_rl.telemetry.rows import MetricsRow
 from neox_rl.telemetry.status import Status, write_status
 from neox_rl.types import Group, Json
+
+DISK_S = 0.5
 
 
 class Feed(Protocol):
@@ -111,9 +114,18 @@ class RecordedFeed:
         if not sft:
             row["staleness_bound"] = bound
         self._writer.step(cast(MetricsRow, row))
+        self._wait_for_room()
         total = self._config.metarl.warmstart.steps if sft else self._config.neox.train_iters
         loss = cast("float | None", metrics.get("loss"))
         write_status(self._paths.status, Status("warmstart" if sft else "rl", step, total, bound=bound, loss=loss))
+
+    def _wait_for_room(self) -> None:
+        """One row waits at most: what a full disk does not take would fill the memory. Raises DiskFullError."""
+        begin, limit_s = time.monotonic(), self._config.metarl.queue.disk_full_s
+        while not self._writer.written():
+            if (waited_s := time.monotonic() - begin) > limit_s:
+                raise DiskFullError(f"waited {waited_s:.0f} s for room on the disk of {self._paths.metrics}: make room there")
+            time.sleep(DISK_S)
 
     def published(self, version: int, digest: str) -> None:
         return None

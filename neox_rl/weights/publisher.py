@@ -32,6 +32,8 @@ class _Peers:
     sending: dict[bytes, tuple[int, zmq.MessageTracker]] = field(default_factory=dict)
     watchers: dict[bytes, float] = field(default_factory=dict)
     staged: dict[str, str] = field(default_factory=dict)
+    ahead: dict[str, int] = field(default_factory=dict)
+    """Who says that it staged a version that was not offered, and which: one publisher before this one offered it."""
 
 
 class Publisher:
@@ -154,7 +156,10 @@ class Publisher:
     def _note_staged(self, fields: dict[str, Any]) -> None:
         newest = self._newest
         if newest is None or fields["version"] > newest.version:
-            raise WireError(f"{fields['who']} staged v{fields['version']}, which was not offered")
+            if self._peers.ahead.get(fields["who"]) == fields["version"]:
+                return  # it repeats itself until it has a newer version; once was told
+            self._peers.ahead[fields["who"]] = fields["version"]
+            raise WireError(f"{fields['who']} staged v{fields['version']}, which was not offered: it is of steps that were undone")
         if fields["version"] == newest.version:
             if fields["digest"] != newest.digest:
                 raise WireError(f"{fields['who']} staged v{newest.version} with digest {fields['digest']}, offered was {newest.digest}")

@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from neox_rl.errors import NeoxRLError
-from neox_rl.metacot import prompt_text
-from neox_rl.metacot import vocabulary
+from neox_rl.metacot import prompt_text, vocabulary
 from neox_rl.problems.tokenizer import SymbolicTokenizer
 from neox_rl.search.arithmetic_domain import ArithmeticDomain
 from neox_rl.search.domain import Rejection, State, Stepped

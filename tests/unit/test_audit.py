@@ -22,7 +22,7 @@ from neox_rl.run.live_audit import LiveAudit
 from neox_rl.run.members import Member, State
 from neox_rl.telemetry.events import EventLog, read_events
 from tests.contracts.test_floors import tool
-from tests.unit.small_run import small_config, small_paths
+from tests.unit.small_run import rollout_group, small_config, small_paths
 
 main = tool("audit").main
 
@@ -285,6 +285,27 @@ def test_a_living_run_is_audited_as_the_config_says(tmp_path: Path, mode: str) -
     events.close()
     told = [e.fields["message"] for e in read_events(paths.events) if e.name == "violation"]
     assert bool(told) is (mode != "off")
+
+
+def test_tokens_that_come_before_the_trainers_word_are_known_by_what_the_server_attested(tmp_path: Path) -> None:
+    book = Book.open(tmp_path / "journal", 0, 0.01, 1.0)
+    book.session("s", 0, 0, 0, {})
+
+    def made(ticket: int) -> object:
+        book.add("issued", ticket=ticket, position=ticket, live=0)
+        book.group(replace(rollout_group(1, 0), ticket=ticket))
+        return book.history.groups[ticket].digests[0]
+
+    assert made(0) is None
+    book.attested(0, "d0")
+    assert made(1) == "d0"
+    book.attested(0, "other")
+    assert made(2) is None, "two servers that differ: nobody knows whose tokens these are"
+    book.session("s2", 1, 0, 0, {})
+    book.attested(0, "again")
+    book.add("published", id=2, version=0, digest="heard")
+    assert made(3) == "heard"
+    book.close()
 
 
 def test_an_orchestrator_that_takes_over_audits_what_was_before_it(tmp_path: Path) -> None:

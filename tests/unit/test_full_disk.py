@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
+import time
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ import pytest
 from synthetic_run import evaluation_rows, rl_row
 
 from neox_rl.config.schema import LoggingConfig
+from neox_rl.errors import DiskFullError
+from neox_rl.queue.wire_messages import Phase
 from neox_rl.run.resume import next_attempt
+from neox_rl.step.feed import RecordedFeed
 from neox_rl.telemetry import events as events_module
 from neox_rl.telemetry import jsonl
 from neox_rl.telemetry.events import EventLog, read_events
@@ -21,6 +25,7 @@ from neox_rl.telemetry.jsonl import JsonlWriter, read_jsonl
 from neox_rl.telemetry.metrics import MetricsWriter
 from neox_rl.telemetry.paths import RunPaths
 from neox_rl.telemetry.status import Status, read_status, write_status
+from tests.unit.small_run import small_config, small_paths
 
 
 class Disk:
@@ -92,6 +97,27 @@ def test_every_metrics_row_is_told_once_and_a_writer_that_ends_without_room_says
     assert writer.written()
     writer.close()
     assert (len(read_jsonl(paths.metrics)), len(read_jsonl(paths.evaluations))) == (1, 1)
+
+
+def test_training_on_recorded_batches_waits_for_room_and_keeps_one_row(tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config(tmp_path, queue={"disk_full_s": 0.2}, debug={"mode": "train_only", "batches": str(tmp_path)})
+    waited: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 3:
+            disk.left = 1 << 20
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    feed = RecordedFeed(config, small_paths(config))
+    disk.left = 10
+    feed.report(Phase.RL, 1, {"loss": 1.0})
+    assert len(waited) == 3 and [row["step"] for row in read_jsonl(small_paths(config).metrics)] == [1]
+    monkeypatch.undo()
+    full = Disk(monkeypatch)
+    full.left = 10
+    with pytest.raises(DiskFullError, match=r"for room on the disk of .*metrics\.jsonl: make room there"):
+        feed.report(Phase.RL, 2, {"loss": 1.0})
 
 
 def test_events_wait_for_room_and_those_beyond_a_bound_are_counted(tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import pytest
 from neox_rl.errors import ConfigError, DeadlineError
 from neox_rl.keys import Keys
 from neox_rl.run.endpoints import Endpoints, write_endpoints
-from neox_rl.run.preflight import Plan, check_node, main, parse_nodes
+from neox_rl.run.preflight import Plan, check_node, check_servers, main, parse_nodes
 from neox_rl.run.serve import find_run
 from neox_rl.telemetry.paths import RunPaths
 
@@ -118,3 +118,10 @@ def test_a_run_directory_says_where_to_join_and_with_which_keys_once_the_run_sta
     found = find_run(str(run), None)
     assert found is not None and found[1] is not None and found[1].server_public == made.server_public
     assert not found[1].server_secret, "a server gets the client's file"
+
+
+def test_servers_that_nobody_has_started_are_named() -> None:
+    with taken() as port:
+        here, nowhere = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{free_base()}"
+        (line,) = asyncio.run(check_servers([here, nowhere]))
+    assert f"cannot reach {nowhere} (127.0.0.1) at port" in line and "(server): Connection refused" in line

@@ -19,11 +19,11 @@ import zmq
 
 from neox_rl.config.dump import dump
 from neox_rl.config.machine import Machine
-from neox_rl.errors import ProcessDiedError, WireError
+from neox_rl.errors import DeadlineError, ProcessDiedError, WireError
 from neox_rl.framing import PROTOCOL, pack
-from neox_rl.guard import guarded_popen
+from neox_rl.guard import guarded_popen, stop
 from neox_rl.run.endpoints import choose_endpoints, free_port, server_specs
-from neox_rl.run.join_wire import BEAT, BEATEN, GONE, JOIN, LEAVE, WELCOME, JoinSocket, message, read_message
+from neox_rl.run.join_wire import BEAT, BEATEN, GONE, JOIN, LEAVE, WELCOME, JoinSocket, Message, message, read_message
 from neox_rl.run.joining import JoinDesk, Offer
 from neox_rl.run.members import State
 from neox_rl.run.recovery import HEALTHY_S
@@ -170,18 +170,48 @@ def test_when_the_run_is_over_the_agents_end_their_servers(tmp_path: Path) -> No
     story(told, tmp_path)
 
 
-def test_an_agent_that_hears_nothing_more_ends_with_a_word(tmp_path: Path) -> None:
-    async def told(run: Run) -> None:
-        async with host(run) as it:
-            agent = await it.agent("--patience", "1")
-            await until(lambda: run.states().get("joined-0") == State.STAGING, "its server to answer", SOON_S)
-            server = it.server_of(agent)
-            await it.close()
-            assert await asyncio.wait_for(agent.wait(), SOON_S) == 1
-            assert not server.is_running() and "for a word from the run at tcp://" in it.log.read_text()
-            await it.open()
+class Silence:
+    """A client in time of its own: each wait for an answer passes at once, and in ``answers`` of them there is one."""
 
-    story(told, tmp_path)
+    address = "tcp://run:1"
+
+    def __init__(self, answers: int) -> None:
+        self.now, self.answers, self.sent = 0.0, answers, 0
+
+    async def send(self, frames: object) -> None:
+        self.sent += 1
+
+    async def receive(self, timeout_s: float, kinds: object) -> Message | None:
+        self.now += timeout_s
+        self.answers -= 1
+        return Message(BEATEN, {"state": "serving", "version": 3, "restarts": 0}, {}) if self.answers >= 0 else None
+
+
+def test_an_agent_that_hears_nothing_more_ends_with_a_word(tmp_path: Path) -> None:
+    agent = DyingServer(argparse.Namespace(patience=60.0))
+    agent.process = guarded_popen(["sleep", "60"], {"PATH": "/bin:/usr/bin"}, tmp_path / "guest.log")
+    silence = Silence(answers=50)
+    agent.client, agent.clock = silence, lambda: silence.now  # type: ignore[assignment]  # no socket
+    with pytest.raises(DeadlineError, match=r"waited 6\d\.\d s for a word from the run at tcp://run:1.*it has ended, or cannot be reached"):
+        asyncio.run(agent._serve(None, None, "h", 1))  # type: ignore[arg-type]  # nothing of them is used here
+    assert 70.0 <= silence.now <= 73.0 and silence.sent in (70, 71, 72), "10 s with answers, 60 without, a beat each second"
+    stop(agent.process, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (("--cores", "0-x"), r"--cores '0-x': must be as in 0-3,5"),
+        (("--cores", "4000"), r"--cores 4000: this process may not use core 4000; it has \["),
+        (("--gpus", "a"), r"--gpus 'a': must be ids with commas between, as in 0,1"),
+        (("--gpus", "1,1"), r"--gpus 1,1: names a GPU twice"),
+    ],
+)
+def test_places_that_there_are_not_are_refused_before_anything_joins(
+    flags: tuple[str, ...], complaint: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert main(["--join", "tcp://127.0.0.1:1", *flags]) == 2
+    assert re.search(complaint, caplog.text)
 
 
 def test_names_of_the_runs_own_and_of_others_are_refused(tmp_path: Path) -> None:

@@ -267,3 +267,16 @@ def wait_for(condition: object, deadline_s: float = 5.0) -> None:
     while not condition():
         assert time.monotonic() < end, "condition did not come"
         time.sleep(0.005)
+
+
+def test_an_ack_of_an_undone_version_is_told_once(stack: ExitStack, publisher: Publisher, caplog: pytest.LogCaptureFixture) -> None:
+    """A server that holds a later version of steps that a rollback undid repeats that every few seconds."""
+    publisher.offer(snapshot(1))
+    old = stack.enter_context(stack.enter_context(zmq.Context()).socket(zmq.DEALER))
+    old.linger = 0
+    old.connect(publisher.address)
+    for version in (5, 5, 5, 6, 6):
+        old.send_multipart(control(STAGED, version=version, who="a/0", digest="0" * 32))
+    old.send_multipart(control(WATCH))
+    assert old.poll(5000), "all of it was read"
+    assert publisher.malformed == 2 and caplog.text.count("it is of steps that were undone") == 2
