@@ -15,6 +15,7 @@ import yaml
 from neox_rl.step.main import RUN_DIR
 from tests.e2e.runs import ROOT, Run
 from tests.e2e.test_run import SHORT, STEPS
+from tests.e2e.test_run_vllm import RL, SETTINGS
 
 pytestmark = pytest.mark.neox
 NEOX = "metarl.engine=gpt-neox"
@@ -50,7 +51,7 @@ def replayed(batches: Path) -> tuple[str, ...]:
 
 def curve(run: Run) -> Curve:
     """Reward, loss, gradient norm and entropy of each step."""
-    return np.array([[row.get("reward", 0.0), row["loss"], row["grad_norm"], row.get("entropy", 0.0)] for row in run.metrics()])
+    return np.array([[row.get("reward_mean", 0.0), row["loss"], row["grad_norm"], row.get("entropy", 0.0)] for row in run.metrics()])
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +84,15 @@ def test_ranks_that_gpt_neox_itself_starts_from_inside_its_checkout(runs: Path, 
     done = subprocess.run(command, cwd=env["GPT_NEOX_PATH"], env=env, text=True, capture_output=True, timeout=150, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     np.testing.assert_allclose(curve(run), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_whole_run_with_a_real_server(runs: Path, layout: str) -> None:
+    """Asynchronous RL to its end; at equal versions the server computes what the checkout's model computes, sampled token by token."""
+    run = Run(runs, f"vllm-{layout}", *SETTINGS, *LAYOUTS[layout])
+    assert run.wait(280.0) == 0, run.said()
+    assert run.gone()
+    summary = run.summary()
+    assert (summary["phase"], summary["steps"], summary["heldout_accuracy_final"]["n"]) == ("done", RL, 16)
+    assert summary["rollouts_dropped"] == summary["rollouts_trained_twice"] == 0 and summary["max_staleness_seen"] <= 2
+    assert abs(summary["mismatch_kl_max"]) <= 1e-5 and summary["weight_updates"] >= 2
