@@ -113,16 +113,38 @@ class Growth:
             if self.nodes_left <= 0 or (tokens_left is not None and proposal.num_tokens > tokens_left):
                 break
             self.num_tokens += proposal.num_tokens
-            stepped = self._step(above, proposal)
-            if isinstance(stepped, Rejection):
-                self.counts[stepped.value] += 1
-                continue
-            leaf = Leaf(len(self.nodes), parent, above.depth + 1, stepped[1], proposal, stepped[0], ended=self.domain.is_end(stepped[1]))
-            self.nodes.append(leaf)
-            above.children.append(leaf.id)
-            self._states.add(leaf.state)
-            added.append(leaf.id)
+            if (leaf := self._grown(above, proposal)) is not None:
+                added.append(leaf.id)
         return added
+
+    def admit_attempt(self, parent: int, steps: Sequence[Proposal]) -> tuple[list[int], int]:
+        """The chain of new nodes that ``steps`` make, and where it may go on: NO_NODE after an end and a refused step.
+
+        All of ``steps`` is paid, what comes after an end or the last node of the budget too: it was asked for.
+        """
+        self.num_tokens += sum(step.num_tokens for step in steps)
+        above, added = self.nodes[parent], list[int]()
+        for step in steps:
+            if self.nodes_left <= 0 or above.ended:
+                break
+            leaf = self._grown(above, step)
+            if leaf is None:
+                return added, NO_NODE
+            above = leaf
+            added.append(leaf.id)
+        return added, NO_NODE if above.ended or not added else above.id
+
+    def _grown(self, above: Leaf, proposal: Proposal) -> Leaf | None:
+        """The new child; None, and a count, where the step is refused."""
+        stepped = self._step(above, proposal)
+        if isinstance(stepped, Rejection):
+            self.counts[stepped.value] += 1
+            return None
+        leaf = Leaf(len(self.nodes), above.id, above.depth + 1, stepped[1], proposal, stepped[0], ended=self.domain.is_end(stepped[1]))
+        self.nodes.append(leaf)
+        above.children.append(leaf.id)
+        self._states.add(leaf.state)
+        return leaf
 
     def _step(self, above: Leaf, proposal: Proposal) -> tuple[str, State] | Rejection:
         if not proposal.complete:

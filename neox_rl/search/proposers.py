@@ -7,13 +7,13 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from neox_rl import metacot
 from neox_rl.errors import ConfigError
 from neox_rl.ports import Generator, Tokenizer
 from neox_rl.search.domain import Domain, State
-from neox_rl.types import Finish, Problem, SamplingParams, VersionSpan
+from neox_rl.types import Completion, Finish, Problem, SamplingParams, VersionSpan
 
 WORD_STEP = "3 *5 =15"
 CACHED_PROMPTS = 4096
@@ -58,6 +58,15 @@ class Proposer(Protocol):
 
     async def propose(self, position: Position, n: int, max_tokens: int) -> Sequence[Proposal]:
         """At most ``n`` steps of at most ``max_tokens`` tokens, the same for the same position and seed; none where there is no room."""
+        ...
+
+
+@runtime_checkable
+class Attempter(Proposer, Protocol):
+    """A proposer that writes whole attempts in one request: a request a step would wait for the slowest sibling at every step."""
+
+    async def attempt(self, position: Position, n: int, max_tokens: int) -> Sequence[Sequence[Proposal]]:
+        """At most ``n`` attempts from ``position`` on, of at most ``max_tokens`` tokens each, as chains of steps."""
         ...
 
 
@@ -114,31 +123,56 @@ class PolicyProposer:
         return found
 
     async def propose(self, position: Position, n: int, max_tokens: int) -> Sequence[Proposal]:
+        completions = await self._sample(position, n, min(self.max_step_tokens, max_tokens), self.stop_token_ids)
+        return [self._proposal(c) for c in completions]
+
+    async def attempt(self, position: Position, n: int, max_tokens: int) -> Sequence[Sequence[Proposal]]:
+        """See ``Attempter``. A marker (``back``, ``low``) ends an attempt, a result only a step."""
+        return [self._steps(c) for c in await self._sample(position, n, max_tokens, self._attempt_ends)]
+
+    async def _sample(self, position: Position, n: int, cap: int, stops: tuple[int, ...]) -> Sequence[Completion]:
         prompt = (*self.prompt_ids(position.problem), *position.ids)
-        cap = min(self.max_step_tokens, max_tokens)
         if self.max_context:
             cap = min(cap, self.max_context - len(prompt))
         if cap < 1:
             return ()
-        params = SamplingParams(cap, self.temperature, self.top_p, self.stop_token_ids, position.seed if self.seeded else None)
-        completions = await self.generator.sample(prompt, params, n, position.problem.id)
-        eos = self.tokenizer.eos_id
-        return [
-            Proposal(
-                self.tokenizer.decode(c.ids),
-                len(c.ids),
-                c.ids,
-                c.logprobs,
-                c.spans,
-                complete=c.finish is Finish.STOP or self.cut_steps,
-                ended=c.ids[-1:] == (eos,) or (c.finish is Finish.STOP and c.ids[-1:] not in self._stops),
-            )
-            for c in completions
-        ]
+        params = SamplingParams(cap, self.temperature, self.top_p, stops, position.seed if self.seeded else None)
+        return await self.generator.sample(prompt, params, n, position.problem.id)
+
+    def _proposal(self, c: Completion) -> Proposal:
+        complete = c.finish is Finish.STOP or self.cut_steps
+        ended = c.ids[-1:] == (self.tokenizer.eos_id,) or (c.finish is Finish.STOP and c.ids[-1:] not in self._stops)
+        return Proposal(self.tokenizer.decode(c.ids), len(c.ids), c.ids, c.logprobs, c.spans, complete, ended)
+
+    def _steps(self, c: Completion) -> list[Proposal]:
+        """The completion cut where its steps end, each piece as if it had been asked for alone."""
+        steps: list[Proposal] = []
+        start, last = 0, len(c.ids)
+        for end in range(1, last + 1):
+            stop, full = (c.ids[end - 1],) in self._stops, end - start == self.max_step_tokens
+            if stop or full or end == last:
+                finish = Finish.STOP if stop else Finish.LENGTH if full else c.finish
+                steps.append(self._proposal(piece(c, start, end, finish)))
+                start = end
+        if c.finish is Finish.STOP and (not c.ids or c.ids[-1] in set(self.stop_token_ids) - set(self._attempt_ends)):
+            steps.append(self._proposal(piece(c, last, last, Finish.STOP)))  # it came to its end, and the engine leaves that token out
+        return steps
 
     @cached_property
     def _stops(self) -> frozenset[tuple[int, ...]]:
         return frozenset((i,) for i in self.stop_token_ids)
+
+    @cached_property
+    def _attempt_ends(self) -> tuple[int, ...]:
+        marks = (*MARKS, metacot.SOLUTION)
+        return tuple(i for i in self.stop_token_ids if self.tokenizer.decode((i,)).strip() in marks)
+
+
+def piece(c: Completion, start: int, end: int, finish: Finish) -> Completion:
+    """Tokens ``start:end`` of a completion as one of their own."""
+    cut = ((s.version, max(s.start, start) - start, min(s.end, end) - start) for s in c.spans)
+    spans = tuple(VersionSpan(version, first, last) for version, first, last in cut if first < last)
+    return Completion(c.ids[start:end], c.logprobs[start:end], spans, finish)
 
 
 def writes_words(tokenizer: Tokenizer) -> bool:

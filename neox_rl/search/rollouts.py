@@ -23,7 +23,7 @@ from neox_rl.search.credit import UNFINISHED, children_of
 from neox_rl.search.demonstrations import TraceStyle
 from neox_rl.search.domain import Domain, Rejection, State
 from neox_rl.search.linearize import glue_of, solution_of
-from neox_rl.search.proposers import Position, Proposal, Proposer
+from neox_rl.search.proposers import Attempter, Position, Proposal
 from neox_rl.types import NO_NODE, Finish, Node, Problem, Role, Segment, Trace, Tree, Verdict, VersionSpan
 
 Rewarder = Callable[[Verdict, str, int], float]
@@ -38,10 +38,10 @@ class Baseline(StrEnum):
 
 
 @dataclass
-class Remembering(Proposer):
+class Remembering(Attempter):
     """Another proposer, and all that it proposed in one search, whatever became of it: ``asked`` holds (position, proposals)."""
 
-    proposer: Proposer
+    proposer: Attempter
     asked: list[tuple[Position, Sequence[Proposal]]] = field(default_factory=list)
 
     @property
@@ -52,6 +52,24 @@ class Remembering(Proposer):
         made = await self.proposer.propose(position, n, max_tokens)
         self.asked.append((position, made))
         return made
+
+    async def attempt(self, position: Position, n: int, max_tokens: int) -> Sequence[Sequence[Proposal]]:
+        made = await self.proposer.attempt(position, n, max_tokens)
+        for steps in made:
+            self._walk(position, steps)
+        return made
+
+    def _walk(self, position: Position, steps: Sequence[Proposal]) -> None:
+        """Up to the end of the attempt: what is written after an end, or after a step that is refused, is nobody's choice of a step."""
+        state, ids = position.state, position.ids
+        for step in steps:
+            if position.domain.is_end(state):
+                return
+            self.asked.append((replace(position, state=state, ids=ids), (step,)))
+            stepped = position.domain.step(state, step.text, step.ended) if step.complete else Rejection.TOO_LONG
+            if isinstance(stepped, Rejection):
+                return
+            state, ids = stepped.state, (*ids, *step.ids)
 
 
 class Sample(NamedTuple):

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from neox_rl.errors import ConfigError, NeoxRLError
 from neox_rl.search.domain import Domain
 from neox_rl.search.growth import Budget, Growth
-from neox_rl.search.proposers import Proposal, Proposer
+from neox_rl.search.proposers import Attempter, Proposal, Proposer
 from neox_rl.search.strategies import make_strategy
 from neox_rl.search.strategy import Ask, Options, Strategy
 from neox_rl.search.values import Value
@@ -65,7 +65,7 @@ class Search:
             if growth.spent:
                 return End.BUDGET
             if not waiting:
-                waiting.extend(strategy.pick(growth))
+                waiting.extend(asks_for(strategy.pick(growth), proposer))
             if not waiting:
                 return End.EXHAUSTED
             await self._round(growth, strategy, proposer, value, affordable(waiting, growth, proposer.step_tokens))
@@ -74,8 +74,11 @@ class Search:
     async def _round(self, growth: Growth, strategy: Strategy, proposer: Proposer, value: Value, asks: Sequence[tuple[Ask, int]]) -> None:
         """Expands the nodes of ``asks``. When one cannot be expanded the others are admitted and scored before its error is raised."""
         answers = await asyncio.gather(*(self._propose(growth, proposer, ask, cap) for ask, cap in asks), return_exceptions=True)
-        added = [(ask, growth.admit(ask.node, a)) for (ask, _), a in zip(asks, answers, strict=True) if not isinstance(a, BaseException)]
-        new = [child for _, children in added for child in children]
+        before, added = len(growth.nodes), list[tuple[Ask, list[int]]]()
+        for (ask, _), answer in zip(asks, answers, strict=True):
+            if not isinstance(answer, BaseException):
+                added.append((ask, attempts_admitted(growth, ask.node, answer) if ask.whole else growth.admit(ask.node, _flat(answer))))
+        new = range(before, len(growth.nodes))
         await self._persist(growth, lambda: growth.judge(new))
         await self._persist(growth, lambda: growth.score(new, value))
         for ask, children in added:
@@ -84,9 +87,12 @@ class Search:
             if isinstance(answer, BaseException):
                 raise answer
 
-    async def _propose(self, growth: Growth, proposer: Proposer, ask: Ask, cap: int) -> Sequence[Proposal]:
+    async def _propose(self, growth: Growth, proposer: Proposer, ask: Ask, cap: int) -> Sequence[Sequence[Proposal]]:
+        """Chains of steps: of one step each, unless whole attempts were asked for."""
         position = growth.position(ask.node, f"propose/{ask.draw}")
-        return await self._persist(growth, lambda: proposer.propose(position, ask.n, cap))
+        if ask.whole and isinstance(proposer, Attempter):
+            return await self._persist(growth, lambda: proposer.attempt(position, ask.n, cap))
+        return [[step] for step in await self._persist(growth, lambda: proposer.propose(position, ask.n, cap))]
 
     async def _persist(self, growth: Growth, attempt: Callable[[], Awaitable[T]]) -> T:
         for left in range(self.max_retries, -1, -1):
@@ -101,15 +107,42 @@ class Search:
         raise AssertionError("unreachable")
 
 
+def asks_for(picked: Iterable[Ask], proposer: Proposer) -> Iterator[Ask]:
+    """As the proposer can answer: one that writes no whole attempts is asked for as many first steps."""
+    for ask in picked:
+        if ask.whole and not isinstance(proposer, Attempter):
+            yield from (Ask(ask.node, 1, draw) for draw in range(ask.n))
+        else:
+            yield ask
+
+
+def attempts_admitted(growth: Growth, node: int, attempts: Sequence[Sequence[Proposal]]) -> list[int]:
+    """Where the strategy may go on: the last step of each attempt that has not come to an end."""
+    if not attempts:
+        return growth.admit(node, ())
+    return [tip for tip in (growth.admit_attempt(node, steps)[1] for steps in attempts) if tip != NO_NODE]
+
+
+def _flat(chains: Sequence[Sequence[Proposal]]) -> list[Proposal]:
+    return [step for chain in chains for step in chain]
+
+
 def affordable(waiting: deque[Ask], growth: Growth, step_tokens: int) -> list[tuple[Ask, int]]:
     """Takes from ``waiting`` what the budget can pay at worst, at least one: the asks and the tokens that each of their steps may have.
 
-    The rest waits for what refused or short steps leave over. So no budget is exceeded, however many requests run at once.
+    The rest waits for what refused or short steps leave over. So no budget is exceeded, however many requests run at once. Whole attempts
+    share all that is left.
     """
     taken: list[tuple[Ask, int]] = []
     nodes, tokens = growth.nodes_left, growth.tokens_left
     while waiting and nodes > 0:
         n, cap = min(waiting[0].n, nodes), step_tokens or UNBOUNDED
+        if waiting[0].whole:
+            if not taken:
+                n = n if tokens is None else min(n, tokens)
+                cap = min(nodes // n * cap, UNBOUNDED if tokens is None else tokens // n)
+                taken.append((waiting.popleft()._replace(n=n), cap))
+            break
         if tokens is not None and n * step_tokens > tokens:
             if taken:
                 break

@@ -11,11 +11,16 @@ from neox_rl.search.growth import Distinct, Growth, Leaf
 
 
 class Ask(NamedTuple):
-    """Expand ``node`` with ``n`` proposed steps. ``draw`` tells asks for the same node apart: each has random numbers of its own."""
+    """Expand ``node`` with ``n`` proposed steps. ``draw`` tells asks for the same node apart: each has random numbers of its own.
+
+    ``whole``: with ``n`` attempts instead, each as far as it goes, in one request where the proposer can. The strategy then hears of the
+    last steps of those that are not at an end.
+    """
 
     node: int
     n: int
     draw: int = 0
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)

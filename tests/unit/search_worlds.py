@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from neox_rl import metacot
 from neox_rl.errors import NeoxRLError
 from neox_rl.metacot import prompt_text, vocabulary
 from neox_rl.problems.tokenizer import SymbolicTokenizer
@@ -83,7 +84,8 @@ class Script:
 
 
 class RandomPlayer:
-    """A generator that writes a random legal step, the same for the same prompt and seed. ``version`` is that of its tokens."""
+    """A generator that writes random legal steps, the same for the same prompt and seed: one where results are stop tokens, else to the
+    end. ``version`` is that of its tokens."""
 
     version = 3
 
@@ -99,10 +101,18 @@ class RandomPlayer:
             assert isinstance(stepped, Stepped)
             state = stepped.state
         rng = random.Random(f"{words}/{params.seed}")
-        return tuple(self._completion(rng.choice(domain.legal(state)), params) for _ in range(n))
+        return tuple(self._completion(domain, state, rng, params) for _ in range(n))
 
-    def _completion(self, text: str, params: SamplingParams) -> Completion:
-        ids = TOKENIZER.encode(text)
+    def _completion(self, domain: ArithmeticDomain, state: State, rng: random.Random, params: SamplingParams) -> Completion:
+        ids: tuple[int, ...] = ()
+        while not (ids and (domain.is_end(state) or ids[-1] in params.stop_token_ids)):
+            text = rng.choice(domain.legal(state))
+            ids += TOKENIZER.encode(text)
+            stepped = domain.step(state, text, False)
+            assert isinstance(stepped, Stepped)
+            state = stepped.state
+        if ids[-1] not in params.stop_token_ids:
+            ids += TOKENIZER.encode(metacot.LOW)  # a marker, whether it is true or not
         finish = Finish.STOP if len(ids) <= params.max_tokens else Finish.LENGTH
         ids = ids[: params.max_tokens]
         return Completion(ids, (-1.0,) * len(ids), (VersionSpan(self.version, 0, len(ids)),), finish)

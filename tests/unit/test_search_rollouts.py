@@ -25,6 +25,7 @@ from neox_rl.search.credit import step_advantages
 from neox_rl.search.demonstrations import TraceStyle
 from neox_rl.search.growth import Budget
 from neox_rl.search.linearize import Mask
+from neox_rl.search.proposers import Position
 from neox_rl.search.rollouts import Baseline, Remembering, Sample, advantages, all_samples, node_samples, step_traces, told_trace
 from neox_rl.search.search import Search
 from neox_rl.search.strategies import STRATEGIES
@@ -92,12 +93,51 @@ def test_every_sampled_step_is_trained_once_with_its_credit_after_its_own_path(
     assert found == expected
 
 
-@pytest.mark.parametrize("strategy", ["mcts", "bfs", "best-of-n"])
+@pytest.mark.parametrize("strategy", ["mcts", "bfs"])
 def test_what_was_sampled_and_paid_is_what_is_trained(strategy: str) -> None:
     """With a value that costs nothing: refused steps and steps that came again are among the samples."""
     tree, samples, player = grown(strategy, nodes=400)
     assert tree.num_tokens == player.num_tokens == sum(len(s.ids) for s in samples)
     assert sum(s.node == NO_NODE for s in samples) == sum(tree.counts.values()) > 0
+
+
+def test_best_of_n_asks_for_whole_attempts_in_one_request_and_trains_no_token_after_their_ends() -> None:
+    tree, samples, player = grown("best-of-n", nodes=400)
+    ends = [n for n in tree.nodes if n.verdict is not None]
+    assert player.calls == 1 and len(ends) + tree.counts["declined"] == 4 and tree.num_tokens == player.num_tokens
+    assert len(tree.nodes) - 1 == 3 * len(ends), "three steps each"
+    assert sum(len(s.ids) for s in samples) == player.num_tokens - len(ends), "but for the marker that ends an attempt"
+
+
+def test_an_attempt_is_cut_where_its_steps_end() -> None:
+    ids = TOKENIZER.encode("3 *5 =15 15 +7 =22 low")
+    spans = (VersionSpan(1, 0, 4), VersionSpan(2, 4, 7))
+
+    class Writer:
+        async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> tuple[Completion, ...]:
+            assert params.max_tokens == 40 and set(map(TOKENIZER.decode, zip(params.stop_token_ids))) >= {BACK, "low", "goal"}
+            whole = Completion(ids, tuple(-0.1 * i for i in range(7)), spans, Finish.STOP)
+            return (whole, replace(whole, ids=ids[:3], logprobs=whole.logprobs[:3], spans=(VersionSpan(1, 0, 3),)))
+
+    task = countdown([3, 5, 7], 22)
+    position = Position(task, ArithmeticDomain(task), (3, 5, 7), (), (), 0)
+    first, second = asyncio.run(policy(Writer()).attempt(position, 2, 40))  # type: ignore[arg-type]  # a generator is enough
+    assert [p.text for p in first] == ["3 *5 =15", "15 +7 =22", "low"] and [i for p in first for i in p.ids] == [*ids]
+    assert [p.spans for p in first] == [
+        (VersionSpan(1, 0, 3),),
+        (VersionSpan(1, 0, 1), VersionSpan(2, 1, 3)),
+        (VersionSpan(2, 0, 1),),
+    ]
+    assert [x for p in first for x in p.logprobs] == [-0.1 * i for i in range(7)] and not any(p.ended for p in first)
+    assert [(p.text, p.ended) for p in second] == [("3 *5 =15", False), ("", True)], "an engine that leaves its last token out"
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 40), st.integers(0, 60), st.integers(1, 6))
+def test_whole_attempts_keep_to_the_budget(nodes: int, tokens: int, width: int) -> None:
+    search = Search("best-of-n", ArithmeticDomain, Options(width), 0)
+    tree = asyncio.run(search.run(TASK, policy(Sloppy()), HeuristicValue(), Budget(nodes, tokens)))
+    assert len(tree.nodes) - 1 <= nodes and tree.num_tokens <= tokens
 
 
 def test_credit_of_nodes_alone_is_that_of_the_tree_and_siblings_add_up_to_nothing() -> None:
