@@ -56,7 +56,7 @@ class WrittenEngine:
 
     def logprobs(self, microbatches: Any, which: str = "current", temperature: float = 1.0) -> list[Any]:
         self.story.said.append(f"logprobs {which}")
-        return [np.zeros(m.tokens.shape, np.float32) for m in microbatches]
+        return [np.zeros(m.terms.shape, np.float32) for m in microbatches]
 
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield "w", torch.zeros(2)
