@@ -13,7 +13,8 @@ Shared memory with a name (``/dev/shm``) outlives whoever is killed. Which of it
 processes; what was there before, or somebody else has mapped or open, stays.
 
 NEOX_RL_PRIVATE in the environment names variables that are to say where a directory of the program's own is: it is made here, and goes with
-the group. A server's sockets lie there.
+the group. A server's sockets lie there. Whose it is stands in it (``own_directory``): what a guardian that was killed has left, the next
+one removes.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _REAP_S = 10.0
 _SHARED_MEMORY = "/dev/shm"
-_PRIVATE = "NEOX_RL_PRIVATE"
+_PRIVATE, _OWNER = "NEOX_RL_PRIVATE", ".owner"
 _LOOK_S = (1.0, 2.0, 5.0)
 """Between looks at the group's shared memory: it is made at the start."""
 
@@ -181,11 +182,54 @@ def _make_private() -> str:
     names = os.environ.pop(_PRIVATE, "")
     if not names:
         return ""
-    import tempfile  # here, and shutil below: 10 ms that most programs need not wait for
-
-    directory = tempfile.mkdtemp(prefix="neox-rl-")
+    directory = own_directory("neox-rl-")
     os.environ.update(dict.fromkeys(names.split(","), directory))
     return directory
+
+
+def own_directory(prefix: str) -> str:
+    """A new temporary directory that says in ``.owner`` who made it: this process. Those of processes that are gone are removed first.
+
+    A process is known by its number, the time of its start, and the boot and the process namespace in which both mean something: what
+    another machine or container has made in a shared directory is left alone, and so is what does not say whose it is.
+    """
+    import shutil  # here: 10 ms that most programs need not wait for
+    import tempfile
+
+    for name in os.listdir(parent := tempfile.gettempdir()):
+        path = os.path.join(parent, name)
+        if name.startswith("neox-rl-") and not os.path.islink(path) and _is_nobodys(path):
+            shutil.rmtree(path, ignore_errors=True)
+    directory = tempfile.mkdtemp(prefix=prefix)
+    if space := _pid_space():
+        with contextlib.suppress(OSError), open(os.path.join(directory, _OWNER), "w") as file:  # without room for it, it is left alone
+            file.write(f"{os.getpid()} {_started(os.getpid())} {space}")
+    return directory
+
+
+def _is_nobodys(directory: str) -> bool:
+    """Whether this user's process that made it is gone."""
+    try:
+        with open(os.path.join(directory, _OWNER)) as file:
+            pid, started, space = file.read(200).split()
+        mine = os.lstat(directory).st_uid == os.geteuid()
+        return mine and space == _pid_space() and _started(int(pid)) != started
+    except (OSError, ValueError):
+        return False
+
+
+def _started(pid: int) -> str:
+    """When a process was started, in ticks since the boot; empty where there is none."""
+    with contextlib.suppress(OSError, IndexError), open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[19]
+    return ""
+
+
+def _pid_space() -> str:
+    """Within which numbers and times of processes can be compared; empty where nobody can tell."""
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
+        return f"{file.read().strip()}/{os.readlink('/proc/self/ns/pid')}"
+    return ""
 
 
 def main(argv: list[str]) -> int:

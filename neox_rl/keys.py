@@ -4,8 +4,9 @@
       run.json    0600       orchestrator and training ranks, which find it in the run directory
       client.json 0600       servers, through NEOX_RL_KEYS or --keys: without the server's secret they cannot pose as the run
 
-A socket with keys refuses a peer that does not know the server's public key, has none itself, or has another than the run's.
-Both files are secrets: whoever reads ``client.json`` can do what a server of the run does, and answer for the trainer.
+A socket with keys refuses a peer that does not know the server's public key, has none itself, or has another than those of its role: the
+experience socket lets in the trainer, whose key is in ``run.json`` alone, the others let in the client's.
+Both files are secrets: whoever reads ``client.json`` can do what a server of the run does, and no more.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import stat
 import threading
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import zmq
 from zmq.utils import z85
@@ -26,6 +27,8 @@ from neox_rl.errors import ConfigError
 
 ENV = "NEOX_RL_KEYS"
 RUN_FILE, CLIENT_FILE = "run.json", "client.json"
+Role = Literal["client", "trainer"]
+_OF_THE_RUN = frozenset({"server_secret", "trainer_public", "trainer_secret"})
 _DOOR = "inproc://zeromq.zap.01"
 _MAX_FILE_BYTES = 4096
 
@@ -34,13 +37,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """Z85 text. ``server_secret`` is empty in the client's file; ``path`` is where they came from."""
+    """Z85 text. What is in ``_OF_THE_RUN`` is empty in the client's file; ``path`` is where they came from."""
 
     path: Path
     server_public: str = field(repr=False)
     client_public: str = field(repr=False)
     client_secret: str = field(repr=False)
     server_secret: str = field(default="", repr=False)
+    trainer_public: str = field(default="", repr=False)
+    trainer_secret: str = field(default="", repr=False)
 
     @classmethod
     def make(cls, directory: Path) -> Keys:
@@ -49,8 +54,8 @@ class Keys:
         if path.exists():
             return cls.load(path)
         directory.mkdir(mode=0o700, exist_ok=True)
-        (server_public, server_secret), (client_public, client_secret) = ([part.decode() for part in zmq.curve_keypair()] for _ in range(2))
-        keys = cls(path, server_public, client_public, client_secret, server_secret)
+        server, client, trainer = ([part.decode() for part in zmq.curve_keypair()] for _ in range(3))
+        keys = cls(path, server[0], client[0], client[1], server[1], trainer[0], trainer[1])
         keys._write(directory / CLIENT_FILE, secret=False)
         keys._write(path, secret=True)
         return keys
@@ -68,9 +73,9 @@ class Keys:
             raise ConfigError(f"{path}: is no key file ({error}); copy it again from runs/<name>/keys/") from error
         names = {f.name for f in fields(cls)} - {"path"}
         texts = isinstance(written, dict) and all(isinstance(value, str) for value in written.values())
-        if not texts or not names - {"server_secret"} <= written.keys() <= names:
+        if not texts or written.keys() not in (names, names - _OF_THE_RUN):
             raise ConfigError(f"{path}: is no key file: it needs {sorted(names)}; copy it again from runs/<name>/keys/")
-        for whose in ("client", "server"):
+        for whose in ("client", "server", "trainer")[: 3 if written.keys() >= _OF_THE_RUN else 2]:
             _check_pair(path, whose, written[f"{whose}_public"], written.get(f"{whose}_secret"))
         return cls(path, **written)
 
@@ -84,23 +89,29 @@ class Keys:
         """For a server: the file that ``NEOX_RL_KEYS`` names, None where it is not set. Raises ConfigError."""
         return cls.load(Path(path)) if (path := os.environ.get(ENV)) else None
 
-    def apply_server(self, socket: zmq.Socket[Any]) -> None:
-        """Before ``bind``: only peers with the run's client keys get in. Raises ConfigError for a client's key file."""
+    def apply_server(self, socket: zmq.Socket[Any], role: Role = "client") -> None:
+        """Before ``bind``: only peers with the keys of ``role`` get in. Raises ConfigError for a client's key file."""
         if not self.server_secret:
             raise ConfigError(f"{self.path}: has no server_secret, so nothing can be bound with it; use the run's own {RUN_FILE}")
         socket.curve_server = True
         socket.curve_publickey, socket.curve_secretkey = self.server_public.encode(), self.server_secret.encode()
-        socket.zap_domain = self.client_public.encode()
+        socket.zap_domain = self._pair(role)[0]
         socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without a doorkeeper nobody gets in, instead of everybody
         _keep_door(socket.context)
 
-    def apply_client(self, socket: zmq.Socket[Any]) -> None:
-        """Before ``connect``: a peer that is not the run's server is never talked to."""
+    def apply_client(self, socket: zmq.Socket[Any], role: Role = "client") -> None:
+        """Before ``connect``: a peer that is not the run's server is never talked to. Raises ConfigError like ``apply_server``."""
         socket.curve_serverkey = self.server_public.encode()
-        socket.curve_publickey, socket.curve_secretkey = self.client_public.encode(), self.client_secret.encode()
+        socket.curve_publickey, socket.curve_secretkey = self._pair(role)
+
+    def _pair(self, role: Role) -> tuple[bytes, bytes]:
+        public, secret = (self.client_public, self.client_secret) if role == "client" else (self.trainer_public, self.trainer_secret)
+        if not secret:
+            raise ConfigError(f"{self.path}: has no {role}_secret, so nobody can be the {role} with it; use the run's own {RUN_FILE}")
+        return public.encode(), secret.encode()
 
     def _write(self, path: Path, secret: bool) -> None:
-        content = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "path" and (secret or f.name != "server_secret")}
+        content = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "path" and (secret or f.name not in _OF_THE_RUN)}
         draft = path.with_suffix(".new")
         draft.unlink(missing_ok=True)
         with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -141,7 +152,7 @@ def _check_pair(path: Path, whose: str, public: str, secret: str | None) -> None
 def _keep_door(context: zmq.Context[Any]) -> None:
     """Answers, in a thread, libzmq's question about every peer of this context (ZAP, rfc.zeromq.org/spec/27), until it is terminated.
 
-    A socket's domain is the one client key that it lets in, so one doorkeeper serves sockets of any runs.
+    A socket's domain is the one key that it lets in, so one doorkeeper serves sockets of any runs.
     """
     door: zmq.Socket[bytes] = zmq.Context.shadow(context.underlying).socket(zmq.REP)
     door.linger = 0
@@ -162,7 +173,7 @@ def _answer(door: zmq.Socket[bytes]) -> None:
                 version, request, domain, address, _, mechanism, *credentials = door.recv_multipart()
                 known = mechanism == b"CURVE" and z85.encode(credentials[0]) == domain
                 if not known:
-                    logger.warning("refused a peer at %s: it has not the run's client key", address.decode(errors="replace"))
+                    logger.warning("refused a peer at %s: it has not the key that this socket lets in", address.decode(errors="replace"))
                 verdict = [b"200", b"OK", b"", b""] if known else [b"400", b"not a key of this run", b"", b""]
                 door.send_multipart([version, request, *verdict])
             except zmq.ContextTerminated:

@@ -102,7 +102,7 @@ class ExperienceServer:
         self._socket.setsockopt(zmq.LINGER, LINGER_MS)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_HEADER_BYTES)
         if keys is not None:
-            keys.apply_server(self._socket)
+            keys.apply_server(self._socket, "trainer")
         try:
             self._socket.bind(f"tcp://{bind_host}:{port or '*'}")
         except zmq.ZMQError as error:

@@ -51,7 +51,7 @@ class ExperienceClient:
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         # No zmq.IMMEDIATE here: with it libzmq throws away answers that came but were not read yet when the peer closes.
         if keys is not None:
-            keys.apply_client(self._socket)
+            keys.apply_client(self._socket, "trainer")
         self._keys = keys
         self._socket.connect(address)
         self._session = uuid.uuid4().hex

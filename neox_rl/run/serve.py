@@ -19,9 +19,9 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +29,7 @@ from pathlib import Path
 
 from neox_rl.errors import ConfigError, DeadlineError, NeoxRLError, ProcessDiedError
 from neox_rl.guard import GuardedProcess, died, guarded_popen, stop
+from neox_rl.guardian import own_directory
 from neox_rl.keys import CLIENT_FILE, Keys, suspicion
 from neox_rl.keys import ENV as KEYS
 from neox_rl.rollout.vllm_server import ServerSpec, core_ids
@@ -84,7 +85,8 @@ class Agent:
         host, port, welcome = joined
         self.name = welcome.fields["name"]
         logger.info("joins as %s at http://%s:%d", self.name, host, port)
-        with tempfile.TemporaryDirectory(prefix=f"neox-rl-{self.name}-") as home:
+        home = own_directory(f"neox-rl-{self.name}-")
+        try:
             for file, data in welcome.files.items():
                 (Path(home) / file).write_bytes(data)
             spec = ServerSpec(
@@ -105,6 +107,8 @@ class Agent:
                 raise
             finally:
                 await self._end()
+        finally:
+            shutil.rmtree(home, ignore_errors=True)
 
     async def _join(self) -> tuple[str, int, Message] | None:
         """The address of the server, and the run's answer; None where the user has no patience.

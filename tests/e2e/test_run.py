@@ -51,7 +51,9 @@ def test_a_run_ends_with_every_step_once_and_its_books_in_order(finished: Run) -
 
 def test_the_keys_of_its_sockets_are_nowhere_but_in_their_files(finished: Run) -> None:
     keys = Keys.load(finished.paths.keys / RUN_FILE)
-    secrets = [key.encode() for key in (keys.server_public, keys.server_secret, keys.client_public, keys.client_secret)]
+    secrets = [
+        key.encode() for key in (keys.server_public, keys.server_secret, keys.client_public, keys.client_secret, keys.trainer_secret)
+    ]
     others = [path for path in finished.paths.root.rglob("*") if path.is_file() and path.parent != finished.paths.keys]
     assert len(others) > 10 and not [path for path in others if any(secret in path.read_bytes() for secret in secrets)]
     assert not any(secret.decode() in finished.said() for secret in secrets)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import psutil
 import pytest
 
 from neox_rl.guard import GuardedProcess, died, guarded_popen, stop
+from neox_rl.guardian import own_directory
 
 ROOT = Path(__file__).resolve().parents[2]
 # A program like a vLLM server: a child in its group, and another one in a session of its own. Prints all pids.
@@ -195,3 +197,33 @@ time.sleep(60)
     os.kill(int(pid), signal.SIGKILL)
     assert process.wait(10) == -signal.SIGKILL
     assert not Path(directory).exists()
+
+
+def test_directories_of_killed_owners_go_with_the_next_start_and_those_of_others_stay(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    mine = Path(own_directory("neox-rl-guest-"))
+    said = (mine / ".owner").read_text()
+    pid, started, space = said.split()
+    assert int(pid) == os.getpid()
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    cases = {
+        "killed": f"{gone.pid} 5 {space}",
+        "number-was-given-again": f"{pid} {int(started) + 1} {space}",
+        "of-another-boot-or-container": f"{gone.pid} 5 elsewhere",
+        "torn": f"{gone.pid}",
+        "nobody-says": "",
+    }
+    for name, owner in cases.items():
+        (tmp_path / f"neox-rl-{name}").mkdir()
+        (tmp_path / f"neox-rl-{name}" / "socket").touch()
+        if owner:
+            (tmp_path / f"neox-rl-{name}" / ".owner").write_text(owner)
+    (tmp_path / "neox-rl-link").symlink_to(tmp_path / "neox-rl-nobody-says")
+    env = os.environ | {"NEOX_RL_PRIVATE": "HOME", "TMPDIR": str(tmp_path)}
+    process = guarded_popen(python("import os; print(os.environ['HOME'], flush=True)"), env, log)
+    assert process.wait(20.0) == 0 and Path(log.read_text().strip()).parent == tmp_path
+    stays = {"number-was-given-again", "killed"} ^ cases.keys()
+    assert {path.name for path in tmp_path.glob("neox-rl-*")} == {mine.name, "neox-rl-link", *(f"neox-rl-{name}" for name in stays)}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from neox_rl.errors import DeadlineError
+from neox_rl.errors import ConfigError, DeadlineError
 from neox_rl.keys import CLIENT_FILE, Keys
 from neox_rl.queue.wire import ExperienceServer
 from neox_rl.queue.wire_client import ExperienceClient
@@ -68,6 +69,14 @@ def test_a_trainer_with_the_runs_keys_is_heard(run: Keys) -> None:
 def test_a_trainer_without_them_is_not_and_learns_of_keys(run: Keys, stranger: Keys | None) -> None:
     with pytest.raises(DeadlineError, match=suspects(stranger)):
         greet(run, stranger, SOON_S)
+
+
+def test_who_has_the_keys_of_a_server_cannot_pose_as_the_trainer(run: Keys, server: Keys) -> None:
+    with pytest.raises(ConfigError, match=r"client\.json: has no trainer_secret, so nobody can be the trainer with it"):
+        greet(run, server, SOON_S)
+    posing = replace(server, trainer_public=server.client_public, trainer_secret=server.client_secret)
+    with pytest.raises(DeadlineError, match=suspects(server)):
+        greet(run, posing, SOON_S)
 
 
 def test_a_server_and_the_orchestrator_follow_the_publisher(run: Keys, server: Keys) -> None:

@@ -59,8 +59,9 @@ def test_the_files_are_of_their_owner_alone_and_the_client_gets_no_server_secret
         "0o600",
     ]
     assert sorted(path.name for path in directory.iterdir()) == [CLIENT_FILE, RUN_FILE]
-    assert run.server_secret not in (directory / CLIENT_FILE).read_text() and run.server_secret in (directory / RUN_FILE).read_text()
-    assert not any(secret in repr(run) for secret in (run.server_secret, run.client_secret, run.server_public))
+    for secret in (run.server_secret, run.trainer_secret, run.trainer_public):
+        assert len(secret) == 40 and secret not in (directory / CLIENT_FILE).read_text() and secret in (directory / RUN_FILE).read_text()
+    assert not any(secret in repr(run) for secret in (run.server_secret, run.client_secret, run.server_public, run.trainer_secret))
 
 
 def test_a_run_that_goes_on_keeps_its_keys(run: Keys, other: Keys) -> None:
