@@ -11,7 +11,9 @@ from neox_rl.config.machine import Machine
 from neox_rl.config.rules import RULES, WARNINGS, Rule, broken, warnings
 from neox_rl.config.run import RunConfig
 from tests.unit.rule_cases import CASES, CPU, FAR, GPU, Case
+from tests.unit.rule_cases_run import RUN_CASES
 
+ALL_CASES = (*CASES, *RUN_CASES)
 RULE = {rule.__name__: rule for rule in (*RULES, *WARNINGS)}
 
 
@@ -19,7 +21,7 @@ def of(settings: str) -> RunConfig:
     return parse([], settings.split()).config
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.rule}: {case.wrong[-60:]}")
+@pytest.mark.parametrize("case", ALL_CASES, ids=lambda case: f"{case.rule}: {case.wrong[-60:]}")
 def test_a_rule_names_value_rule_and_fix_and_the_fix_satisfies_it(case: Case) -> None:
     rule: Rule = RULE[case.rule]
     messages = list(rule(of(case.wrong), case.machine))
@@ -28,7 +30,7 @@ def test_a_rule_names_value_rule_and_fix_and_the_fix_satisfies_it(case: Case) ->
 
 
 def test_every_rule_has_a_case() -> None:
-    assert {case.rule for case in CASES} == set(RULE)
+    assert {case.rule for case in ALL_CASES} == set(RULE)
 
 
 def test_the_defaults_break_no_rule() -> None:
