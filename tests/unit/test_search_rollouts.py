@@ -13,7 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neox_rl.arithmetic import solvable
+from neox_rl.batch.pack import pack_rl
+from neox_rl.batch.packing import Layout
 from neox_rl.config.run import RunConfig
+from neox_rl.config.schema import ObjectiveConfig, StalenessConfig
 from neox_rl.config.schema_search import SearchConfig
 from neox_rl.metacot import BACK
 from neox_rl.rollout.groups import Attempts, teaches
@@ -223,6 +226,19 @@ def test_a_ticket_is_filled_by_searches_and_its_books_are_right() -> None:
     assert teaches(group.traces) and not teaches([replace(t, reward=0.0, segments=t.segments[:1]) for t in group.traces])
     lines = laid_out(group, TOKENIZER)
     assert lines[0]["depth"] == 0 and max(line["depth"] for line in lines) == 2 and any("v1" in line["text"] for line in lines)
+
+
+def test_a_tree_is_computed_once_however_many_paths_it_has() -> None:
+    """Tokens of the packed rows against those of the trees' steps and prompt, each once."""
+    group = asyncio.run(maker(Sloppy(), nodes=60).group(TASK, 0, SamplingParams(8), 2))
+    unique = {()} | {ids[:n] for t in group.traces for ids in [tuple(i for s in t.segments for i in s.ids)] for n in range(1, len(ids) + 1)}
+    staleness, objective = StalenessConfig(admission_slack=20), ObjectiveConfig(baseline="none")
+    flat, shared = (
+        pack_rl([group], 30, staleness=staleness, objective=objective, max_new_tokens=8, layout=Layout(2048, share_prefixes=share)).stats
+        for share in (False, True)
+    )
+    assert shared.num_rows <= 1.2 * (len(unique) - 1) < flat.num_rows / 2
+    assert shared.loss_tokens == flat.loss_tokens == books([group])["tokens_trained"]
 
 
 def test_told_searches_make_one_trace_each() -> None:
