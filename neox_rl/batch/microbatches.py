@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import DTypeLike
 
-from neox_rl.batch.packing import Plan
+from neox_rl.batch.packing import Layout, Plan
 from neox_rl.batch.prefixes import PrefixTree, prefix_trees
 from neox_rl.batch.types import PADDING, Floats, Ints, MicroBatch
 from neox_rl.framing import Array
@@ -42,11 +42,21 @@ class Unit(NamedTuple):
     tree: PrefixTree
 
 
-def units(sequences: Sequence[TokenSequence], group_sizes: Sequence[int], max_rows: int, share: bool) -> list[Unit]:
-    """A tree a sequence or, with ``share``, as few trees of ``max_rows`` rows as each group of consecutive sequences takes."""
-    if not share:
+def units(sequences: Sequence[TokenSequence], group_sizes: Sequence[int], layout: Layout) -> list[Unit]:
+    """A tree a sequence or, with shared prefixes, as few trees as each group of consecutive sequences takes.
+
+    A tree that is larger than an even share of the micro-batches is cut, since all of them would be padded to its size.
+    """
+    if not layout.share_prefixes:
         return [Unit((i,), _alone(sequence.tokens)) for i, sequence in enumerate(sequences)]
-    found, start = [], 0
+    whole = _trees(sequences, group_sizes, layout.pack_tokens)
+    bins = layout.data_parallel * layout.min_microbatches
+    even = -(-sum(len(unit.tree) for unit in whole) // bins)
+    return whole if bins == 1 else _trees(sequences, group_sizes, min(layout.pack_tokens, even))
+
+
+def _trees(sequences: Sequence[TokenSequence], group_sizes: Sequence[int], max_rows: int) -> list[Unit]:
+    found, start = list[Unit](), 0
     for size in group_sizes:
         for members, tree in prefix_trees([s.tokens for s in sequences[start : start + size]], max_rows):
             found.append(Unit(tuple(start + i for i in members), tree))

@@ -154,7 +154,7 @@ def _loss_weights(sequences: Sequence[_Sequence], aggregation: str, max_new_toke
 
 
 def _packed(groups: Sequence[Group], sequences: Sequence[_Sequence], layout: Layout) -> tuple[Plan, tuple[tuple[MicroBatch, ...], ...]]:
-    packed = units(sequences, [len(group.traces) for group in groups], layout.pack_tokens, layout.share_prefixes)
+    packed = units(sequences, [len(group.traces) for group in groups], layout)
     layout_plan = plan([len(unit.tree) for unit in packed], layout)
     return layout_plan, lay_out(sequences, packed, layout_plan, layout.share_prefixes)
 
