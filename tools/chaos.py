@@ -181,7 +181,7 @@ class Chaos:
         weights = KILLS if kind == "kill" else STOPS
         victims = self.run.victims()
         roles = [role for role in weights if victims.by_role[role] and (role != "launcher" or self._can_resume())]
-        if not roles:
+        if roles in ([], ["launcher"]):  # one that was just started again, with nothing under it yet: killing it again meets nothing new
             return
         # Each role is struck once before any is struck again: a short run has something of everything.
         roles = [role for role in roles if (kind, role) not in self._struck] or roles
