@@ -1,9 +1,9 @@
 """Fires hostile messages at everything that reads messages: ``python tools/fuzz.py --frames 100000 --seed 7 --live 3000``.
 
-``--frames`` messages, damaged and forged (``fuzzing.py``), go to the readers as function calls; ``--live`` messages to each of three
+``--frames`` messages, damaged and forged (``fuzzing.py``), go to the readers as function calls; ``--live`` messages to each of four
 sockets over real ZeroMQ: the experience socket with a trainer on it, the publisher with a server on it, a server's stager whose
-publisher is false. The sockets have no keys here: this is what a peer can do that gets in. Afterwards nothing must have changed, and
-valid peers are served.
+publisher is false, the join socket with a server that has joined. The sockets have no keys here: this is what a peer can do that gets
+in. Afterwards nothing must have changed, and valid peers are served.
 
 Exit status 1 and the finding; the same seed repeats it.
 """
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import zmq
-from fuzz_targets import example_controls, example_groups, example_requests, targets
+from fuzz_targets import example_controls, example_groups, example_joins, example_requests, targets
 from fuzzing import Finding, Message, damaged, forged, fuzz
 
 from neox_rl.codec import encode_group
@@ -32,6 +32,9 @@ from neox_rl.errors import NeoxRLError
 from neox_rl.framing import pack
 from neox_rl.queue.wire import Delivery, ExperienceServer, Phase
 from neox_rl.queue.wire_client import ExperienceClient
+from neox_rl.rollout.vllm_server import ServerSpec
+from neox_rl.run import join_wire
+from neox_rl.run.joining import JoinDesk, Offer
 from neox_rl.weights.manifest import verify
 from neox_rl.weights.publisher import Publisher
 from neox_rl.weights.snapshot import Snapshot, make_snapshot
@@ -54,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, counts in tally.counts.items():
             print(f"{name:22s} " + ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())))
         print(f"{tally.total()} messages in {time.process_time() - begin:.1f} s of processor time, no finding")
-        for live in (experience, publisher, stager) if args.live else ():
+        for live in (experience, publisher, stager, join) if args.live else ():
             begin = time.monotonic()
             said = live(args.live, args.seed)
             print(f"{live.__name__:22s} {args.live} messages over ZeroMQ in {time.monotonic() - begin:.1f} s: {said}")
@@ -208,6 +211,66 @@ def stager(count: int, seed: int) -> str:
             taken(worker, good)
             expect(worker._have == 5 and not worker._held, f"stager: holds {sorted(worker._held)} beside what is valid")
     return "none was staged; the true snapshot was"
+
+
+class Keeper:
+    """Of a desk: who belongs to the run."""
+
+    def __init__(self) -> None:
+        self.members: dict[str, Any] = {}
+        self.calls: list[str] = []
+
+    def add(self, spec: ServerSpec, restart: Callable[[str], None]) -> None:
+        self.calls.append(f"add {spec.name}")
+
+    async def remove(self, name: str, why: str, drain_s: float = 0.0) -> None:
+        self.calls.append(f"remove {name}")
+
+
+def join(count: int, seed: int) -> str:
+    """Whoever gets in may join; what is damaged has no one join or leave, and beats of strangers keep nobody."""
+    return asyncio.run(_join(count, random.Random(seed)))
+
+
+async def _join(count: int, rng: random.Random) -> str:
+    asked = (join_wire.JOIN, join_wire.BEAT, join_wire.LEAVE)
+    every = example_joins()
+    mine = [message for message in every if not refused(lambda message=message: join_wire.read_message(message, asked))]  # type: ignore[misc]
+    strange = [[bytes(f) for f in join_wire.message(kind, token="other", name="mine", **more)] for kind, more in STRANGE.items()]
+    sent = wrong = 0
+
+    def hostile() -> Iterator[Message]:
+        nonlocal sent, wrong
+        while sent < count:
+            good = rng.choice(mine)
+            message = forged(rng, good) if rng.random() < 0.4 else damaged(rng, good, rng.choice(every))
+            bad = refused(lambda message=message: join_wire.read_message(message or [b""], asked))  # type: ignore[misc]
+            message = message if bad else rng.choice(strange)  # not covered: who says what is well-formed, and may
+            sent, wrong = sent + 1, wrong + bad
+            yield message
+
+    keeper, socket = Keeper(), join_wire.JoinSocket("127.0.0.1", 0)
+    offer = Offer("scripted", "tcp://127.0.0.1:1", 1.0, ServerSpec("x", Path("x"), "127.0.0.1", 1, "float32", 8), {"config.yml": b"{}"})
+    desk = JoinDesk(socket, keeper, offer, 10 * LIVE_S)  # type: ignore[arg-type]
+    address = f"tcp://127.0.0.1:{socket.port}"
+    with closing(socket), closing(join_wire.JoinClient(address)) as agent:
+        serving = asyncio.create_task(desk.run())
+
+        async def said(kind: str, answer: str, **fields: Any) -> None:
+            await agent.send(join_wire.message(kind, token="t", name="mine", **fields))
+            got = await served(agent.receive(LIVE_S, (answer,)), f"the answer to {kind}")
+            expect(got is not None, f"join: no answer to {kind}")
+
+        await said(join_wire.JOIN, join_wire.WELCOME, host="127.0.0.1", port=8000)
+        await asyncio.to_thread(attack, address, hostile(), lambda: desk.malformed >= wrong)
+        await said(join_wire.BEAT, join_wire.BEATEN)
+        expect(keeper.calls == ["add mine"], f"join: hostile messages did {keeper.calls[1:]}")
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+    return f"{desk.malformed} malformed; the server that had joined still belongs to the run"
+
+
+STRANGE: dict[str, dict[str, Any]] = {join_wire.BEAT: {}, join_wire.LEAVE: {"reason": "x"}}
 
 
 def snapshot(version: int) -> Snapshot:
