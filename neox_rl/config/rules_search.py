@@ -54,4 +54,13 @@ def values_know_the_problems(config: RunConfig, machine: Machine) -> Iterator[st
         yield f"metarl.search.value = {value}: knows arithmetic problems only, and source is {source}; set value: monte-carlo"
 
 
-SEARCH_RULES = (objective_suits_what_is_trained, searches_have_room, values_know_the_problems)
+def reward_model_is_served(config: RunConfig, machine: Machine) -> Iterator[str]:
+    search = config.metarl.search
+    if search.value != "prm" or config.metarl.rollout.method != "search":
+        return
+    for name in ("prm_server", "prm_model"):
+        if not getattr(search, name):
+            yield f"metarl.search.{name} is empty: value prm asks a reward model that you serve; set {name}, or value: monte-carlo"
+
+
+SEARCH_RULES = (objective_suits_what_is_trained, searches_have_room, values_know_the_problems, reward_model_is_served)

@@ -14,9 +14,12 @@ class SearchConfig:
     strategy: str = key("mcts", "who goes where", choices=("best-of-n", "beam", "bfs", "dfs", "best-first", "astar", "mcts"), own=True)
     value: str = key(
         "monte-carlo",
-        "how hopeful a step is: the mean of completions (11), the exact solver, the domain's guess, or votes of the policy",
-        choices=("none", "oracle", "heuristic", "monte-carlo", "judge"),
+        "how hopeful a step is: the mean of completions (11), the exact solver, the domain's guess, votes of the policy, or a served"
+        " process reward model",
+        choices=("none", "oracle", "heuristic", "monte-carlo", "judge", "prm"),
     )
+    prm_server: str = key("", "value prm: http://host:port of a server that you started for the reward model")
+    prm_model: str = key("", "value prm: directory with its tokenizer.json (configs/prm.yml), or the name of a served sequence classifier")
     nodes: int = key(32, "most nodes of a tree, its root left out", low=1)
     tokens: int = key(0, "most tokens of a search, refused steps and those of its value included; 0: what its nodes take", low=0)
     width: int = key(4, "steps sampled at a node; best-of-n: attempts", low=1)

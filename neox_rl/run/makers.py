@@ -11,18 +11,21 @@ from neox_rl.ports import GroupMaker
 from neox_rl.rollout.groups import Attempts
 from neox_rl.run.episode_groups import EpisodeGroups
 from neox_rl.run.search_groups import search_groups
+from neox_rl.search.values import Value
 
-MAKERS: Mapping[str, Callable[[RunConfig, Attempts, Tool | None], GroupMaker]] = {
-    "sample": lambda config, attempts, tool: attempts,
-    "search": lambda config, attempts, tool: search_groups(config, attempts),
-    "episodes": EpisodeGroups.of,
+Maker = Callable[[RunConfig, Attempts, Tool | None, Value | None], GroupMaker]
+MAKERS: Mapping[str, Maker] = {
+    "sample": lambda config, attempts, tool, prm: attempts,
+    "search": lambda config, attempts, tool, prm: search_groups(config, attempts, prm),
+    "episodes": lambda config, attempts, tool, prm: EpisodeGroups.of(config, attempts, tool),
 }
-"""The attempts have what a maker needs: the run's generator, verifier, tokenizer and reward."""
+"""The attempts have what a maker needs: the run's generator, verifier, tokenizer and reward; episodes may have a tool, searches a reward
+model."""
 
 
-def make_maker(config: RunConfig, attempts: Attempts, tool: Tool | None = None) -> GroupMaker:
+def make_maker(config: RunConfig, attempts: Attempts, tool: Tool | None = None, prm: Value | None = None) -> GroupMaker:
     """Raises ConfigError for a method that nothing makes groups by."""
     method = config.metarl.rollout.method
     if method not in MAKERS:
         raise ConfigError(f"metarl.rollout.method = {method}: no part makes groups so; set method to one of {sorted(MAKERS)}")
-    return MAKERS[method](config, attempts, tool)
+    return MAKERS[method](config, attempts, tool, prm)

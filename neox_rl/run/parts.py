@@ -30,6 +30,7 @@ from neox_rl.run.join_wire import JoinSocket
 from neox_rl.run.joining import JoinDesk, Offer
 from neox_rl.run.makers import make_maker
 from neox_rl.run.readable import with_readable_answers
+from neox_rl.run.search_groups import reward_model
 from neox_rl.run.tools import make_tool
 from neox_rl.run.versions import Deadlines, ServerKeeper
 from neox_rl.search.replay import num_wrong_steps
@@ -83,7 +84,7 @@ async def build_parts(config: RunConfig, paths: RunPaths, stack: AsyncExitStack)
     generator, keeper, activity = await _generation(config, paths, endpoints, events, keys, stack)
     joins = _join_desk(config, paths, endpoints, keeper, keys, stack)
     attempts = Attempts(generator, verifier, tokenizer, partial(_reward, config), solution_id(tokenizer))
-    maker = make_maker(config, attempts, make_tool(config, stack))
+    maker = make_maker(config, attempts, make_tool(config, stack), await reward_model(config, stack))
     evaluated: Attempting = maker if isinstance(maker, EpisodeGroups) else attempts
     return Parts(endpoints, problems, attempts, evaluated, maker, keeper, joins, activity, events, keys)
 

@@ -26,13 +26,12 @@ from typing import Any, BinaryIO
 
 from neox_rl.config.schema import VerifyConfig
 from neox_rl.errors import ConfigError, NeoxRLError
-from neox_rl.run.search_parts import domain_of, own_value
+from neox_rl.run.search_parts import domain_of, own_value, prm_value
 from neox_rl.run.search_rows import Row, error_line, read_rows, result_line
-from neox_rl.run.search_server import Policy, cache_counters, connect, connect_prm
+from neox_rl.run.search_server import Policy, cache_counters, connect
 from neox_rl.search.domain import Domain
 from neox_rl.search.growth import Budget
 from neox_rl.search.proposers import ExhaustiveProposer, Proposer
-from neox_rl.search.scorers import Discouraged, PrmValue, ServedScorer
 from neox_rl.search.search import Search, run_all
 from neox_rl.search.strategies import STRATEGIES
 from neox_rl.search.strategy import Options
@@ -42,7 +41,6 @@ from neox_rl.types import End, Json, Problem, Tree, Verdict
 from neox_rl.verify.verifier import TaskVerifier, make_verifier
 
 VALUES = ("none", "oracle", "heuristic", "monte-carlo", "prm", "judge")
-TOKENIZER = "tokenizer.json"
 ALL_LEGAL, ATTEMPTS, SAMPLES = 1 << 20, 16, 4
 
 
@@ -139,14 +137,10 @@ async def make_value(args: argparse.Namespace, policy: Policy | None, verifiers:
     """The value of ``--value``. Raises ConfigError when it needs a server that was not given."""
     if args.value != "prm":
         proposer = policy.proposer if policy else None
-        value = own_value(args.value, proposer, verifiers, args.playouts, args.playout_tokens, args.votes, args.sees_earlier)
-    elif not args.prm_server or not args.prm_model:
+        return own_value(args.value, proposer, verifiers, args.playouts, args.playout_tokens, args.votes, args.sees_earlier)
+    if not args.prm_server or not args.prm_model:
         raise ConfigError("--value prm needs --prm-server URL and --prm-model DIR or NAME: the served process reward model")
-    elif not Path(args.prm_model, TOKENIZER).is_file():
-        return PrmValue(ServedScorer(args.prm_server.rstrip("/"), args.prm_model, args.timeout_s), args.sees_earlier)
-    else:
-        value = await connect_prm(args, stack)
-    return Discouraged(value) if args.sees_earlier and args.value != "judge" else value
+    return await prm_value(args.prm_server, args.prm_model, args.timeout_s, stack, args.sees_earlier)
 
 
 def make_options(args: argparse.Namespace) -> Options:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Self
@@ -21,7 +22,7 @@ from neox_rl.config.schema_search import SearchConfig
 from neox_rl.ports import Generator
 from neox_rl.rollout.groups import Attempts, Patient
 from neox_rl.rollout.vllm_client import ServerFailedError
-from neox_rl.run.search_parts import domain_of, own_value
+from neox_rl.run.search_parts import domain_of, own_value, prm_value
 from neox_rl.search.demonstrations import TraceStyle
 from neox_rl.search.growth import Budget
 from neox_rl.search.linearize import Mask
@@ -83,8 +84,16 @@ class SearchGroups:
         return self.attempts.reward(problem, verdict, text, num_tokens)
 
 
-def search_groups(config: RunConfig, attempts: Attempts) -> SearchGroups:
-    """Raises ConfigError where no token of the tokenizer ends a step."""
+async def reward_model(config: RunConfig, stack: AsyncExitStack) -> Value | None:
+    """The served model that ``search.value: prm`` asks, None with another value. Raises what a server that does not answer raises."""
+    block = config.metarl.search
+    if config.metarl.rollout.method != "search" or block.value != "prm":
+        return None
+    return await prm_value(block.prm_server, block.prm_model, config.metarl.servers.request_timeout_s, stack)
+
+
+def search_groups(config: RunConfig, attempts: Attempts, prm: Value | None = None) -> SearchGroups:
+    """``prm``: the ``reward_model``. Raises ConfigError where no token of the tokenizer ends a step."""
     metarl, block = config.metarl, config.metarl.search
     proposer = PolicyProposer(
         Patient(attempts.generator),
@@ -97,7 +106,7 @@ def search_groups(config: RunConfig, attempts: Attempts) -> SearchGroups:
         seeded=False,
         cut_steps=block.cut_steps,
     )
-    value = own_value(block.value, proposer, attempts.verifier, block.playouts, block.playout_tokens, block.votes)
+    value = prm or own_value(block.value, proposer, attempts.verifier, block.playouts, block.playout_tokens, block.votes)
     prune = 0.0 if block.value == "oracle" and block.prune else None
     options = Options(block.width, block.batch, block.beam, prune, exploration=block.exploration)
     search = Search(block.strategy, lambda problem: domain_of(problem, attempts.verifier), options, metarl.seed)

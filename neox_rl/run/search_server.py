@@ -7,7 +7,6 @@ import asyncio
 import re
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import aiohttp
 
@@ -18,7 +17,6 @@ from neox_rl.rollout.vllm_client import VllmGenerator
 from neox_rl.rollout.vllm_completions import CompletionsGenerator
 from neox_rl.rollout.vllm_control import VllmControl
 from neox_rl.search.proposers import PolicyProposer, step_ends, writes_words
-from neox_rl.search.reward_model import WordValue
 from neox_rl.types import NO_VERSION
 
 METRICS_S = 10.0
@@ -65,12 +63,6 @@ async def connect(args: argparse.Namespace, stack: AsyncExitStack) -> Policy:
         cut_steps=args.cut_steps,
     )
     return Policy(generator, tokenizer, proposer, writes_words(tokenizer))
-
-
-async def connect_prm(args: argparse.Namespace, stack: AsyncExitStack) -> WordValue:
-    """The reward model behind ``--prm-server``, whose tokenizer is in ``--prm-model``. Raises what a server that does not answer raises."""
-    served = await stack.enter_async_context(CompletionsGenerator(args.prm_server, args.timeout_s))
-    return WordValue(served, DirectoryTokenizer(Path(args.prm_model)))
 
 
 async def _live_version(address: str) -> int:

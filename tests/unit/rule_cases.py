@@ -277,6 +277,12 @@ CASES = (
         "metarl.search.tokens=256",
     ),
     Case(
+        "reward_model_is_served",
+        "metarl.rollout.method=search metarl.search.value=prm metarl.search.prm_server=http://a:1",
+        "metarl.search.prm_model is empty",
+        "metarl.search.prm_model=classifier",
+    ),
+    Case(
         "values_know_the_problems",
         JSONL + "metarl.rollout.method=search metarl.search.value=oracle",
         "knows arithmetic problems only, and source is jsonl",
