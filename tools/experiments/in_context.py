@@ -1,8 +1,8 @@
 """Search in one context by the trained policy against explicit tree search with the same policy and the same tokens: which wins where.
 
-``python tools/experiments/in_context.py``, after ``test_time.py`` or instead of it: the measurements are shared. In context the policy
-writes its whole search, dead ends and ways back included, and begins again when it was wrong; explicit search asks it for one step at a
-time and keeps the tree itself. Both stop at the first right answer, which can be checked.
+``python tools/experiments/in_context.py --run runs/metarl``, after ``test_time.py`` or instead of it: the measurements are shared. In
+context the policy writes its whole search, dead ends and ways back included, and begins again when it was wrong; explicit search asks it
+for one step at a time and keeps the tree itself. Both stop at the first right answer, which can be checked.
 """
 
 from __future__ import annotations

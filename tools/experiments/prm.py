@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
-from common import COLORS, COUNTDOWN, MODEL, QUIET, ROOT, Job, arguments, panels, parser, run_jobs, save, served, table
+from common import COLORS, MODEL, QUIET, ROOT, Job, arguments, panels, parser, run_jobs, save, served, table
 
 from neox_rl.config.load import load_config
 from neox_rl.problems.make_rows import write_rows
@@ -59,7 +59,7 @@ def trees(args: argparse.Namespace, label: str, part: str, problems: Sequence[Pr
 
 
 def job(args: argparse.Namespace, label: str, path: Path) -> Job:
-    settings = (*MODEL, *QUIET, *COUNTDOWN, f"metarl.warmstart.path={path}", f"metarl.warmstart.steps={args.steps}", "metarl.seed=1")
+    settings = (*MODEL, *QUIET, f"metarl.warmstart.path={path}", f"metarl.warmstart.steps={args.steps}")
     return Job(f"prm-{label}-{args.steps}", (*settings, "metarl.warmstart.tokens_per_step=1024"), "prm")
 
 
@@ -80,9 +80,14 @@ def steps_of(path: Path, problems: Sequence[Problem]) -> list[Step]:
     return found
 
 
-async def judged(args: argparse.Namespace, name: str, steps: Sequence[Step]) -> list[float]:
+async def all_judged(args: argparse.Namespace, names: Sequence[str], steps: Sequence[Step]) -> list[list[float]]:
+    """One server each, side by side."""
+    return await asyncio.gather(*(judged(args, name, steps, core) for core, name in enumerate(names)))
+
+
+async def judged(args: argparse.Namespace, name: str, steps: Sequence[Step], core: int) -> list[float]:
     model = args.work / name / "model"
-    async with served(model, 64, args.work / f"{name}-server.log", 0) as address, CompletionsGenerator(address) as generator:
+    async with served(model, 64, args.work / f"{name}-server.log", core) as address, CompletionsGenerator(address) as generator:
         value, found = WordValue(generator, DirectoryTokenizer(model)), list[float]()
         for at in range(0, len(steps), BATCH):
             found += (await value.score([s.position for s in steps[at : at + BATCH]], None)).values
@@ -131,8 +136,8 @@ def main() -> None:
     args = arguments(p)
     if args.quick:
         args.steps, args.train, args.heldout = 10, 40, 20
-    config = load_config([ROOT / "configs/metarl.yml"], [*COUNTDOWN, "metarl.seed=1"])
-    problems = load_problems(config.metarl.problems, 1)
+    config = load_config([ROOT / "configs/metarl.yml"]).metarl
+    problems = load_problems(config.problems, config.seed)
     train = problems.train[:: max(1, len(problems.train) // args.train)][: args.train]
     jobs = {label: job(args, label, trees(args, label, "train", train)) for label in LABELS}
     heldout = trees(args, "monte-carlo", "heldout", problems.heldout[: args.heldout])
@@ -141,8 +146,8 @@ def main() -> None:
     labels = [step.solvable for step in steps]
     scores = {f"Monte-Carlo play, {args.playouts}": [step.searched for step in steps]}
     scores["heuristic"] = [step.position.domain.guess(step.position.state) for step in steps]
-    for label, each in jobs.items():
-        scores[f"PRM of {label} values"] = asyncio.run(judged(args, each.name, steps))
+    found_by_models = asyncio.run(all_judged(args, [each.name for each in jobs.values()], steps))
+    scores |= {f"PRM of {label} values": found for label, found in zip(jobs, found_by_models, strict=True)}
     rows = []
     for name, found in scores.items():
         low, high = interval(found, steps)

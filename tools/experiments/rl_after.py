@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import sft_traces
 from common import COLORS, LEVELS, MODEL, QUIET, Job, arguments, error_bars, levels, mean_of, panels, parser, percent, run_jobs, save, table
 
-from neox_rl.config.load import load_config
+from neox_rl.config.load import load_resolved
 from neox_rl.problems.sources import load_problems
-from neox_rl.telemetry.rundata import FIRST, LAST, RunData
+from neox_rl.telemetry.rundata import FIRST, LAST, RunData, load_run
 from neox_rl.telemetry.stats import paired_difference_ci
 
 STARTS = ("solutions", "search")
@@ -44,7 +44,7 @@ def job(start: str, steps: int, iterations: int, seed: int, work: Path) -> Job:
 
 
 def levels_of(run: RunData) -> dict[str, int]:
-    config = load_config([run.paths.config])
+    config = load_resolved(run.paths.config)
     return levels(load_problems(config.metarl.problems, config.metarl.seed).heldout)
 
 
@@ -59,10 +59,14 @@ def main() -> None:
     p.add_argument("--steps", type=int, default=sft_traces.LONG, help="steps of the SFT that RL begins from")
     p.add_argument("--iterations", type=int, default=ITERATIONS, help="RL steps of 16 groups of 8")
     p.add_argument("--seeds", type=int, nargs="+", default=[1])
+    p.add_argument("--main", type=Path, help="a finished run of the main job, to be looked at in the same way")
+    p.add_argument("--only-main", action="store_true", help="train nothing")
     args = arguments(p)
     if args.quick:
         args.steps, args.iterations, args.seeds = 20, 3, [1]
-    found = runs_of(args)
+    found = {} if args.only_main else runs_of(args)
+    if args.main is not None:
+        found["main job"] = [load_run(args.main)]
     rows = []
     for start, runs in found.items():
         before, after = ([row for run in runs for row in per_problem(run, label)] for label in (FIRST, LAST))
@@ -108,7 +112,7 @@ def _quality(found: dict[str, list[RunData]]) -> None:
 def _plot(found: dict[str, list[RunData]], path: Path) -> None:
     figure, axes = panels(2, 6.0)
     for start, runs in found.items():
-        color = COLORS[list(sft_traces.STYLES).index(start)]
+        color = COLORS[[*STARTS, "main job"].index(start)]
         for label, line in ((FIRST, "--"), (LAST, "-")):
             measured = [mean_of(_at(runs, label, level)) for level in range(LEVELS)]
             name = f"{start}, {'before' if label == FIRST else 'after'} RL"

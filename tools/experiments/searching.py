@@ -13,15 +13,21 @@ from time import monotonic
 
 import numpy as np
 import prm
-import rl_after
-import sft_traces
-from common import COUNTDOWN, ROOT, not_done, served
+from common import ROOT, not_done, served
+from safetensors.torch import load_file
+from torch import Tensor
 
-from neox_rl.config.load import load_config
+from neox_rl.config.derived import hf_config
+from neox_rl.config.load import load_resolved
+from neox_rl.engines.hf_files import write_hf
+from neox_rl.engines.hf_mapping import places, unshard
+from neox_rl.engines.mcore_state import rank_file
+from neox_rl.engines.model_shape import model_shape
 from neox_rl.problems.make_rows import write_rows
 from neox_rl.problems.sources import load_problems
 from neox_rl.problems.tokenizer import DirectoryTokenizer
 from neox_rl.rollout.vllm_completions import CompletionsGenerator
+from neox_rl.run.launch import TOKENIZER_FILES
 from neox_rl.search.proposers import derived_seed
 from neox_rl.telemetry.rundata import load_run
 from neox_rl.telemetry.stats import Interval, cluster_mean_ci
@@ -29,7 +35,8 @@ from neox_rl.types import Finish, Problem, SamplingParams
 from neox_rl.verify.verifier import ArithmeticVerifier
 
 MAX_TOKENS = 208
-BUDGETS = (4, 8, 16, 32, 64, 128, 192)
+SIDE_BY_SIDE = 2
+BUDGETS = (8, 16, 32, 64, 128)
 ATTEMPT_TOKENS = 6
 """Of an attempt that goes straight to its end: two steps of three words."""
 SEED = 1
@@ -57,26 +64,41 @@ class Spent:
 
 
 def checkpoints(args: argparse.Namespace) -> list[Checkpoint]:
-    """Of ``sft_traces.py`` and ``rl_after.py`` with their defaults. Raises SystemExit where they have not run."""
-    steps = {"SFT short": 600, "SFT": sft_traces.LONG} if not args.quick else {"SFT": 20}
-    found = {name: args.work / sft_traces.job("countdown", "search", n, SEED).name for name, n in steps.items()}
-    if not args.quick:
-        found["SFT, then RL"] = args.work / rl_after.job("search", sft_traces.LONG, rl_after.ITERATIONS, SEED, args.work).name
-    missing = [path for path in found.values() if not (path / "model/model.safetensors").is_file()]
-    if missing:
-        raise SystemExit(f"{missing[0]} is not there: run sft_traces.py and rl_after.py first, with the same --work")
-    return [Checkpoint(name, path / "model", _tokens(found, name)) for name, path in found.items()]
+    """Checkpoints of a finished run of one rank, as HF directories, and its last policy. Raises SystemExit where there is no such run."""
+    if not (args.run / "model/model.safetensors").is_file():
+        raise SystemExit(f"{args.run} is no finished run: make demo makes one, or give --run")
+    run, found = load_run(args.run), list[Checkpoint]()
+    rows = [*run.sft, *run.rl]
+    for step in (*args.checkpoints, len(rows)):
+        kind = f"SFT {step}" if step <= len(run.sft) else f"RL {step - len(run.sft)}"
+        model = args.run / "model" if step == len(rows) else _exported(args, step)
+        found.append(Checkpoint(kind, model, float(sum(row["tokens_trained"] for row in rows[:step]))))
+    return found
 
 
-def _tokens(runs: Mapping[str, Path], name: str) -> float:
-    run = load_run(runs[name])
-    before = _tokens(runs, "SFT") if name == "SFT, then RL" else 0.0
-    return before + float(sum(row["tokens_trained"] for row in (*run.sft, *run.rl)))
+def _exported(args: argparse.Namespace, step: int) -> Path:
+    """The checkpoint after ``step`` steps, warm start and RL counted together."""
+    out, source = Path(args.work, "searching", f"step{step}"), args.run / "checkpoints" / f"step{step:06d}"
+    if (out / "model.safetensors").is_file():
+        return out
+    if not rank_file(source, 0).is_file():
+        raise SystemExit(f"{source} is not there; --checkpoints takes those of {source.parent}")
+    config = load_resolved(args.run / "config.yml")
+    shape = model_shape(config, DirectoryTokenizer(args.run / "model").vocab_size)
+    state, tensors = load_file(rank_file(source, 0)), dict[str, Tensor]()
+    for place in places(shape, 1):
+        full = unshard([state[f"model.{place.local}"]], place.entry.split, shape.vocab)
+        tensors |= dict(zip(place.entry.hf, place.entry.unfuse(full), strict=True))
+    write_hf(out, tensors, hf_config(config, shape.vocab))
+    for name in TOKENIZER_FILES:
+        if (args.run / "model" / name).is_file():
+            (out / name).write_bytes((args.run / "model" / name).read_bytes())
+    return out
 
 
 def heldout(args: argparse.Namespace) -> tuple[Problem, ...]:
-    config = load_config([ROOT / "configs/metarl.yml"], [*COUNTDOWN, f"metarl.seed={SEED}"])
-    return load_problems(config.metarl.problems, SEED).heldout[: args.problems]
+    config = load_resolved(args.run / "config.yml").metarl
+    return load_problems(config.problems, config.seed).heldout[: args.problems]
 
 
 def commands(checkpoint: Checkpoint, full: bool) -> dict[str, list[str]]:
@@ -151,10 +173,16 @@ async def measure(args: argparse.Namespace, checkpoint: Checkpoint, full: bool) 
         ):
             if not _file(home, IN_CONTEXT).is_file():
                 await _attempts(policy, checkpoint.model, problems, args.attempts, _file(home, IN_CONTEXT))
-            for name, options in todo.items():
-                if monotonic() > args.end:
-                    raise not_done()
-                await _command(options, policy, critic, args, checkpoint.model, _file(home, name))
+            room = asyncio.Semaphore(SIDE_BY_SIDE)
+
+            async def one(name: str, options: Sequence[str]) -> None:
+                async with room:
+                    if monotonic() < args.end:
+                        await _command(options, policy, critic, args, checkpoint.model, _file(home, name))
+
+            await asyncio.gather(*(one(name, options) for name, options in todo.items()))
+    if not all(_file(home, name).is_file() for name in todo):
+        raise not_done()
     return _read(home, checkpoint, full, problems)
 
 
@@ -200,5 +228,7 @@ def at(found: Mapping[str, Sequence[Spent]], name: str, budget: int, keep: set[s
 
 
 def options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--run", type=Path, default=ROOT / "runs/metarl", help="a finished run, as make demo makes it")
+    p.add_argument("--checkpoints", type=int, nargs="*", default=[400, 1200], help="steps of its checkpoints, those before the last policy")
     p.add_argument("--problems", type=int, default=120, help="held-out problems")
     p.add_argument("--attempts", type=int, default=8, help="attempts in context at a problem")

@@ -129,12 +129,13 @@ def _plot(curves: dict[tuple[str, str], list[tuple[float, float, Interval, float
         dashed = {"linestyle": "--", "marker": "s"} if task == "game24" else {}
         label = f"{style}, {task}"
         accuracies = [row[2] for row in found]
-        for each, x in zip(axes, ([row[0] for row in found], [row[1] for row in found], [row[3] for row in found]), strict=True):
+        for each, x in zip(axes, ([row[0] / 1e6 for row in found], [row[1] for row in found], [row[3] for row in found]), strict=True):
             error_bars(each, x, accuracies, label, color, **dashed)
-    for each, what in zip(axes, ("tokens trained", "seconds that the trainer was busy", "tokens an answer, greedy"), strict=True):
+    for each, what in zip(axes, ("million tokens trained", "seconds that the trainer was busy", "tokens an answer, greedy"), strict=True):
         each.set_xlabel(what)
         each.set_ylabel("held-out accuracy, greedy, %")
         each.set_ylim(bottom=0)
+        each.set_xlim(left=0)
     axes[0].legend(frameon=False, fontsize=8)
     save(figure, path)
 

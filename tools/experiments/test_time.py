@@ -1,7 +1,7 @@
 """Accuracy against test-time tokens: every strategy, several checkpoints, several values; sigmoids, and the train/test trade-off.
 
-``python tools/experiments/test_time.py``, after ``sft_traces.py``, ``rl_after.py`` and ``prm.py``: ``python -m neox_rl.search`` on vLLM
-servers that serve their checkpoints. A sigmoid in the logarithm of the budget is fitted to each curve; the budget at which it passes
+``python tools/experiments/test_time.py --run runs/metarl``, after ``make demo`` and ``prm.py``: ``python -m neox_rl.search`` on vLLM
+servers that serve the run's checkpoints. A sigmoid in the logarithm of the budget is fitted to each curve; the budget at which it passes
 50 % against the tokens that the checkpoint was trained on is the trade-off of Jones (arXiv 2104.03113).
 """
 
