@@ -50,7 +50,7 @@ class Leaf:
             tuple[float, ...]: "a list of numbers",
         }
         words = kind.get(self.type, "a mapping")
-        bounds = [f"{sign} {bound:g}" for sign, bound in ((">=", self.low), ("<=", self.high)) if bound is not None]
+        bounds = [f"{sign} {bound:.12g}" for sign, bound in ((">=", self.low), ("<=", self.high)) if bound is not None]
         return " ".join([words, " and ".join(bounds)]).strip()
 
 
