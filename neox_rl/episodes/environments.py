@@ -22,13 +22,15 @@ CUT_OFF = Verdict(correct=False, extracted="", reason=Reason.NO_ANSWER, ms=0.0)
 """An episode that the token budget ended has no final answer, whatever its text holds so far."""
 
 
+MAX_SAID_CHARS = 80
+"""Of an answer that an environment repeats."""
+
+
 def message(verdict: Verdict) -> str:
-    """What an environment that speaks says of an episode (feedback ``text``): its answer, and what is wrong with it."""
-    if verdict.correct:
-        return RIGHT
+    """What an environment that speaks says of an episode (feedback ``text``): its answer, and whether it was right."""
     if verdict.reason is Reason.NO_ANSWER:
         return WRONG
-    return f"{WRONG} {verdict.extracted[:80]}".rstrip()
+    return f"{RIGHT if verdict.correct else WRONG} {verdict.extracted[:MAX_SAID_CHARS]}".rstrip()
 
 
 class Judged:

@@ -254,7 +254,7 @@ def test_the_environment_speaks_of_the_answer_and_names_states_where_there_are_a
     assert type(environment_of(goal_problem(3, 2, 0), verifier_of(goal_problem(3, 2, 0)), worth)) is Judged
     wrong = asyncio.run(said(GAME, "5 *3 =15 solution 3 + 5"))
     assert (wrong.message, wrong.states, wrong.correct) == ("wrong 3 + 5", frozenset({"s1"}), False)
-    assert asyncio.run(said(GAME, "solution ( 7 * 3 ) + 5")) == Outcome(1.0, True, "right")
+    assert asyncio.run(said(GAME, "solution ( 7 * 3 ) + 5")) == Outcome(1.0, True, "right ( 7 * 3 ) + 5")
     assert asyncio.run(said(GAME, "solution ( 7 * 3 ) + 5", finished=False)).message == "wrong"
 
 
