@@ -20,10 +20,9 @@ from typing import Any, cast
 import pytest
 
 from neox_rl.codec import decode_group
-from neox_rl.problems.sources import ProblemCursor, load_problems
+from neox_rl.problems.sources import load_problems
 from neox_rl.problems.tokenizer import load_tokenizer
 from neox_rl.queue.book import Book
-from neox_rl.queue.history import fold
 from neox_rl.queue.journal import LEDGER_KINDS, NOT_IN_LEDGER, Journal
 from neox_rl.queue.records import Record, scan, to_bytes
 from neox_rl.queue.wire_messages import ONE_WAY, Phase
@@ -338,30 +337,6 @@ def test_a_run_killed_after_any_record_trains_every_ticket_once_and_within_the_b
     for at in range(num_appends(tmp_path / "whole")):
         world, trainer, _ = tell(tmp_path / f"{at}", [(at, who.removeprefix("unfaithful "))], faithful=not who.startswith("un"), seed=at)
         check(world, trainer)
-
-
-@pytest.mark.parametrize("who", ["orchestrator", "answering orchestrator", "ranks", "unfaithful ranks"])
-def test_so_does_a_run_that_makes_no_checkpoint_and_forgets_what_it_trained(tmp_path: Path, who: str) -> None:
-    """The ranks begin anew each time, with the problems that they had the first time."""
-    appends = num_appends(tmp_path / "whole", 2000)
-    for at in range(appends):
-        world, trainer, disk = tell(
-            tmp_path / f"{at}", [(at, who.removeprefix("unfaithful "))], faithful=not who.startswith("un"), seed=at, segment_bytes=2000
-        )
-        check(world, trainer)
-        problems = {g.problem_id for step in range(1, STEPS + 1) for g in trainer.trained["rl", step]}
-        first = ProblemCursor(world.problems.train, world.config.metarl.seed)
-        assert problems == {first.next().id for _ in range(B * STEPS)}, "none is passed over, none is taken twice"
-        history = fold(disk.records)
-        assert max(len(history.taken), len(history.positions)) < B * STEPS, "what was trained is not kept"
-
-
-def test_a_journal_without_checkpoints_stays_small_and_says_which_tickets_were_trained(tmp_path: Path) -> None:
-    world, trainer, disk = tell(tmp_path, [(None, "")], segment_bytes=2000)
-    check(world, trainer)
-    trained = [record.meta["tickets"] for record in disk.records if record.kind == "taken" and record.meta["phase"] == "rl"]
-    assert sorted(ticket for tickets in trained for ticket in tickets) == list(range(B * STEPS)), "the ledger has them all"
-    assert sum(len(record.body) for record in disk.records) < 3 * 2000
 
 
 def test_a_run_killed_again_and_again_ends_all_the_same(tmp_path: Path) -> None:
