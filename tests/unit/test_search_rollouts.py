@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -19,8 +20,12 @@ from neox_rl.config.run import RunConfig
 from neox_rl.config.schema import ObjectiveConfig, StalenessConfig
 from neox_rl.config.schema_search import SearchConfig
 from neox_rl.metacot import BACK
+from neox_rl.queue.history import Tally
+from neox_rl.queue.state import TicketQueue
+from neox_rl.queue.wire import Phase
 from neox_rl.rollout.groups import Attempts, teaches
 from neox_rl.rollout.vllm_client import NobodyServesError, ServerFailedError
+from neox_rl.run.scoreboard import Scoreboard
 from neox_rl.run.search_groups import SearchGroups, search_groups
 from neox_rl.run.searched import books, laid_out
 from neox_rl.search.arithmetic_domain import ArithmeticDomain
@@ -34,8 +39,12 @@ from neox_rl.search.search import Search
 from neox_rl.search.strategies import STRATEGIES
 from neox_rl.search.strategy import Options
 from neox_rl.search.values import HeuristicValue, OracleValue
+from neox_rl.telemetry.events import EventLog
+from neox_rl.telemetry.jsonl import read_jsonl
+from neox_rl.telemetry.metrics import MetricsWriter
 from neox_rl.types import NO_NODE, NO_VERSION, Completion, Finish, Problem, Role, SamplingParams, Trace, Tree, Verdict, VersionSpan
 from tests.unit.search_worlds import MAX_VALUE, TOKENIZER, RandomPlayer, countdown, policy
+from tests.unit.small_run import small_config, small_paths
 
 TASK = countdown([2, 4, 9, 1], 17)
 EASY = countdown([1, 2, 3], 6)
@@ -239,6 +248,25 @@ def test_a_tree_is_computed_once_however_many_paths_it_has() -> None:
     )
     assert shared.num_rows <= 1.2 * (len(unique) - 1) < flat.num_rows / 2
     assert shared.loss_tokens == flat.loss_tokens == books([group])["tokens_trained"]
+
+
+@pytest.mark.parametrize("trains", ["steps", "traces"])
+def test_a_reader_sees_the_tree_or_the_telling_and_a_row_what_it_cost(tmp_path: Path, trains: str) -> None:
+    group = asyncio.run(maker(Sloppy(), trains=trains, strategy="dfs").group(EASY, 0, SamplingParams(8), 2))
+    objective = {"loss": "sft" if trains == "traces" else "tis"}
+    config = small_config(tmp_path, rollout={"method": "search", "record_every": 1}, search={"trains": trains}, objective=objective)
+    paths, events = small_paths(config), EventLog(tmp_path / "events.jsonl", "orchestrator")
+    writer = MetricsWriter(paths, config.metarl.logging)
+    board = Scoreboard(config, paths, writer, TicketQueue(2, 1, 1, "token", 3), Tally(), TOKENIZER, events)
+    board.group(group, EASY)
+    board.delivered([group])
+    asyncio.run(board.step(Phase.RL, 1, {}))
+    board.close()
+    (row,) = read_jsonl(paths.metrics)
+    assert row["searched"] == books([group]) and "search" not in row
+    (rollout,) = read_jsonl(paths.rollouts)
+    kinds = {line["kind"] for line in rollout["lines"]}
+    assert ("solution" in kinds) == (trains == "traces") and kinds & {"goal", "dead_end"}
 
 
 def test_told_searches_make_one_trace_each() -> None:
