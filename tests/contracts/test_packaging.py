@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-OURS = {"neox_rl", "megatron_patches", "tests"} | {path.stem for path in (ROOT / "tools").glob("*.py")}
+OURS = {"neox_rl", "megatron_patches", "tests"} | {path.stem for path in (ROOT / "tools").rglob("*.py")}
 OTHER_ENVIRONMENT = ROOT / "tools/bench_trl_worker.py"
 """Run by the Python of another environment, which the benchmark's user makes."""
 
