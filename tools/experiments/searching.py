@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -29,6 +29,7 @@ from neox_rl.problems.tokenizer import DirectoryTokenizer
 from neox_rl.rollout.vllm_completions import CompletionsGenerator
 from neox_rl.run.launch import TOKENIZER_FILES
 from neox_rl.search.proposers import derived_seed
+from neox_rl.search.strategies import STRATEGIES as ALL
 from neox_rl.telemetry.rundata import load_run
 from neox_rl.telemetry.stats import Interval, cluster_mean_ci
 from neox_rl.types import Finish, Problem, SamplingParams
@@ -40,7 +41,7 @@ BUDGETS = (8, 16, 32, 64, 128)
 ATTEMPT_TOKENS = 6
 """Of an attempt that goes straight to its end: two steps of three words."""
 SEED = 1
-STRATEGIES = ("dfs", "bfs", "beam", "best-first", "astar", "mcts")
+STRATEGIES = ("dfs", "best-first", "mcts")
 VALUES = ("none", "heuristic", "monte-carlo", "oracle")
 IN_CONTEXT = "in context"
 
@@ -101,15 +102,12 @@ def heldout(args: argparse.Namespace) -> tuple[Problem, ...]:
     return load_problems(config.problems, config.seed).heldout[: args.problems]
 
 
-def commands(checkpoint: Checkpoint, full: bool) -> dict[str, list[str]]:
+def commands(args: argparse.Namespace, full: bool) -> dict[str, list[str]]:
     """Options of ``python -m neox_rl.search`` by what they are called here. Best-of-n gets as many attempts as its budget pays."""
-    found = {
-        f"best-of-n, {b}": ["--strategy", "best-of-n", "--width", str(max(1, b // ATTEMPT_TOKENS)), "--budget-tokens", str(b)]
-        for b in BUDGETS
-    }
     values = {f"best-first, {value}": ["--strategy", "best-first", "--value", value] for value in (VALUES if full else ("none", "oracle"))}
-    strategies = {f"{name}, prm": ["--strategy", name, "--value", "prm"] for name in (STRATEGIES if full else ("best-first",))}
-    return {**found, **values, **strategies}
+    strategies = {f"{name}, prm": ["--strategy", name, "--value", "prm"] for name in (args.strategies if full else ("best-first",))}
+    found = {b: ["--strategy", "best-of-n", "--width", str(max(1, b // ATTEMPT_TOKENS)), "--budget-tokens", str(b)] for b in BUDGETS}
+    return {**values, **strategies, **{f"best-of-n, {b}": options for b, options in found.items()}}
 
 
 async def _command(options: Sequence[str], policy: str, critic: str, args: argparse.Namespace, model: Path, out: Path) -> None:
@@ -162,7 +160,7 @@ async def measure(args: argparse.Namespace, checkpoint: Checkpoint, full: bool) 
     home, problems = args.work / "searching" / checkpoint.name.replace(" ", "-").replace(",", ""), heldout(args)
     home.mkdir(parents=True, exist_ok=True)
     write_rows(args.work / "searching.rows.jsonl", problems)
-    todo = {name: options for name, options in commands(checkpoint, full).items() if not _file(home, name).is_file()}
+    todo = {name: options for name, options in commands(args, full).items() if not _file(home, name).is_file()}
     if (todo or not _file(home, IN_CONTEXT).is_file()) and monotonic() > args.end:
         raise not_done()
     if todo or not _file(home, IN_CONTEXT).is_file():
@@ -183,17 +181,17 @@ async def measure(args: argparse.Namespace, checkpoint: Checkpoint, full: bool) 
             await asyncio.gather(*(one(name, options) for name, options in todo.items()))
     if not all(_file(home, name).is_file() for name in todo):
         raise not_done()
-    return _read(home, checkpoint, full, problems)
+    return _read(home, commands(args, full), problems)
 
 
 def _file(home: Path, name: str) -> Path:
     return home / f"{name.replace(', ', '-').replace(' ', '-')}.jsonl"
 
 
-def _read(home: Path, checkpoint: Checkpoint, full: bool, problems: Sequence[Problem]) -> dict[str, list[Spent]]:
+def _read(home: Path, names: Iterable[str], problems: Sequence[Problem]) -> dict[str, list[Spent]]:
     clusters = {p.id: p.cluster for p in problems}
     found: dict[str, list[Spent]] = {}
-    for name in commands(checkpoint, full):
+    for name in names:
         lines = [json.loads(line) for line in _file(home, name).read_text().splitlines()]
         found[name] = [Spent(x["id"], clusters[x["id"]], float(x["tokens"]) if x["solved"] else np.inf) for x in lines]
     made = json.loads(_file(home, IN_CONTEXT).read_text())
@@ -230,5 +228,6 @@ def at(found: Mapping[str, Sequence[Spent]], name: str, budget: int, keep: set[s
 def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--run", type=Path, default=ROOT / "runs/metarl", help="a finished run, as make demo makes it")
     p.add_argument("--checkpoints", type=int, nargs="*", default=[400, 1200], help="steps of its checkpoints, those before the last policy")
-    p.add_argument("--problems", type=int, default=120, help="held-out problems")
+    p.add_argument("--problems", type=int, default=80, help="held-out problems")
+    p.add_argument("--strategies", nargs="+", default=STRATEGIES, choices=list(ALL), help="those that are compared with the PRM as value")
     p.add_argument("--attempts", type=int, default=8, help="attempts in context at a problem")

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import searching
 from common import COLORS, arguments, error_bars, panels, parser, percent, save, table
-from searching import BUDGETS, STRATEGIES, VALUES, Checkpoint, Spent
+from searching import BUDGETS, VALUES, Checkpoint, Spent
 
 from neox_rl.telemetry.stats import Interval
 
@@ -64,7 +64,7 @@ def main() -> None:
     found = {c.name: asyncio.run(searching.measure(args, c, c is most)) for c in known}
     rows = []
     for checkpoint in known:
-        names = [*WAYS[:2], *(f"{s}, prm" for s in STRATEGIES), *(f"best-first, {v}" for v in VALUES)]
+        names = [*WAYS[:2], *(f"{s}, prm" for s in args.strategies), *(f"best-first, {v}" for v in VALUES)]
         for name in names if checkpoint is most else [*WAYS, "best-first, oracle"]:
             measured = searching.curve(found[checkpoint.name], name)
             fit = fitted(measured)
@@ -73,7 +73,7 @@ def main() -> None:
             rows.append([checkpoint.name, name, *at, f"{half_at(measured):.0f}", text])
     table(["checkpoint", "search, value", *(f"{b} tokens %" for b in SHOWN), "tokens to 50 %", "sigmoid: top, slope, middle"], rows)
     _trade(known, found)
-    _plot(known, found, args.picture)
+    _plot(known, found, args.strategies, args.picture)
 
 
 def _trade(known: Sequence[Checkpoint], found: Found) -> None:
@@ -91,7 +91,7 @@ def _trade(known: Sequence[Checkpoint], found: Found) -> None:
     print()
 
 
-def _plot(known: Sequence[Checkpoint], found: Found, path: Path) -> None:
+def _plot(known: Sequence[Checkpoint], found: Found, strategies: Sequence[str], path: Path) -> None:
     figure, axes = panels(3, 5.0)
     lines = dict(zip([c.name for c in known], (":", "--", "-")[-len(known) :], strict=True))
     for color, name in zip(COLORS, WAYS, strict=False):
@@ -105,7 +105,7 @@ def _plot(known: Sequence[Checkpoint], found: Found, path: Path) -> None:
     axes[0].legend(handles=handles, frameon=False, fontsize=8)
     axes[0].set_title("checkpoints, with fitted sigmoids")
     most = found[known[-1].name]
-    for color, strategy in zip(COLORS, STRATEGIES, strict=False):
+    for color, strategy in zip(COLORS, strategies, strict=False):
         error_bars(axes[1], BUDGETS, searching.curve(most, f"{strategy}, prm"), strategy, color)
     axes[1].set_title(f"strategies with the PRM, {known[-1].name}")
     for color, value in zip(COLORS, (*VALUES, "prm"), strict=False):
