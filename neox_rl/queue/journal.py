@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Final, TextIO
 
 from neox_rl.errors import ConfigError, JournalError
-from neox_rl.queue.records import Damage, Record, parts_of, payload_of, scan, to_bytes
+from neox_rl.queue.records import HEAD_BYTES, Damage, Record, first_unchecked, parts_of, payload_of, scan, to_bytes
 
 FORMAT: Final = 3
 SUFFIX: Final = ".journal"
@@ -79,12 +79,12 @@ def read_journal(directory: Path) -> Reading:
     damage: list[Damage] = []
     kept: list[int] = []
     for path in (directory / LEDGER, *segments(directory)):
-        for item in scan(path.name, path.read_bytes()) if path.is_file() else ():
+        data = path.read_bytes() if path.is_file() else b""
+        _check_format(path, data)
+        for item in scan(path.name, data):
             if isinstance(item, Damage):
                 damage.append(item)
                 continue
-            if item.kind == "segment":
-                _check_format(path, item)
             found[item.seq] = item  # a crash while a segment was given up leaves its short records in both files
             if path.name != LEDGER:
                 kept.append(item.seq)
@@ -92,7 +92,11 @@ def read_journal(directory: Path) -> Reading:
     return Reading(tuple(found[seq] for seq in sorted(found)), tuple(damage), lost)
 
 
-def _check_format(path: Path, record: Record) -> None:
+def _check_format(path: Path, data: bytes) -> None:
+    """By the first record's words: another release may sum otherwise, and all of its file would be damage here, and be cut off."""
+    record = first_unchecked(data)
+    if record is None or record.kind != "segment" or data.startswith(to_bytes(path.name, record.seq, _first())[:HEAD_BYTES]):
+        return  # a head as this release writes it: other words below it are damage
     if record.meta.get("format") != FORMAT:
         raise ConfigError(
             f"{path} has journal format {record.meta.get('format')!r}, this release reads {FORMAT}: continue the run with the release that "

@@ -95,14 +95,31 @@ def scan(segment: str, data: bytes | memoryview) -> Iterator[Record | Damage]:
         yield Damage(segment, lost, len(raw), torn=True)
 
 
-def _record_at(segment: str, view: memoryview, at: int) -> tuple[Record, int] | None:
-    start = at + HEAD_BYTES
-    if start > len(view):
+def first_unchecked(data: bytes | memoryview) -> Record | None:
+    """The record at the beginning, if its head is whole, whatever its checksum says: a release that sums otherwise is told by its words."""
+    view = memoryview(data)
+    if (head := _head_at(view, 0)) is None:
+        return None
+    length, seq, _ = head
+    return _parse(seq, view[HEAD_BYTES : HEAD_BYTES + length])
+
+
+def _head_at(view: memoryview, at: int) -> tuple[int, int, bytes] | None:
+    """Length of the payload, sequence number, checksum."""
+    if at + HEAD_BYTES > len(view):
         return None
     magic, length, seq, checksum = _HEAD.unpack_from(view, at)
     # The head has a check of its own: a false one would have the whole rest of the file hashed, for each place that looks like one.
     if magic != MAGIC or _CRC.unpack_from(view, at + _HEAD.size)[0] != zlib.crc32(view[at : at + _HEAD.size]):
         return None
+    return length, seq, checksum
+
+
+def _record_at(segment: str, view: memoryview, at: int) -> tuple[Record, int] | None:
+    if (head := _head_at(view, at)) is None:
+        return None
+    length, seq, checksum = head
+    start = at + HEAD_BYTES
     end = start + length
     if length > MAX_PAYLOAD_BYTES or end > len(view) or _checksum(segment, seq, view[start:end]) != checksum:
         return None

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from neox_rl.errors import ConfigError, JournalError
 from neox_rl.queue import journal as journal_file
+from neox_rl.queue import records as records_file
 from neox_rl.queue.journal import FORMAT, LEDGER, Journal, Reading, open_journal, read_journal, segments
 from neox_rl.queue.records import Damage, Record, payload_of, scan, to_bytes
 
@@ -23,6 +24,7 @@ PAYLOADS = [payload_of("group", {"ticket": i}, bytes([i, 0, 255, 7]) * i) for i 
 WHOLE = [to_bytes(NAME, 10 + i, payload) for i, payload in enumerate(PAYLOADS)]
 DATA = b"".join(WHOLE)
 ENDS = [sum(map(len, WHOLE[: i + 1])) for i in range(len(WHOLE))]
+ANOTHER = [payload_of("segment", {"format": 2}), *PAYLOADS]
 RECORDS = [item for item in scan(NAME, DATA) if isinstance(item, Record)]
 
 
@@ -186,6 +188,18 @@ def test_another_release_is_a_clear_error(tmp_path: Path) -> None:
     segment.write_bytes(to_bytes(segment.name, 1, payload_of("segment", {"format": FORMAT + 1})))
     with pytest.raises(ConfigError, match=rf"journal format {FORMAT + 1}, this release reads {FORMAT}.*move .* away"):
         read_journal(tmp_path)
+
+
+def test_a_release_with_another_checksum_is_that_error_and_its_journal_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(records_file, "_checksum", lambda segment, seq, payload: b"otherwis")
+        whole = b"".join(to_bytes("000000000001.journal", seq, payload) for seq, payload in enumerate(ANOTHER, 1))
+    for name in ("000000000001.journal", LEDGER):
+        (tmp_path / name).write_bytes(whole)
+        with pytest.raises(ConfigError, match=rf"{name} has journal format 2, this release reads {FORMAT}"):
+            open_journal(tmp_path, 0.01, 1.0)
+        assert (tmp_path / name).read_bytes() == whole
+        (tmp_path / name).unlink()
 
 
 def test_two_orchestrators_cannot_write_one_journal(tmp_path: Path) -> None:
