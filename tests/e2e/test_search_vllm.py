@@ -106,7 +106,7 @@ def test_a_served_language_model_is_asked_for_single_tokens_and_is_the_value_of_
     async def ask() -> tuple[list[tuple[float, ...]], list[Completion]]:
         async with CompletionsGenerator(served.address) as generator:
             prompts = [(5, 6, 7), (9, 8, 7, 6)]
-            tops = await generator.next_token(prompts, range(SymbolicTokenizer(MAX_VALUE).vocab_size))
+            tops = await generator.next_token(prompts, range(SymbolicTokenizer(vocabulary(MAX_VALUE)).vocab_size))
             return tops, [(await generator.sample(p, SamplingParams(1, temperature=0.0), 1, "one"))[0] for p in prompts]
 
     tops, greedy = asyncio.run(ask())

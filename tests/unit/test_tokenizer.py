@@ -72,7 +72,7 @@ def test_load_tokenizer_takes_its_size_from_the_problems() -> None:
 
 
 def test_tokenizers_that_cannot_work_are_refused(tmp_path: Path, directory: Path) -> None:
-    with pytest.raises(ConfigError, match="symbolic tokenizer has words for arithmetic"):
+    with pytest.raises(ConfigError, match="symbolic tokenizer has words for the games only"):
         load_tokenizer(TokenizerConfig(), ProblemsConfig(source="jsonl"))
     with pytest.raises(ConfigError, match=r"no tokenizer\.json"):
         load_tokenizer(TokenizerConfig(path=str(tmp_path)), ProblemsConfig())

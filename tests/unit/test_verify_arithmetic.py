@@ -167,7 +167,7 @@ def test_the_verifier_of_arithmetic_runs_in_this_process() -> None:
     verdict = verifier.check_sync(_problem("game24", numbers=[4, 6, 7, 7]), "4*6*7/7")
     assert verdict.correct and verdict.extracted == "4*6*7/7" and verdict.ms < 100
     assert verifier.counts == {Reason.MATCH: 1}
-    with pytest.raises(ConfigError, match="known tasks: countdown, game24, math"):
+    with pytest.raises(ConfigError, match="known tasks: countdown, game24, goal_finding, math"):
         make_verifier(VerifyConfig(), "chess")
 
 
