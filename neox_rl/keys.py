@@ -74,7 +74,10 @@ class Keys:
         names = {f.name for f in fields(cls)} - {"path"}
         texts = isinstance(written, dict) and all(isinstance(value, str) for value in written.values())
         if not texts or written.keys() not in (names, names - _OF_THE_RUN):
-            raise ConfigError(f"{path}: is no key file: it needs {sorted(names)}; copy it again from runs/<name>/keys/")
+            raise ConfigError(
+                f"{path}: is no key file: it needs {sorted(names)}; copy it again from runs/<name>/keys/, or, where an earlier release made"
+                " that folder, remove it: the run makes new keys, and who joins needs its new client.json"
+            )
         for whose in ("client", "server", "trainer")[: 3 if written.keys() >= _OF_THE_RUN else 2]:
             _check_pair(path, whose, written[f"{whose}_public"], written.get(f"{whose}_secret"))
         return cls(path, **written)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from neox_rl.config.derived import num_episodes, num_parameters, staleness_bound, symbolic_words
+from neox_rl.config.derived import num_episodes, num_parameters, staleness_bound, symbolic_words, warmstart_skipped
 from neox_rl.config.dump import dump
 from neox_rl.config.load import parse
 from neox_rl.config.machine import Machine
@@ -91,7 +91,7 @@ def describe(config: RunConfig, machine: Machine, script: str) -> str:
     m, s, n = config.metarl, config.metarl.staleness, config.neox
     lines = [f"run        {m.runs_dir}/{m.name}, mode {m.debug.mode}", f"model      {_model(config)}"]
     lines.append(f"machine    {len(machine.cores)} cores, {machine.memory_gib:.0f} GiB, {machine.num_gpus} GPUs")
-    steps = [f"{m.warmstart.steps} warm start steps"] * bool(m.warmstart.steps and not (n.load or m.warmstart.hf_checkpoint))
+    steps = [f"{m.warmstart.steps} warm start steps"] * bool(m.warmstart.steps and not warmstart_skipped(config))
     steps.append(f"{n.train_iters} RL steps of {m.rollout.groups_per_step} groups x {m.rollout.group_size} rollouts")
     lines.append(f"training   {', then '.join(steps)}")
     bound = staleness_bound(config)

@@ -52,7 +52,12 @@ class SearchGroups:
 
         Raises ServerFailedError where a search could not take a single step.
         """
-        found = await asyncio.gather(*(self._rollout(problem, ticket, index) for index in range(size)))
+        searches = [asyncio.ensure_future(self._rollout(problem, ticket, index)) for index in range(size)]
+        try:
+            found = await asyncio.gather(*searches)
+        finally:
+            for search in searches:
+                search.cancel()  # one that failed has the ticket made again: the others would go on asking for nobody
         traces = [trace for _, some in found for trace in some]
         shown = sum(len(s.ids) for trace in traces for s in trace.segments if s.version != NO_VERSION)
         paid = sum(tree.num_tokens for tree, _ in found)
