@@ -54,6 +54,16 @@ def discounts_are_shares(config: RunConfig, machine: Machine) -> Iterator[str]:
         )
 
 
+def discounts_shrink_no_cost(config: RunConfig, machine: Machine) -> Iterator[str]:
+    """gamma^|Z| r with r < 0 grows with every token: padding after a mistake would pay."""
+    m = config.metarl
+    if m.rollout.method == "episodes" and m.reward.wrong_step_cost > 0 and any(gamma < 1 for gamma in m.episodes.gammas):
+        yield (
+            f"metarl.reward.wrong_step_cost = {m.reward.wrong_step_cost}: a discount in metarl.episodes.gammas = {list(m.episodes.gammas)}"
+            " would shrink that cost with every further token; set wrong_step_cost: 0, or gammas: [1.0]"
+        )
+
+
 def tools_can_be_called(config: RunConfig, machine: Machine) -> Iterator[str]:
     m = config.metarl
     if m.episodes.tool == "none" or m.rollout.method != "episodes":
@@ -88,4 +98,11 @@ def goals_have_demonstrations(config: RunConfig, machine: Machine) -> Iterator[s
         )
 
 
-EPISODE_RULES = (episodes_fit, discounts_are_shares, tools_can_be_called, credits_need_tokens, goals_have_demonstrations)
+EPISODE_RULES = (
+    episodes_fit,
+    discounts_are_shares,
+    discounts_shrink_no_cost,
+    tools_can_be_called,
+    credits_need_tokens,
+    goals_have_demonstrations,
+)

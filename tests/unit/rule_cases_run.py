@@ -124,6 +124,12 @@ RUN_CASES = (
         "seq_length=30",
     ),
     Case("discounts_are_shares", "metarl.episodes.gammas=[0.9,1.5]", "must be 1 to 3 different numbers", "metarl.episodes.gammas=[0.9,1]"),
+    Case(
+        "discounts_shrink_no_cost",
+        "metarl.rollout.method=episodes metarl.reward.wrong_step_cost=0.2 metarl.episodes.gammas=[0.9,1]",
+        "would shrink that cost",
+        "metarl.rollout.method=episodes metarl.reward.wrong_step_cost=0 metarl.episodes.gammas=[0.9,1]",
+    ),
     Case("discounts_are_shares", "metarl.episodes.gammas=[]", "must be 1 to 3 different numbers", "metarl.episodes.gammas=1.0"),
     Case(
         "tools_can_be_called",
