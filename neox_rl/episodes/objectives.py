@@ -55,8 +55,8 @@ def total(rewards: Sequence[float], objective: Objective) -> float:
 def credits(rewards: Sequence[float], objective: Objective) -> tuple[float, ...]:
     """What the tokens of each episode could still bring about: one number an episode, the first that of ``total``.
 
-    ``sum``: the rewards from there on. ``final``: the last reward. ``any``: how far the best from there on exceeds the best before (the
-    first: exceeds 0). ``first``: nothing after the first.
+    ``sum``: the rewards from there on. ``final``: the last reward. ``any``: how far the best from there on exceeds the best before.
+    ``first``: nothing after the first.
     """
     match objective:
         case Objective.SUM:
@@ -64,8 +64,8 @@ def credits(rewards: Sequence[float], objective: Objective) -> tuple[float, ...]
         case Objective.FINAL:
             return (rewards[-1],) * len(rewards) if rewards else ()
         case Objective.ANY:
-            before = [0.0, *itertools.accumulate(rewards, max)]
-            return tuple(max(0.0, max(rewards[i:]) - before[i]) for i in range(len(rewards)))
+            before = list(itertools.accumulate(rewards, max))
+            return tuple(max(0.0, max(rewards[i:]) - before[i - 1]) if i else max(rewards) for i in range(len(rewards)))
         case Objective.FIRST:
             return tuple(r if i == 0 else 0.0 for i, r in enumerate(rewards))
 

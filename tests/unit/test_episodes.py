@@ -42,7 +42,7 @@ def test_each_objective_by_hand(objective: Objective, worth: float, credited: tu
     assert total(REWARDS, objective) == worth and credits(REWARDS, objective) == credited
 
 
-@given(st.lists(st.floats(0, 10), max_size=8), st.sampled_from(list(Objective)))
+@given(st.lists(st.floats(-10, 10), max_size=8), st.sampled_from(list(Objective)))
 def test_the_first_episode_is_credited_with_everything(rewards: list[float], objective: Objective) -> None:
     found = credits(rewards, objective)
     assert len(found) == len(rewards)
