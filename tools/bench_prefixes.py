@@ -7,16 +7,13 @@ trees over the Game of 24, a trace for each path to a leaf, every step trained o
 from __future__ import annotations
 
 import asyncio
-import os
 import random
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 from bench_train_step import MODELS, Contender, as_rollout, contest
-from benching import CONFIG, at_most, describe_machine, parser, ratio, table
+from benching import CONFIG, at_most, be_one_rank, describe_machine, parser, ratio, table
 
 from neox_rl.batch.pack import pack_rl
 from neox_rl.batch.packing import Layout
@@ -121,11 +118,7 @@ def compare(what: str, engine: Engine, config: RunConfig, groups: Sequence[Group
 
 def main() -> int:
     args = parser(__doc__).parse_args()
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    torch.set_num_threads(1)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    be_one_rank()
     describe_machine("torch", "megatron-core")
     repeats = 1 if args.quick else 11
     for name, settings in list(MODELS.items())[: 1 if args.quick else None]:

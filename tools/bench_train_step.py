@@ -7,9 +7,7 @@ the micro-batch, as most trainers do. Tokens are real ones: padding is not count
 
 from __future__ import annotations
 
-import os
 import random
-import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +17,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 import torch.nn.functional as F
-from benching import CONFIG, describe_machine, parser, percent, ratio, table
+from benching import CONFIG, be_one_rank, describe_machine, parser, percent, ratio, table
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -176,11 +174,7 @@ def padded_slots(batch: MicroBatch) -> int:
 
 def main() -> int:
     args = parser(__doc__).parse_args()
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    torch.set_num_threads(1)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    be_one_rank()
     describe_machine("torch", "transformers", "megatron-core")
     some = 1 if args.quick else None
     for name, settings in list(MODELS.items())[:some]:

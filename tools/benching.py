@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -37,6 +38,15 @@ NO_EVALUATION = (
 )
 NO_CHECKPOINT = "checkpoint_factor=0"
 START_S = 240.0
+
+
+def be_one_rank() -> None:
+    """This process is all ranks of its engine: one core, one thread, a free port to meet at."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
