@@ -16,7 +16,7 @@ STAGES = ("problems", "verify", "search", "episodes", "rollout", "queue", "batch
 # Parts of one floor may import one another, except the stages and megatron_patches, which stand alone.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("types", "config", "framing", "metacot", "arithmetic", "codec", "guard", "guardian", "ages", "keys", "build_locks"),
+    ("types", "config", "framing", "metacot", "arithmetic", "codec", "guard", "guardian", "ages", "keys", "sockets", "build_locks"),
     ("ports", "telemetry"),
     (*STAGES, "megatron_patches"),
     ("engines",),
@@ -34,7 +34,7 @@ THIRD_PARTIES: dict[str, tuple[str, ...]] = {
     "megatron": ENGINES,
     "deepspeed": ENGINES,
     "vllm": VLLM,
-    "zmq": ("neox_rl/*wire*.py", "neox_rl/keys.py", "neox_rl/weights/*"),
+    "zmq": ("neox_rl/*wire*.py", "neox_rl/sockets.py", "neox_rl/keys.py", "neox_rl/weights/*"),
     "torch": TORCH,
 }
 PACKAGES = ("neox_rl", "megatron_patches")

@@ -42,6 +42,7 @@ from neox_rl.errors import JournalError, NeoxRLError, WireError
 from neox_rl.framing import MAX_HEADER_BYTES, Array, Frame, pack
 from neox_rl.keys import Keys
 from neox_rl.queue.wire_messages import ATTEMPT, ONE_WAY, Message, Phase, finite, parse_request
+from neox_rl.sockets import bind_tcp
 from neox_rl.types import Json
 
 __all__ = ("Delivery", "ExperienceHandler", "ExperienceServer", "Phase")
@@ -104,11 +105,10 @@ class ExperienceServer:
         if keys is not None:
             keys.apply_server(self._socket, "trainer")
         try:
-            self._socket.bind(f"tcp://{bind_host}:{port or '*'}")
+            self.port = bind_tcp(self._socket, bind_host, port)
         except zmq.ZMQError as error:
             self._socket.close(linger=0)
             raise NeoxRLError(f"cannot bind the experience socket to {bind_host}:{port}: {error}; set network.experience_port") from error
-        self.port = int(self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
         self.malformed = self.strangers = self.duplicates = self.out_of_order = 0
         self._heartbeat_s = heartbeat_s
         self._beat_at = 0.0

@@ -27,6 +27,7 @@ import zmq.asyncio
 from neox_rl.errors import NeoxRLError, WireError
 from neox_rl.framing import Frame, pack, unpack_any
 from neox_rl.keys import Keys
+from neox_rl.sockets import bind_tcp
 from neox_rl.types import Json
 
 JOIN, BEAT, LEAVE = "join", "beat", "leave"
@@ -122,11 +123,10 @@ class JoinSocket:
         try:
             if keys is not None:
                 keys.apply_server(self._socket)
-            self._socket.bind(f"tcp://{bind_host}:{port or '*'}")
+            self.port = bind_tcp(self._socket, bind_host, port)
         except zmq.ZMQError as error:
             self._socket.close(linger=0)
             raise NeoxRLError(f"cannot bind the join socket to {bind_host}:{port}: {error}; set network.join_port") from error
-        self.port = int(self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
 
     async def receive(self, timeout_s: float) -> tuple[bytes, list[bytes]] | None:
         """``(peer, frames)``; None when nothing came in time."""

@@ -18,6 +18,7 @@ import zmq
 from neox_rl.errors import WireError
 from neox_rl.framing import Frame
 from neox_rl.keys import Keys
+from neox_rl.sockets import bind_tcp
 from neox_rl.weights.snapshot import Snapshot
 from neox_rl.weights.wire import FETCH, FORGET_S, MAX_CONTROL_BYTES, OFFERED, STAGED, WATCH, control, prepare, read_control
 
@@ -50,12 +51,10 @@ class Publisher:
         if keys is not None:
             keys.apply_server(self._router)
         try:
-            self._router.bind(f"tcp://{bind_host}:{port or '*'}")
+            self.address = f"tcp://{bind_host}:{bind_tcp(self._router, bind_host, port)}"
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
             raise WireError(f"cannot bind the weight publisher to {bind_host}:{port}: {error}; set network.weights_port") from error
-        port = int(self._router.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
-        self.address = f"tcp://{bind_host}:{port}"
         self.malformed = 0
         self._lock = threading.Lock()
         self._died: Exception | None = None

@@ -13,11 +13,12 @@ import pytest
 from neox_rl.errors import JournalError, NeoxRLError
 from neox_rl.framing import pack
 from neox_rl.queue.wire_messages import Phase, parse_answer
-from tests.unit.wire_peers import Recorder, connected, free_port, make_group, raw_peer, serving
+from neox_rl.run.endpoints import free_port
+from tests.unit.wire_peers import Recorder, connected, make_group, raw_peer, serving
 
 
 def test_an_orchestrator_without_a_journal_refuses_a_run_it_does_not_know() -> None:
-    port = free_port()
+    port = free_port("127.0.0.1")
     with serving(Recorder(), port) as first, connected(f"tcp://127.0.0.1:{port}") as client:
         first.stop()
         with serving(Recorder(), port), pytest.raises(NeoxRLError, match="was restarted and knows no session"):
@@ -26,7 +27,7 @@ def test_an_orchestrator_without_a_journal_refuses_a_run_it_does_not_know() -> N
 
 def test_a_successor_goes_on_in_the_session_and_nothing_is_handled_twice() -> None:
     """The first dies with a request in progress: its successor knows what was durable, and is told the rest."""
-    port, first_calls, second_calls = free_port(), Recorder(delay_s=30), Recorder()
+    port, first_calls, second_calls = free_port("127.0.0.1"), Recorder(delay_s=30), Recorder()
     with serving(first_calls, port) as first, connected(f"tcp://127.0.0.1:{port}") as client:
         client.report(Phase.SFT, 1, {"loss": 1.0})
         client.published(0, "d0")
@@ -41,7 +42,7 @@ def test_a_successor_goes_on_in_the_session_and_nothing_is_handled_twice() -> No
 
 
 def test_a_successor_answers_a_repeated_request_again() -> None:
-    port, calls = free_port(), Recorder()
+    port, calls = free_port("127.0.0.1"), Recorder()
     with serving(Recorder(delay_s=30), port) as first, connected(f"tcp://127.0.0.1:{port}") as client, ThreadPoolExecutor(1) as pool:
         batch = pool.submit(client.next_groups, Phase.RL, 1)
         time.sleep(0.3)
@@ -51,7 +52,7 @@ def test_a_successor_answers_a_repeated_request_again() -> None:
 
 
 def test_a_successor_whose_journal_lost_what_the_trainer_cannot_repeat_says_so() -> None:
-    port = free_port()
+    port = free_port("127.0.0.1")
     with serving(Recorder(), port) as first, connected(f"tcp://127.0.0.1:{port}") as client:
         client.next_groups(Phase.RL, 1)
         first.stop()

@@ -16,9 +16,10 @@ from neox_rl.errors import DeadlineError, NeoxRLError, StalenessError
 from neox_rl.framing import Frame, pack, unpack_any
 from neox_rl.queue.wire import Delivery, Phase
 from neox_rl.queue.wire_client import ExperienceClient
+from neox_rl.run.endpoints import free_port
 from neox_rl.types import Json
 from tests.unit.wire_headers import kind_of
-from tests.unit.wire_peers import Gated, Recorder, connected, free_port, make_group, raw_peer, serving
+from tests.unit.wire_peers import Gated, Recorder, connected, make_group, raw_peer, serving
 
 
 def test_a_run_is_handled_in_the_order_it_was_sent() -> None:
@@ -59,7 +60,7 @@ def test_a_stop_leaves_the_state_for_the_checkpoint_as_it_was() -> None:
 
 
 def test_a_late_orchestrator_is_waited_for() -> None:
-    port, handler = free_port(), Recorder()
+    port, handler = free_port("127.0.0.1"), Recorder()
     with ThreadPoolExecutor(1) as pool, connected(f"tcp://127.0.0.1:{port}", greet=False) as client:
         greeting = pool.submit(client.hello, 2)
         time.sleep(0.7)
@@ -69,7 +70,7 @@ def test_a_late_orchestrator_is_waited_for() -> None:
 
 
 def test_no_orchestrator_is_a_deadline_naming_the_address() -> None:
-    port = free_port()
+    port = free_port("127.0.0.1")
     with (
         connected(f"tcp://127.0.0.1:{port}", deadline_s=0.3, greet=False) as client,
         pytest.raises(DeadlineError, match=rf"the orchestrator to answer on tcp://127.0.0.1:{port}.*see the orchestrator's log"),
