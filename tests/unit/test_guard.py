@@ -61,7 +61,7 @@ def alive(numbers: list[int]) -> list[int]:
     return found
 
 
-def wait_for(condition: object, deadline_s: float = 10.0) -> None:
+def wait_for(condition: object, deadline_s: float = 30.0) -> None:
     assert callable(condition)
     end = time.monotonic() + deadline_s
     while not condition():
@@ -137,7 +137,7 @@ from neox_rl.guard import guarded_popen
 process = guarded_popen({python(FAMILY.format(setup=STUBBORN))!r}, os.environ, pathlib.Path({str(log)!r}), grace_s=0.2)
 child = os.fork() if {forked} else 0
 if not child and {forked}:
-    time.sleep(8)
+    time.sleep(40)
     os._exit(0)
 print(process.pid, flush=True)
 time.sleep(60)
@@ -149,7 +149,7 @@ time.sleep(60)
     launcher.kill()
     launcher.wait()
     launcher.stdout.close()
-    wait_for(lambda: not alive(members), 6.0)
+    wait_for(lambda: not alive(members), 20.0)
 
 
 def test_dropping_the_last_reference_ends_the_program(log: Path) -> None:

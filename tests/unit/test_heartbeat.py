@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from neox_rl.telemetry.events import EventLog
-from neox_rl.telemetry.heartbeat import Heartbeat, forget_beats, interval_s, read_beats
+from neox_rl.telemetry.heartbeat import Beat, Heartbeat, forget_beats, interval_s, read_beats
 
 
 @pytest.fixture
@@ -21,14 +21,24 @@ def events(tmp_path: Path) -> Iterator[EventLog]:
     log.close()
 
 
+def beat_after(folder: Path, number: int) -> Beat:
+    """The first of trainer-0 that is found with a higher number; within half a minute."""
+    for _ in range(1500):
+        beat = read_beats(folder, "trainer-").get("trainer-0")
+        if beat is not None and beat.number > number:
+            return beat
+        time.sleep(0.02)
+    raise AssertionError(f"no beat after {number}")
+
+
 def test_a_beat_says_who_and_at_what_and_the_thread_goes_on_while_the_main_thread_waits(tmp_path: Path, events: EventLog) -> None:
     (tmp_path / "beats").mkdir()
     heartbeat = Heartbeat(tmp_path / "beats", "trainer-0", events, 0.02).start()
     with events.span("train_step", phase="rl", step=3), events.span("publish", version=4):
-        time.sleep(0.3)
-        first = read_beats(tmp_path / "beats", "trainer-")["trainer-0"]
-        time.sleep(0.3)
-        second = read_beats(tmp_path / "beats", "trainer-")["trainer-0"]
+        first = beat_after(tmp_path / "beats", 0)
+        while first.doing != "publish version 4":
+            first = beat_after(tmp_path / "beats", first.number)
+        second = beat_after(tmp_path / "beats", first.number)
     heartbeat.stop()
     assert (first.pid, first.doing) == (os.getpid(), "publish version 4") and second.number > first.number
     assert events.doing == "" and read_beats(tmp_path / "beats", "orchestrator") == {}
@@ -37,7 +47,9 @@ def test_a_beat_says_who_and_at_what_and_the_thread_goes_on_while_the_main_threa
 def test_a_beat_of_the_event_loop_stops_with_it(tmp_path: Path, events: EventLog) -> None:
     async def story() -> tuple[int, int]:
         beating = asyncio.ensure_future(Heartbeat(tmp_path, "orchestrator", events, 0.01).forever())
-        await asyncio.sleep(0.2)
+        async with asyncio.timeout(30.0):
+            while not (beats := read_beats(tmp_path, "orchestrator")) or beats["orchestrator"].number < 2:
+                await asyncio.sleep(0.02)
         alive = read_beats(tmp_path, "orchestrator")["orchestrator"].number
         time.sleep(0.3)  # what holds the loop is what must be found
         stuck = read_beats(tmp_path, "orchestrator")["orchestrator"].number

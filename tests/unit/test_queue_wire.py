@@ -34,7 +34,7 @@ def test_a_run_is_handled_in_the_order_it_was_sent() -> None:
         assert client.state == {"after": 1}
         client.report(Phase.RL, 1, {"loss": 0.5})
         client.done("all steps are trained")
-        assert running.result.result(timeout=10) == "all steps are trained"
+        assert running.result.result(timeout=60) == "all steps are trained"
     assert handler.calls == [
         ("hello", 2, {"cursor": 4}),
         ("next", "sft", 1),
@@ -65,7 +65,7 @@ def test_a_late_orchestrator_is_waited_for() -> None:
         greeting = pool.submit(client.hello, 2)
         time.sleep(0.7)
         with serving(handler, port):
-            greeting.result(timeout=10)
+            greeting.result(timeout=60)
     assert handler.calls == [("hello", 2, {})]
 
 
@@ -127,7 +127,7 @@ def test_messages_lost_with_a_connection_arrive_once_and_in_order() -> None:
             client.published(step, f"d{step}")
         healed.set()  # nobody can repeat the very last answer: the orchestrator has ended
         client.done("end")
-        assert running.result.result(timeout=10) == "end"
+        assert running.result.result(timeout=60) == "end"
         assert running.server.out_of_order > 0
     expected = [call for s in range(1, 6) for call in (("next", "rl", s), ("report", "rl", s, {}), ("published", s))]
     assert handler.calls == [("hello", 2, {}), *expected, ("done", "end")]
@@ -192,7 +192,7 @@ def test_a_failure_of_the_orchestrator_reaches_both_sides() -> None:
     with serving(Recorder(failure=StalenessError("step 1 was taken"))) as running, connected(running.address) as client:
         with pytest.raises(NeoxRLError, match="waited for the batch of rl step 1: StalenessError: step 1 was taken"):
             client.next_groups(Phase.RL, 1)
-        assert isinstance(running.result.exception(timeout=10), StalenessError)
+        assert isinstance(running.result.exception(timeout=60), StalenessError)
 
 
 def test_the_last_answer_arrives_though_the_orchestrator_ends_at_once() -> None:

@@ -27,6 +27,9 @@ from neox_rl.telemetry.paths import RunPaths
 from neox_rl.telemetry.status import ProcessState, Status, read_processes, write_status
 from tests.unit.small_run import small_config, small_paths
 
+AT_ONCE_S = 15.0
+"""Before the deadlines of 20 s that a run sets for an end in good order: room for a loaded machine."""
+
 FOREVER = "import time; time.sleep(60)"
 DEAF = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); print('ready', flush=True); " + FOREVER
 POLITE = "import signal, sys, time; signal.signal(signal.SIGINT, lambda *_: sys.exit(0)); print('ready', flush=True); time.sleep(60)"
@@ -61,7 +64,7 @@ def later(supervisor: Supervisor, seconds: float = 0.0, count: int = 1) -> None:
     """Ctrl-C once the orchestrator has said that it is ready, or after some seconds."""
 
     def press() -> None:
-        log, end = supervisor.paths.log(ORCHESTRATOR), time.monotonic() + (seconds or 10.0)
+        log, end = supervisor.paths.log(ORCHESTRATOR), time.monotonic() + (seconds or 60.0)
         while time.monotonic() < end and (seconds or not log.exists() or "ready" not in log.read_text()):
             time.sleep(0.05)
         for _ in range(count):
@@ -92,7 +95,7 @@ def test_a_process_killed_once_too_often_ends_the_run_at_once_under_its_name_and
     begin = time.monotonic()
     with pytest.raises(ProcessDiedError, match=rf"^{victim} was killed by {how}; log .*{victim}\.log, which ends:\n  my last word$"):
         supervisor.run([program(supervisor, name, code) for name, code in parts.items()])
-    assert time.monotonic() - begin < 8.0 and no_process_is_left(supervisor)
+    assert time.monotonic() - begin < AT_ONCE_S and no_process_is_left(supervisor)
 
 
 def test_a_server_that_ends_with_status_0_has_died_too(supervisor: Supervisor) -> None:
@@ -118,7 +121,7 @@ def test_a_second_ctrl_c_ends_it_at_once(supervisor: Supervisor, monkeypatch: py
     later(supervisor, count=2)
     begin = time.monotonic()
     assert run(supervisor, orchestrator=stubborn + "print('ready', flush=True); " + FOREVER, trainer=stubborn + FOREVER) is False
-    assert time.monotonic() - begin < 8.0 and no_process_is_left(supervisor)
+    assert time.monotonic() - begin < AT_ONCE_S and no_process_is_left(supervisor)
 
 
 def test_ctrl_c_before_the_ranks_are_up_waits_for_nothing(supervisor: Supervisor) -> None:
@@ -126,7 +129,7 @@ def test_ctrl_c_before_the_ranks_are_up_waits_for_nothing(supervisor: Supervisor
     later(supervisor, seconds=0.3)
     begin = time.monotonic()
     assert run(supervisor, orchestrator=FOREVER, trainer=FOREVER) is False
-    assert time.monotonic() - begin < 5.0 and no_process_is_left(supervisor)
+    assert time.monotonic() - begin < AT_ONCE_S and no_process_is_left(supervisor)
 
 
 def test_ctrl_c_that_came_too_late_stopped_nothing(supervisor: Supervisor) -> None:
@@ -200,6 +203,12 @@ def last_word(paths: RunPaths, after_s: float) -> str:
     return f"import time; time.sleep({after_s}); open({path!r}, 'w').write({row!r})"
 
 
+def until_said(paths: RunPaths, *also: str) -> str:
+    """Ranks that end once the orchestrator has said its last word and the conditions ``also`` hold; after a minute in any case."""
+    conditions = " and ".join((f"'report' in open({str(paths.status)!r}).read()", *also))
+    return f"import os, time; any(({conditions}) or time.sleep(0.1) for _ in range(600))"
+
+
 DIE = "import time; time.sleep(0.3); os.kill(os.getpid(), 9)"
 
 
@@ -213,9 +222,13 @@ def test_a_server_and_an_orchestrator_that_were_killed_come_back_and_the_ranks_n
     supervisor: Supervisor, capsys: pytest.CaptureFixture[str]
 ) -> None:
     supervisor = healing(supervisor)
-    server = once(supervisor.paths, "server", DIE, FOREVER)
+    back = str(supervisor.paths.root / "server-is-back")
+    server = once(supervisor.paths, "server", DIE, f"open({back!r}, 'w').close(); {FOREVER}")
     orchestrator = once(supervisor.paths, "orchestrator", DIE, last_word(supervisor.paths, 0.5))
-    assert run(supervisor, server0=server, orchestrator=orchestrator, trainer="import time; time.sleep(4.0)") is True
+    assert (
+        run(supervisor, server0=server, orchestrator=orchestrator, trainer=until_said(supervisor.paths, f"os.path.exists({back!r})"))
+        is True
+    )
     assert sorted(faults(supervisor)) == [(what, who) for what in ("died", "restarted") for who in ("orchestrator", "server-0")]
     said = capsys.readouterr().err
     for name in ("server-0", ORCHESTRATOR):
@@ -238,7 +251,7 @@ def test_a_lost_rank_takes_the_orchestrator_along_and_both_start_again_while_the
     paths = supervisor.paths
     (paths.checkpoints / "step000001").mkdir()
     said = f"import json, sys; open({str(paths.root / 'said')!r}, 'w').write(json.dumps([sys.argv[1:], os.environ[{ATTEMPT!r}]]))"
-    trainer = program(supervisor, RANKS, once(paths, "trainer", DIE, f"{said}; import time; time.sleep(3.0)"))
+    trainer = program(supervisor, RANKS, once(paths, "trainer", DIE, f"{said}; {until_said(paths)}; time.sleep(2.0)"))
     orchestrator = program(supervisor, ORCHESTRATOR, once(paths, "orchestrator", FOREVER, last_word(paths, 0.4)))
     assert supervisor.run([program(supervisor, "server-0", FOREVER), orchestrator, trainer]) is True
     assert faults(supervisor) == [("died", RANKS), ("restarted", RANKS)]
@@ -251,7 +264,15 @@ def test_a_server_is_started_again_when_the_orchestrator_asks_for_it(supervisor:
     supervisor = healing(supervisor)
     request = str(supervisor.paths.restart / "server-0")
     asks = f"import time; time.sleep(0.5); open({request!r}, 'w').write('answers nothing'); " + last_word(supervisor.paths, 1.5)
-    assert run(supervisor, server0=FOREVER, orchestrator=asks, trainer="import time; time.sleep(3.0)") is True
+    assert (
+        run(
+            supervisor,
+            server0=FOREVER,
+            orchestrator=asks,
+            trainer=until_said(supervisor.paths, f"not os.listdir({str(supervisor.paths.restart)!r})"),
+        )
+        is True
+    )
     assert "server-0 was to be started again: answers nothing; log " in capsys.readouterr().err
     assert not list(supervisor.paths.restart.iterdir())
 
@@ -291,7 +312,7 @@ def test_a_silent_orchestrator_is_started_again(supervisor: Supervisor) -> None:
     supervisor = healing(supervisor)
     stopped = beating(supervisor, ORCHESTRATOR, "os.kill(os.getpid(), 19)")
     orchestrator = once(supervisor.paths, "orchestrator", stopped, last_word(supervisor.paths, 0.2))
-    assert run(supervisor, orchestrator=orchestrator, trainer="import time; time.sleep(6.0)") is True
+    assert run(supervisor, orchestrator=orchestrator, trainer=until_said(supervisor.paths)) is True
     assert faults(supervisor) == [("died", ORCHESTRATOR), ("restarted", ORCHESTRATOR)]
 
 
@@ -307,4 +328,4 @@ def test_ranks_that_end_without_a_last_word_died_whatever_their_exit_status(supe
     begin = time.monotonic()
     with pytest.raises(ProcessDiedError, match=r"trainer ended with exit status 0; log .*trainer\.log"):
         run(supervisor, orchestrator=FOREVER, trainer="pass")
-    assert time.monotonic() - begin < 10.0 and no_process_is_left(supervisor)
+    assert time.monotonic() - begin < AT_ONCE_S and no_process_is_left(supervisor)

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,10 @@ from neox_rl.weights.publisher import Publisher
 from tests.unit.small_run import scripted_server, small_config, small_snapshot
 
 BEAT_S = 0.8
-TOLERANCE_S = 0.5
-"""For a loaded machine."""
 LIMITS = Deadlines(servers_s=20.0, publish_s=20.0, stage_s=10.0, switch_s=10.0, heartbeat_s=BEAT_S, drain_s=5.0)
+
+SLOW_BEAT_S, TOLERANCE_S = 4.0, 3.0
+"""Where delays are compared: a loaded machine may stand still for seconds, and one that is not waited for is told from one that is."""
 
 
 class Run:
@@ -142,7 +144,7 @@ def test_a_slow_or_dead_server_delays_a_version_by_one_heartbeat_at_most_and_onc
             it.hold.clear()
             offered = run.publish(1)
             delay_s = await run.until_live(1) - offered
-            assert BEAT_S <= delay_s <= BEAT_S + TOLERANCE_S, delay_s
+            assert SLOW_BEAT_S <= delay_s <= SLOW_BEAT_S + TOLERANCE_S, delay_s
             assert run.states() == {"quick": "serving", "slow": "suspended"}
             offered = run.publish(2)
             assert await run.until_live(2) - offered <= TOLERANCE_S, "who was left behind delays nobody again"
@@ -152,11 +154,11 @@ def test_a_slow_or_dead_server_delays_a_version_by_one_heartbeat_at_most_and_onc
             assert member is not None and member.version == 2
             await life.aclose()
             offered = run.publish(3)
-            assert await run.until_live(3) - offered <= BEAT_S + TOLERANCE_S
+            assert await run.until_live(3) - offered <= SLOW_BEAT_S + TOLERANCE_S
             offered = run.publish(4)
             assert await run.until_live(4) - offered <= TOLERANCE_S
 
-    story(told, tmp_path)
+    story(told, tmp_path, replace(LIMITS, heartbeat_s=SLOW_BEAT_S))
 
 
 def test_a_silent_server_gets_no_requests_and_those_it_had_are_made_elsewhere(tmp_path: Path) -> None:
@@ -170,7 +172,7 @@ def test_a_silent_server_gets_no_requests_and_those_it_had_are_made_elsewhere(tm
             it.hold.clear()
             begin = time.monotonic()
             made = await asyncio.gather(*(run.sample() for _ in range(4)))
-            assert len(made) == 4 and time.monotonic() - begin < 2 * BEAT_S + 2.0
+            assert len(made) == 4 and time.monotonic() - begin < 2 * BEAT_S + 10.0
             assert run.states() == {"good": "serving", "mute": "suspended"}
             it.hold.set()
             await run.until_state("mute", State.SERVING)

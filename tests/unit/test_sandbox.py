@@ -20,7 +20,7 @@ from neox_rl.episodes.sandbox import End, Limits, PythonSandbox, why_not
 from neox_rl.episodes.tools import calculate, framed, python_tool
 from neox_rl.errors import ConfigError
 
-WALL_S = 1.0
+WALL_S = 2.0
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not() or "confined")
 
 

@@ -23,6 +23,8 @@ from neox_rl.verify.pool import VerifierPool
 from neox_rl.verify.verifier import make_verifier, readable_gold
 
 REPO = Path(__file__).resolve().parents[2]
+IN_TIME_S = 5.0
+"""The pool's deadline is 1 s; the rest is room for a busy machine."""
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +88,7 @@ def test_a_check_beyond_the_deadline_is_a_timeout_and_the_next_one_is_served_at_
     os.kill(child, signal.SIGSTOP)
     verdict = pool.check_sync(problem(r"\frac{1}{2}"), "0.5")
     assert verdict.reason is Reason.TIMEOUT and not verdict.correct
-    assert time.monotonic() - started < 1.5, "the deadline is 1 s; the rest is room for a busy machine"
+    assert time.monotonic() - started < IN_TIME_S
     # The replacement is forked: an import of sympy would not fit into this check's deadline.
     assert pool.check_sync(problem("1/2"), r"\frac{3}{6}").correct
     assert pool.counts[Reason.TIMEOUT] == before + 1
@@ -138,7 +140,7 @@ def test_hostile_answers_end_in_time_as_a_verdict(pool: VerifierPool, gold: str)
         started = time.monotonic()
         verdict = pool.check_sync(problem(gold), text)
         assert not verdict.correct, name
-        assert time.monotonic() - started < 1.5, name
+        assert time.monotonic() - started < IN_TIME_S, name
         verdict.extracted.encode("utf-8")
 
 

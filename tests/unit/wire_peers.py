@@ -107,7 +107,7 @@ class Running:
     def stop(self) -> None:
         with suppress(RuntimeError):  # the server may end by itself, and its loop with it
             self._loop.call_soon_threadsafe(self._stop.set)
-        self.result.exception(timeout=10)
+        self.result.exception(timeout=60)
 
 
 @contextmanager
