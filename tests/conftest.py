@@ -1,12 +1,14 @@
-"""For every test: one math thread a process; tests marked ``gpu`` or ``neox`` skip themselves without a CUDA device, or a checkout."""
+"""Tests: one math thread a process, the same examples each time; ``gpu`` and ``neox`` ones skip where there is no device or checkout."""
 
 from __future__ import annotations
 
 import os
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; inherited by every process that a test starts
+settings.load_profile("ci")  # the same examples each time, and no deadline an example: before any test module is imported
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -80,7 +80,7 @@ def read_journal(directory: Path) -> Reading:
     kept: list[int] = []
     for path in (directory / LEDGER, *segments(directory)):
         data = path.read_bytes() if path.is_file() else b""
-        _check_format(path, data)
+        check_format(path, data)
         for item in scan(path.name, data):
             if isinstance(item, Damage):
                 damage.append(item)
@@ -92,8 +92,11 @@ def read_journal(directory: Path) -> Reading:
     return Reading(tuple(found[seq] for seq in sorted(found)), tuple(damage), lost)
 
 
-def _check_format(path: Path, data: bytes) -> None:
-    """By the first record's words: another release may sum otherwise, and all of its file would be damage here, and be cut off."""
+def check_format(path: Path, data: bytes) -> None:
+    """Raises ConfigError for another release's segment; its beginning is enough.
+
+    By the first record's words: another release may sum otherwise, and all of its file would be damage here, and be cut off.
+    """
     record = first_unchecked(data)
     if record is None or record.kind != "segment" or data.startswith(to_bytes(path.name, record.seq, _first())[:HEAD_BYTES]):
         return  # a head as this release writes it: other words below it are damage

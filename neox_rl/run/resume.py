@@ -1,4 +1,4 @@
-"""What ``--resume`` needs: a run that is there, has a checkpoint, is not running, and whose config still fits it."""
+"""What ``--resume`` needs: a run that is there, has a checkpoint, is not running, and whose config and files still fit it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from neox_rl.config.load import load_resolved
+from neox_rl.config.network import curve_on
 from neox_rl.config.run import RunConfig
 from neox_rl.errors import ConfigError
+from neox_rl.keys import RUN_FILE, Keys
+from neox_rl.queue.journal import LEDGER, check_format, segments
 from neox_rl.telemetry.jsonl import read_json, rewrite_json
 from neox_rl.telemetry.paths import RunPaths
 
@@ -23,6 +26,8 @@ FIXED = (
     *("metarl.warmstart.style", "metarl.rollout.groups_per_step", "metarl.rollout.generator", "metarl.debug.mode"),
 )
 """Keys that a checkpoint, the queue in it or the curves of the run depend on. All others may change between two parts of a run."""
+
+_FIRST_RECORD_BYTES = 4096
 
 
 def refuse_changes(before: RunConfig, now: RunConfig) -> None:
@@ -59,7 +64,18 @@ def refuse_resume(config: RunConfig, paths: RunPaths) -> None:
     if not paths.config.is_file():
         raise ConfigError(f"--resume: there is no run {paths.root}; leave --resume out, or give the --name of a run that is there")
     refuse_changes(load_resolved(paths.config), config)
+    _refuse_another_release(config, paths)
     refuse_without_checkpoint(config, paths)
+
+
+def _refuse_another_release(config: RunConfig, paths: RunPaths) -> None:
+    """What the orchestrator would refuse once everything is started. A journal is known by its files' first records."""
+    for path in (paths.journal / LEDGER, *segments(paths.journal)):
+        if path.is_file():
+            with path.open("rb") as file:
+                check_format(path, file.read(_FIRST_RECORD_BYTES))
+    if curve_on(config.metarl.network) and (paths.keys / RUN_FILE).exists():
+        Keys.load(paths.keys / RUN_FILE)
 
 
 def refuse_without_checkpoint(config: RunConfig, paths: RunPaths) -> None:

@@ -87,7 +87,11 @@ class Run:
 
     def one(self, *words: str) -> psutil.Process:
         """The youngest process whose command line has all these words: not its guardian, not a wrapper around it."""
-        matching = [p for p in self.processes() if all(any(word in part for part in p.cmdline()) for word in words)]
+        matching = []
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):  # one that ends meanwhile
+                line = process.cmdline()
+                matching += [process] * all(any(word in part for part in line) for word in words)
         assert matching, f"no process of the run has {words} in its command line"
         return max(matching, key=lambda p: p.create_time())
 
@@ -95,7 +99,7 @@ class Run:
         """``kill -9`` for the process that :meth:`one` finds."""
         self.one(*words).send_signal(signal.SIGKILL)
 
-    def gone(self, deadline_s: float = 15.0) -> bool:
+    def gone(self, deadline_s: float = 60.0) -> bool:
         """Whether nothing of the run is left, once it has had a moment to go."""
         end = time.monotonic() + deadline_s
         while (left := self.processes()) and time.monotonic() < end:

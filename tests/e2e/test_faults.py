@@ -14,10 +14,7 @@ from neox_rl.telemetry.faults import faults
 from tests.e2e.runs import Run
 
 SFT, RL = 2, 20
-SETTINGS = (
-    *(f"metarl.warmstart.steps={SFT}", f"train_iters={RL}", "metarl.evaluation.num_problems=4", "checkpoint_factor=4"),
-    "metarl.deadlines.silence_s=6",
-)
+SETTINGS = (*(f"metarl.warmstart.steps={SFT}", f"train_iters={RL}", "metarl.evaluation.num_problems=4", "checkpoint_factor=4"),)
 STEPS = [*(("sft", s) for s in range(1, SFT + 1)), *(("rl", s) for s in range(1, RL + 1))]
 SERVER, ORCHESTRATOR, RANK = ("neox_rl.run.scripted_server",), ("neox_rl.run.orchestrator",), ("train.py", "--run-dir", "--local_rank")
 
@@ -59,7 +56,7 @@ def test_a_killed_server_and_a_killed_orchestrator_come_back_while_the_trainer_g
 
 def test_a_stopped_rank_is_found_and_the_run_goes_on_from_its_checkpoint(runs: Path) -> None:
     """Two tensor-parallel ranks: the other one waits in a collective, and would for as long as that may."""
-    run = Run(runs, "resumed", *SETTINGS, "num_gpus=2", "model_parallel_size=2", flags=("--restarts", "1"))
+    run = Run(runs, "resumed", *SETTINGS, "num_gpus=2", "model_parallel_size=2", "metarl.deadlines.silence_s=6", flags=("--restarts", "1"))
     run.until_step("rl", 6)
     server = run.one(*SERVER)
     rank = next(p for p in run.processes() if "--local_rank=1" in p.cmdline())

@@ -41,6 +41,7 @@ def test_asynchronous_rl_with_a_real_server(runs: Path) -> None:
     assert {("server-0", "generating"), ("server-0", "paused"), ("orchestrator", "start_servers"), ("trainer-0", "train_step")} <= spans
 
 
+@pytest.mark.timeout(600)  # more than its own deadlines add up to: they say what was waited for
 def test_a_server_whose_engine_was_killed_comes_back_and_the_trainer_goes_on(runs: Path) -> None:
     endless = [setting for setting in SETTINGS if not setting.startswith(("train_iters", "metarl.warmstart"))]
     run = Run(runs, "killed", *endless, "train_iters=100000", "metarl.warmstart.steps=0")

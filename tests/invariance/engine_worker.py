@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from neox_rl.config.run import RunConfig
 from neox_rl.config.schema import MetaRLConfig
 from neox_rl.engines.base import RankEngine
 from neox_rl.engines.registry import build_engine
+from neox_rl.run.endpoints import free_port
 from tests.invariance.engine_batches import VOCAB, loss_fn, sequences, split
 
 LR = 3e-3
@@ -32,9 +32,7 @@ def build(case: dict[str, Any], out: Path, number: int = 0) -> RankEngine:
     """Rank 0 takes a port at the moment of use and tells the others: one reserved earlier is taken by somebody else by then."""
     notice = out / f"port{number}"
     if os.environ["RANK"] == "0":
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            notice.with_suffix(".tmp").write_text(str(probe.getsockname()[1]))
+        notice.with_suffix(".tmp").write_text(str(free_port("127.0.0.1")))
         notice.with_suffix(".tmp").rename(notice)
     deadline = time.monotonic() + 60.0
     while not notice.exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -238,13 +239,13 @@ def test_a_full_disk_is_waited_for_and_nothing_is_lost(tmp_path: Path, monkeypat
         disk = FullDisk(monkeypatch, where)
         journal.append(payload_of("group", {"ticket": 2}))
         waiting = asyncio.ensure_future(journal.durable())
-        async with asyncio.timeout(5.0):
+        async with asyncio.timeout(60.0):
             while not journal.trouble:
                 await asyncio.sleep(0.01)
         assert str(tmp_path) in journal.trouble and "bytes free" in journal.trouble and not waiting.done()
         journal.append(payload_of("group", {"ticket": 3}))
         disk.free = True
-        await asyncio.wait_for(waiting, 5.0)
+        await asyncio.wait_for(waiting, 60.0)
         await journal.durable()
         assert journal.trouble == ""
         journal.close()
@@ -261,7 +262,7 @@ def test_a_disk_that_stays_full_is_an_error_that_names_it(tmp_path: Path, monkey
         FullDisk(monkeypatch, "pwrite")
         journal.append(payload_of("group", {"ticket": 1}))
         with pytest.raises(JournalError, match=rf"waited 0 s for the disk of {tmp_path}.*bytes free.*--resume"):
-            await asyncio.wait_for(journal.durable(), 5.0)
+            await asyncio.wait_for(journal.durable(), 60.0)
         with pytest.raises(JournalError):
             journal.append(payload_of("group", {"ticket": 2}))
         journal.close()
@@ -271,9 +272,10 @@ def test_a_disk_that_stays_full_is_an_error_that_names_it(tmp_path: Path, monkey
 
 
 def test_one_sync_serves_everything_that_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    syncs, real = [0], os.fdatasync
+    syncs, real, everybody = [0], os.fdatasync, threading.Event()
 
     def counted(file: int) -> None:
+        assert everybody.wait(60.0)
         syncs[0] += 1
         real(file)
 
@@ -284,6 +286,8 @@ def test_one_sync_serves_everything_that_waits(tmp_path: Path, monkeypatch: pyte
 
         async def one(ticket: int) -> None:
             journal.append(payload_of("group", {"ticket": ticket}))
+            if ticket == 199:
+                everybody.set()  # no sync ends before all of them wait, however slow this loop is
             await journal.durable()
 
         await asyncio.gather(*map(one, range(200)))

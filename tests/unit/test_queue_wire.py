@@ -198,7 +198,7 @@ def test_a_failure_of_the_orchestrator_reaches_both_sides() -> None:
 def test_the_last_answer_arrives_though_the_orchestrator_ends_at_once() -> None:
     """libzmq drops unread answers when a peer closes and zmq.IMMEDIATE is set: one end in five was lost so."""
     for _ in range(30):
-        with serving(Recorder()) as running, connected(running.address, deadline_s=5) as client:
+        with serving(Recorder()) as running, connected(running.address) as client:
             client.done("end")
 
 
@@ -257,7 +257,7 @@ def test_ten_thousand_hostile_messages_are_counted_and_change_nothing() -> None:
                     unpack_any(peer.recv_multipart(), ("ok", "error"))
             client.published(0, "d0")
             assert client.next_groups(Phase.RL, 1) == (make_group(1),)
-            server, deadline = running.server, time.monotonic() + 20
+            server, deadline = running.server, time.monotonic() + 60
             while (unused := server.malformed + server.strangers + server.duplicates + server.out_of_order) < 10_000:
                 assert time.monotonic() < deadline, f"{unused} of 10000 messages were accounted for"
                 time.sleep(0.01)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import re
 import signal
 import sys
@@ -74,7 +75,10 @@ class Host:
         return process
 
     def server_of(self, agent: asyncio.subprocess.Process) -> psutil.Process:
-        found = [p for p in psutil.Process(agent.pid).children(recursive=True) if "neox_rl.run.scripted_server" in p.cmdline()]
+        found = []
+        for process in psutil.Process(agent.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # one that ends meanwhile
+                found += [process] * ("neox_rl.run.scripted_server" in process.cmdline())
         return max(found, key=lambda p: (p.create_time(), p.pid))  # its guardian has the same words
 
 
@@ -237,20 +241,22 @@ def test_names_of_the_runs_own_and_of_others_are_refused(tmp_path: Path) -> None
     ],
 )
 def test_what_is_no_run_is_said_so_in_bounded_time(address: str, complaint: str, caplog: pytest.LogCaptureFixture) -> None:
-    begin = time.monotonic()
+    begin, answered = time.monotonic(), "{other}" in address
     with zmq.Context() as context, context.socket(zmq.ROUTER) as other:
         other.linger = 0
         filled = address.format(free=free_port("127.0.0.1"), other=other.bind_to_random_port("tcp://127.0.0.1"))
         answering = threading.Thread(target=_answer_once, args=(other,), daemon=True)
-        answering.start()
-        assert main(["--join", filled, "--timeout", "1"]) in (1, 2)
-        answering.join(10.0)
-    assert re.search(complaint, caplog.text) and time.monotonic() - begin < 10.0
+        if answered:
+            answering.start()
+        assert main(["--join", filled, "--timeout", f"{SOON_S if answered else 1.0:g}"]) in (1, 2)
+        if answered:
+            answering.join()
+    assert re.search(complaint, caplog.text) and time.monotonic() - begin < SOON_S
 
 
 def _answer_once(socket: zmq.SyncSocket) -> None:
     """As an experience socket answers what is not its own."""
-    if socket.poll(2000):
+    if socket.poll(int(SOON_S * 1000)):
         peer, *_ = socket.recv_multipart()
         socket.send_multipart([peer, *pack("error", {"id": 0, "acked": 0, "message": "malformed message"}, {})])
 

@@ -83,7 +83,7 @@ class Run:
         snapshot = small_snapshot(version)
         self.publisher.offer(snapshot)
         client.published(version, snapshot.digest)
-        end = time.monotonic() + 10.0
+        end = time.monotonic() + 60.0
         while self.parts.keeper.members.live < version:
             assert time.monotonic() < end
             time.sleep(0.005)
@@ -93,7 +93,7 @@ class Run:
 
     def ended(self) -> list[BaseException]:
         self.publisher.close()
-        self.thread.join(10.0)
+        self.thread.join(60.0)
         assert not self.thread.is_alive()
         if self.failure is None:
             return []
@@ -271,13 +271,13 @@ def test_a_full_disk_holds_batches_back_and_says_so_until_there_is_room(tmp_path
         monkeypatch.setattr(journal._Segment, "write", full)
         batch = pool.submit(client.next_groups, Phase.RL, 1)
         try:
-            end = time.monotonic() + 10.0
+            end = time.monotonic() + 60.0
             while "bytes free" not in read_status(run.paths.status).message:
                 assert time.monotonic() < end
                 time.sleep(0.02)
             assert str(run.paths.journal) in run.it.waiting_for() and not batch.done()
         finally:
             room.set()
-        assert len(batch.result(10.0)) == 2
+        assert len(batch.result(60.0)) == 2
         client.done("stopped")
     assert run.ended() == []

@@ -83,7 +83,7 @@ class Story:
         )
 
     async def until(self, num_ready: int) -> None:
-        async with asyncio.timeout(5.0):
+        async with asyncio.timeout(60.0):
             task = asyncio.create_task(self.pump.run())
             try:
                 while self.queue.num_ready < num_ready and not task.done():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,11 @@ from neox_rl.config.leaves import blocks, leaves
 from neox_rl.config.run import RunConfig
 from neox_rl.config.schema import MetaRLConfig, StalenessConfig
 from neox_rl.errors import ConfigError
+from neox_rl.keys import RUN_FILE
 from neox_rl.metacot import vocabulary
 from neox_rl.problems.tokenizer import SymbolicTokenizer
+from neox_rl.queue.journal import FORMAT
+from neox_rl.queue.records import payload_of, to_bytes
 from neox_rl.run import launch
 from neox_rl.run.launch import prepared
 from neox_rl.run.processes import ATTEMPT
@@ -194,3 +198,33 @@ def test_a_request_to_stop_does_not_outlive_its_run(config: RunConfig) -> None:
     (paths.checkpoints / "step000001").mkdir()
     paths.stop.touch()
     assert not prepare(config, resume=True).stop.exists()
+
+
+def test_a_journal_of_another_release_is_refused_before_anything_is_touched(config: RunConfig) -> None:
+    paths = prepare(config)
+    (paths.checkpoints / "step000001").mkdir()
+    paths.journal.mkdir(exist_ok=True)
+    segment, before = paths.journal / "000000000001.journal", paths.config.read_text()
+    longer = RunConfig(replace(config.neox, train_iters=99), config.metarl)
+    for bytes_after in (0, 1 << 16):
+        segment.write_bytes(to_bytes(segment.name, 1, payload_of("segment", {"format": FORMAT + 1})) + bytes(bytes_after))
+        with pytest.raises(ConfigError, match=rf"{segment.name} has journal format {FORMAT + 1}, this release reads {FORMAT}"):
+            prepare(longer, resume=True)
+        assert paths.config.read_text() == before
+    segment.write_bytes(to_bytes(segment.name, 1, payload_of("segment", {"format": FORMAT})))
+    assert prepare(longer, resume=True).config.read_text() != before
+
+
+def test_keys_of_another_release_are_refused_before_anything_is_touched(tmp_path: Path) -> None:
+    config = small_config(tmp_path, network={"curve": "always"})
+    paths = prepare(config)
+    (paths.checkpoints / "step000001").mkdir()
+    file, before = paths.keys / RUN_FILE, paths.config.read_text()
+    written = json.loads(file.read_text())
+    file.write_text(json.dumps({name: key for name, key in written.items() if not name.startswith("trainer_")}))
+    longer = RunConfig(replace(config.neox, train_iters=99), config.metarl)
+    with pytest.raises(ConfigError, match=r"run\.json: is no key file"):
+        prepare(longer, resume=True)
+    assert paths.config.read_text() == before
+    file.write_text(json.dumps(written))
+    assert prepare(longer, resume=True).config.read_text() != before

@@ -32,7 +32,10 @@ AT_ONCE_S = 15.0
 
 FOREVER = "import time; time.sleep(60)"
 DEAF = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); print('ready', flush=True); " + FOREVER
-POLITE = "import signal, sys, time; signal.signal(signal.SIGINT, lambda *_: sys.exit(0)); print('ready', flush=True); time.sleep(60)"
+POLITE = (
+    "import signal, sys, time; signal.signal(signal.SIGINT, lambda *_: (print('asked', flush=True), sys.exit(0))); "
+    "print('ready', flush=True); time.sleep(60)"
+)
 
 
 @pytest.fixture
@@ -112,7 +115,8 @@ def test_who_fell_with_the_first_is_named_after_it(supervisor: Supervisor, monke
 
 def test_ctrl_c_reaches_the_orchestrator_and_the_ranks_end_by_themselves(supervisor: Supervisor) -> None:
     later(supervisor)
-    assert run(supervisor, orchestrator=POLITE, trainer="import time; time.sleep(2.0)") is False
+    asked = f"'asked' in open({str(supervisor.paths.log(ORCHESTRATOR))!r}).read()"
+    assert run(supervisor, orchestrator=POLITE, trainer=f"import time; any({asked} or time.sleep(0.1) for _ in range(600))") is False
     assert supervisor.running[RANKS].returncode == 0 and supervisor.running[ORCHESTRATOR].returncode == 0
 
 
@@ -288,7 +292,7 @@ def test_a_stopped_rank_is_found_by_its_silence_and_named(supervisor: Supervisor
     supervisor = healing(supervisor)
     rank = beating(supervisor, "trainer-0", "time.sleep(0.3); os.kill(os.getpid(), 19)")
     with pytest.raises(
-        ProcessDiedError, match=r"trainer shows no sign of life for \d s: trainer-0 \(pid \d+ on .*\), at train_step phase rl step 3"
+        ProcessDiedError, match=r"trainer shows no sign of life for \d+ s: trainer-0 \(pid \d+ on .*\), at train_step phase rl step 3"
     ):
         run(supervisor, orchestrator=FOREVER, trainer=rank)
     assert no_process_is_left(supervisor)

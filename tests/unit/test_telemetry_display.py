@@ -113,7 +113,7 @@ def test_the_display_follows_the_status_file_until_its_block_ends(tmp_path: Path
     shown, out = console(False)
     with LiveDisplay(tmp_path / "status.json", tmp_path / "processes.json", "run", shown):
         write_status(tmp_path / "status.json", Status(phase="warmstart", step=1, total_steps=5))
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while "warmstart" not in out.getvalue() and time.monotonic() < deadline:
             time.sleep(0.05)
         write_status(tmp_path / "status.json", Status(phase="done", message="[bold]x"))
