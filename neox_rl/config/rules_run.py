@@ -107,6 +107,8 @@ def gpus_fit(config: RunConfig, machine: Machine) -> Iterator[str]:
     s, servers, ranks = config.metarl.servers, num_vllm_servers(config), num_ranks(config)
     if not machine.num_gpus or not config_is_local(config):
         return
+    if named := [name for name in machine.gpu_ids if not name.isdigit()]:
+        yield f"CUDA_VISIBLE_DEVICES names {named[0]}: DeepSpeed's launcher knows GPUs by number alone; give numbers, as in 0,1"
     need = ranks + servers * s.tensor_parallel_size
     if s.gpus == "auto" and need > machine.num_gpus:
         yield (

@@ -140,8 +140,8 @@ def server_specs(config: RunConfig, endpoints: Endpoints, model_dir: Path, machi
                 host=host,
                 port=int(port),
                 seed=(config.metarl.seed + i * SEED_STEP) % SEEDS,
-                cores="|".join(",".join(map(str, rank)) for rank in where.servers[i]) if started else "",
-                gpus=",".join(map(str, where.server_gpus[i])) if started and where.server_gpus else "",
+                cores="|".join(",".join(map(str, rank)) for rank in where.servers[i]) if started and any(where.servers[i]) else "",
+                gpus=machine.visible(where.server_gpus[i]) if started and where.server_gpus else "",
             )
         )
     return specs

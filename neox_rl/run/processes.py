@@ -59,7 +59,8 @@ def programs(
         single = dict(env) | {"OMP_NUM_THREADS": "1"}
         found.append(Program(ORCHESTRATOR, argv, single, paths.log(ORCHESTRATOR), where.orchestrator or None))
     ranks_env = _ranks_env(config, endpoints, env, where.rank_gpus, machine)
-    found.append(Program(RANKS, ranks_command(config, paths, endpoints, script, resume), ranks_env, paths.log(RANKS), None))
+    argv = ranks_command(config, paths, endpoints, script, resume, machine.visible(where.rank_gpus))
+    found.append(Program(RANKS, argv, ranks_env, paths.log(RANKS), None))
     return found
 
 
@@ -74,8 +75,12 @@ def servers_env(config: RunConfig, paths: RunPaths, env: Mapping[str, str]) -> d
     return found | {KEYS: str((paths.keys / CLIENT_FILE).resolve())} if curve_on(config.metarl.network) else found
 
 
-def ranks_command(config: RunConfig, paths: RunPaths, endpoints: Endpoints, script: str, resume: bool) -> list[str]:
-    """DeepSpeed's runner around the user script, as GPT-NeoX's deepy.py does; ``local`` and ``slurm`` need no ssh."""
+def ranks_command(config: RunConfig, paths: RunPaths, endpoints: Endpoints, script: str, resume: bool, gpus: str) -> list[str]:
+    """DeepSpeed's runner around the user script, as GPT-NeoX's deepy.py does; ``local`` and ``slurm`` need no ssh.
+
+    ``gpus``: as CUDA_VISIBLE_DEVICES names those of the ranks. The runner reads that variable only where nothing says how many ranks there
+    are, and else takes the machine's first GPUs, whoever they belong to.
+    """
     n = config.neox
     script_argv = [script, "--run-dir", str(paths.root)] + [RESUME] * resume
     if n.launcher == "slurm":
@@ -84,7 +89,8 @@ def ranks_command(config: RunConfig, paths: RunPaths, endpoints: Endpoints, scri
     where = ["--master_addr", n.master_addr, "--master_port", str(endpoints.master_port)]
     argv = [sys.executable, "-m", "neox_rl.engines.deepspeed_runner", *where]
     if n.launcher == "local":
-        argv += ["--no_ssh", "--node_rank", "0", "--num_gpus", str(num_ranks(config))]
+        which = ["--include", f"localhost:{gpus}"] if gpus and not n.hostfile else ["--num_gpus", str(num_ranks(config))]
+        argv += ["--no_ssh", "--node_rank", "0", *which]
     else:
         argv += ["--launcher", n.launcher]
     if n.hostfile:
@@ -97,7 +103,7 @@ def _ranks_env(config: RunConfig, endpoints: Endpoints, env: Mapping[str, str], 
     if config.neox.launcher == "slurm":  # DeepSpeed's runner says it to its ranks, srun says nothing
         found |= {"MASTER_ADDR": config.neox.master_addr, "MASTER_PORT": str(endpoints.master_port)}
     if machine.num_gpus:
-        found["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+        found["CUDA_VISIBLE_DEVICES"] = machine.visible(gpus)
     else:
         # One math thread a rank: two on a contended core are several times slower than one.
         found |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,12 @@ def test_rules_report_absurd_sizes_instead_of_raising(size: int, heads: int) -> 
 )
 def test_any_head_size_goes_where_servers_are_not_on_this_cpu(settings: str, machine: Machine) -> None:
     assert list(RULE["head_size_served"](of(f"num_attention_heads=4 {settings}"), machine)) == []
+
+
+def test_gpus_that_the_launcher_of_the_ranks_cannot_name_are_refused() -> None:
+    (message,) = RULE["gpus_fit"](of(""), replace(GPU, gpu_ids=("0", "GPU-8d2c", "2", "3")))
+    assert message.startswith("CUDA_VISIBLE_DEVICES names GPU-8d2c: ") and "give numbers, as in 0,1" in message
+    assert list(RULE["gpus_fit"](of(""), replace(GPU, gpu_ids=("7", "6", "5", "4")))) == []
 
 
 def test_the_machine_is_read_without_starting_anything(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from neox_rl.config.machine import Machine
+from neox_rl.config.machine import Machine, visible_gpus
 from neox_rl.config.run import RunConfig
 from neox_rl.errors import ConfigError
 from neox_rl.run.endpoints import Endpoints, choose_endpoints, offered_spec, read_endpoints, server_specs, write_endpoints
@@ -106,6 +106,36 @@ def test_gpus_go_to_the_ranks_first_and_a_cpu_rank_gets_one_thread(tmp_path: Pat
     assert found["server-0"].env["CUDA_VISIBLE_DEVICES"] == "2" and found["server-0"].cores is None
     cpu = parts(config)[RANKS].env
     assert (cpu["DS_ACCELERATOR"], cpu["OMP_NUM_THREADS"]) == ("cpu", "1")
+
+
+def test_a_gpu_server_of_two_tp_ranks_is_pinned_to_nothing(tmp_path: Path) -> None:
+    config = small_config(tmp_path, rollout={"generator": "vllm"}, servers={"tensor_parallel_size": 2})
+    server = parts(config, NODE)["server-0"]
+    assert server.env["CUDA_VISIBLE_DEVICES"] == "1,2" and server.cores is None and "VLLM_CPU_OMP_THREADS_BIND" not in server.env
+
+
+def test_gpus_that_the_environment_chose_keep_their_names(tmp_path: Path) -> None:
+    """DeepSpeed's runner, told a number of ranks alone, would take the machine's first GPUs."""
+    config = with_servers(tmp_path)
+    found = parts(RunConfig(replace(config.neox, num_gpus=2), config.metarl), replace(NODE, num_gpus=3, gpu_ids=("5", "2", "7")))
+    argv = list(found[RANKS].argv)
+    assert argv[argv.index("--include") + 1] == "localhost:5,2" and "--num_gpus" not in argv
+    assert found[RANKS].env["CUDA_VISIBLE_DEVICES"] == "5,2" and found["server-0"].env["CUDA_VISIBLE_DEVICES"] == "7"
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        (None, (8, ())),
+        ("", (0, ())),
+        ("4, 6", (2, ("4", "6"))),
+        ("3,-1,5", (1, ("3",))),
+        ("GPU-8d2c,GPU-01ab", (2, ("GPU-8d2c", "GPU-01ab"))),
+    ],
+)
+def test_visible_gpus_are_counted_as_cuda_does(said: str | None, found: tuple[int, tuple[str, ...]]) -> None:
+    assert visible_gpus(8, {} if said is None else {"CUDA_VISIBLE_DEVICES": said}) == found
+    assert visible_gpus(0, {"CUDA_VISIBLE_DEVICES": "0"}) == (0, ())
 
 
 def test_each_part_can_be_started_by_hand(tmp_path: Path) -> None:
