@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from neox_rl.config.machine import Machine
 from neox_rl.errors import ConfigError, DeadlineError, NeoxRLError, ProcessDiedError
 from neox_rl.guard import GuardedProcess, died, guarded_popen, stop
 from neox_rl.guardian import own_directory
@@ -98,6 +99,11 @@ class Agent:
                 gpus=self.options.gpus,
                 **welcome.fields["server"],
             )
+            try:
+                _check_gpus(spec, welcome.fields["generator"], Machine.here().num_gpus)
+            except ConfigError:
+                await self._leave("its GPUs are not named", 0.0)
+                raise
             try:
                 self._start(spec, welcome)
                 if await self._serve(spec, welcome, host, port):
@@ -268,6 +274,18 @@ def _check_places(cores: str, gpus: str) -> None:
         raise ConfigError(f"--gpus {gpus!r}: must be ids with commas between, as in 0,1")
     if len(set(gpus.split(","))) < len(gpus.split(",")):
         raise ConfigError(f"--gpus {gpus}: names a GPU twice; name each once")
+
+
+def _check_gpus(spec: ServerSpec, generator: str, num_gpus: int) -> None:
+    """Where there are GPUs, a vLLM server takes the first ones unless told, whoever works there. Raises ConfigError."""
+    if generator != "vllm" or not (num_gpus or spec.gpus):
+        return
+    named, tp = spec.gpus.split(",") if spec.gpus else [], spec.tensor_parallel_size
+    if len(named) != tp:
+        raise ConfigError(
+            f"--gpus {spec.gpus!r}: a server of this run has {tp} TP ranks with a GPU each, and this machine shows {num_gpus} GPUs; name"
+            f" {tp}, as in --gpus {','.join(map(str, range(tp)))}, or hide all with CUDA_VISIBLE_DEVICES= for a server on the CPU"
+        )
 
 
 async def serve(options: argparse.Namespace) -> None:

@@ -20,15 +20,16 @@ import zmq
 
 from neox_rl.config.dump import dump
 from neox_rl.config.machine import Machine
-from neox_rl.errors import DeadlineError, ProcessDiedError, WireError
+from neox_rl.errors import ConfigError, DeadlineError, ProcessDiedError, WireError
 from neox_rl.framing import PROTOCOL, pack
 from neox_rl.guard import guarded_popen, stop
+from neox_rl.rollout.vllm_server import ServerSpec
 from neox_rl.run.endpoints import choose_endpoints, free_port, server_specs
 from neox_rl.run.join_wire import BEAT, BEATEN, GONE, JOIN, LEAVE, WELCOME, JoinSocket, Message, message, read_message
 from neox_rl.run.joining import JoinDesk, Offer
 from neox_rl.run.members import State
 from neox_rl.run.recovery import HEALTHY_S
-from neox_rl.run.serve import Agent, main
+from neox_rl.run.serve import Agent, _check_gpus, main
 from tests.unit.small_run import scripted_server, small_paths
 from tests.unit.test_run_versions import Run, story, until
 
@@ -216,6 +217,18 @@ def test_places_that_there_are_not_are_refused_before_anything_joins(
 ) -> None:
     assert main(["--join", "tcp://127.0.0.1:1", *flags]) == 2
     assert re.search(complaint, caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "tp", "there", "fits"),
+    [("", 1, 0, True), ("4", 1, 8, True), ("", 1, 8, False), ("4", 2, 8, False), ("0,1", 1, 8, False), ("0", 2, 0, False)],
+)
+def test_where_there_are_gpus_a_server_is_told_which(gpus: str, tp: int, there: int, fits: bool) -> None:
+    spec = ServerSpec("a", Path("m"), "h", 1, "float32", 8, tensor_parallel_size=tp, gpus=gpus)
+    _check_gpus(spec, "scripted", there)
+    said = rf"--gpus '{gpus}': .* {tp} TP ranks .* shows {there} GPUs; name {tp}, as in --gpus 0"
+    with contextlib.nullcontext() if fits else pytest.raises(ConfigError, match=said):
+        _check_gpus(spec, "vllm", there)
 
 
 def test_names_of_the_runs_own_and_of_others_are_refused(tmp_path: Path) -> None:

@@ -7,5 +7,7 @@ if ((each)); then
     IFS=, read -ra given <<<"${CUDA_VISIBLE_DEVICES:?Slurm gave this step no GPUs: sbatch --gpus-per-node=N, or GPUS_PER_SERVER=0}"
     mine=("${given[@]:SLURM_LOCALID * each:each}")
     gpus=(--gpus "$(IFS=,; echo "${mine[*]}")")
+else
+    export CUDA_VISIBLE_DEVICES=  # a server on the CPU, also where there are GPUs
 fi
 exec "$PYTHON" -m neox_rl.run.serve --join "$1" --log-dir "$2" --port $((BASE_PORT + 4 + SLURM_LOCALID)) --timeout 600 "${gpus[@]}"
