@@ -30,6 +30,7 @@ from neox_rl.engines.packed import ToRows
 from neox_rl.engines.rank_env import rank_environment
 from neox_rl.engines.rows import make_rows, rows_shape
 from neox_rl.engines.weight_parts import WeightParts
+from neox_rl.engines.world import device_index
 from neox_rl.errors import WeightError
 from neox_rl.types import Json
 
@@ -41,14 +42,15 @@ class GptNeoXEngine(RankEngine):
         super().__init__(config, vocab_size)
         neox = config.neox
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed's pipeline module reads it
+        env = rank_environment(os.environ, neox.master_addr)
+        # DeepSpeed takes its device from it, and srun and mpirun do not set it.
+        os.environ["LOCAL_RANK"] = str(device_index(env, torch.cuda.device_count()))
         megatron_patches.apply(megatron_patches.GPT_NEOX)
         with megatron_patches.quiet():
             # Imported after the patches, and not at all by who only reads this module's names.
             from neox_rl.engines import gpt_neox_setup
 
             self._setup = gpt_neox_setup
-            env = rank_environment(os.environ, neox.master_addr)
             self._world, self._args = gpt_neox_setup.join_world(neox, config.metarl, self.shape, env, config.extra)
             self._engine: Any = gpt_neox_setup.build_engine(self._args)
         self._pipe = bool(self._args.is_pipe_parallel)

@@ -11,11 +11,14 @@ from neox_rl.config.neox import NeoXConfig
 OURS = frozenset({"init_std", "save", "load", "num_gpus", "launcher", "hostfile", "master_addr", "distributed_backend"})
 """Declared keys that NeoXArgs does not get: the ranks are running, and checkpoints are written by the engine."""
 EMPTY_IS_NONE = ("num_kv_heads", "intermediate_size", "checkpoint_factor", "keep_last_n_checkpoints")
+COMPILED = ("scaled_upper_triang_masked_softmax_fusion", "scaled_masked_softmax_fusion", "rope_fusion")
+"""What takes kernels of GPT-NeoX's own. Its build asks nvcc for sm_70, which CUDA 13 no longer compiles for; where they are missing,
+its model ends the process with status 0."""
+KERNELS = ("scaled_upper_triang_masked_softmax_cuda", "scaled_masked_softmax_cuda", "fused_rotary_positional_embedding")
+"""The modules of :data:`COMPILED`, which are built and found together."""
 FUSED = (
-    "scaled_upper_triang_masked_softmax_fusion",
-    "scaled_masked_softmax_fusion",
+    *COMPILED,
     "bias_dropout_fusion",
-    "rope_fusion",
     "layernorm_fusion",
     "rmsnorm_fusion",
     "use_flashattn_swiglu",
@@ -24,11 +27,12 @@ FUSED = (
 
 
 def neox_arguments(
-    neox: NeoXConfig, extra: Mapping[str, Any], *, world_size: int, padded_vocab: int, backend: str, cuda: bool
+    neox: NeoXConfig, extra: Mapping[str, Any], *, world_size: int, padded_vocab: int, backend: str, cuda: bool, built: bool = False
 ) -> dict[str, Any]:
     """Arguments of NeoXArgs: the declared keys, and ``extra``, the ones that only GPT-NeoX knows, as they are.
 
-    A micro-batch is one sample to DeepSpeed, whatever it holds; how many there are is set anew each step.
+    A micro-batch is one sample to DeepSpeed, whatever it holds; how many there are is set anew each step. ``built``: :data:`KERNELS` are
+    installed; without them torch computes the same functions.
     """
     dp = world_size // (neox.model_parallel_size * neox.pipe_stages)
     found = {key: value for key, value in asdict(neox).items() if key not in OURS}
@@ -40,6 +44,7 @@ def neox_arguments(
         "bias_gelu_fusion": False,
         "partition_activations": False,
         "use_wandb": False,
+        "tokenizer_type": "HFTokenizer",  # the run's tokenizer.json, as GPT-NeoX reads it; it loads no checkpoint that says another type
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         **extra,
@@ -53,6 +58,8 @@ def neox_arguments(
         "steps_per_print": 1 << 30,
         "deepspeed": True,
     }
+    if not built:
+        found |= dict.fromkeys(COMPILED, False)
     if not cuda:
         found |= dict.fromkeys(FUSED, False) | {"attention_config": [[["global"], neox.num_layers]]}
     if neox.precision == "bfloat16":

@@ -5,6 +5,8 @@ Imported once the patches are applied: from then on ``megatron`` is the checkout
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -23,12 +25,13 @@ from torch import Tensor
 
 from neox_rl.config.neox import NeoXConfig
 from neox_rl.config.schema import MetaRLConfig
-from neox_rl.engines.gpt_neox_args import neox_arguments
+from neox_rl.engines.gpt_neox_args import COMPILED, KERNELS, neox_arguments
 from neox_rl.engines.model_shape import ModelShape
 from neox_rl.engines.rank_env import RankEnv
 from neox_rl.engines.weight_parts import World
 from neox_rl.engines.world import backend_of, control_group, join_ranks, rank_device, topology_of
 
+logger = logging.getLogger(__name__)
 _CHECKED = (
     "num_layers",
     "hidden_size",
@@ -57,11 +60,15 @@ def join_world(neox: NeoXConfig, metarl: MetaRLConfig, shape: ModelShape, env: R
     backend = backend_of(neox, device)
     # GPT-NeoX and DeepSpeed make groups that take the deadline of the world's.
     join_ranks(neox, env, device, max(metarl.deadlines.ranks_start_s, metarl.deadlines.step_s))
+    cuda = device.type == "cuda"
+    built = all(importlib.util.find_spec(name) is not None for name in KERNELS)
+    if cuda and not built and env.rank == 0 and (asked := [key for key in COMPILED if extra.get(key)]):
+        logger.warning("GPT-NeoX's own kernels are not installed: %s off, and torch computes the same", ", ".join(asked))
     arguments = neox_arguments(
-        neox, extra, world_size=env.world_size, padded_vocab=shape.padded_vocab, backend=backend, cuda=device.type == "cuda"
+        neox, extra, world_size=env.world_size, padded_vocab=shape.padded_vocab, backend=backend, cuda=cuda, built=built
     )
     args = NeoXArgs.from_dict(arguments)
-    args.rank, args.local_rank, args.world_size = env.rank, env.local_rank, env.world_size
+    args.rank, args.local_rank, args.world_size = env.rank, env.local_rank if device.index is None else device.index, env.world_size
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     _initialize_distributed(neox_args=args)
     _set_random_seed(args.seed)

@@ -20,9 +20,15 @@ def rank_device(env: RankEnv) -> torch.device:
     """This rank's device, made the current one."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", env.local_rank % torch.cuda.device_count())
+    device = torch.device("cuda", device_index(env, torch.cuda.device_count()))
     torch.cuda.set_device(device)
     return device
+
+
+def device_index(env: RankEnv, num_gpus: int) -> int:
+    """Its own among the ``num_gpus`` that this rank sees: all of the node's, or one alone (``srun --gpus-per-task=1``). Without any, its
+    place on the node."""
+    return env.local_rank % num_gpus if num_gpus else env.local_rank
 
 
 def backend_of(neox: NeoXConfig, device: torch.device) -> str:

@@ -72,10 +72,19 @@ def test_a_value_that_would_make_a_model_nobody_serves_is_refused(engine: str) -
 
 
 def test_without_cuda_the_kernels_for_it_are_left_out() -> None:
-    config = parse([], [ENGINE, "rope_fusion=true", "attention_config=[[[flash], 3]]"]).config
-    cpu, cuda = (
-        neox_arguments(config.neox, config.extra, world_size=2, padded_vocab=8, backend="gloo", cuda=cuda) for cuda in (False, True)
+    config = parse([], [ENGINE, "rope_fusion=true", "layernorm_fusion=true", "attention_config=[[[flash], 3]]"]).config
+    cpu, cuda, unbuilt = (
+        neox_arguments(config.neox, config.extra, world_size=2, padded_vocab=8, backend="gloo", cuda=cuda, built=built)
+        for cuda, built in ((False, True), (True, True), (True, False))
     )
+    assert (unbuilt["rope_fusion"], unbuilt["layernorm_fusion"]) == (False, True), "GPT-NeoX would end without a word"
     assert (cpu["rope_fusion"], cpu["attention_config"]) == (False, [[["global"], 3]])
     assert (cuda["rope_fusion"], cuda["attention_config"]) == (True, [[["flash"], 3]])
     assert cuda["train_batch_size"] == 2 and "save" not in cuda and cuda["intermediate_size"] is None
+
+
+@pytest.mark.parametrize(("keys", "expected"), [((), "HFTokenizer"), (("tokenizer_type=SPMTokenizer",), "SPMTokenizer")])
+def test_a_checkpoint_says_the_tokenizer_that_pretraining_goes_on_with(keys: tuple[str, ...], expected: str) -> None:
+    """GPT-NeoX loads none that names another type than its own keys; a run writes the tokenizer.json of the type HFTokenizer."""
+    config = parse([], [ENGINE, *keys]).config
+    assert neox_arguments(config.neox, config.extra, world_size=1, padded_vocab=8, backend="gloo", cuda=False)["tokenizer_type"] == expected

@@ -7,6 +7,7 @@ import pytest
 
 from neox_rl.config.network import is_loopback
 from neox_rl.engines.rank_env import RankEnv, interface_towards, rank_environment
+from neox_rl.engines.world import device_index
 from neox_rl.errors import ConfigError
 from tests.e2e.runs import own_address
 
@@ -19,6 +20,11 @@ SRUN = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4"}
 @pytest.mark.parametrize("launcher", [TORCHRUN, MPIRUN, SRUN])
 def test_every_launcher_says_the_same_in_its_own_words(launcher: dict[str, str]) -> None:
     assert rank_environment({**launcher, **MASTER}) == RankEnv(3, 1, 4, "10.0.0.7", 1234)
+
+
+@pytest.mark.parametrize(("visible", "expected"), [(0, 3), (8, 3), (1, 0)])
+def test_a_rank_takes_its_own_of_all_gpus_or_the_only_one_that_it_sees(visible: int, expected: int) -> None:
+    assert device_index(RankEnv(3, 3, 4, "h", 1), visible) == expected
 
 
 def test_a_lone_process_is_rank_0_of_1() -> None:
