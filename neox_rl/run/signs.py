@@ -58,6 +58,10 @@ class Signs:
         """The last beats of the processes whose name begins so."""
         return [heard.beat for process, heard in self._heard.items() if process.startswith(prefix)]
 
+    def quiet(self, prefix: str, now: float, for_s: float) -> list[Beat]:
+        """The last beats of those whose name begins so and who were not heard for ``for_s``."""
+        return [h.beat for process, h in self._heard.items() if process.startswith(prefix) and now - h.at > for_s]
+
     def stuck(self, prefix: str, now: float) -> str:
         """Why the processes whose name begins so cannot be left alone."""
         found = {process: heard for process, heard in self._heard.items() if process.startswith(prefix)}

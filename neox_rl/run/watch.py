@@ -20,6 +20,8 @@ from neox_rl.telemetry.status import read_status
 
 EXIT_S = 2.0
 """A rank's process is gone, and its runner has not ended: it looks once a second, then ends the other ranks."""
+QUIET_BEATS = 2.5
+"""Beats that were left out, and that is told: a collective fails in the rank that waits, for the sake of one that is silent."""
 TRACEBACKS_S = 0.5
 _TAIL_BYTES = 4096
 
@@ -31,7 +33,8 @@ class Watch:
         deadlines = config.metarl.deadlines
         self._paths, self._start_s = paths, deadlines.ranks_start_s
         self._signs = Signs(deadlines.silence_s, deadlines.step_s, deadlines.ranks_start_s)
-        self._every_s = min(0.5, interval_s(deadlines.silence_s))
+        self._beat_s = interval_s(deadlines.silence_s)
+        self._every_s = min(0.5, self._beat_s)
         self._looked = 0.0
         self._gone: float | None = None
         self._lost = ""
@@ -84,6 +87,8 @@ class Watch:
             return ""
         if self._gone is None:  # their runner ends the others in a moment: who was gone first is what matters
             self._gone, self._lost = now, name_all(gone)
+            quiet = [beat for beat in self._signs.quiet(f"{RANKS}-", now, QUIET_BEATS * self._beat_s) if beat not in gone]
+            self._lost += f"; and no sign of life from {name_all(quiet)}" if quiet else ""
         return f"lost {self._lost}" if now - self._gone > EXIT_S else ""
 
     def without_room(self) -> str:

@@ -1,8 +1,13 @@
-"""Who is started again after a death, and how silence and standstill are told from patience. No process, no clock."""
+"""Who is started again after a death, and how silence and standstill are told from patience. No clock."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +16,9 @@ from neox_rl.errors import GIVES_UP
 from neox_rl.run.processes import ORCHESTRATOR, RANKS
 from neox_rl.run.recovery import HEALTHY_S, LONGEST_BACKOFF_S, SOON_S, Act, Recovery
 from neox_rl.run.signs import Signs
-from neox_rl.telemetry.heartbeat import Beat
-from tests.unit.small_run import small_config
+from neox_rl.run.watch import Watch
+from neox_rl.telemetry.heartbeat import Beat, interval_s
+from tests.unit.small_run import small_config, small_paths
 
 
 def recovery(root: Path, servers: int = 2, restarts: int = 0, started: int = 1) -> Recovery:
@@ -136,3 +142,23 @@ def test_a_successor_under_the_same_name_starts_anew() -> None:
     assert signs.stuck("trainer-", 7.0) == ""
     signs.forget("trainer-")
     assert signs.heard_of("trainer-") == []
+
+
+def test_a_rank_that_gave_another_one_up_is_named_with_the_one_that_is_silent(tmp_path: Path) -> None:
+    """As a collective ends that waits for a stopped rank: in the other one, by its deadline."""
+    config = small_config(tmp_path)
+    paths, second_s = small_paths(config), interval_s(config.metarl.deadlines.silence_s) / 3
+    watch = Watch(config, paths)
+    with subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE) as waiting:
+
+        def hear(look: int) -> str:
+            for row in (beat(0, look + 1, pid=waiting.pid), beat(1, min(look, 2) + 1, pid=os.getpid()), beat(2, look + 1, pid=os.getpid())):
+                paths.beats.joinpath(f"{row.process}.json").write_text(json.dumps(asdict(row) | {"host": socket.gethostname()}))
+            return watch.reason_to_end(RANKS, True, look * second_s)
+
+        assert [hear(look) for look in range(12)] == [""] * 12
+        waiting.kill()
+    assert [hear(look) for look in (12, 13, 14)] == [""] * 3, "its runner has a moment to end"
+    said = hear(15)
+    assert said.startswith(f"lost trainer-0 (pid {waiting.pid} on ") and "trainer-2" not in said
+    assert f"at train_step phase rl step 4; and no sign of life from trainer-1 (pid {os.getpid()} on " in said
