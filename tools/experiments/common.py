@@ -118,8 +118,10 @@ def run_jobs(jobs: Sequence[Job], args: argparse.Namespace, side_by_side: bool =
             return
         core = free.pop()
         print(f"{time.strftime('%H:%M:%S')} {job.name}", flush=True)
-        job.run(args.work, core)
-        free.append(core)
+        try:
+            job.run(args.work, core)
+        finally:
+            free.append(core)
 
     with ThreadPoolExecutor(len(cores)) as pool:
         list(pool.map(one, jobs))
