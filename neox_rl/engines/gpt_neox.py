@@ -52,7 +52,7 @@ class GptNeoXEngine(RankEngine):
 
             self._setup = gpt_neox_setup
             self._world, self._args = gpt_neox_setup.join_world(neox, config.metarl, self.shape, env, config.extra)
-            self._engine: Any = gpt_neox_setup.build_engine(self._args)
+            self._engine, self._files = gpt_neox_setup.build_engine(self._args)
         self._pipe = bool(self._args.is_pipe_parallel)
         top = self.topology
         places = neox_places(self.shape, top.tp, self._stage_of, self._pipe)
@@ -162,26 +162,28 @@ class GptNeoXEngine(RankEngine):
     def save(self, directory: Path, client_state: Mapping[str, Json]) -> Path:
         final = directory / f"global_step{self._steps}"
         temporary = final.with_name(f"{final.name}.tmp")
-        if self.topology.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            directory.mkdir(parents=True, exist_ok=True)
-        self.barrier()
+        with self._writing(directory):
+            if self.topology.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+                directory.mkdir(parents=True, exist_ok=True)
         for group in self._engine.optimizer.param_groups:
             group["step"] = self._steps  # where Apex's and DeepSpeed's Adam count; torch's counts in the state of each parameter
-        self._engine.save_checkpoint(str(directory), tag=temporary.name, client_state=self._neox_state(), save_latest=False)
-        if self._reference is not None:
-            names = [name for name, _ in self._engine.module.named_parameters()]
-            save_file(dict(zip(names, (t.cpu().contiguous() for t in self._reference), strict=True)), self._reference_file(temporary))
-        self.barrier()
-        if self.topology.rank == 0:
-            for path in temporary.iterdir():
-                checkpoint_files.to_disk(path)
-            meta: dict[str, Json] = {"format": checkpoint_files.FORMAT, "steps": self._steps, "layout": self._layout()}
-            meta["client_state"] = dict(client_state)
-            checkpoint_files.publish(temporary, final, meta)
-            checkpoint_files.tidy(directory)
-            checkpoint_files.prune(final, self._neox.keep_last_n_checkpoints)
-        self.barrier()
+        with self._writing(directory):
+            self._engine.save_checkpoint(str(directory), tag=temporary.name, client_state=self._neox_state(), save_latest=False)
+            if self._files is not None:
+                self._files.raise_if_full()
+            if self._reference is not None:
+                names = [name for name, _ in self._engine.module.named_parameters()]
+                save_file(dict(zip(names, (t.cpu().contiguous() for t in self._reference), strict=True)), self._reference_file(temporary))
+        with self._writing(directory):
+            if self.topology.rank == 0:
+                for path in temporary.iterdir():
+                    checkpoint_files.to_disk(path)
+                meta: dict[str, Json] = {"format": checkpoint_files.FORMAT, "steps": self._steps, "layout": self._layout()}
+                meta["client_state"] = dict(client_state)
+                checkpoint_files.publish(temporary, final, meta)
+                checkpoint_files.tidy(directory)
+                checkpoint_files.prune(final, self._neox.keep_last_n_checkpoints)
         return final
 
     def _reference_file(self, checkpoint: Path) -> Path:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from neox_rl.config.neox import NeoXConfig
 from neox_rl.config.schema import MetaRLConfig
+from neox_rl.engines.deepspeed_files import PatientFiles
 from neox_rl.engines.gpt_neox_args import COMPILED, KERNELS, neox_arguments
 from neox_rl.engines.model_shape import ModelShape
 from neox_rl.engines.rank_env import RankEnv
@@ -77,8 +78,8 @@ def join_world(neox: NeoXConfig, metarl: MetaRLConfig, shape: ModelShape, env: R
     return World(top, device, *groups, control_group(metarl.deadlines)), args
 
 
-def build_engine(args: Any) -> Any:
-    """The model in DeepSpeed's engine, with an optimizer that decays what GPT-NeoX decays."""
+def build_engine(args: Any) -> tuple[Any, PatientFiles | None]:
+    """The model in DeepSpeed's engine, with an optimizer that decays what GPT-NeoX decays; and what its checkpoints are written by."""
     model = get_model(neox_args=args)
     groups = get_params_for_weight_decay_optimization(model, args)
     for group in groups:
@@ -102,7 +103,7 @@ def build_engine(args: Any) -> Any:
         # they are not, and a model of other numbers is trained without a word.
         engine.is_pipe_partitioned = engine.is_grad_partitioned = False
     _complete_gradients(engine.module, args)
-    return engine
+    return engine, PatientFiles.put_into(engine)
 
 
 def _complete_gradients(model: torch.nn.Module, args: Any) -> None:

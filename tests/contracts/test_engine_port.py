@@ -23,7 +23,7 @@ from neox_rl.config.neox import NeoXConfig
 from neox_rl.config.run import RunConfig
 from neox_rl.config.schema import MetaRLConfig
 from neox_rl.engines import checkpoint_files, mcore_state
-from neox_rl.engines.megatron_core import MegatronCoreEngine
+from neox_rl.engines.gpt_neox import GptNeoXEngine
 from neox_rl.engines.port import Engine
 from neox_rl.engines.registry import build_engine
 from neox_rl.errors import ConfigError, DiskFullError, NeoxRLError, WeightError
@@ -107,27 +107,17 @@ def test_checkpoint_is_whole_or_not_there(engine: Engine, tmp_path: Path) -> Non
     assert engine.load(path) == {"cursor": [3]}
 
 
-def test_without_room_the_error_says_so_and_earlier_files_stay(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """tests/e2e/test_full_disk.py has a disk that is. How DeepSpeed's own files fail is DeepSpeed's."""
-
+def mcore_without_room(engine: Engine, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(error: Exception) -> Callable[..., None]:
         def write(*_: Any) -> None:
             raise error
 
         return write
 
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").symlink_to("/dev/full")
-    with pytest.raises(DiskFullError, match=rf"no room on the disk of {model}, for 1 of 1 ranks"):
-        engine.save_hf(model)
-    (model / "config.json").unlink()
-    engine.save_hf(model)
-    if not isinstance(engine, MegatronCoreEngine):
-        return
-    path, before = engine.save(tmp_path / "ckpt", {"cursor": [1]}), weights(engine)
-    engine.step(split(sequences(), 1), loss_fn, 1e-2)
-    full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    path, full = (
+        checkpoint_files.find(directory),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    )
     for module, name, error in (
         (mcore_state, "write_rank", full),
         (mcore_state, "write_rank", OSError(errno.EDQUOT, "quota")),
@@ -135,11 +125,47 @@ def test_without_room_the_error_says_so_and_earlier_files_stay(engine: Engine, t
     ):
         with monkeypatch.context() as patch, pytest.raises(DiskFullError, match="make room there"):
             patch.setattr(module, name, fails(error))
-            engine.save(tmp_path / "ckpt", {"cursor": [2]})
-        assert checkpoint_files.find(tmp_path / "ckpt") == path
+            engine.save(directory, {"cursor": [2]})
+        assert checkpoint_files.find(directory) == path
     with monkeypatch.context() as patch, pytest.raises(OSError, match="broken"):
         patch.setattr(mcore_state, "write_rank", fails(OSError(errno.EIO, "broken")))
-        engine.save(tmp_path / "ckpt", {"cursor": [2]})
+        engine.save(directory, {"cursor": [2]})
+
+
+def deepspeed_without_room(engine: GptNeoXEngine, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the files that DeepSpeed writes, one after the other."""
+    path = checkpoint_files.find(directory)
+    names = [file.name for file in path.iterdir() if file.suffix == ".pt"]
+    assert names
+    for name in names:
+
+        def makedirs(path: str, exist_ok: bool = False, name: str = name) -> None:
+            Path(path).mkdir(parents=True, exist_ok=exist_ok)
+            (Path(path) / name).unlink(missing_ok=True)
+            (Path(path) / name).symlink_to("/dev/full")
+
+        with monkeypatch.context() as patch, pytest.raises(DiskFullError, match="make room there"):
+            patch.setattr(engine._engine.checkpoint_engine, "makedirs", makedirs)
+            engine.save(directory, {"cursor": [2]})
+        assert checkpoint_files.find(directory) == path
+
+
+def test_without_room_the_error_says_so_and_earlier_files_stay(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/e2e/test_full_disk.py has a disk that is."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").symlink_to("/dev/full")
+    with pytest.raises(DiskFullError, match=rf"no room on the disk of {model}, for 1 of 1 ranks"):
+        engine.save_hf(model)
+    (model / "config.json").unlink()
+    engine.save_hf(model)
+    path, before = engine.save(tmp_path / "ckpt", {"cursor": [1]}), weights(engine)
+    engine.step(split(sequences(), 1), loss_fn, 1e-2)
+    if isinstance(engine, GptNeoXEngine):
+        deepspeed_without_room(engine, tmp_path / "ckpt", monkeypatch)
+    else:
+        mcore_without_room(engine, tmp_path / "ckpt", monkeypatch)
+    assert checkpoint_files.find(tmp_path / "ckpt") == path
     later = engine.save(tmp_path / "ckpt", {"cursor": [2]})
     assert checkpoint_files.find(tmp_path / "ckpt") == later and engine.load(path) == {"cursor": [1]}
     assert all(torch.equal(tensor, before[name]) for name, tensor in engine.named_tensors())
