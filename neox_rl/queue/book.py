@@ -66,7 +66,7 @@ class Book:
         return f"the journal is damaged: {self.damage[0]}{more}; what it held is made again" if self.damage else ""
 
     def follow(self, hear: Callable[[Record], None]) -> None:
-        """``hear`` gets every record, those that are there already first. Call it once."""
+        """``hear`` gets every record, those that are there already first; of a new segment the state alone. Call it once."""
         for record in self._past:
             hear(record)
         self._past, self._follow = (), hear
@@ -139,7 +139,9 @@ class Book:
             self._rotate()
 
     def _rotate(self) -> None:
-        self.journal.rotate([payload_of(*record) for record in self.history.compact()])
+        records = list(self.history.compact())
+        self.journal.rotate([payload_of(*record) for record in records])
+        self._follow(Record(-1, *records[0]))
         self._bytes = 0  # what was copied is not counted: a new segment of open groups alone would only follow the next
 
     def bodies(self, groups: Iterable[Group]) -> list[bytes | memoryview]:

@@ -12,7 +12,8 @@
     summary       counts of the summary are those of journal and metrics
 
 ``Audit`` takes records in their order, a whole journal or one at a time while the run goes on. What cannot be judged, because a record that
-it takes is gone, is told as a gap, never as right.
+it takes is gone, is told as a gap, never as right. Beside a run that goes on, it keeps what a rollback may still undo, and no findings: its
+memory does not grow with the run.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from neox_rl.config.run import RunConfig
+from neox_rl.queue.consumption import Trained
+from neox_rl.queue.history import KEPT_VERSIONS
 from neox_rl.queue.records import Record
 from neox_rl.queue.staleness import bound, oldest_version
 from neox_rl.queue.state import name
@@ -83,20 +86,24 @@ class Session:
 
 
 class Audit:
-    """``rule`` holds until the journal says another. ``damaged``: what is missing is a gap. ``on_violation(check, what)`` hears at once."""
+    """``rule`` holds until the journal says another. ``damaged``: what is missing is a gap. ``on_violation(check, what)`` hears at once.
 
-    def __init__(self, rule: Rule, damaged: bool = False, on_violation: Callable[[str, str], None] = lambda *_: None) -> None:
-        self.rule, self.damaged, self._on_violation = rule, damaged, on_violation
+    ``living``: the run goes on. Violations are told and not kept, gaps are not kept, and what a state in the journal closes is forgotten.
+    """
+
+    def __init__(
+        self, rule: Rule, damaged: bool = False, on_violation: Callable[[str, str], None] = lambda *_: None, living: bool = False
+    ) -> None:
+        self.rule, self.damaged, self._on_violation, self._living = rule, damaged, on_violation, living
         self.results = {check: Result() for check in CHECKS}
         self.steps: dict[int, Step] = {}
         self.last = self.sft_step = self.num_undone = self.num_repeated = 0
         self.sessions = [Session(None, 0, {})]
-        self._step_of: dict[int, int] = {}
+        self.trained = Trained()
         self._undone: dict[int, tuple[int, ...]] = {}
         self._served: dict[str, int] = {}
-        self._told: dict[str, str] = {}
         self._queue: dict[str, Any] = {}
-        self._unknown = 0
+        self._unknown = self._forgotten = 0
 
     @property
     def violations(self) -> list[str]:
@@ -119,6 +126,8 @@ class Audit:
                 self._live(int(record.meta["version"]), record.meta.get("digest"))
             case "state" if not record.meta.get("copy"):
                 self._catch_up(record.meta)
+                if self._living:
+                    self._forget()
 
     def _begin(self, meta: Mapping[str, Any]) -> None:
         """A trainer begins at its checkpoint: later steps are undone."""
@@ -128,8 +137,11 @@ class Audit:
         for step in [step for step in self.steps if step > rl_step]:
             self._undone[step] = self.steps.pop(step).tickets
             self.num_undone += 1
-            for ticket in self._undone[step]:
-                self._step_of.pop(ticket, None)
+            self.trained.undo(self._undone[step])
+        if rl_step < self._forgotten:  # by the trainer's own checkpoint, whose queue an audit of the whole journal compares
+            queue = meta.get("state", {}).get("queue") or {"fresh": 0, "open": []}
+            self.trained.reset(set(range(queue["fresh"])).difference(queue["open"]))
+            self._forgotten = rl_step
         self.sft_step, self.last = int(meta["sft_step"]), rl_step
         known = {version: digest for version, digest in self.sessions[-1].published.items() if version <= rl_step}
         self.sessions.append(Session(round(time_s * 1e9) if isinstance(time_s, int | float) else None, rl_step, known))
@@ -158,11 +170,12 @@ class Audit:
 
     def _train(self, ticket: int, step: int) -> None:
         self.results["once"].checked += 1
-        if ticket in self._step_of:
-            self._violated("once", f"{name(ticket)} was trained by step {self._step_of[ticket]} and again by step {step}")
+        if ticket in self.trained:
+            by = self.trained.step_of(ticket) or f"{self._forgotten} or one before it"
+            self._violated("once", f"{name(ticket)} was trained by step {by} and again by step {step}")
         if not 0 <= ticket < self.rule.groups_per_step * self.rule.num_steps:
             self._violated("once", f"{name(ticket)} was trained by step {step}: no ticket of this run has that number")
-        self._step_of[ticket] = step
+        self.trained.add(ticket, step)
 
     def _judge(self, ticket: int, step: int, version: int, tokens: int) -> None:
         rule, age = self.rule, step - 1 - version
@@ -185,7 +198,9 @@ class Audit:
                 self._gap("policy", f"step {step}: tokens of v{version} were made before its publication was heard of")
                 continue
             self.results["policy"].checked += 1
-            if published.get(int(version)) is None:
+            if published.get(int(version)) is None and int(version) <= self._forgotten - KEPT_VERSIONS:
+                self._gap("policy", f"step {step}: v{version} is too old for its digest to be known still")
+            elif published.get(int(version)) is None:
                 self._missing("policy", f"step {step} trained tokens of v{version}, which nobody published")
             elif set(digests) != {published[int(version)]}:
                 self._violated("policy", f"step {step}: tokens of v{version} by weights {digests}, published was {published[int(version)]}")
@@ -195,10 +210,10 @@ class Audit:
         if not isinstance(queue, dict) or step != self.last:
             return
         self._queue = queue
-        if both := self._step_of.keys() & set(queue["open"]):
+        if both := [ticket for ticket in queue["open"] if ticket in self.trained]:
             self._violated("once", f"open after step {step}, and trained already: {names(both)}")
-        if len(self._step_of) + len(queue["open"]) != queue["fresh"]:
-            lost = set(range(queue["fresh"])) - set(queue["open"]) - self._step_of.keys()
+        if len(self.trained) + len(queue["open"]) != queue["fresh"]:
+            lost = self.trained.missing(queue["fresh"], queue["open"])
             self._missing("once", f"lost after step {step}, neither open nor trained: {names(lost)}")
 
     def _catch_up(self, meta: Mapping[str, Any]) -> None:
@@ -207,12 +222,21 @@ class Audit:
         if step > self.last and isinstance(queue, dict):
             for check in ("bound", "once", "policy"):
                 self._gap(check, f"steps {self.last + 1} to {step}: what they took is in no record that is there")
-            closed = set(range(queue["fresh"])).difference(queue["open"])
-            self._step_of = dict.fromkeys(closed, step) | self._step_of
+            for ticket in self.trained.missing(queue["fresh"], queue["open"]):
+                self.trained.add(ticket, step)
             self.sessions[-1].published |= {int(version): str(digest) for version, digest in meta["digests"]}
             self.last = self._unknown = step
             self.sft_step = int(meta["steps"]["sft"])
         self._compare(queue, step)
+
+    def _forget(self) -> None:
+        """No trainer that the journal can serve goes back behind this."""
+        self._forgotten = self.last
+        self.steps.clear()
+        self.trained.forget(self.last)
+        del self.sessions[:-1]
+        session = self.sessions[-1]
+        session.published = {version: digest for version, digest in session.published.items() if version > self.last - KEPT_VERSIONS}
 
     def _publish(self, version: int, digest: str) -> None:
         published = self.sessions[-1].published
@@ -259,7 +283,7 @@ class Audit:
         """The metrics of an RL step that took its batch: what got gradient, and what was masked."""
         taken, hist = self.steps.get(step), row.get("staleness_hist")
         if taken is None:
-            if step > self._unknown:
+            if step > max(self._unknown, self._forgotten):
                 self._missing("metrics", f"step {step} has metrics, but took no batch")
             return
         if not isinstance(hist, dict):
@@ -286,7 +310,7 @@ class Audit:
             self._gap("checkpoints", f"{label}: what the steps before it took is in no record that is there")
             return
         self.results["checkpoints"].checked += 1
-        trained = {ticket for ticket, step in self._step_of.items() if step <= rl_step}
+        trained = self.trained.until(rl_step)
         if not isinstance(queue, dict):
             if rl_step:
                 self._violated("checkpoints", f"{label} says nothing of the queue")
@@ -306,7 +330,7 @@ class Audit:
             return
         if self.last != self.rule.num_steps:
             self._missing("steps", f"the run is done, but {self.last} of {self.rule.num_steps} steps took a batch")
-        if lost := set(range(self.rule.groups_per_step * self.rule.num_steps)) - self._step_of.keys():
+        if lost := self.trained.missing(self.rule.groups_per_step * self.rule.num_steps):
             self._missing("once", f"never trained: {names(lost)}")
 
     def open_tickets(self) -> list[int]:
@@ -327,11 +351,12 @@ class Audit:
             self._violated(check, what)
 
     def _gap(self, check: str, what: str) -> None:
-        if what not in self.results[check].gaps:
+        if not self._living and what not in self.results[check].gaps:
             self.results[check].gaps.append(what)
 
     def _violated(self, check: str, what: str) -> None:
-        self.results[check].violations.append(what)
+        if not self._living:
+            self.results[check].violations.append(what)
         self._on_violation(check, what)
 
 

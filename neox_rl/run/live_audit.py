@@ -21,7 +21,7 @@ class LiveAudit:
 
     def __init__(self, config: RunConfig, book: Book, events: EventLog) -> None:
         self._mode, self._events = config.metarl.audit, events
-        self._audit = Audit(Rule.of(config), book.has_holes, self._violated)
+        self._audit = Audit(Rule.of(config), book.has_holes, self._violated, living=True)
         book.follow(self._audit.apply if self._mode != "off" else lambda _: None)
 
     def member(self, member: Member) -> None:

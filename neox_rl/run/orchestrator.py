@@ -282,9 +282,9 @@ class Orchestrator:
     async def report(self, id: int, phase: Phase, step: int, metrics: Mapping[str, Json]) -> None:
         await self._board.step(phase, step, metrics)  # first: a row without a record is cut and told again, but not the other way round
         self._book.add("reported", id=id, phase=phase.value, step=step)
-        self._book.tidy()
         if phase is Phase.RL:
             self._audit.reported(step, metrics)
+        self._book.tidy()  # last: the audit forgets the step with it
 
     async def published(self, id: int, version: int, digest: str) -> None:
         self._book.add("published", id=id, version=version, digest=digest)
