@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -64,18 +65,20 @@ def refuse_resume(config: RunConfig, paths: RunPaths) -> None:
     if not paths.config.is_file():
         raise ConfigError(f"--resume: there is no run {paths.root}; leave --resume out, or give the --name of a run that is there")
     refuse_changes(load_resolved(paths.config), config)
-    _refuse_another_release(config, paths)
     refuse_without_checkpoint(config, paths)
+    _refuse_another_release(config, paths)
 
 
 def _refuse_another_release(config: RunConfig, paths: RunPaths) -> None:
     """What the orchestrator would refuse once everything is started. A journal is known by its files' first records."""
-    for path in (paths.journal / LEDGER, *segments(paths.journal)):
-        if path.is_file():
-            with path.open("rb") as file:
+    try:
+        for path in (paths.journal / LEDGER, *segments(paths.journal)):
+            with suppress(FileNotFoundError), path.open("rb") as file:
                 check_format(path, file.read(_FIRST_RECORD_BYTES))
-    if curve_on(config.metarl.network) and (paths.keys / RUN_FILE).exists():
-        Keys.load(paths.keys / RUN_FILE)
+        if curve_on(config.metarl.network) and (paths.keys / RUN_FILE).exists():
+            Keys.load(paths.keys / RUN_FILE)
+    except OSError as error:
+        raise ConfigError(f"--resume: cannot read {error.filename}: {error.strerror}; resume as the user who began the run") from error
 
 
 def refuse_without_checkpoint(config: RunConfig, paths: RunPaths) -> None:

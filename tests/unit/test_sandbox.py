@@ -160,10 +160,10 @@ def test_memory_is_bounded(box: PythonSandbox, program: str) -> None:
     assert made.end in (End.RAISED, End.DIED) and made.text in ("MemoryError\n", "")
 
 
-def test_a_gigabyte_of_output_is_cut_and_its_writer_ended() -> None:
+def test_output_without_end_is_cut_and_its_writer_ended() -> None:
     patient = PythonSandbox(1, Limits(wall_s=60.0, memory_mib=128, output_chars=500))  # only the output ends it
     try:
-        made = patient.run_sync("for _ in range(1 << 20): print('x' * 1024)")
+        made = patient.run_sync("while True: print('x' * 1024)")
     finally:
         patient.close()
     assert made.end is End.OUTPUT and len(made.text) <= 501
