@@ -16,7 +16,7 @@ from neox_rl.errors import ConfigError
 from neox_rl.keys import RUN_FILE
 from neox_rl.metacot import vocabulary
 from neox_rl.problems.tokenizer import SymbolicTokenizer
-from neox_rl.queue.journal import FORMAT
+from neox_rl.queue.journal import FORMAT, LEDGER
 from neox_rl.queue.records import payload_of, to_bytes
 from neox_rl.run import launch
 from neox_rl.run.launch import prepared
@@ -213,6 +213,16 @@ def test_a_journal_of_another_release_is_refused_before_anything_is_touched(conf
         assert paths.config.read_text() == before
     segment.write_bytes(to_bytes(segment.name, 1, payload_of("segment", {"format": FORMAT})))
     assert prepare(longer, resume=True).config.read_text() != before
+
+
+def test_a_journal_that_cannot_be_read_is_refused_before_anything_is_touched(config: RunConfig) -> None:
+    paths = prepare(config)
+    (paths.checkpoints / "step000001").mkdir()
+    (paths.journal / LEDGER).mkdir(parents=True)  # unreadable also for root
+    before = paths.config.read_text()
+    with pytest.raises(ConfigError, match=rf"--resume: cannot read \S+/{LEDGER}: Is a directory; resume as the user who began the run"):
+        prepare(RunConfig(replace(config.neox, train_iters=99), config.metarl), resume=True)
+    assert paths.config.read_text() == before
 
 
 def test_keys_of_another_release_are_refused_before_anything_is_touched(tmp_path: Path) -> None:
