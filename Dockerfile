@@ -8,7 +8,9 @@
 # Several nodes: --network=host, so that the addresses in endpoints.json are the nodes' own, and InfiniBand with
 # --device=/dev/infiniband --ulimit memlock=-1. A GPT-NeoX checkout: -v /path/to/gpt-neox:/gpt-neox:ro -e
 # GPT_NEOX_PATH=/gpt-neox. Hugging Face checkpoints and tokenizers: -v "$HOME/.cache/huggingface:/home/neox/.cache/huggingface".
-# Under SLURM, the same image with enroot or apptainer (--nv).
+# Under SLURM, the same image with enroot or apptainer (--nv). `launcher: pdsh` and `openmpi` go by ssh, which must lead into the containers
+# of the other nodes: an sshd in them is yours to set up, the image has the clients alone. GPT-NeoX's own kernels are not in it: its build
+# (megatron/fused_kernels/setup.py at ea7aefd8) asks nvcc for sm_70, which CUDA 13 does not compile for; torch computes the same functions.
 #
 # How far this file is checked: hadolint 2.15 has nothing to say, a test finds every path and extra that it names, and the extras resolve
 # for Python 3.11 on Linux (torch 2.13.0, vllm 0.32.0, CUDA 13.0 runtime). It was never built: base image and dnf packages are untried.
@@ -16,8 +18,10 @@ ARG CUDA=13.0.0
 FROM nvidia/cuda:${CUDA}-devel-rockylinux9
 
 # The compiler and the headers serve triton and DeepSpeed, which build kernels on first use; Open MPI serves mpi4py and mpirun.
+# DeepSpeed's launcher `pdsh` is in EPEL, without its ssh module, which is a package of its own.
 # hadolint ignore=DL3041
-RUN dnf install -y python3.11 python3.11-devel python3.11-pip gcc-c++ make git openssh-clients openmpi procps-ng \
+RUN dnf install -y epel-release \
+    && dnf install -y python3.11 python3.11-devel python3.11-pip gcc-c++ make git openssh-clients openmpi procps-ng pdsh pdsh-rcmd-ssh \
     && dnf clean all
 ENV PATH=/opt/venv/bin:/usr/lib64/openmpi/bin:${PATH} \
     LD_LIBRARY_PATH=/usr/lib64/openmpi/lib:${LD_LIBRARY_PATH} \

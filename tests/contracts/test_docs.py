@@ -96,6 +96,12 @@ def test_dockerfile_installs_declared_extras_before_it_has_the_source() -> None:
     }
 
 
+def test_dockerfile_installs_what_deepspeeds_launchers_call() -> None:
+    """pdsh, which reaches a host by ssh through a module that is packaged apart; openmpi's mpirun."""
+    (installed,) = [line for line in INSTRUCTIONS if line.startswith("RUN dnf install")]
+    assert {"pdsh", "pdsh-rcmd-ssh", "openmpi", "openssh-clients"} <= set(installed.split())
+
+
 def test_the_checkout_is_mounted_not_contained() -> None:
     assert not any("gpt-neox" in line for line in INSTRUCTIONS if line.startswith(("COPY", "ADD")) or "git clone" in line)
     (mounted,) = re.findall(r"-v /path/to/gpt-neox:(/[\w-]+):ro", DOCKERFILE)
