@@ -22,6 +22,7 @@ CHECKPOINT = "checkpoints are set by checkpoint_factor, save and load"
 INITIAL = "initial weights are normal with init_std"
 SCHEDULE = "schedules run over train_iters"
 MEMORY = "memory planning of GPT-NeoX's own engine"
+LAUNCH = "launcher says how the ranks start"
 
 NOT_READ: Mapping[str, str] = {
     **dict.fromkeys(("scaled_upper_triang_masked_softmax_fusion", "scaled_masked_softmax_fusion", "bias_dropout_fusion"), KERNEL),
@@ -45,6 +46,7 @@ NOT_READ: Mapping[str, str] = {
     **dict.fromkeys(
         ("deepspeed_activation_checkpointing", "checkpoint_in_cpu", "activation_checkpointing", "data_types", "fp32_allreduce"), MEMORY
     ),
+    **dict.fromkeys(("deepspeed_slurm", "deepspeed_mpi"), LAUNCH),
 }
 
 ONLY: Mapping[str, tuple[Any, ...]] = {
@@ -63,7 +65,17 @@ ONLY: Mapping[str, tuple[Any, ...]] = {
     "context_parallel_size": (1,),
     "deepspeed": (True,),
     "lr_decay_fraction": (None, 1),
+    "use_mup": (None, False),
+    "soft_prompt_tuning": (None,),
+    "opt_pos_emb_offset": (None, 0),
 }
+
+ELSEWHERE: Mapping[str, str] = {
+    "master_port": "set metarl.network.master_port",
+    "seed": "set metarl.seed",
+    **dict.fromkeys(("num_nodes", "include", "exclude"), "name the hosts, and the slots of each, in hostfile"),
+}
+"""Keys that GPT-NeoX takes and that have another name here: handed on, they would be passed over without a word."""
 
 
 HANDED_ON = (KERNEL, MEMORY, DATA)
@@ -82,6 +94,10 @@ def sort_out(table: Mapping[str, Entry], known: Collection[str], gpt_neox: bool)
         if key in NOT_READ and not (gpt_neox and NOT_READ[key] in HANDED_ON):
             notes.append(f"{key} ({entry.where}) is not read: {NOT_READ[key]}")
             continue
+        if key in ELSEWHERE:
+            if entry.value is None:
+                continue
+            raise ConfigError(f"{key} = {entry.value!r} ({entry.where}): is not read here; {ELSEWHERE[key]} instead")
         if key == "attention_config":
             _plain_attention(entry)
         elif key in ONLY and entry.value not in ONLY[key]:

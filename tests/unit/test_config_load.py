@@ -169,9 +169,24 @@ def test_a_file_of_gpt_neox_is_taken_as_it_is_with_a_note_on_what_is_not_read(tm
     assert len(parsed.notes) == 1 and parsed.notes[0].startswith("train_micro_batch_size_per_gpu (")
 
 
-@pytest.mark.parametrize("text", ["hidden_dropout: 0.1", "attention_config: [[[local], 2]]", "use_qk_layernorm: true"])
+@pytest.mark.parametrize("text", ["hidden_dropout: 0.1", "attention_config: [[[local], 2]]", "use_qk_layernorm: true", "use_mup: true"])
 def test_a_neox_key_that_would_change_the_model_is_refused(tmp_path: Path, text: str) -> None:
     assert "supported here" in refusal(tmp_path, text)
+
+
+@pytest.mark.parametrize("engine", ["megatron-core", "gpt-neox"])
+@pytest.mark.parametrize(
+    ("text", "fix"), [("include: 'n1:0,1'", "hostfile"), ("num_nodes: 2", "hostfile"), ("master_port: 29500", "metarl.network.master_port")]
+)
+def test_a_neox_key_that_has_another_name_here_is_not_passed_over(tmp_path: Path, engine: str, text: str, fix: str) -> None:
+    said = refusal(tmp_path, f"{text}\nmetarl: {{engine: {engine}}}")
+    assert text.partition(":")[0] in said and fix in said
+
+
+def test_how_neox_files_for_slurm_start_is_said_by_launcher_alone(tmp_path: Path) -> None:
+    parsed = of(tmp_path, "{launcher: slurm, deepspeed_slurm: true, include: null}")
+    assert parsed.config.neox.launcher == "slurm"
+    assert [note.split(" ")[0] for note in parsed.notes] == ["deepspeed_slurm"]
 
 
 def test_set_overrides_any_key_and_reaches_into_mappings(tmp_path: Path) -> None:
