@@ -20,6 +20,7 @@ from neox_rl.ports import GroupMaker, Tokenizer
 from neox_rl.problems.sources import problems_of_run
 from neox_rl.problems.split import ProblemSet
 from neox_rl.problems.tokenizer import SymbolicTokenizer, load_tokenizer
+from neox_rl.rollout.gathered import Gathered
 from neox_rl.rollout.groups import Attempts
 from neox_rl.rollout.vllm_client import VllmGenerator
 from neox_rl.run.activity import ServerActivity
@@ -83,7 +84,8 @@ async def build_parts(config: RunConfig, paths: RunPaths, stack: AsyncExitStack)
         problems = with_readable_answers(problems, verifier, origin, paths.unreadable)
     generator, keeper, activity = await _generation(config, paths, endpoints, events, keys, stack)
     joins = _join_desk(config, paths, endpoints, keeper, keys, stack)
-    attempts = Attempts(generator, verifier, tokenizer, partial(_reward, config), solution_id(tokenizer))
+    asked = Gathered(generator) if metarl.rollout.method == "episodes" else generator
+    attempts = Attempts(asked, verifier, tokenizer, partial(_reward, config), solution_id(tokenizer))
     maker = make_maker(config, attempts, make_tool(config, stack), await reward_model(config, stack))
     evaluated: Attempting = maker if isinstance(maker, EpisodeGroups) else attempts
     return Parts(endpoints, problems, attempts, evaluated, maker, keeper, joins, activity, events, keys)
