@@ -185,7 +185,7 @@ def panels(count: int, width: float = 5.2) -> tuple[Figure, Sequence[Axes]]:
 
 
 def error_bars(axes: Axes, x: Sequence[float], found: Sequence[Interval], label: str, color: str, **style: object) -> None:
-    """Percent, with 95 % intervals."""
+    """Percent, with the intervals as bars."""
     middle = 100 * np.array([i.mean for i in found])
     reach = np.array([[100 * (i.mean - i.low) for i in found], [100 * (i.high - i.mean) for i in found]])
     options: Mapping[str, object] = {"marker": "o", "markersize": 4, "capsize": 2, "linewidth": 1.4, **style}
