@@ -30,8 +30,8 @@ class Gathered:
 
     Equal are those of the same tokens and sampling parameters without a seed: the completions of one request are independent samples of
     one distribution, and so are those dealt out of it, each with the version spans of its own tokens. A request with a seed must be
-    repeatable: it goes through alone. What the generator raises, each of them gets. A caller that is cancelled takes nobody along; the
-    request ends with its last caller.
+    repeatable, and a greedy one has one completion: they go through alone. What the generator raises, each of them gets. A caller that is
+    cancelled takes nobody along; the request ends with its last caller.
     """
 
     generator: Generator
@@ -40,7 +40,7 @@ class Gathered:
 
     async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> tuple[Completion, ...]:
         """See ``ports.Generator``. An error may name another of the rollouts that were asked for together."""
-        if params.seed is not None:
+        if params.seed is not None or params.temperature == 0.0:  # vLLM refuses n > 1 where sampling is greedy
             return await self.generator.sample(prompt_ids, params, n, rollout_id)
         loop = asyncio.get_running_loop()
         if not self._waiting:

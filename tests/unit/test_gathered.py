@@ -91,6 +91,16 @@ async def test_a_seed_goes_through_alone() -> None:
 
 
 @in_loop
+async def test_greedy_requests_go_through_alone() -> None:
+    engine = Engine()
+    engine.open.set()
+    greedy = SamplingParams(2, temperature=0.0)
+    gathered = Gathered(engine)
+    await asyncio.gather(ask(gathered, [1], 1, "a", greedy), ask(gathered, [1], 1, "b", greedy))
+    assert engine.asked == [((1,), greedy, 1, "a"), ((1,), greedy, 1, "b")]
+
+
+@in_loop
 async def test_portions_leave_something_for_other_servers() -> None:
     engine = Engine()
     engine.open.set()
