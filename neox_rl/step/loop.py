@@ -132,10 +132,11 @@ class TrainingLoop:
         if not groups:
             return False
         batch = self._pack(phase, step, groups)
-        start = time.monotonic()
+        start, cpu_start = time.monotonic(), time.process_time()
         with self.events.span("train_step", phase=phase.value, step=step, tokens=batch.stats.trained_tokens):
             report = self._optimize(phase, step, batch)
-        metrics = step_metrics(phase, batch.stats, report, wait_s, time.monotonic() - start, self._published)
+        took, cpu = time.monotonic() - start, time.process_time() - cpu_start
+        metrics = step_metrics(phase, batch.stats, report, wait_s, took, cpu, self._published)
         if self.leader is not None:
             self.leader.feed.report(phase, step, metrics)
         self.position.report = {"phase": phase.value, "step": step, "metrics": finite(metrics)[0]}

@@ -17,7 +17,9 @@ MIN_FRESH_TOKENS = 256
 """Tokens of the version that is trained, before their mean is a measure of anything."""
 
 
-def step_metrics(phase: Phase, stats: BatchStats, report: StepReport, wait_s: float, step_s: float, publish_s: float) -> dict[str, Json]:
+def step_metrics(
+    phase: Phase, stats: BatchStats, report: StepReport, wait_s: float, step_s: float, step_cpu_s: float, publish_s: float
+) -> dict[str, Json]:
     """``publish_s`` is the time of the last publish before this report."""
     metrics: dict[str, Json] = {
         "loss": report.loss,
@@ -29,6 +31,7 @@ def step_metrics(phase: Phase, stats: BatchStats, report: StepReport, wait_s: fl
         "pack_efficiency": stats.packing_efficiency,
         "wait_s": wait_s,
         "step_s": step_s,
+        "step_cpu_s": step_cpu_s,
     }
     if phase is Phase.RL:
         metrics |= _rollout_metrics(stats) | {"publish_s": publish_s}

@@ -62,6 +62,8 @@ class MetricsRow(TypedDict, total=False):
     """Waiting for the batch."""
     step_s: float
     """Forward, backward, optimizer."""
+    step_cpu_s: float
+    """CPU seconds of rank 0 meanwhile, all of its threads: on a machine that others use too, what the step cost."""
     publish_s: float
     queue_ready: int
     queue_inflight: int

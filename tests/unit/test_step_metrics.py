@@ -28,7 +28,7 @@ def stats(staleness: Mapping[int, int], trained: Mapping[int, int]) -> BatchStat
 def row(phase: Phase = Phase.RL, staleness: Mapping[int, int] | None = None, trained: Mapping[int, int] | None = None) -> dict[str, Any]:
     report = StepReport(0.1, 1.0, 1e-4, 10, SUMS | {"fresh_tokens": 4.0})
     staleness = staleness or {0: 10}
-    return step_metrics(phase, stats(staleness, staleness if trained is None else trained), report, 0.5, 0.25, 0.01)
+    return step_metrics(phase, stats(staleness, staleness if trained is None else trained), report, 0.5, 0.25, 0.2, 0.01)
 
 
 def test_masked_tokens_do_not_count_as_trained_staleness_but_stand_in_the_histogram() -> None:

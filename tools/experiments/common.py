@@ -1,13 +1,16 @@
 """What the experiments share: whole runs that are made once and kept, served checkpoints, difficulty, intervals, pictures.
 
 Every experiment is one command. What it has finished is kept in ``--work``, so a command that was stopped, or that ``--stop-after`` ended,
-goes on where it was when it is given again.
+goes on where it was when it is given again. Names of what is kept end in a digest of the settings it was made with: other settings make it
+anew instead of passing off the old.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -36,8 +39,10 @@ from neox_rl.types import Problem
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = Path(__file__).resolve().parent / "pictures"
-START_S = 300.0
-RUN_S = 1500.0
+CORES = tuple(sorted(os.sched_getaffinity(0)))
+"""Those that this command may use: ``taskset`` before it leaves some to others."""
+START_S = 900.0
+RUN_S = 3600.0
 NOT_DONE = 75
 """Exit status of a command that ``--stop-after`` ended: give it again."""
 LEVELS = 4
@@ -79,13 +84,23 @@ def not_done() -> SystemExit:
     return SystemExit(NOT_DONE)
 
 
+def digest(*facts: object) -> str:
+    """Of whatever decides a result, for its name."""
+    return hashlib.sha256(json.dumps([str(fact) for fact in facts]).encode()).hexdigest()[:8]
+
+
 @dataclass(frozen=True)
 class Job:
     """One run of ``deepy.py`` with ``configs/<config>.yml``; ``settings`` as for ``--set``."""
 
-    name: str
+    title: str
     settings: tuple[str, ...]
     config: str = "metarl"
+
+    @property
+    def name(self) -> str:
+        """Of the run: with a digest of the settings and the config file."""
+        return f"{self.title}-{digest((ROOT / 'configs' / f'{self.config}.yml').read_text(), *self.settings)}"
 
     def finished(self, work: Path) -> bool:
         directory = work / self.name
@@ -110,7 +125,7 @@ class Job:
 
 def run_jobs(jobs: Sequence[Job], args: argparse.Namespace, side_by_side: bool = True) -> dict[str, RunData]:
     """Every job once, one a core at a time (or one over all cores). Raises SystemExit where one fails or time was up."""
-    cores: list[int | None] = [*sorted(os.sched_getaffinity(0))] if side_by_side else [None]
+    cores: list[int | None] = [*CORES] if side_by_side else [None]
     free = list(cores)
 
     def one(job: Job) -> None:
@@ -187,7 +202,7 @@ def panels(count: int, width: float = 5.2) -> tuple[Figure, Sequence[Axes]]:
 def error_bars(axes: Axes, x: Sequence[float], found: Sequence[Interval], label: str, color: str, **style: object) -> None:
     """Percent, with the intervals as bars."""
     middle = 100 * np.array([i.mean for i in found])
-    reach = np.array([[100 * (i.mean - i.low) for i in found], [100 * (i.high - i.mean) for i in found]])
+    reach = np.array([[100 * max(0.0, i.mean - i.low) for i in found], [100 * max(0.0, i.high - i.mean) for i in found]])  # rounding
     options: Mapping[str, object] = {"marker": "o", "markersize": 4, "capsize": 2, "linewidth": 1.4, **style}
     axes.errorbar(x, middle, reach, label=label, color=color, **options)  # type: ignore[arg-type]
 

@@ -11,11 +11,12 @@ import argparse
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from common import COLORS, Job, arguments, error_bars, panels, parser, percent, run_jobs, save, table
 
 from neox_rl.problems.goal_finding import memoryless_success, meta_success
-from neox_rl.telemetry.rundata import RunData
-from neox_rl.telemetry.stats import Interval, cluster_mean_ci
+from neox_rl.telemetry.rundata import FIRST, LAST, RunData
+from neox_rl.telemetry.stats import Interval, cluster_mean_ci, t975
 
 DOORS = 4
 SETTINGS = (
@@ -37,6 +38,17 @@ METHODS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
     "E-RL^2": ("erl2", "erl2", ()),
 }
 """Title -> run name, config, settings."""
+EPISODES = list(range(1, DOORS + 1))
+PANELS = {"found_by": "found by episode k", "right_in": "right in episode k"}
+BEST = [meta_success(DOORS, k) for k in EPISODES]
+FORMS = {
+    "found_by": {
+        "no memory": ("1 - (1 - 1/N)^k", [memoryless_success(DOORS, k) for k in EPISODES]),
+        "no repetition": ("k/N", BEST),
+    },
+    "right_in": {"no memory": ("1/N", [1 / DOORS] * DOORS), "no repetition": ("k/N", BEST)},
+}
+"""Panel -> who -> the closed form and its values."""
 QUICK = ("train_iters=4", "metarl.warmstart.steps=4", "metarl.evaluation.num_problems=20", "metarl.rollout.groups_per_step=4")
 
 
@@ -62,9 +74,15 @@ def curve(run: RunData, label: str, key: str) -> list[Interval]:
 
 
 def over_seeds(curves: Sequence[Sequence[Interval]]) -> list[Interval]:
-    """The mean of the seeds' means, from the lowest to the highest seed."""
-    means = [[each[k].mean for each in curves] for k in range(DOORS)]
-    return [Interval(sum(m) / len(m), min(m), max(m), len(m)) for m in means]
+    """The mean of the seeds with its 95 % t interval over them; of one seed its interval over problems."""
+    if len(curves) == 1:
+        return list(curves[0])
+    found = []
+    for k in range(DOORS):
+        means = np.array([each[k].mean for each in curves])
+        reach = t975(len(means) - 1) * float(means.std(ddof=1)) / len(means) ** 0.5
+        found.append(Interval(float(means.mean()), max(0.0, float(means.mean()) - reach), min(1.0, float(means.mean()) + reach), len(means)))
+    return found
 
 
 def main() -> None:
@@ -74,34 +92,26 @@ def main() -> None:
     args = arguments(p)
     wanted = jobs(args)
     runs = run_jobs([job for seed in zip(*wanted.values(), strict=True) for job in seed], args)  # seed 1 of every method first
-    k, axes_of = list(range(1, DOORS + 1)), {"found_by": "found by episode k", "right_in": "right in episode k"}
     figure, axes = panels(2)
-    rows: dict[str, list[list[str]]] = {key: [] for key in axes_of}
-    for (title, some), color in zip(wanted.items(), COLORS, strict=False):
-        for each, key in zip(axes, axes_of, strict=True):
-            for label, style in (("warmstart", {"linestyle": ":", "alpha": 0.5}), ("final", {})):
-                found = over_seeds([curve(runs[job.name], label, key) for job in some])
-                rows[key].append([f"{title}, {'before' if label == 'warmstart' else 'after'} RL", *map(percent, found)])
-                error_bars(each, k, found, title if label == "final" else "", color, **style)
-    for each, (key, name) in zip(axes, axes_of.items(), strict=True):
-        without, best = [memoryless_success(DOORS, i) for i in k], [meta_success(DOORS, i) for i in k]
-        if key == "right_in":
-            without = [1 / DOORS] * DOORS
-        each.plot(
-            k, [100 * v for v in without], "--", color="gray", label="no memory: 1-(1-1/N)^k" if key == "found_by" else "no memory: 1/N"
-        )
-        each.plot(k, [100 * v for v in best], "-.", color="black", label="no repetition: k/N")
-        title = f"{DOORS} doors, {args.seeds} seeds (bars: lowest to highest)"
-        each.set(xlabel="episode k", xticks=k, ylabel=f"{name}, %", ylim=(0, 103), title=title)
-        each.legend(frameon=False, fontsize=8)
-        rows[key] += [
-            ["closed form, no memory", *(f"{100 * v:.1f}" for v in without)],
-            ["closed form k/N", *(f"{100 * v:.1f}" for v in best)],
-        ]
+    for each, (key, name) in zip(axes, PANELS.items(), strict=True):
+        rows = []
+        for (title, some), color in zip(wanted.items(), COLORS, strict=False):
+            for label, when, style in ((FIRST, "before RL", {"linestyle": ":", "alpha": 0.6}), (LAST, "after RL", {})):
+                curves = [curve(runs[job.name], label, key) for job in some]
+                rows.append([f"{title}, {when}", *map(percent, over_seeds(curves))])
+                error_bars(each, EPISODES, over_seeds(curves), f"{title}, {when}" if label == LAST else "", color, **style)
+                for seed in curves if label == LAST else ():
+                    each.plot(EPISODES, [100 * i.mean for i in seed], color=color, linewidth=0.6, alpha=0.5)
+        for label, style, color in (("no memory", "--", "gray"), ("no repetition", "-.", "black")):
+            form, values = FORMS[key][label]
+            each.plot(EPISODES, [100 * v for v in values], style, color=color, label=f"{label}: {form}", zorder=5)
+            rows.append([f"closed form, {label}: {form}", *(f"{100 * v:.1f}" for v in values)])
+        each.set(xlabel="episode k", xticks=EPISODES, ylabel=f"{name}, %", ylim=(0, 103))
+        print(f"{name}, %: mean of {args.seeds} seeds")
+        table(["", *(f"k = {k}" for k in EPISODES)], rows)
+    figure.suptitle(f"goal finding, {DOORS} doors; {args.seeds} seeds (thin), their mean with 95 %; dotted: before RL", fontsize=10)
+    axes[0].legend(frameon=False, fontsize=8, loc="upper left")
     save(figure, args.picture)
-    for key, name in axes_of.items():
-        print(f"{name}, % (mean of {args.seeds} seeds, from the lowest to the highest)")
-        table(["", *(f"k = {i}" for i in k)], rows[key])
 
 
 if __name__ == "__main__":

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import hashlib
 import json
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
 import numpy as np
-import prm
-from common import ROOT, not_done, served
+from common import CORES, ROOT, digest, not_done, served
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -28,22 +28,34 @@ from neox_rl.problems.sources import load_problems
 from neox_rl.problems.tokenizer import DirectoryTokenizer
 from neox_rl.rollout.vllm_completions import CompletionsGenerator
 from neox_rl.run.launch import TOKENIZER_FILES
+from neox_rl.run.search_cli import parser as search_parser
+from neox_rl.run.search_cli import search_file
 from neox_rl.search.proposers import derived_seed
-from neox_rl.search.strategies import STRATEGIES as ALL
 from neox_rl.telemetry.rundata import load_run
 from neox_rl.telemetry.stats import Interval, cluster_mean_ci
 from neox_rl.types import Finish, Problem, SamplingParams
 from neox_rl.verify.verifier import ArithmeticVerifier
 
 MAX_TOKENS = 208
-SIDE_BY_SIDE = 2
-BUDGETS = (8, 16, 32, 64, 128)
+BUDGETS = (8, 16, 32, 64, 128, 256, 512)
 ATTEMPT_TOKENS = 6
 """Of an attempt that goes straight to its end: two steps of three words."""
+ONE_CONTEXT = 128
+"""Tokens after which a search in one context is cut off, and another begins."""
 SEED = 1
-STRATEGIES = ("dfs", "best-first", "mcts")
+WIDTHS = (4, 8, 16)
+"""Steps that are sampled at a node, which is asked once."""
+WIDTH = 8
+"""Of the comparisons of strategies and of values."""
+STRATEGIES = ("beam", "bfs", "dfs", "best-first", "astar", "mcts")
 VALUES = ("none", "heuristic", "monte-carlo", "oracle")
 IN_CONTEXT = "in context"
+BEST_OF_N = "best-of-n"
+
+
+def tree(width: int, value: str) -> str:
+    """The name of a best-first search."""
+    return f"tree of {width}, {value}"
 
 
 @dataclass(frozen=True)
@@ -79,7 +91,8 @@ def checkpoints(args: argparse.Namespace) -> list[Checkpoint]:
 
 def _exported(args: argparse.Namespace, step: int) -> Path:
     """The checkpoint after ``step`` steps, warm start and RL counted together."""
-    out, source = Path(args.work, "searching", f"step{step}"), args.run / "checkpoints" / f"step{step:06d}"
+    source = args.run / "checkpoints" / f"step{step:06d}"
+    out = Path(args.work, "searching", f"step{step}-{digest(args.run.resolve(), (args.run / 'config.yml').read_text())}")
     if (out / "model.safetensors").is_file():
         return out
     if not rank_file(source, 0).is_file():
@@ -104,39 +117,47 @@ def heldout(args: argparse.Namespace) -> tuple[Problem, ...]:
 
 def commands(args: argparse.Namespace, full: bool) -> dict[str, list[str]]:
     """Options of ``python -m neox_rl.search`` by what they are called here. Best-of-n gets as many attempts as its budget pays."""
-    values = {f"best-first, {value}": ["--strategy", "best-first", "--value", value] for value in (VALUES if full else ("none", "oracle"))}
-    strategies = {f"{name}, prm": ["--strategy", name, "--value", "prm"] for name in (args.strategies if full else ("best-first",))}
-    found = {b: ["--strategy", "best-of-n", "--width", str(max(1, b // ATTEMPT_TOKENS)), "--budget-tokens", str(b)] for b in BUDGETS}
-    return {**values, **strategies, **{f"best-of-n, {b}": options for b, options in found.items()}}
+    most = ["--budget-tokens", str(BUDGETS[-1])]
+    found = {tree(w, v): ["--strategy", "best-first", "--value", v, "--width", str(w), *most] for w in WIDTHS for v in ("none", "oracle")}
+    for budget in BUDGETS:
+        found[f"{BEST_OF_N}, {budget}"] = [
+            *("--strategy", BEST_OF_N, "--width", str(max(1, budget // ATTEMPT_TOKENS)), "--budget-tokens", str(budget))
+        ]
+    if full:
+        at = ["--width", str(WIDTH), *most]
+        found |= {tree(WIDTH, value): ["--strategy", "best-first", "--value", value, *at] for value in values(args)}
+        found |= {name: ["--strategy", name, "--value", "heuristic", *at] for name in args.strategies}
+    return found
 
 
-async def _command(options: Sequence[str], policy: str, critic: str, args: argparse.Namespace, model: Path, out: Path) -> None:
-    common = ["--problems", str(args.work / "searching.rows.jsonl"), "--budget-nodes", "1000", "--server", policy, "--model", str(model)]
-    common += [
-        "--prm-server",
-        critic,
-        "--prm-model",
-        str(critic_model(args)),
-        "--playouts",
-        "4",
-        "--playout-tokens",
-        "24",
-        "--parallel",
-        "48",
-    ]
-    common += ["--max-step-tokens", "3", "--seed", str(SEED)]
-    if "--budget-tokens" not in options:
-        common += ["--budget-tokens", str(BUDGETS[-1])]
+def values(args: argparse.Namespace) -> tuple[str, ...]:
+    return VALUES if args.prm is None else (*VALUES, "prm")
+
+
+@dataclass(frozen=True)
+class Servers:
+    """What a command asks: the served policy, and the reward model where there is one."""
+
+    policy: str
+    model: Path
+    critic: str
+    critic_model: Path | None
+
+    def argv(self, rows: Path, chosen: Sequence[str]) -> list[str]:
+        critic = [] if self.critic_model is None else ["--prm-server", self.critic, "--prm-model", str(self.critic_model)]
+        steps = ["--max-step-tokens", "3", "--playouts", "4", "--playout-tokens", "24"]
+        where = ["--problems", str(rows), "--server", self.policy, "--model", str(self.model), *critic]
+        return [*chosen, *where, *steps, "--budget-nodes", "1000", "--parallel", "48", "--seed", str(SEED)]
+
+
+async def _command(argv: Sequence[str], out: Path) -> None:
+    """The program itself, in this process: to start it anew would cost more than most of these searches."""
     partial = out.with_suffix(".partial")
-    with partial.open("wb") as file:
-        process = await asyncio.create_subprocess_exec(sys.executable, "-m", "neox_rl.search", *options, *common, cwd=ROOT, stdout=file)
-        if await process.wait():
-            raise SystemExit(f"python -m neox_rl.search {' '.join(options)} ended with status {process.returncode}")
+    with partial.open("w") as file, redirect_stdout(file):
+        failed = await search_file(search_parser().parse_args(argv))
+    if failed:
+        raise SystemExit(f"python -m neox_rl.search {' '.join(argv)} ended with status {failed}")
     partial.rename(out)
-
-
-def critic_model(args: argparse.Namespace) -> Path:
-    return Path(args.work) / prm.job(argparse.Namespace(steps=10 if args.quick else 400), "monte-carlo", Path()).name / "model"
 
 
 async def _attempts(policy: str, model: Path, problems: Sequence[Problem], count: int, out: Path) -> None:
@@ -146,7 +167,7 @@ async def _attempts(policy: str, model: Path, problems: Sequence[Problem], count
 
         async def one(problem: Problem) -> list[tuple[bool, int]]:
             ids = tokenizer.encode(problem.prompt)
-            params = SamplingParams(BUDGETS[-1], seed=derived_seed(problem.id, SEED))
+            params = SamplingParams(ONE_CONTEXT, seed=derived_seed(problem.id, SEED))
             made = await generator.sample(ids, params, count, problem.id)
             right = [c.finish is Finish.STOP and (await verifier.check(problem, tokenizer.decode(c.ids))).correct for c in made]
             return [(good, len(c.ids)) for good, c in zip(right, made, strict=True)]
@@ -157,44 +178,43 @@ async def _attempts(policy: str, model: Path, problems: Sequence[Problem], count
 
 async def measure(args: argparse.Namespace, checkpoint: Checkpoint, full: bool) -> dict[str, list[Spent]]:
     """Tokens until solved, by way of searching. What is on the disk is not made again. Raises SystemExit when time is up."""
-    home, problems = args.work / "searching" / checkpoint.name.replace(" ", "-").replace(",", ""), heldout(args)
+    problems, wanted = heldout(args), commands(args, full)
+    facts = (checkpoint.model.resolve(), _tensors(checkpoint.model), args.prm, [p.id for p in problems])
+    home = args.work / "searching" / f"{checkpoint.name.replace(' ', '-')}-{digest(*facts)}"
     home.mkdir(parents=True, exist_ok=True)
-    write_rows(args.work / "searching.rows.jsonl", problems)
-    todo = {name: options for name, options in commands(args, full).items() if not _file(home, name).is_file()}
-    if (todo or not _file(home, IN_CONTEXT).is_file()) and monotonic() > args.end:
-        raise not_done()
-    if todo or not _file(home, IN_CONTEXT).is_file():
-        log = args.work / "searching"
-        async with (
-            served(checkpoint.model, MAX_TOKENS, log / "policy.log", 0) as policy,
-            served(critic_model(args), 64, log / "critic.log", 1) as critic,
-        ):
-            if not _file(home, IN_CONTEXT).is_file():
-                await _attempts(policy, checkpoint.model, problems, args.attempts, _file(home, IN_CONTEXT))
-            room = asyncio.Semaphore(SIDE_BY_SIDE)
-
-            async def one(name: str, options: Sequence[str]) -> None:
-                async with room:
-                    if monotonic() < args.end:
-                        await _command(options, policy, critic, args, checkpoint.model, _file(home, name))
-
-            await asyncio.gather(*(one(name, options) for name, options in todo.items()))
-    if not all(_file(home, name).is_file() for name in todo):
-        raise not_done()
-    return _read(home, commands(args, full), problems)
+    rows = home / "rows.jsonl"
+    write_rows(rows, problems)
+    files = {name: home / f"{name.replace(', ', '-').replace(' ', '-')}-{digest(*chosen)}.jsonl" for name, chosen in wanted.items()}
+    context = home / f"in-context-{args.attempts}-{ONE_CONTEXT}.json"
+    todo = [name for name, file in files.items() if not file.is_file()]
+    if todo or not context.is_file():
+        if monotonic() > args.end:
+            raise not_done()
+        async with AsyncExitStack() as stack:
+            policy = await stack.enter_async_context(served(checkpoint.model, MAX_TOKENS, home / "policy.log", CORES[0]))
+            asks_critic = any("prm" in wanted[name] for name in todo)
+            critic = await stack.enter_async_context(served(args.prm, 64, home / "critic.log", CORES[-1])) if asks_critic else ""
+            if not context.is_file():
+                await _attempts(policy, checkpoint.model, problems, args.attempts, context)
+            servers = Servers(policy, checkpoint.model, critic, args.prm if asks_critic else None)
+            for name in todo:
+                if monotonic() > args.end:
+                    raise not_done()
+                await _command(servers.argv(rows, wanted[name]), files[name])
+    return _read(files, context, problems)
 
 
-def _file(home: Path, name: str) -> Path:
-    return home / f"{name.replace(', ', '-').replace(' ', '-')}.jsonl"
+def _tensors(model: Path) -> str:
+    return hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
 
 
-def _read(home: Path, names: Iterable[str], problems: Sequence[Problem]) -> dict[str, list[Spent]]:
+def _read(files: Mapping[str, Path], context: Path, problems: Sequence[Problem]) -> dict[str, list[Spent]]:
     clusters = {p.id: p.cluster for p in problems}
     found: dict[str, list[Spent]] = {}
-    for name in names:
-        lines = [json.loads(line) for line in _file(home, name).read_text().splitlines()]
+    for name, file in files.items():
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
         found[name] = [Spent(x["id"], clusters[x["id"]], float(x["tokens"]) if x["solved"] else np.inf) for x in lines]
-    made = json.loads(_file(home, IN_CONTEXT).read_text())
+    made = json.loads(context.read_text())
     found[IN_CONTEXT] = [Spent(id, clusters[id], until_right(attempts)) for id, attempts in made.items()]
     return found
 
@@ -213,21 +233,30 @@ def within(spent: Sequence[Spent], budget: float) -> Interval:
     return cluster_mean_ci([float(s.tokens <= budget) for s in spent], [s.cluster for s in spent])
 
 
+def run_of(found: Mapping[str, Sequence[Spent]], name: str, budget: int) -> Sequence[Spent]:
+    """Best-of-n has a run for each of BUDGETS; any other search is the same up to where a smaller budget ends."""
+    return found[f"{BEST_OF_N}, {budget}" if name == BEST_OF_N else name]
+
+
 def curve(found: Mapping[str, Sequence[Spent]], name: str) -> list[Interval]:
-    """Share solved within each of BUDGETS. Best-of-n has a run for each; any other search is the same up to where a smaller budget ends."""
-    if name == "best-of-n":
-        return [within(found[f"best-of-n, {budget}"], budget) for budget in BUDGETS]
-    return [within(found[name], budget) for budget in BUDGETS]
+    """Share solved within each of BUDGETS."""
+    return [within(run_of(found, name, budget), budget) for budget in BUDGETS]
 
 
 def at(found: Mapping[str, Sequence[Spent]], name: str, budget: int, keep: set[str]) -> Interval:
-    spent = found[f"best-of-n, {budget}" if name == "best-of-n" else name]
-    return within([s for s in spent if s.problem in keep], budget)
+    return within([s for s in run_of(found, name, budget) if s.problem in keep], budget)
 
 
 def options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--run", type=Path, default=ROOT / "runs/metarl", help="a finished run, as make demo makes it")
-    p.add_argument("--checkpoints", type=int, nargs="*", default=[400, 1200], help="steps of its checkpoints, those before the last policy")
+    p.add_argument("--run", type=Path, default=ROOT / "runs/metarl", help="a finished run of one rank with checkpoints")
+    p.add_argument("--checkpoints", type=int, nargs="*", default=[200, 400, 800, 1300, 1400], help="those before the last policy, by step")
     p.add_argument("--problems", type=int, default=80, help="held-out problems")
-    p.add_argument("--strategies", nargs="+", default=STRATEGIES, choices=list(ALL), help="those that are compared with the PRM as value")
-    p.add_argument("--attempts", type=int, default=8, help="attempts in context at a problem")
+    p.add_argument("--strategies", nargs="+", default=STRATEGIES, choices=STRATEGIES, help="trees that are compared, by the heuristic")
+    p.add_argument("--attempts", type=int, default=20, help="attempts in context at a problem")
+    p.add_argument("--prm", type=Path, metavar="DIR", help="a reward model as prm.py leaves it (its HF directory), as one more value")
+
+
+def quick(args: argparse.Namespace) -> None:
+    """A few problems, and two of the run's policies."""
+    if args.quick:
+        args.problems, args.attempts, args.strategies, args.checkpoints = 6, 2, ("dfs",), args.checkpoints[:1]
