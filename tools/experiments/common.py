@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import csv
 import hashlib
 import json
 import os
@@ -48,14 +49,8 @@ NOT_DONE = 75
 LEVELS = 4
 COLORS = ("#2c3e50", "#c0392b", "#2980b9", "#27ae60", "#e67e22", "#8e44ad", "#16a085", "#7f8c8d")
 
-# 0.65 M parameters, and problems that they can learn in minutes
+# 0.65 M parameters
 MODEL = ("num_layers=3", "hidden_size=128", "num_attention_heads=4", "intermediate_size=1152")
-COUNTDOWN = (
-    "metarl.problems.max_number=10",
-    "metarl.problems.max_target=30",
-    "metarl.problems.max_value=40",
-    "metarl.problems.heldout_frac=0.2",
-)
 QUIET = ("checkpoint_factor=0", "metarl.evaluation.every_steps=0", "metarl.rollout.record_every=0")
 
 
@@ -161,15 +156,25 @@ async def served(model: Path, max_len: int, log: Path, core: int) -> AsyncIterat
 
 def difficulty(problem: Problem) -> float:
     """Mean number of steps of a depth-first search in random order until its first goal: exact, by the solver."""
-    meta = problem.meta
-    numbers = tuple(sorted(int(str(n)) for n in meta["numbers"]))  # type: ignore[union-attr]
-    return expected_nodes(numbers, int(str(meta["target"])), int(str(meta["max_value"])))
+    return expected_nodes(_hand(problem), int(str(problem.meta["target"])), int(str(problem.meta["max_value"])))
 
 
-def levels(problems: Sequence[Problem], count: int = LEVELS) -> dict[str, int]:
-    """Each problem's level 0 (easy) .. count - 1, levels of equal size by ``difficulty``."""
-    ranked = sorted(problems, key=lambda p: (difficulty(p), p.id))
+def levels(problems: Sequence[Problem], rates: Path | None = None, count: int = LEVELS) -> dict[str, int]:
+    """Each problem's level 0 (easy) .. count - 1, levels of equal size by ``difficulty``, or by the human solve rates of a file."""
+    known = {} if rates is None else human_rates(rates)
+    unsolved = {problem.id: -known[_hand(problem)] if known else difficulty(problem) for problem in problems}
+    ranked = sorted(problems, key=lambda p: (unsolved[p.id], p.id))
     return {problem.id: min(count - 1, rank * count // len(ranked)) for rank, problem in enumerate(ranked)}
+
+
+def human_rates(path: Path) -> dict[tuple[int, ...], float]:
+    """Hand of the Game of 24 -> percent of the people who solved it: columns Puzzles and Solved rate of princeton-nlp's 24.csv."""
+    with path.open(newline="") as file:
+        return {tuple(sorted(map(int, row["Puzzles"].split()))): float(row["Solved rate"].rstrip("%")) for row in csv.DictReader(file)}
+
+
+def _hand(problem: Problem) -> tuple[int, ...]:
+    return tuple(sorted(int(str(n)) for n in problem.meta["numbers"]))  # type: ignore[union-attr]
 
 
 def mean_of(rows: Sequence[Sequence[object]], keep: Callable[[str], bool] = lambda id: True) -> tuple[Interval, float]:
@@ -199,12 +204,22 @@ def panels(count: int, width: float = 5.2) -> tuple[Figure, Sequence[Axes]]:
     return figure, found
 
 
-def error_bars(axes: Axes, x: Sequence[float], found: Sequence[Interval], label: str, color: str, **style: object) -> None:
-    """Percent, with the intervals as bars."""
-    middle = 100 * np.array([i.mean for i in found])
-    reach = np.array([[100 * max(0.0, i.mean - i.low) for i in found], [100 * max(0.0, i.high - i.mean) for i in found]])  # rounding
+def error_bars(
+    axes: Axes, x: Sequence[float], found: Sequence[Interval], label: str, color: str, percent: bool = True, **style: object
+) -> None:
+    """In percent, with the intervals as bars. Rounding puts some means outside their interval, by nothing: no bar is negative."""
+    unit = 100.0 if percent else 1.0
+    middle = unit * np.array([i.mean for i in found])
+    reach = unit * np.maximum(0.0, np.array([[i.mean - i.low for i in found], [i.high - i.mean for i in found]]))
     options: Mapping[str, object] = {"marker": "o", "markersize": 4, "capsize": 2, "linewidth": 1.4, **style}
     axes.errorbar(x, middle, reach, label=label, color=color, **options)  # type: ignore[arg-type]
+
+
+def budget_axis(axes: Axes, budgets: Sequence[int], label: str) -> None:
+    """Each budget by its number, evenly apart."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(budgets, [str(budget) for budget in budgets])
+    axes.set_xlabel(label)
 
 
 def save(figure: Figure, path: Path) -> None:

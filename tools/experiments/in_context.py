@@ -9,26 +9,28 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import searching
-from common import COLORS, LEVELS, arguments, error_bars, levels, panels, parser, percent, save, table
-from searching import BUDGETS, IN_CONTEXT
+from common import COLORS, LEVELS, arguments, budget_axis, error_bars, levels, panels, parser, percent, save, table
+from searching import BEST_OF_N, BUDGETS, IN_CONTEXT, WIDTHS, Checkpoint, Spent, tree
 
 from neox_rl.telemetry.stats import Interval, paired_difference_ci
 
-EXPLICIT = ("best-of-n", "best-first, none", "best-first, prm", "best-first, oracle")
-SHOWN = (16, 32, 64, 128)
+EXPLICIT = (BEST_OF_N, *(tree(width, value) for value in ("none", "oracle") for width in (WIDTHS[0], WIDTHS[-1])))
+SHOWN = (16, 32, 64, 128, 256, 512)
+AT = 64
+"""The budget by difficulty."""
 
 
 def main() -> None:
     p = parser(__doc__, "in_context")
     searching.options(p)
     args = arguments(p)
-    if args.quick:
-        args.problems, args.attempts = 8, 2
+    searching.quick(args)
     known, problems = searching.checkpoints(args), searching.heldout(args)
     found = {c.name: asyncio.run(searching.measure(args, c, c is known[-1])) for c in known}
     level = levels(problems)
@@ -40,37 +42,40 @@ def main() -> None:
             rows.append([checkpoint.name, name, *cells])
     table(["checkpoint", "in context minus, points", *(f"{budget} tokens" for budget in SHOWN)], rows)
     last, rows = found[known[-1].name], []
-    for budget in SHOWN[1:3]:
+    for budget in (32, AT):
         for number in range(LEVELS):
             keep = {id for id, each in level.items() if each == number}
             cells = [percent(searching.at(last, name, budget, keep)) for name in (IN_CONTEXT, *EXPLICIT)]
             rows.append([str(budget), str(number + 1), *cells])
     print(f"{known[-1].name}, by difficulty:\n")
     table(["tokens", "level", IN_CONTEXT, *EXPLICIT], rows)
-    figure, axes = panels(len(known) + 1, 4.6)
-    for each, checkpoint in zip(axes, known, strict=False):
+    _plot(known, found, level, args.picture)
+
+
+def _plot(known: Sequence[Checkpoint], found: Mapping[str, Mapping[str, Sequence[Spent]]], level: Mapping[str, int], path: Path) -> None:
+    shown = [known[i] for i in sorted({0, len(known) // 2, len(known) - 1})]  # more would be too small to read
+    figure, axes = panels(len(shown) + 1, 4.8)
+    for each, checkpoint in zip(axes, shown, strict=False):
         for color, name in zip(COLORS, (IN_CONTEXT, *EXPLICIT), strict=False):
             error_bars(each, BUDGETS, searching.curve(found[checkpoint.name], name), name, color)
-        each.set_xscale("log", base=2)
+        budget_axis(each, BUDGETS, "tokens a problem")
         each.set_title(checkpoint.name)
-        each.set_xlabel("tokens a problem")
-    for color, name in zip(COLORS, (IN_CONTEXT, *EXPLICIT), strict=False):
-        keeps = [{id for id, each in level.items() if each == number} for number in range(LEVELS)]
-        error_bars(axes[-1], range(1, LEVELS + 1), [searching.at(last, name, 32, keep) for keep in keeps], name, color)
-    axes[-1].set_title(f"{known[-1].name}, 32 tokens")
-    axes[-1].set_xlabel("difficulty: quarters by the steps of a blind search")
+    for number, (color, name) in enumerate(zip(COLORS, (IN_CONTEXT, *EXPLICIT), strict=False)):
+        keeps = [{id for id, each in level.items() if each == at} for at in range(LEVELS)]
+        x = [at + 0.06 * number for at in range(1, LEVELS + 1)]  # beside one another, or the bars hide one another
+        error_bars(axes[-1], x, [searching.at(found[known[-1].name], name, AT, keep) for keep in keeps], name, color)
+    axes[-1].set(title=f"{known[-1].name}, {AT} tokens", xlabel="difficulty: quarters by the steps of a blind search")
     axes[-1].set_xticks(range(1, LEVELS + 1))
     for each in axes:
-        each.set_ylabel("solved, %")
-        each.set_ylim(0, 100)
-    axes[0].legend(frameon=False, fontsize=8)
-    save(figure, args.picture)
+        each.set(ylabel="solved, %", ylim=(0, 102))
+    axes[0].legend(frameon=False, fontsize=8, loc="upper left")
+    save(figure, path)
 
 
-def _lead(measured: dict[str, list[searching.Spent]], name: str, budget: int) -> Interval:
+def _lead(measured: dict[str, list[Spent]], name: str, budget: int) -> Interval:
     """Solved in context minus solved by explicit search, problem by problem."""
-    other = measured[f"best-of-n, {budget}" if name == "best-of-n" else name]
-    ours, theirs = ([[s.problem, s.cluster, s.tokens <= budget] for s in spent] for spent in (measured[IN_CONTEXT], other))
+    both = (measured[IN_CONTEXT], searching.run_of(measured, name, budget))
+    ours, theirs = ([[s.problem, s.cluster, s.tokens <= budget] for s in spent] for spent in both)
     return paired_difference_ci(theirs, ours)
 
 

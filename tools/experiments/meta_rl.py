@@ -81,7 +81,9 @@ def over_seeds(curves: Sequence[Sequence[Interval]]) -> list[Interval]:
     for k in range(DOORS):
         means = np.array([each[k].mean for each in curves])
         reach = t975(len(means) - 1) * float(means.std(ddof=1)) / len(means) ** 0.5
-        found.append(Interval(float(means.mean()), max(0.0, float(means.mean()) - reach), min(1.0, float(means.mean()) + reach), len(means)))
+        found.append(
+            Interval(float(means.mean()), max(0.0, float(means.mean()) - reach), min(1.0, float(means.mean()) + reach), len(means))
+        )
     return found
 
 

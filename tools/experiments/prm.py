@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
-from common import COLORS, MODEL, QUIET, ROOT, Job, arguments, panels, parser, run_jobs, save, served, table
+from common import COLORS, MODEL, QUIET, ROOT, Job, arguments, digest, panels, parser, run_jobs, save, served, table
 
 from neox_rl.config.load import load_config
 from neox_rl.problems.make_rows import write_rows
@@ -48,11 +48,13 @@ class Step:
 
 def trees(args: argparse.Namespace, label: str, part: str, problems: Sequence[Problem]) -> Path:
     """The searches of ``problems``, made once."""
-    rows, path = (Path(args.work, f"prm-{part}-{label}.{end}") for end in ("rows.jsonl", "trees.jsonl"))
+    how = ["--strategy", "bfs", "--value", label, "--playouts", str(args.playouts)]
+    how += ["--prune", "-1", "--width", "5", "--budget-nodes", "25"]
+    key = digest(*how, *(problem.id for problem in problems))
+    rows, path = (Path(args.work, f"prm-{part}-{label}-{key}.{end}") for end in ("rows.jsonl", "trees.jsonl"))
     if not path.is_file():
         write_rows(rows, problems)
-        argv = [sys.executable, "-m", "neox_rl.search", "--strategy", "bfs", "--value", label, "--playouts", str(args.playouts)]
-        argv += ["--prune", "-1", "--width", "5", "--budget-nodes", "25", "--problems", str(rows), "--trees", str(path) + ".partial"]
+        argv = [sys.executable, "-m", "neox_rl.search", *how, "--problems", str(rows), "--trees", str(path) + ".partial"]
         subprocess.run(argv, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         Path(str(path) + ".partial").rename(path)
     return path
@@ -157,6 +159,7 @@ def main() -> None:
         rows.append([name, at, f"{100 * accuracy:.1f} (at {cut:.2f})", f"{100 * half:.1f}"])
     print(f"{len(steps)} steps of {args.heldout} held-out problems, {100 * np.mean(labels):.1f} % of them can still be won\n")
     table(["value", "AUC", "accuracy at the best cut, %", "accuracy at 0.5, %"], rows)
+    print(*(f"the reward model of {label} values: {args.work / each.name / 'model'}" for label, each in jobs.items()), sep="\n")
     (args.work / "prm.json").write_text(json.dumps({name: [float(v) for v in found] for name, found in scores.items()}))
     _plot(scores, labels, args.picture)
 

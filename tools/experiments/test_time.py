@@ -1,12 +1,14 @@
 """Accuracy against test-time tokens: every strategy, several checkpoints, several values; sigmoids, and the train/test trade-off.
 
-``python tools/experiments/test_time.py --run runs/metarl``, after ``make demo`` and ``prm.py``: ``python -m neox_rl.search`` on vLLM
-servers that serve the run's checkpoints. A sigmoid in the logarithm of the budget is fitted to each curve; the budget at which it passes
-50 % against the tokens that the checkpoint was trained on is the trade-off of Jones (arXiv 2104.03113).
+``python tools/experiments/test_time.py --run DIR``, a run of ``configs/metarl.yml`` with ``checkpoint_factor: 100``: ``python -m
+neox_rl.search`` on vLLM servers that serve its checkpoints; with ``--prm`` a reward model that ``prm.py`` left is one more value. A sigmoid
+in the logarithm of the budget is fitted to each curve; the budget at which half of the problems are solved against the tokens that the
+checkpoint was trained on is the trade-off of Jones (arXiv 2104.03113).
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,13 +18,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import searching
-from common import COLORS, arguments, error_bars, panels, parser, percent, save, table
-from searching import BUDGETS, VALUES, Checkpoint, Spent
+from common import COLORS, arguments, budget_axis, error_bars, panels, parser, percent, plt, save, table
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from searching import BEST_OF_N, BUDGETS, IN_CONTEXT, WIDTH, WIDTHS, Checkpoint, Spent, tree
 
-from neox_rl.telemetry.stats import Interval
+from neox_rl.telemetry.stats import Interval, t975
 
-WAYS = ("in context", "best-of-n", "best-first, none", "best-first, prm")
-SHOWN = ("16", "32", "64", "128")
+NARROW, WIDE = tree(WIDTHS[0], "none"), tree(WIDTHS[-1], "none")
+WAYS = (IN_CONTEXT, BEST_OF_N, NARROW, WIDE)
+SHOWN = (16, 32, 64, 128, 512)
 Found = Mapping[str, Mapping[str, Sequence[Spent]]]
 
 
@@ -57,67 +62,79 @@ def main() -> None:
     p = parser(__doc__, "test_time")
     searching.options(p)
     args = arguments(p)
-    if args.quick:
-        args.problems, args.attempts = 8, 2
+    searching.quick(args)
     known = searching.checkpoints(args)
     most = known[-1]
     found = {c.name: asyncio.run(searching.measure(args, c, c is most)) for c in known}
     rows = []
     for checkpoint in known:
-        names = [*WAYS[:2], *(f"{s}, prm" for s in args.strategies), *(f"best-first, {v}" for v in VALUES)]
-        for name in names if checkpoint is most else [*WAYS, "best-first, oracle"]:
+        names = [name for name in found[checkpoint.name] if not name.startswith(f"{BEST_OF_N}, ")]
+        for name in [IN_CONTEXT, BEST_OF_N, *(name for name in names if name != IN_CONTEXT)]:
             measured = searching.curve(found[checkpoint.name], name)
-            fit = fitted(measured)
-            text = f"{100 * fit[0]:.0f} %, {fit[1]:.2f}, {2 ** fit[2]:.0f}"
-            at = [percent(measured[BUDGETS.index(int(budget))]) for budget in SHOWN]
-            rows.append([checkpoint.name, name, *at, f"{half_at(measured):.0f}", text])
-    table(["checkpoint", "search, value", *(f"{b} tokens %" for b in SHOWN), "tokens to 50 %", "sigmoid: top, slope, middle"], rows)
-    _trade(known, found)
-    _plot(known, found, args.strategies, args.picture)
+            top, slope, middle = fitted(measured)
+            at = [percent(measured[BUDGETS.index(budget)]) for budget in SHOWN]
+            half = half_at(measured)
+            fit = f"{100 * top:.0f} %, {slope:.2f}, {2**middle:.0f}"
+            rows.append([checkpoint.name, name, *at, f"{half:.0f}" if np.isfinite(half) else "beyond", fit])
+    table(["checkpoint", "search", *(f"{b} tokens %" for b in SHOWN), "tokens to 50 %", "sigmoid: top, slope, middle"], rows)
+    _plot(known, found, args, args.picture)
 
 
-def _trade(known: Sequence[Checkpoint], found: Found) -> None:
-    """The slope of log test tokens to 50 % over log training tokens, where at least two checkpoints get there."""
-    for name in WAYS:
-        points = [(c.tokens, half_at(searching.curve(found[c.name], name))) for c in known]
-        points = [point for point in points if np.isfinite(point[1])]
-        if len(points) < 2:
-            print(f"{name}: fewer than two checkpoints solve half within {BUDGETS[-1]} tokens")
-            continue
-        logs = np.log(np.array(points))
-        slope = float(np.polyfit(logs[:, 0], logs[:, 1], 1)[0])
-        shown = ", ".join(f"{train / 1e6:.2f} M: {test:.0f}" for train, test in points)
-        print(f"{name}: training tokens: test tokens to 50 %: {shown}; slope in log-log {slope:.2f}")
-    print()
+def line(points: Sequence[tuple[float, float]]) -> tuple[float, float, float, float]:
+    """(slope, its 95 % reach, intercept, R^2) of log test tokens over log training tokens; no reach for two points, a line anyway."""
+    x, y = np.log(np.array(points)).T
+    slope, intercept = np.polyfit(x, y, 1)
+    left, spread, free = y - slope * x - intercept, x - x.mean(), len(points) - 2
+    reach = t975(free) * float(np.sqrt((left @ left) / free / (spread @ spread))) if free else np.inf
+    varies = float(((y - y.mean()) ** 2).sum())
+    return float(slope), reach, float(intercept), 1.0 - float(left @ left) / varies if varies else 1.0
 
 
-def _plot(known: Sequence[Checkpoint], found: Found, strategies: Sequence[str], path: Path) -> None:
-    figure, axes = panels(3, 5.0)
-    lines = dict(zip([c.name for c in known], (":", "--", "-")[-len(known) :], strict=True))
+def _trade(known: Sequence[Checkpoint], found: Found, axes: Axes) -> None:
+    """Test tokens to 50 % over training tokens, of the checkpoints that get there."""
     for color, name in zip(COLORS, WAYS, strict=False):
-        for checkpoint in known:
+        points = [(c.tokens, half_at(searching.curve(found[c.name], name))) for c in known]
+        points = [point for point in points if BUDGETS[0] < point[1] < np.inf]
+        shown = ", ".join(f"{train / 1e6:.2f} M: {test:.0f}" for train, test in points)
+        if len(points) < 2:
+            print(f"{name}: half of the problems within {BUDGETS[0]} to {BUDGETS[-1]} tokens by fewer than two checkpoints ({shown})")
+            continue
+        slope, reach, intercept, fit = line(points)
+        said = f"{slope:.2f} [{slope - reach:.2f}, {slope + reach:.2f}], R^2 {fit:.2f}"
+        print(f"{name}: training tokens: test tokens to 50 %: {shown}; slope in log-log {said}")
+        x = np.array([point[0] for point in points])
+        axes.plot(x / 1e6, [point[1] for point in points], "o", color=color, markersize=5)
+        axes.plot(x / 1e6, np.exp(intercept) * x**slope, color=color, linewidth=1.2, label=f"{name}: slope {slope:.2f}")
+    print()
+    axes.set(xscale="log", yscale="log", xlabel="million tokens trained on", ylabel="test tokens to solve 50 %")
+    axes.set_title("train against test compute")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _plot(known: Sequence[Checkpoint], found: Found, args: argparse.Namespace, path: Path) -> None:
+    figure, axes = panels(5, 4.6)
+    shades = plt.get_cmap("viridis")(np.linspace(0.9, 0.1, len(known)))
+    x = np.geomspace(BUDGETS[0], BUDGETS[-1], 100)
+    for each, name in zip(axes[:2], (IN_CONTEXT, BEST_OF_N), strict=True):
+        for checkpoint, shade in zip(known, shades, strict=True):
             measured = searching.curve(found[checkpoint.name], name)
-            error_bars(axes[0], BUDGETS, measured, f"{name}; {checkpoint.name}", color, linestyle="none")
-            x = np.geomspace(BUDGETS[0], BUDGETS[-1], 100)
-            axes[0].plot(x, 100 * sigmoid(np.log2(x), *fitted(measured)), color=color, linestyle=lines[checkpoint.name], linewidth=1)
-    handles = [axes[0].plot([], [], color=c, label=n)[0] for c, n in zip(COLORS, WAYS, strict=False)]
-    handles += [axes[0].plot([], [], color="black", linestyle=line, label=name)[0] for name, line in lines.items()]
-    axes[0].legend(handles=handles, frameon=False, fontsize=8)
-    axes[0].set_title("checkpoints, with fitted sigmoids")
+            error_bars(
+                each, BUDGETS, measured, f"{checkpoint.name}: {checkpoint.tokens / 1e6:.1f} M tokens", to_hex(shade), linestyle="none"
+            )
+            each.plot(x, 100 * sigmoid(np.log2(x), *fitted(measured)), color=shade, linewidth=1.2)
+        each.set_title(f"{name}, with fitted sigmoids")
+    _trade(known, found, axes[2])
     most = found[known[-1].name]
-    for color, strategy in zip(COLORS, strategies, strict=False):
-        error_bars(axes[1], BUDGETS, searching.curve(most, f"{strategy}, prm"), strategy, color)
-    axes[1].set_title(f"strategies with the PRM, {known[-1].name}")
-    for color, value in zip(COLORS, (*VALUES, "prm"), strict=False):
-        error_bars(axes[2], BUDGETS, searching.curve(most, f"best-first, {value}"), value, color)
-    axes[2].set_title(f"values for best-first, {known[-1].name}")
-    for each in axes:
-        each.set_xscale("log", base=2)
-        each.set_xlabel("tokens a problem")
-        each.set_ylabel("solved, %")
-        each.set_ylim(0, 100)
-    for each in axes[1:]:
-        each.legend(frameon=False, fontsize=8)
+    for color, strategy in zip(COLORS, args.strategies, strict=False):
+        error_bars(axes[3], BUDGETS, searching.curve(most, strategy), strategy, color)
+    axes[3].set_title(f"trees of {WIDTH} by the heuristic, {known[-1].name}")
+    for color, value in zip(COLORS, searching.values(args), strict=False):
+        error_bars(axes[4], BUDGETS, searching.curve(most, tree(WIDTH, value)), value, color)
+    axes[4].set_title(f"values for best-first of {WIDTH}, {known[-1].name}")
+    for each in (*axes[:2], *axes[3:]):
+        each.set(ylabel="solved, %", ylim=(0, 102))
+        budget_axis(each, BUDGETS, "tokens a problem")
+        each.legend(frameon=False, fontsize=8, loc="upper left")
     save(figure, path)
 
 
