@@ -205,10 +205,9 @@ def panels(count: int, width: float = 5.2) -> tuple[Figure, Sequence[Axes]]:
 
 
 def error_bars(
-    axes: Axes, x: Sequence[float], found: Sequence[Interval], label: str, color: str, percent: bool = True, **style: object
+    axes: Axes, x: Sequence[float], found: Sequence[Interval], label: str, color: str, unit: float = 100.0, **style: object
 ) -> None:
-    """In percent, with the intervals as bars. Rounding puts some means outside their interval, by nothing: no bar is negative."""
-    unit = 100.0 if percent else 1.0
+    """Times ``unit`` (percent), with the intervals as bars. Rounding puts some means a hair outside their interval: no bar is negative."""
     middle = unit * np.array([i.mean for i in found])
     reach = unit * np.maximum(0.0, np.array([[i.mean - i.low for i in found], [i.high - i.mean for i in found]]))
     options: Mapping[str, object] = {"marker": "o", "markersize": 4, "capsize": 2, "linewidth": 1.4, **style}

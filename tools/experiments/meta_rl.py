@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from common import COLORS, Job, arguments, error_bars, panels, parser, percent, run_jobs, save, table
@@ -39,6 +40,7 @@ METHODS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
 }
 """Title -> run name, config, settings."""
 EPISODES = list(range(1, DOORS + 1))
+SHOWN: Mapping[str, tuple[str, dict[str, Any]]] = {FIRST: ("before RL", {"linestyle": ":", "alpha": 0.6}), LAST: ("after RL", {})}
 PANELS = {"found_by": "found by episode k", "right_in": "right in episode k"}
 BEST = [meta_success(DOORS, k) for k in EPISODES]
 FORMS = {
@@ -98,15 +100,15 @@ def main() -> None:
     for each, (key, name) in zip(axes, PANELS.items(), strict=True):
         rows = []
         for (title, some), color in zip(wanted.items(), COLORS, strict=False):
-            for label, when, style in ((FIRST, "before RL", {"linestyle": ":", "alpha": 0.6}), (LAST, "after RL", {})):
+            for label, (when, style) in SHOWN.items():
                 curves = [curve(runs[job.name], label, key) for job in some]
                 rows.append([f"{title}, {when}", *map(percent, over_seeds(curves))])
                 error_bars(each, EPISODES, over_seeds(curves), f"{title}, {when}" if label == LAST else "", color, **style)
                 for seed in curves if label == LAST else ():
                     each.plot(EPISODES, [100 * i.mean for i in seed], color=color, linewidth=0.6, alpha=0.5)
-        for label, style, color in (("no memory", "--", "gray"), ("no repetition", "-.", "black")):
+        for label, dashes, color in (("no memory", "--", "gray"), ("no repetition", "-.", "black")):
             form, values = FORMS[key][label]
-            each.plot(EPISODES, [100 * v for v in values], style, color=color, label=f"{label}: {form}", zorder=5)
+            each.plot(EPISODES, [100 * v for v in values], dashes, color=color, label=f"{label}: {form}", zorder=5)
             rows.append([f"closed form, {label}: {form}", *(f"{100 * v:.1f}" for v in values)])
         each.set(xlabel="episode k", xticks=EPISODES, ylabel=f"{name}, %", ylim=(0, 103))
         print(f"{name}, %: mean of {args.seeds} seeds")

@@ -13,7 +13,7 @@ import argparse
 import sys
 from collections import defaultdict
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -118,7 +118,7 @@ def _plot(curves: dict[tuple[str, str], list[Point]], path: Path) -> None:
     figure, axes = panels(3)
     for (task, style), found in curves.items():
         color = COLORS[list(STYLES).index(style)]
-        dashed = {"linestyle": "--", "marker": "s"} if task == "game24" else {}
+        dashed: dict[str, Any] = {"linestyle": "--", "marker": "s"} if task == "game24" else {}
         accuracies = [row[2] for row in found]
         for each, x in zip(axes, ([row[0] / 1e6 for row in found], [row[1] for row in found], [row[3] for row in found]), strict=True):
             error_bars(each, x, accuracies, f"{style}, {task}", color, **dashed)

@@ -16,9 +16,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import matplotlib as mpl
 import numpy as np
 import searching
-from common import COLORS, arguments, budget_axis, error_bars, panels, parser, percent, plt, save, table
+from common import COLORS, arguments, budget_axis, error_bars, panels, parser, percent, save, table
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from searching import BEST_OF_N, BUDGETS, IN_CONTEXT, WIDTH, WIDTHS, Checkpoint, Spent, tree
@@ -113,7 +114,7 @@ def _trade(known: Sequence[Checkpoint], found: Found, axes: Axes) -> None:
 
 def _plot(known: Sequence[Checkpoint], found: Found, args: argparse.Namespace, path: Path) -> None:
     figure, axes = panels(5, 4.6)
-    shades = plt.get_cmap("viridis")(np.linspace(0.9, 0.1, len(known)))
+    shades = mpl.colormaps["viridis"](np.linspace(0.9, 0.1, len(known)))
     x = np.geomspace(BUDGETS[0], BUDGETS[-1], 100)
     for each, name in zip(axes[:2], (IN_CONTEXT, BEST_OF_N), strict=True):
         for checkpoint, shade in zip(known, shades, strict=True):

@@ -102,7 +102,7 @@ def main() -> None:
     left.set_title("strategies, by the heuristic")
     right.set_title("values, for best-first")
     for color, ((strategy, value), measured), axes in zip(COLORS, people.items(), more * len(people), strict=False):
-        error_bars(axes, range(1, FIFTHS + 1), measured, f"{strategy}, {value}", color, percent=False)
+        error_bars(axes, range(1, FIFTHS + 1), measured, f"{strategy}, {value}", color, unit=1.0)
     for axes in more:
         axes.set(title="search length by human difficulty", ylabel="thousand tokens until solved", xticks=range(1, FIFTHS + 1))
         axes.set(xlabel="all 1,362 hands in fifths by human solve rate, hardest last")
