@@ -119,22 +119,27 @@ class Job:
 
 
 def run_jobs(jobs: Sequence[Job], args: argparse.Namespace, side_by_side: bool = True) -> dict[str, RunData]:
-    """Every job once, one a core at a time (or one over all cores). Raises SystemExit where one fails or time was up."""
+    """Every job once, one a core at a time (or one over all cores). Raises SystemExit where one fails, after the others, or time was up."""
     cores: list[int | None] = [*CORES] if side_by_side else [None]
     free = list(cores)
 
-    def one(job: Job) -> None:
+    def one(job: Job) -> str:
         if job.finished(args.work) or time.monotonic() > args.end:
-            return
+            return ""
         core = free.pop()
         print(f"{time.strftime('%H:%M:%S')} {job.name}", flush=True)
         try:
             job.run(args.work, core)
+        except SystemExit as failure:
+            return str(failure)
         finally:
             free.append(core)
+        return ""
 
     with ThreadPoolExecutor(len(cores)) as pool:
-        list(pool.map(one, jobs))
+        failures = [failure for failure in pool.map(one, jobs) if failure]
+    if failures:
+        raise SystemExit("\n".join(failures))
     if not all(job.finished(args.work) for job in jobs):
         raise not_done()
     return {job.name: load_run(args.work / job.name) for job in jobs}

@@ -1,0 +1,88 @@
+"""What the experiments compute from their measurements, and how they keep what they have made."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from neox_rl.telemetry.stats import Interval
+from neox_rl.types import Problem
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools/experiments"
+
+
+@pytest.fixture
+def experiment(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    """Imports a program of tools/experiments, whose modules are found beside it when it is run; none of them is left behind."""
+    monkeypatch.syspath_prepend(str(TOOLS))
+    known = set(sys.modules)
+
+    yield importlib.import_module
+    for name in set(sys.modules) - known:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(TOOLS)):
+            del sys.modules[name]
+
+
+def test_a_mean_that_rounding_put_outside_its_interval_is_drawn(experiment) -> None:
+    common: ModuleType = experiment("common")
+    figure, (axes,) = common.panels(1)
+    common.error_bars(axes, [1.0, 2.0], [Interval(1.0 + 1e-16, 1.0, 1.0, 3), Interval(0.3, 0.30000000000000004, 0.4, 3)], "a", "black")
+    common.plt.close(figure)
+
+
+def test_other_settings_make_another_run(experiment) -> None:
+    job = experiment("common").Job
+    assert job("a", ("train_iters=1",)).name == job("a", ("train_iters=1",)).name
+    assert len({job("a", ("train_iters=1",)).name, job("a", ("train_iters=2",)).name, job("a", ("train_iters=1",), "rl2").name}) == 3
+
+
+def test_a_job_that_fails_gives_its_core_to_the_next(experiment, tmp_path: Path) -> None:
+    common = experiment("common")
+    ran: list[int | None] = []
+
+    class Failing(common.Job):  # type: ignore[misc, name-defined]
+        def run(self, work: Path, core: int | None) -> None:
+            ran.append(core)
+            raise SystemExit(f"{self.title} failed")
+
+    jobs = [Failing(str(number), ()) for number in range(3 * len(common.CORES))]
+    with pytest.raises(SystemExit, match="failed"):
+        common.run_jobs(jobs, argparse.Namespace(work=tmp_path, end=np.inf))
+    assert len(ran) == len(jobs)
+
+
+def test_levels_are_of_equal_size_and_follow_the_people_where_they_are_known(experiment, tmp_path: Path) -> None:
+    common = experiment("common")
+    hands = [(1, 1, 4, 6), (1, 1, 11, 11), (3, 3, 8, 8), (1, 5, 5, 5)]
+    rates = tmp_path / "24.csv"
+    lines = [f"1,{' '.join(map(str, hand))},4.4,{rate}%,1,1" for hand, rate in zip(hands, (99.2, 99.6, 40.0, 60.0), strict=True)]
+    rates.write_text("\n".join(["Rank,Puzzles,AMT (s),Solved rate,1-sigma Mean (s),1-sigma STD (s)", *lines]) + "\n")
+    problems = [Problem(str(i), "game24", "", "24", str(i), {"numbers": list(hand[::-1]), "target": 24}) for i, hand in enumerate(hands)]
+    assert common.levels(problems, rates) == {"1": 0, "0": 1, "3": 2, "2": 3}
+
+
+def test_fits_find_the_curve_that_made_the_points(experiment) -> None:
+    test_time = experiment("test_time")
+    true = (0.8, 1.2, 5.0)
+    points = [Interval(float(test_time.sigmoid(np.log2(b), *true)), 0.0, 1.0, 80) for b in test_time.BUDGETS]
+    assert np.allclose(test_time.fitted(points), true, rtol=0.1)
+    assert test_time.half_at(points) == pytest.approx(2 ** (5.0 + np.log(0.5 / 0.3) / 1.2), rel=0.05)  # where top / (1 + e^..) is 1/2
+    slope, reach, _, fit = test_time.line([(1e6, 100.0), (2e6, 50.0), (4e6, 25.0), (8e6, 12.5)])
+    assert slope == pytest.approx(-1.0)
+    assert reach == pytest.approx(0.0, abs=1e-6)
+    assert fit == pytest.approx(1.0)
+
+
+def test_the_interval_over_seeds_is_that_of_their_mean(experiment) -> None:
+    meta_rl = experiment("meta_rl")
+    seeds = [[Interval(mean, 0.0, 1.0, 300)] * meta_rl.DOORS for mean in (0.4, 0.5, 0.6)]
+    first = meta_rl.over_seeds(seeds)[0]
+    assert first.mean == pytest.approx(0.5)
+    assert first.high - first.mean == pytest.approx(4.3027 * 0.1 / 3**0.5, rel=1e-4)  # t of 2 degrees of freedom
