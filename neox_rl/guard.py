@@ -21,7 +21,7 @@ from typing import Any
 
 from neox_rl.errors import ProcessDiedError
 
-_GUARDIAN = Path(__file__).with_name("guardian.py")
+GUARDIAN = Path(__file__).with_name("guardian.py")
 _LAST_LINES = 15
 _LAST_BYTES = 8192
 _KILL_S = 15.0
@@ -50,7 +50,7 @@ def guarded_popen(
     """
     log_path.parent.mkdir(parents=True, exist_ok=True)
     reader, writer = os.pipe()
-    command = [sys.executable, "-I", "-S", str(_GUARDIAN), str(reader), str(grace_s), ",".join(map(str, sorted(cores or ()))), *argv]
+    command = [sys.executable, "-I", "-S", str(GUARDIAN), str(reader), str(grace_s), ",".join(map(str, sorted(cores or ()))), *argv]
     try:
         with log_path.open("ab") as log:
             return GuardedProcess(

@@ -190,8 +190,8 @@ def several_nodes_are_reachable(config: RunConfig, machine: Machine) -> Iterator
     if config_is_local(config):
         return
     why = f"launcher {n.launcher}" + (" with a hostfile" if n.hostfile else "")
-    if n.launcher == "slurm" and not n.hostfile:
-        yield "launcher = slurm: needs to know the hosts of the ranks; give hostfile, lines of HOST slots=RANKS"
+    if n.launcher != "local" and not n.hostfile:
+        yield f"launcher = {n.launcher}: needs to know the hosts of the ranks; give hostfile, lines of HOST slots=RANKS"
     if is_loopback(n.master_addr):
         yield (
             f"master_addr = {n.master_addr}: {why} starts ranks on other nodes, which cannot reach a loopback address; set the address of"

@@ -37,6 +37,7 @@ from neox_rl.problems.sources import problems_of_run
 from neox_rl.problems.tokenizer import SymbolicTokenizer, load_tokenizer
 from neox_rl.run.demonstrating import demonstration_source
 from neox_rl.run.endpoints import choose_endpoints, write_endpoints
+from neox_rl.run.hosts import BY_SSH, check_hosts, read_hosts
 from neox_rl.run.preflight import check_servers
 from neox_rl.run.processes import ORCHESTRATOR, RANKS, Program, programs
 from neox_rl.run.resume import has_checkpoint, hold, next_attempt, refuse_full_directories, refuse_resume
@@ -62,7 +63,7 @@ def launch(config: RunConfig, script: str, resume: bool) -> int:
     check_logging(config.metarl.logging)
     if missing := asyncio.run(check_servers(config.metarl.servers.addresses)):
         raise ConfigError("\n".join(f"metarl.servers.addresses: {line}; start it first, or leave it out" for line in missing))
-    with prepared(config, script, resume) as (paths, parts):
+    with prepared(config, script, resume, by_hand=False) as (paths, parts):
         events = EventLog(paths.event_log("launcher"), "launcher")
         supervisor = Supervisor(config, paths, events)
         finished: bool | None = None
@@ -91,8 +92,10 @@ def _end(paths: RunPaths, phase: str, message: str) -> None:
 
 
 @contextmanager
-def prepared(config: RunConfig, script: str, resume: bool) -> Iterator[tuple[RunPaths, list[Program]]]:
+def prepared(config: RunConfig, script: str, resume: bool, by_hand: bool = True) -> Iterator[tuple[RunPaths, list[Program]]]:
     """The run directory with what the processes read, and the processes; the directory is locked until the context ends.
+
+    ``by_hand``: the user starts the ranks, and ssh need not lead to their hosts.
 
     Whatever a user can get wrong is found first: a start that fails leaves the directory as it was. Raises ConfigError.
     """
@@ -103,6 +106,10 @@ def prepared(config: RunConfig, script: str, resume: bool) -> Iterator[tuple[Run
         with ExitStack() as tools:
             make_tool(config, tools)
     endpoints = choose_endpoints(config, tokenizer.vocab_size)
+    if config.neox.hostfile:
+        read_hosts(config)
+    if config.neox.launcher in BY_SSH and not by_hand:
+        check_hosts(config, endpoints)
     with ExitStack() as stack:
         try:
             paths = _directory(config, resume, stack)

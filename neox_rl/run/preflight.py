@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import re
 import socket
 import sys
 import time
@@ -37,6 +38,7 @@ COLLECTIVES = "collectives"
 POLL_S = 0.1
 CONNECT_S = 5.0
 _HELLO = "neox-rl preflight "
+_SOCKET = re.compile(r"(\w+)=([^\s:=]+):(\d{1,5})")
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ async def check_node(plan: Plan, node: str, directory: Path, timeout_s: float) -
     """
     async with AsyncExitStack() as stack:
         try:
-            ports = {what: await _listen(stack, node, plan.nodes[node], what, port) for what, port in plan.listens(node).items()}
+            ports = {what: await listen(stack, node, plan.nodes[node], what, port) for what, port in plan.listens(node).items()}
         except ConfigError as error:
             (directory / f"{node}.failed").write_text(str(error))  # the others need not wait for this node
             raise
@@ -112,7 +114,9 @@ async def check_node(plan: Plan, node: str, directory: Path, timeout_s: float) -
         return failed
 
 
-async def _listen(stack: AsyncExitStack, node: str, address: str, what: str, port: int) -> int:
+async def listen(stack: AsyncExitStack, node: str, address: str, what: str, port: int) -> int:
+    """The port at which ``node`` says its name until ``stack`` is left; ``port`` 0: any. Raises ConfigError."""
+
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(f"{_HELLO}{node}\n".encode())
         await asyncio.wait_for(reader.read(), CONNECT_S)  # the other side closes first: the port must be free again at once
@@ -173,6 +177,15 @@ async def check_servers(addresses: Sequence[str]) -> list[str]:
     return [line for line in lines if line]
 
 
+async def check_sockets(node: str, head: str, sockets: str) -> list[str]:
+    """Which of ``what=address:port,...``, at which ``head`` must say its name, ``node`` cannot reach. Raises ConfigError."""
+    found = [_SOCKET.fullmatch(part) for part in sockets.split(",")]
+    if None in found:
+        raise ConfigError(f"--reach {sockets}: must be WHAT=ADDRESS:PORT,WHAT=ADDRESS:PORT")
+    lines = await asyncio.gather(*(_try(node, head, part[2], int(part[3]), part[1]) for part in found if part))
+    return [line for line in lines if line]
+
+
 def parse_nodes(text: str) -> dict[str, str]:
     """``n1=10.0.0.1,n2=10.0.0.2``. Raises ConfigError."""
     pairs = [part.partition("=") for part in text.split(",")]
@@ -190,6 +203,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m neox_rl.run.preflight", description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--node", default=os.environ.get("SLURMD_NODENAME") or socket.gethostname(), help="name of this node")
     parser.add_argument("--join", type=Path, metavar="RUN_DIR", help="try the sockets of this run, which goes on, and nothing else")
+    parser.add_argument("--reach", default="", metavar="WHAT=ADDRESS:PORT,...", help="try these alone")
+    parser.add_argument("--head", default="", help="the node that listens at those of --reach")
     parser.add_argument("--nodes", default="", metavar="NODE=ADDRESS,...", help="all nodes, those of the training ranks first")
     parser.add_argument("--num-train", type=int, default=1, help="how many of them have training ranks")
     parser.add_argument("--servers", type=int, default=1, help="servers on each of the others")
@@ -199,7 +214,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--settings", action="store_true", help="try nothing; print the arguments with which deepy.py uses these ports")
     options = parser.parse_args(argv)
     try:
-        if options.join is not None:
+        if options.reach:
+            failed = asyncio.run(check_sockets(options.node, options.head, options.reach))
+        elif options.join is not None:
             failed = asyncio.run(check_run(options.node, options.join))
         else:
             plan = Plan(parse_nodes(options.nodes), options.num_train, options.base_port, options.servers)

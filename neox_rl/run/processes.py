@@ -16,8 +16,9 @@ from neox_rl.keys import CLIENT_FILE
 from neox_rl.keys import ENV as KEYS
 from neox_rl.rollout.vllm_server import ServerSpec, core_ids, server_command
 from neox_rl.run.endpoints import Endpoints, server_specs
+from neox_rl.run.hosts import read_hosts
 from neox_rl.run.scripted_server import scripted_command
-from neox_rl.run.slurm import parse_hostfile, srun_ranks
+from neox_rl.run.slurm import srun_ranks
 from neox_rl.telemetry.paths import RunPaths
 
 ORCHESTRATOR, RANKS = "orchestrator", "trainer"
@@ -84,15 +85,14 @@ def ranks_command(config: RunConfig, paths: RunPaths, endpoints: Endpoints, scri
     n = config.neox
     script_argv = [script, "--run-dir", str(paths.root)] + [RESUME] * resume
     if n.launcher == "slurm":
-        hosts = parse_hostfile(Path(n.hostfile).read_text(), n.hostfile)
-        return srun_ranks(hosts, num_ranks(config), [sys.executable, *script_argv])
+        return srun_ranks(read_hosts(config), num_ranks(config), [sys.executable, *script_argv])
     where = ["--master_addr", n.master_addr, "--master_port", str(endpoints.master_port)]
     argv = [sys.executable, "-m", "neox_rl.engines.deepspeed_runner", *where]
     if n.launcher == "local":
         which = ["--include", f"localhost:{gpus}"] if gpus and not n.hostfile else ["--num_gpus", str(num_ranks(config))]
         argv += ["--no_ssh", "--node_rank", "0", *which]
     else:
-        argv += ["--launcher", n.launcher]
+        argv += ["--launcher", n.launcher, "--force_multi"]  # also a single host is where the host file says
     if n.hostfile:
         argv += ["--hostfile", n.hostfile]
     return argv + script_argv

@@ -89,6 +89,7 @@ RUN_CASES = (
     ),
     Case("several_nodes_are_reachable", "launcher=slurm metarl.network.bind_host=10.0.0.1 master_addr=10.0.0.1", "give hostfile", FAR),
     Case("several_nodes_are_reachable", "launcher=slurm metarl.network.bind_host=10.0.0.1", "master_addr = 127.0.0.1", FAR),
+    Case("several_nodes_are_reachable", "launcher=pdsh metarl.network.bind_host=10.0.0.1 master_addr=10.0.0.1", "give hostfile", FAR),
     Case("several_nodes_are_reachable", "hostfile=here master_addr=10.0.0.1", "bind_host = 127.0.0.1", FAR),
     Case(
         "inner_deadlines_come_first",
