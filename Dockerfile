@@ -12,9 +12,10 @@
 # of the other nodes: an sshd in them is yours to set up, the image has the clients alone. GPT-NeoX's own kernels are not in it: their build
 # (megatron/fused_kernels at ea7aefd8) asks nvcc for sm_70, which CUDA 13 does not compile for; torch computes the same functions.
 #
-# How far this file is checked: hadolint 2.15 has nothing to say, a test finds every path and extra that it names, and the extras resolve
-# for Python 3.11 on Linux (torch 2.13.0, vllm 0.32.0, CUDA 13.0 runtime; vllm's wheel asks for glibc 2.28, Rocky Linux 9 has 2.34). Others
-# build on this base image and take pdsh from EPEL 9. It was never built here: base image and dnf packages are untried.
+# How far this file is checked: hadolint 2.15 has nothing to say, a test finds every path and extra that it names, the install before the
+# source is copied works on those two files, and the extras resolve for Python 3.11 and the glibc 2.34 of Rocky Linux 9 (torch 2.13.0, vllm
+# 0.32.0, mpi4py 4.1, CUDA 13.0 runtime; all but deepspeed from wheels). Others build on this base image and take pdsh from EPEL 9. It was
+# never built here: base image and dnf packages are untried.
 ARG CUDA=13.0.0
 FROM nvidia/cuda:${CUDA}-devel-rockylinux9
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from neox_rl.guard import GUARDIAN
 
-EXPORTED = ("GPT_NEOX_PATH", "NEOX_RL_", "DS_ACCELERATOR", "OMP_NUM_THREADS", "WANDB_")
+EXPORTED = ("GPT_NEOX_PATH", "NEOX_RL_", "DS_ACCELERATOR", "OMP_NUM_THREADS", "WANDB_", "GLOO_", "HF_")
 GRACE_S = 2.0
 """Between the end of pdsh and SIGKILL for the ranks: another attempt may be about to take their ports."""
 

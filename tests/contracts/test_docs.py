@@ -102,6 +102,15 @@ def test_dockerfile_installs_what_deepspeeds_launchers_call() -> None:
     assert {"pdsh", "pdsh-rcmd-ssh", "openmpi", "openssh-clients"} <= set(installed.split())
 
 
+def test_the_image_holds_nothing_that_git_ignores() -> None:
+    """Runs, problem files and environments of whoever builds it."""
+    ignored, left_out = (
+        {line.strip("/").removeprefix("**/") for line in (ROOT / name).read_text(encoding="utf-8").split()}
+        for name in (".gitignore", ".dockerignore")
+    )
+    assert ignored <= left_out and ".git" in left_out
+
+
 def test_the_checkout_is_mounted_not_contained() -> None:
     assert not any("gpt-neox" in line for line in INSTRUCTIONS if line.startswith(("COPY", "ADD")) or "git clone" in line)
     (mounted,) = re.findall(r"-v /path/to/gpt-neox:(/[\w-]+):ro", DOCKERFILE)

@@ -43,6 +43,7 @@ def test_pdsh_is_told_the_variables_of_the_run(tmp_path: Path) -> None:
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "WANDB_API_KEY": "k",
+        "GLOO_SOCKET_IFNAME": "ib0",
     }
     out = started(tmp_path, "pdsh", {"pdsh": RECORDER, "ssh": RECORDER}, told).communicate(timeout=180)[0]
     said = (tmp_path / "record").read_text() if (tmp_path / "record").exists() else ""
