@@ -39,6 +39,8 @@ from neox_rl.errors import ConfigError, DeadlineError
 
 START_S = 60.0
 KILL_S = 5.0
+CPU_SLACK_S = 2
+"""CPU seconds beyond the limit on the wall clock, which is the tighter one."""
 IDLE_WAIT_S = 600.0
 MAX_MESSAGE_BYTES = 4096
 
@@ -92,8 +94,8 @@ class _Slot:
 
     def _start(self) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        # CPU seconds are whole: the clock on the wall is the tighter bound, this one holds if the pool's process is stopped.
-        numbers = [theirs.fileno(), int(self._limits.wall_s) + 2, self._limits.memory_mib << 20]
+        # The limit on CPU time holds where the pool's own process is stopped and cannot look at the clock.
+        numbers = [theirs.fileno(), int(self._limits.wall_s) + CPU_SLACK_S, self._limits.memory_mib << 20]
         command = [sys.executable, "-I", "-S", "-B", str(Path(sandbox_worker.__file__)), *map(str, numbers)]
         null = subprocess.DEVNULL
         with theirs:
@@ -110,6 +112,7 @@ class _Slot:
 
     def run(self, program: str) -> Printed:
         started = time.monotonic()
+        deadline = started + self._limits.wall_s
         theirs, source = os.pipe()
         output, printed = os.pipe()
         try:
@@ -122,9 +125,9 @@ class _Slot:
             os.close(theirs)
             os.close(printed)
         try:
-            _feed(source, program.encode(errors="replace")[: sandbox_worker.MAX_PROGRAM_BYTES], started + self._limits.wall_s)
-            data, over = self._collect(output, started + self._limits.wall_s)
-            status, over = self._status(over)
+            _feed(source, program.encode(errors="replace")[: sandbox_worker.MAX_PROGRAM_BYTES], deadline)
+            data, over = self._collect(output, deadline)
+            status, over = self._status(over, deadline)
             data += _rest(output, 4 * self._limits.output_chars - len(data))
         except _SilentError:
             self.replace()
@@ -147,16 +150,16 @@ class _Slot:
                 return data, None
             data += chunk
 
-    def _status(self, over: End | None) -> tuple[int, End | None]:
-        """Ends the child where it is over. One that closed its output and goes on computing is ended by its CPU limit, or here."""
+    def _status(self, over: End | None, deadline: float) -> tuple[int, End | None]:
+        """Ends the child where it is over, or at the deadline: it may have closed its output and go on computing."""
         try:
             if over is not None:
                 self._control.send(b"K")
-            return int(self._message(time.monotonic() + (KILL_S if over else self._limits.wall_s))["status"]), over
+            return int(self._message(time.monotonic() + KILL_S if over else deadline)["status"]), over
         except _SilentError:
             if over is not None:
                 raise
-            return self._status(End.TIME)
+            return self._status(End.TIME, deadline)
         except OSError:
             raise _SilentError from None
 

@@ -144,10 +144,12 @@ def confine(parent: int, cpu_s: int, memory_bytes: int) -> None:
     buffer = ctypes.create_string_buffer(instructions, len(instructions))
     program = _Program(len(instructions) // 8, ctypes.addressof(buffer))
     for limit, value in (
-        *((resource.RLIMIT_CPU, cpu_s), (resource.RLIMIT_AS, memory_bytes), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0)),
+        *((resource.RLIMIT_AS, memory_bytes), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0)),
         *((resource.RLIMIT_NOFILE, 3), (resource.RLIMIT_STACK, 8 << 20)),
     ):
         resource.setrlimit(limit, (value, value))
+    # At the hard limit the kernel kills, as it does where memory runs out; below it SIGXCPU says that it was time.
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 1))
     for call in (
         (PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL)),
         (PR_SET_NO_NEW_PRIVS, ctypes.c_ulong(1), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0)),

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neox_rl.episodes import sandbox_worker
+from neox_rl.episodes import sandbox, sandbox_worker
 from neox_rl.episodes.sandbox import End, Limits, PythonSandbox, why_not
 from neox_rl.episodes.tools import calculate, framed, python_tool
 from neox_rl.errors import ConfigError
@@ -152,6 +152,27 @@ def test_what_does_not_end_is_ended(box: PythonSandbox, program: str) -> None:
     made = box.run_sync(program)
     assert made.end is End.TIME and time.monotonic() - started < 2 * WALL_S + 5
     assert box.run_sync("print(1)").end is End.DONE
+
+
+def test_one_deadline_is_over_all_of_a_program() -> None:
+    """It closes its output when most of the time is over, and goes on: it gets the rest of the time, not the whole of it again."""
+    made = PythonSandbox(1, Limits(wall_s=6.0, memory_mib=128, output_chars=500))
+    try:
+        ended = made.run_sync("import os, time\ntime.sleep(4)\nos.close(1), os.close(2)\ntime.sleep(60)")
+    finally:
+        made.close()
+    assert ended.end is End.TIME and 6.0 <= ended.ms / 1e3 < 10.0
+
+
+def test_the_limit_on_cpu_time_is_a_limit_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It alone ends the program here: nobody looks at the clock for a minute."""
+    monkeypatch.setattr(sandbox, "CPU_SLACK_S", -59)
+    made = PythonSandbox(1, Limits(wall_s=60.0, memory_mib=128, output_chars=500))
+    try:
+        assert made.run_sync("while True: pass").end is End.TIME
+        assert made.run_sync("print(1)").text == "1\n"
+    finally:
+        made.close()
 
 
 @pytest.mark.parametrize("program", ["x = 'a' * (1 << 34)", "x = []\nwhile True: x.append('a' * 1000000)", "x = bytearray(1 << 30)"])
