@@ -16,6 +16,15 @@ class Generator(Protocol):
         ...
 
 
+class Scorer(Protocol):
+    """Says how likely the policy finds given tokens."""
+
+    async def score(self, prompt_ids: Sequence[int], ids: Sequence[int], rollout_id: str) -> Completion:
+        """``ids`` after ``prompt_ids``, as a completion at temperature 1 that the policy might have sampled: the log-probs of its tokens,
+        and the one version that gave them."""
+        ...
+
+
 class GroupMaker(Protocol):
     """How the groups of a run are made: by sampling whole attempts, by searches, by episodes (``metarl.rollout.method``)."""
 

@@ -8,7 +8,7 @@ from neox_rl.config.derived import prompt_tokens, staleness_bound, starts_from_c
 from neox_rl.config.machine import Machine
 from neox_rl.config.own import is_own
 from neox_rl.config.run import RunConfig
-from neox_rl.config.schema import NEOX_ENGINE
+from neox_rl.config.schema import IMITATION, NEOX_ENGINE
 
 RECORDED = ("trees", "attempts", "values")
 """Styles of demonstrations that are read from ``warmstart.path``."""
@@ -234,6 +234,31 @@ def demonstrations_are_trained_on(config: RunConfig, machine: Machine) -> Iterat
         )
 
 
+def solutions_are_scored(config: RunConfig, machine: Machine) -> Iterator[str]:
+    """A likelihood is that of the policy itself, of a solution that somebody gives, after a search that is a rollout of its own."""
+    m, r = config.metarl, config.metarl.reward
+    if r.kind == "verdict":
+        return
+    name = f"metarl.reward.kind = {r.kind}"
+    if m.problems.source == "goal_finding":
+        yield f"{name}: goal_finding has no worked solutions; set source: countdown, game24 or jsonl, or kind: verdict"
+    if m.rollout.method != "sample":
+        yield f"{name}: is of one sampled search, and rollout.method is {m.rollout.method}; set method: sample, or kind: verdict"
+    if m.rollout.temperature != 1:
+        yield (
+            f"metarl.rollout.temperature = {m.rollout.temperature:g}: {name} scores a solution by the policy as it is trained, at"
+            " temperature 1; set temperature: 1.0"
+        )
+    if r.wrong_step_cost or r.token_cost:
+        costs = f"metarl.reward.wrong_step_cost = {r.wrong_step_cost:g}, token_cost = {r.token_cost:g}"
+        yield f"{costs}: are taken off a verdict's reward, and kind is {r.kind}; set them to 0"
+    if m.objective.loss in ("gspo", IMITATION):
+        yield (
+            f"metarl.objective.loss = {m.objective.loss}: has one advantage a sequence or none, and with {name} the search and the solution"
+            " have each their own; set loss: tis"
+        )
+
+
 def reward_model_is_trained_alone(config: RunConfig, machine: Machine) -> Iterator[str]:
     w, n = config.metarl.warmstart, config.neox
     if w.style != "values":
@@ -258,6 +283,7 @@ RL_RULES = (
     demonstrations_have_a_source,
     demonstrations_are_trained_on,
     reward_model_is_trained_alone,
+    solutions_are_scored,
     one_start,
     samples_are_the_policys,
     group_has_a_baseline,

@@ -138,8 +138,17 @@ class QueueConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """Verdict to reward."""
+    """Verdict to reward, or a given solution's likelihood."""
 
+    kind: str = key(
+        "verdict",
+        "what a rollout is worth: its verdict; or, with no verifier, log pi(S | Z, q) of the problem's own solution S after its search Z"
+        " (q-STaR (18)-(20)), or that less log pi(S | q). Held-out problems are verified all the same",
+        choices=("verdict", "solution", "gain"),
+    )
+    solution_weight: float = key(
+        1.0, "kinds solution and gain: loss weight of the solution's tokens; 0: the search alone is trained", low=0.0, high=1.0
+    )
     correct: float = key(1.0, "reward of a correct answer")
     wrong: float = key(0.0, "reward of any other verdict")
     wrong_step_cost: float = key(

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import aiohttp
 import msgspec
@@ -52,7 +52,16 @@ class _Response(msgspec.Struct):
     choices: list[_Choice]
 
 
-_DECODER = msgspec.json.Decoder(_Response)
+class _Chance(msgspec.Struct):
+    logprob: float
+
+
+class _Scored(msgspec.Struct):
+    prompt_logprobs: list[dict[int, _Chance] | None]
+
+
+_DECODER, _SCORED = msgspec.json.Decoder(_Response), msgspec.json.Decoder(_Scored)
+T = TypeVar("T")
 
 
 class ServerFailedError(NeoxRLError):
@@ -144,6 +153,18 @@ class VllmGenerator:
     async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> tuple[Completion, ...]:
         """See ``ports.Generator``. Also raises ServerFailedError when every attempt failed, WireError for an answer that cannot be."""
         body = request_body(prompt_ids, params, n, rollout_id)
+        return await self._asked(body, n, rollout_id, lambda raw, server: parse_response(raw, n, server))
+
+    async def score(self, prompt_ids: Sequence[int], ids: Sequence[int], rollout_id: str) -> Completion:
+        """See ``ports.Scorer``. Raises as ``sample`` does.
+
+        All of it is one policy's: the engine computes a prompt whose log-probs are asked for anew, whatever its cache has, and begins again
+        with a prompt that a switch of version interrupts; the version is that of the token which it samples in the same pass.
+        """
+        return await self._asked(score_body(prompt_ids, ids), 1, rollout_id, lambda raw, server: parse_score(raw, ids, server))
+
+    async def _asked(self, body: bytes, n: int, rollout_id: str, parse: Callable[[bytes, str], T]) -> T:
+        """What ``parse`` reads in the answer of a server to a request for ``n`` completions."""
         tried: list[str] = []
         failures: list[str] = []
         try:
@@ -151,7 +172,7 @@ class VllmGenerator:
                 while len(failures) < self._max_attempts:
                     tried.append(await self._pick(tried))
                     try:
-                        return await self._request(tried[-1], body, n)
+                        return parse(await self._request(tried[-1], body, n), tried[-1])
                     except _MovedError:
                         continue
                     except ServerFailedError as error:
@@ -178,7 +199,7 @@ class VllmGenerator:
             server.failures += 1
         self.on_failure(address)
 
-    async def _request(self, address: str, body: bytes, n: int) -> tuple[Completion, ...]:
+    async def _request(self, address: str, body: bytes, n: int) -> bytes:
         server = self._servers[address]
         call = asyncio.create_task(self._post(address, body))
         server.calls.add(call)
@@ -196,10 +217,7 @@ class VllmGenerator:
             raise ServerFailedError(f"{address} answered {status}: {raw[:200]!r}")
         if status != 200:
             raise WireError(f"{address} refused the request with {status}: {raw[:500]!r}")
-        completions = parse_response(raw, n, address)
-        if any(completion.finish is Finish.ABORT for completion in completions):
-            raise ServerFailedError(f"{address} aborted the request: it is being ended, or somebody else uses it")
-        return completions
+        return raw
 
     async def _post(self, address: str, body: bytes) -> tuple[int, bytes]:
         if self._session is None:
@@ -227,8 +245,31 @@ def request_body(prompt_ids: Sequence[int], params: SamplingParams, n: int, roll
     return json.dumps({"token_ids": list(prompt_ids), "sampling_params": sampling}).encode()
 
 
+def score_body(prompt_ids: Sequence[int], ids: Sequence[int]) -> bytes:
+    """The JSON of one request for the log-probs of ``ids`` after ``prompt_ids``: a prompt, of which no more than one token is sampled."""
+    sampling = {"n": 1, "max_tokens": 1, "temperature": 1.0, "logprobs": 0, "prompt_logprobs": 0, "detokenize": False}
+    return json.dumps({"token_ids": [*prompt_ids, *ids], "sampling_params": sampling}).encode()
+
+
+def parse_score(raw: bytes, ids: Sequence[int], server: str) -> Completion:
+    """``ids`` as a completion, with the log-probs that the answer to ``score_body`` gives its last tokens. Raises as ``parse_response``."""
+    (sampled,) = parse_response(raw, 1, server)
+    try:
+        last = _SCORED.decode(raw).prompt_logprobs[-len(ids) :]
+    except msgspec.ValidationError as error:
+        raise WireError(f"{server}: answer not as expected: {error}") from error
+    logprobs = tuple([chances[i].logprob for i, chances in zip(ids, last, strict=False) if chances and i in chances])
+    if len(logprobs) != len(ids):
+        raise WireError(f"{server}: {len(logprobs)} log-probs that belong to the {len(ids)} tokens which it was to score")
+    if not sampled.spans:
+        raise WireError(f"{server}: scored {len(ids)} tokens and does not say by which version")
+    _check_finite(logprobs, server, "scored")
+    return Completion(tuple(ids), logprobs, (VersionSpan(sampled.spans[0].version, 0, len(ids)),), Finish.STOP)
+
+
 def parse_response(raw: bytes, n: int, server: str) -> tuple[Completion, ...]:
-    """The ``n`` completions, in order of their index. Raises WireError naming ``server`` and what is wrong with its answer."""
+    """The ``n`` completions, in order of their index. Raises WireError naming ``server`` and what is wrong with its answer, and
+    ServerFailedError for what is no policy's."""
     try:
         choices = sorted(_DECODER.decode(raw).choices, key=lambda choice: choice.index)
     except msgspec.ValidationError as error:
@@ -237,7 +278,14 @@ def parse_response(raw: bytes, n: int, server: str) -> tuple[Completion, ...]:
         raise WireError(f"{server}: answer of {len(raw)} bytes is not JSON: {error}") from error
     if [choice.index for choice in choices] != list(range(n)):
         raise WireError(f"{server}: {len(choices)} choices where {n} were asked for")
+    if any(choice.finish_reason is Finish.ABORT for choice in choices):
+        raise ServerFailedError(f"{server} aborted the request: it is being ended, or somebody else uses it")
     return tuple(_completion(choice, server) for choice in choices)
+
+
+def _check_finite(logprobs: Sequence[float], server: str, what: str) -> None:
+    if not all(map(math.isfinite, logprobs)) or _NAN_LOGPROB in logprobs:
+        raise WireError(f"{server}: a {what} token with a log-prob that is not finite: the weights or the engine are broken")
 
 
 def _completion(choice: _Choice, server: str) -> Completion:
@@ -247,8 +295,7 @@ def _completion(choice: _Choice, server: str) -> Completion:
         raise WireError(f"{server}: {len(logprobs)} log-probs that do not belong to the {len(ids)} tokens")
     if ids and not 0 <= min(ids) <= max(ids) < 1 << 31:
         raise WireError(f"{server}: tokens {min(ids)}..{max(ids)}, which no vocabulary has")
-    if not all(map(math.isfinite, logprobs)) or _NAN_LOGPROB in logprobs:
-        raise WireError(f"{server}: a sampled token with a log-prob that is not finite: the weights or the engine are broken")
+    _check_finite(logprobs, server, "sampled")
     spans = tuple(VersionSpan(parse_version(span.version, server), span.start, span.end) for span in choice.weight_versions or ())
     edges = [0, *(span.end for span in spans)]
     if [span.start for span in spans] != edges[:-1] or edges[-1] != len(ids) or any(s.start >= s.end for s in spans):

@@ -41,6 +41,7 @@ from neox_rl.run.hosts import BY_SSH, check_hosts, read_hosts
 from neox_rl.run.preflight import check_servers
 from neox_rl.run.processes import ORCHESTRATOR, RANKS, Program, programs
 from neox_rl.run.resume import has_checkpoint, hold, next_attempt, refuse_full_directories, refuse_resume
+from neox_rl.run.solution_groups import with_references
 from neox_rl.run.supervise import Supervisor
 from neox_rl.run.tools import make_tool
 from neox_rl.telemetry.display import LiveDisplay
@@ -101,7 +102,7 @@ def prepared(config: RunConfig, script: str, resume: bool, by_hand: bool = True)
     """
     tokenizer = load_tokenizer(config.metarl.tokenizer, config.metarl.problems, num_episodes(config))
     if config.metarl.debug.mode != "train_only":
-        problems = problems_of_run(config, tokenizer)
+        problems = with_references(config, problems_of_run(config, tokenizer), tokenizer)
         demonstration_source(config, problems.train, tokenizer)
         with ExitStack() as tools:
             make_tool(config, tools)

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from neox_rl.config.run import RunConfig
 from neox_rl.episodes.tools import Tool
 from neox_rl.errors import ConfigError
-from neox_rl.ports import GroupMaker
+from neox_rl.ports import GroupMaker, Scorer
 from neox_rl.rollout.groups import Attempts
 from neox_rl.run.episode_groups import EpisodeGroups
 from neox_rl.run.search_groups import search_groups
+from neox_rl.run.solution_groups import rewards_solutions, solution_groups
 from neox_rl.search.values import Value
 
 Maker = Callable[[RunConfig, Attempts, Tool | None, Value | None], GroupMaker]
@@ -23,8 +24,12 @@ MAKERS: Mapping[str, Maker] = {
 model."""
 
 
-def make_maker(config: RunConfig, attempts: Attempts, tool: Tool | None = None, prm: Value | None = None) -> GroupMaker:
-    """Raises ConfigError for a method that nothing makes groups by."""
+def make_maker(
+    config: RunConfig, attempts: Attempts, tool: Tool | None = None, prm: Value | None = None, scorer: Scorer | None = None
+) -> GroupMaker:
+    """``scorer``: of the same policy, for rewards that are likelihoods. Raises ConfigError for a method that nothing makes groups by."""
+    if rewards_solutions(config) and scorer is not None:
+        return solution_groups(config, attempts, scorer)
     method = config.metarl.rollout.method
     if method not in MAKERS:
         raise ConfigError(f"metarl.rollout.method = {method}: no part makes groups so; set method to one of {sorted(MAKERS)}")

@@ -32,6 +32,7 @@ from neox_rl.run.joining import JoinDesk, Offer
 from neox_rl.run.makers import make_maker
 from neox_rl.run.readable import with_readable_answers
 from neox_rl.run.search_groups import reward_model
+from neox_rl.run.solution_groups import with_references
 from neox_rl.run.tools import make_tool
 from neox_rl.run.versions import Deadlines, ServerKeeper
 from neox_rl.search.replay import num_wrong_steps
@@ -77,7 +78,7 @@ async def build_parts(config: RunConfig, paths: RunPaths, stack: AsyncExitStack)
     task = metarl.problems.task if metarl.problems.free_text else metarl.problems.source
     verifier = make_verifier(metarl.verify, task)
     stack.callback(verifier.close)
-    problems = problems_of_run(config, tokenizer)
+    problems = with_references(config, problems_of_run(config, tokenizer), tokenizer)
     logger.info("%d training and %d held-out problems: %s", len(problems.train), len(problems.heldout), problems.counts)
     if metarl.problems.free_text:
         origin = metarl.problems.path or metarl.problems.source
@@ -86,7 +87,7 @@ async def build_parts(config: RunConfig, paths: RunPaths, stack: AsyncExitStack)
     joins = _join_desk(config, paths, endpoints, keeper, keys, stack)
     asked = Gathered(generator) if metarl.rollout.method == "episodes" else generator
     attempts = Attempts(asked, verifier, tokenizer, partial(_reward, config), solution_id(tokenizer))
-    maker = make_maker(config, attempts, make_tool(config, stack), await reward_model(config, stack))
+    maker = make_maker(config, attempts, make_tool(config, stack), await reward_model(config, stack), generator)
     evaluated: Attempting = maker if isinstance(maker, EpisodeGroups) else attempts
     return Parts(endpoints, problems, attempts, evaluated, maker, keeper, joins, activity, events, keys)
 

@@ -22,6 +22,7 @@ from neox_rl.run.evaluation import Attempt
 from neox_rl.run.pace import Pace
 from neox_rl.run.searched import books as search_books
 from neox_rl.run.searched import laid_out, written_ids
+from neox_rl.run.solution_groups import rewards_solutions
 from neox_rl.search.analyze import SearchAnalysis, analyze, summarize
 from neox_rl.search.render import render
 from neox_rl.telemetry.events import EventLog
@@ -76,6 +77,7 @@ class Scoreboard:
         self._searched: dict[str, float] = {}
         self._made_by_search = config.metarl.rollout.method == "search"
         self._made_of_episodes = config.metarl.rollout.method == "episodes"
+        self._shown_whole = self._made_by_search or rewards_solutions(config)
         self._made_of_steps = self._made_by_search and config.metarl.search.trains == "steps"
         self._word = ""
         total = config.metarl.warmstart.steps or config.neox.train_iters
@@ -162,7 +164,7 @@ class Scoreboard:
         self._count()
         self.recovered(group, problem)  # here and not when the step takes its batch: the trainer would wait for it
         if self._recorder.wants(group.ticket):
-            ids = written_ids(group.traces[0]) if self._made_by_search else sampled_ids(group.traces[0])
+            ids = written_ids(group.traces[0]) if self._shown_whole else sampled_ids(group.traces[0])
             attempt = Attempt(problem, group.traces[0], self._tokenizer.decode(ids), len(ids))
             row = self._to_read(attempt, TRAIN)
             self._recorder.record({**row, "lines": laid_out(group, self._tokenizer)} if self._made_of_steps else row)

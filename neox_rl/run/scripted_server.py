@@ -34,7 +34,7 @@ from neox_rl.metacot import EPISODE
 from neox_rl.ports import Tokenizer
 from neox_rl.problems.sources import load_problems
 from neox_rl.problems.tokenizer import load_tokenizer
-from neox_rl.rollout.scripted import Scripts, Switches, choice
+from neox_rl.rollout.scripted import LOGPROB, Scripts, Switches, choice
 from neox_rl.rollout.vllm_client import ROUTE
 from neox_rl.rollout.vllm_server import ServerSpec
 from neox_rl.search.dfs import dfs
@@ -116,6 +116,8 @@ class ScriptedServer:
         sampling = body["sampling_params"]
         if not 1 <= sampling["n"] <= MOST_COMPLETIONS:
             return web.json_response({"error": f"n must be 1 to {MOST_COMPLETIONS}"}, status=400)
+        if sampling.get("prompt_logprobs") is not None:
+            return web.json_response(await self._score(body["token_ids"]), dumps=_dumps)
         try:
             greedy = sampling["temperature"] == 0
             written = [self._scripts.go_on(body["token_ids"], self._rng, greedy) for _ in range(sampling["n"])]
@@ -124,6 +126,10 @@ class ScriptedServer:
         stops = frozenset(sampling["stop_token_ids"])
         choices = await asyncio.gather(*(self._complete(i, stopped(ids, stops), sampling["max_tokens"]) for i, ids in enumerate(written)))
         return web.json_response({"choices": choices}, dumps=_dumps)
+
+    async def _score(self, ids: Sequence[int]) -> dict[str, Any]:
+        chances = [None, *({str(token): {"logprob": LOGPROB}} for token in ids[1:])]
+        return {"choices": [await self._complete(0, ids[-1:], 1)], "prompt_logprobs": chances}
 
     async def _complete(self, index: int, script: Sequence[int], max_tokens: int) -> dict[str, Any]:
         async with self._slots:

@@ -42,7 +42,7 @@ def laid_out(group: Group, tokenizer: Tokenizer) -> list[LineRow]:
 
 
 def written_ids(trace: Trace) -> list[int]:
-    """All but the prompt: a path, or a search that is told."""
+    """All but the prompt: a path, a search that is told, or one with the solution that it is worth."""
     return [i for segment in trace.segments if segment.role is not Role.PROMPT for i in segment.ids]
 
 

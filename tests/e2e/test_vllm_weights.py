@@ -151,6 +151,10 @@ def test_generation_matches_the_published_policy(server: Server) -> None:
                 assert completion.finish is (Finish.STOP if completion.ids[-1] == 2 else Finish.LENGTH)
                 assert [span.version for span in completion.spans] == [version]
                 assert largest_error(completion, PROMPT, 0.7) <= TOLERANCE
+            for completion in completions[:3]:  # what it sampled, scored as what somebody gives
+                score = await generator.score(PROMPT, completion.ids, "g000001")
+                assert score.ids == completion.ids and [(s.version, s.start, s.end) for s in score.spans] == [(version, 0, len(score.ids))]
+                assert largest_error(score, PROMPT, 1.0) <= TOLERANCE
             greedy = [await generator.sample(PROMPT, SamplingParams(16, temperature=0.0), 1, "g000002") for _ in range(2)]
             assert greedy[0][0].ids == greedy[1][0].ids
 
@@ -165,10 +169,14 @@ def test_requests_in_flight_carry_over_and_each_span_matches_its_own_policy(serv
             params = SamplingParams(max_tokens=400, stop_token_ids=(VOCAB - 1,))
             prompts = [tuple((7 * i + j) % 90 + 3 for j in range(20 + i)) for i in range(4)]
             crossed = 0
+            given = tuple((11 * i) % 90 + 3 for i in range(300))
             for delay_s in (0.3, 0.15, 0.05, 0.6, 1.2):  # a fast machine has finished them all by a time at which a slow one begins
                 tasks = [asyncio.create_task(generator.sample(prompt, params, 4, f"g{i:06d}")) for i, prompt in enumerate(prompts)]
                 await asyncio.sleep(delay_s)
+                scoring = [asyncio.create_task(generator.score(prompt, given, "g000008")) for prompt in prompts]
                 new = await server.publish(control, watcher)
+                for prompt, score in zip(prompts, await asyncio.gather(*scoring), strict=True):
+                    assert score.spans[0].version in (old, new) and largest_error(score, prompt, 1.0) <= TOLERANCE
                 for prompt, task in zip(prompts, tasks, strict=True):
                     for completion in await task:
                         assert completion.finish is not Finish.ABORT

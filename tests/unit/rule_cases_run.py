@@ -139,6 +139,21 @@ RUN_CASES = (
         "metarl.episodes.tool=none",
     ),
     Case(
+        "solutions_are_scored",
+        "metarl.reward.kind=gain metarl.problems.source=goal_finding",
+        "goal_finding has no worked solutions",
+        "metarl.problems.source=countdown",
+    ),
+    Case(
+        "solutions_are_scored",
+        "metarl.reward.kind=solution metarl.rollout.method=search",
+        "one sampled search",
+        "metarl.rollout.method=sample",
+    ),
+    Case("solutions_are_scored", "metarl.reward.kind=gain metarl.rollout.temperature=0.7", "temperature 1", "metarl.rollout.temperature=1"),
+    Case("solutions_are_scored", "metarl.reward.kind=gain metarl.reward.token_cost=0.1", "and kind is gain", "metarl.reward.token_cost=0"),
+    Case("solutions_are_scored", "metarl.reward.kind=gain metarl.objective.loss=gspo", "have each their own", "metarl.objective.loss=tis"),
+    Case(
         "credits_need_tokens",
         "metarl.rollout.method=episodes metarl.objective.loss=gspo",
         "each episode has an advantage of its own",

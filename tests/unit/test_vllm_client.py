@@ -11,7 +11,15 @@ import pytest
 from aiohttp import web
 
 from neox_rl.errors import DeadlineError, WeightError, WireError
-from neox_rl.rollout.vllm_client import NobodyServesError, ServerFailedError, VllmGenerator, parse_response, request_body
+from neox_rl.rollout.vllm_client import (
+    NobodyServesError,
+    ServerFailedError,
+    VllmGenerator,
+    parse_response,
+    parse_score,
+    request_body,
+    score_body,
+)
 from neox_rl.types import Completion, Finish, SamplingParams, VersionSpan
 
 PARAMS = SamplingParams(max_tokens=8, temperature=0.7, stop_token_ids=(2,))
@@ -45,9 +53,39 @@ def test_a_completion_carries_tokens_logprobs_versions_and_the_reason_it_ended()
     )
 
 
-def test_an_aborted_request_without_tokens_has_no_spans() -> None:
-    (got,) = parse_response(answer(choice(0, (), finish_reason="abort", weight_versions=None)), 1, "s")
-    assert got == Completion((), (), (), Finish.ABORT)
+def test_an_aborted_request_is_the_failure_of_a_server_that_is_being_ended() -> None:
+    with pytest.raises(ServerFailedError, match="s aborted the request"):
+        parse_response(answer(choice(0, (), finish_reason="abort", weight_versions=None)), 1, "s")
+
+
+def scored(chances: list[dict[str, Any] | None], **changed: Any) -> bytes:
+    return json.dumps({"choices": [choice(0, (9,), **changed)], "prompt_logprobs": chances}).encode()
+
+
+GIVEN = [None, {"5": {"logprob": -1.0, "rank": 2, "decoded_token": None}}, {"6": {"logprob": -0.25}}, {"7": {"logprob": -0.5}}]
+
+
+def test_given_tokens_are_scored_by_the_version_of_the_token_that_was_sampled_in_the_same_pass() -> None:
+    assert parse_score(scored([*GIVEN]), (6, 7), "s") == Completion((6, 7), (-0.25, -0.5), (VersionSpan(3, 0, 2),), Finish.STOP)
+    body = json.loads(score_body([4, 5], (6, 7)))
+    assert body["token_ids"] == [4, 5, 6, 7]
+    sampling = body["sampling_params"]
+    assert (sampling["prompt_logprobs"], sampling["max_tokens"], sampling["temperature"]) == (0, 1, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("raw", "complaint"),
+    [
+        (answer(choice(0, (9,))), "prompt_logprobs"),
+        (scored([None, {"7": {"logprob": -0.5}}]), "1 log-probs that belong to the 2 tokens"),
+        (scored([*GIVEN[:3], {"8": {"logprob": -0.5}}]), "1 log-probs that belong to the 2 tokens"),
+        (scored([*GIVEN[:3], {"7": {"logprob": -9999.0}}]), "scored token with a log-prob that is not finite"),
+        (scored([*GIVEN], token_ids=[], logprobs={"content": []}, weight_versions=None), "does not say by which version"),
+    ],
+)
+def test_a_score_that_cannot_be_is_refused(raw: bytes, complaint: str) -> None:
+    with pytest.raises(WireError, match=complaint):
+        parse_score(raw, (6, 7), "s")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,159 @@
+"""Groups of q-STaR (arXiv 2501.04682, (18)-(20)): a search is worth what it says of a given solution, and nobody verifies anything.
+
+    prompt q -> Z, up to the word before a solution or EOS       the policy, group_size times
+             -> log pi(S | Z, q) of the problem's solution S      a server, by its live version: one request, S as part of the prompt
+
+The reward of Z is that log-prob, less log pi(S | q) without a search where the config says so: what the search adds. S is part of the
+trace, as tokens with the log-probs and the version that scored them, and is trained with advantage 1: so the gradient is that of
+E_Z[log pi(S | Z, q)], with both of its terms; the importance ratio corrects either for its age.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from neox_rl.arithmetic import ARITHMETIC_TASKS
+from neox_rl.config.run import RunConfig
+from neox_rl.episodes.objectives import qstar_reward
+from neox_rl.errors import ConfigError
+from neox_rl.metacot import SOLUTION
+from neox_rl.ports import Generator, Scorer, Tokenizer
+from neox_rl.problems.split import ProblemSet
+from neox_rl.rollout.groups import Attempts, Patient, segments
+from neox_rl.rollout.vllm_client import NobodyServesError
+from neox_rl.search.dfs import solution_path
+from neox_rl.search.domain import SOLUTION_LINE
+from neox_rl.search.linearize import glue_of, linearize, text_of
+from neox_rl.types import Completion, Group, Problem, Reason, Role, SamplingParams, Segment, Trace, Verdict
+
+UNVERIFIED = Verdict(correct=False, extracted="", reason=Reason.NO_ANSWER, ms=0.0)
+"""Of a search that is worth what it says of a given solution: it has no answer of its own."""
+
+
+def rewards_solutions(config: RunConfig) -> bool:
+    """Whether the run's reward is a solution's likelihood."""
+    return config.metarl.reward.kind != "verdict"
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A given solution in tokens: the word or line before it, and S itself with EOS."""
+
+    begin: tuple[int, ...]
+    ids: tuple[int, ...]
+
+
+def reference(problem: Problem, tokenizer: Tokenizer) -> Reference | None:
+    """The solution of the problem's row, or of the games one of the solver's, always the same; None where there is neither."""
+    if problem.task in ARITHMETIC_TASKS:
+        tree = solution_path(problem, random.Random(f"reference/{problem.id}"))
+        text = text_of([span for span in linearize(tree, problem) if span.role is Role.SOLUTION])
+        begin, text = glue_of(problem) + SOLUTION, text.removeprefix(SOLUTION)
+    elif "solution" in problem.meta:
+        begin, text = f"{SOLUTION_LINE}\n", str(problem.meta["solution"])
+    else:
+        return None
+    return Reference(tokenizer.encode(begin), (*tokenizer.encode(text), tokenizer.eos_id))
+
+
+def with_references(config: RunConfig, problems: ProblemSet, tokenizer: Tokenizer) -> ProblemSet:
+    """``problems`` without the training problems that no q-STaR can be done with. Raises ConfigError where none is left."""
+    if not rewards_solutions(config):
+        return problems
+    seq, new = config.neox.seq_length, config.metarl.rollout.max_new_tokens
+
+    def fits(problem: Problem) -> bool:
+        found = reference(problem, tokenizer)
+        # One more: a request to score samples a token.
+        return found is not None and len(tokenizer.encode(problem.prompt)) + new + len(found.begin) + len(found.ids) < seq
+
+    kept = tuple(problem for problem in problems.train if fits(problem))
+    if not kept:
+        raise ConfigError(
+            f"metarl.reward.kind = {config.metarl.reward.kind}: none of {len(problems.train)} training problems has a worked solution"
+            f" that fits behind max_new_tokens = {new} of search in seq_length = {seq}; give rows with a solution, raise seq_length, or"
+            " set kind: verdict"
+        )
+    return replace(problems, train=kept, counts=problems.counts | {"without_solution": len(problems.train) - len(kept)})
+
+
+@dataclass(frozen=True, slots=True)
+class SolutionGroups:
+    """The ``ports.GroupMaker`` of ``metarl.reward.kind`` ``solution`` and ``gain``.
+
+    ``gain``: log pi(S | q) is taken off the reward. ``weight``: of the solution's tokens in the loss.
+    """
+
+    attempts: Attempts
+    scorer: Scorer
+    gain: bool
+    weight: float
+
+    async def group(self, problem: Problem, ticket: int, params: SamplingParams, size: int) -> Group:
+        """See ``ports.GroupMaker``. Raises ConfigError for a problem without a solution."""
+        a, name = self.attempts, f"g{ticket:06d}"
+        given = reference(problem, a.tokenizer)
+        if given is None:
+            raise ConfigError(f"problem {problem.id} has no worked solution: metarl.reward.kind needs one")
+        prompt = a.tokenizer.encode(problem.prompt)
+        stops = params.stop_token_ids if a.solution_id is None else (*params.stop_token_ids, a.solution_id)
+        searches = await Patient(a.generator).sample(prompt, replace(params, stop_token_ids=stops), size, name)
+        asked = [(*prompt, *search.ids, *_words_before(search, given)) for search in searches]
+        if self.gain:
+            asked.append((*prompt, *given.begin))
+        scores = await _together([self._score(ids, given, f"{name}/r{i}") for i, ids in enumerate(asked)])
+        plain = scores.pop().logprobs if self.gain else ()
+        rows = zip(searches, scores, strict=True)
+        return Group(
+            ticket, problem.id, tuple(self._trace(f"{name}/r{i}", problem, prompt, given, plain, *row) for i, row in enumerate(rows))
+        )
+
+    def chunked(self, chunks: Callable[[Generator], Generator]) -> Self:
+        """See ``ports.GroupMaker``: searches are made in chunks; what scores them is asked again after a crash."""
+        return replace(self, attempts=self.attempts.chunked(chunks))
+
+    async def _score(self, prompt: Sequence[int], given: Reference, name: str) -> Completion:
+        while True:
+            try:
+                return await self.scorer.score(prompt, given.ids, name)
+            except NobodyServesError:
+                await asyncio.sleep(0)
+
+    def _trace(
+        self,
+        id: str,
+        problem: Problem,
+        prompt: tuple[int, ...],
+        given: Reference,
+        plain: Sequence[float],
+        search: Completion,
+        score: Completion,
+    ) -> Trace:
+        before, version = _words_before(search, given), score.spans[0].version
+        parts = [Segment(prompt, Role.PROMPT), *(replace(s, role=Role.THINK) for s in segments(search, None))]
+        parts += [Segment(before, Role.ENV)] if before else []
+        parts.append(Segment(given.ids, Role.SOLUTION, score.logprobs, version, mask=self.weight, advantage=1.0))
+        return Trace(id, problem.id, tuple(parts), qstar_reward(score.logprobs, plain), search.finish, UNVERIFIED)
+
+
+def _words_before(search: Completion, given: Reference) -> tuple[int, ...]:
+    """What is said between a search and the solution: nothing where the search ended in those words itself."""
+    return () if search.ids[-len(given.begin) :] == given.begin else given.begin
+
+
+async def _together(work: Sequence[Coroutine[Any, Any, Completion]]) -> list[Completion]:
+    tasks = [asyncio.ensure_future(each) for each in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()  # one that failed fails the group
+
+
+def solution_groups(config: RunConfig, attempts: Attempts, scorer: Scorer) -> SolutionGroups:
+    r = config.metarl.reward
+    return SolutionGroups(attempts, scorer, r.kind == "gain", r.solution_weight)

@@ -1,0 +1,152 @@
+"""q-STaR: a search is worth the likelihood of a given solution after it, as a server says it; nobody verifies anything."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from neox_rl.batch.pack import pack_rl
+from neox_rl.batch.packing import Layout
+from neox_rl.codec import decode_group, encode_group
+from neox_rl.config.run import RunConfig
+from neox_rl.config.schema import ObjectiveConfig, StalenessConfig, VerifyConfig
+from neox_rl.errors import ConfigError
+from neox_rl.problems.sources import load_problems
+from neox_rl.problems.split import ProblemSet
+from neox_rl.problems.tokenizer import SymbolicTokenizer, load_tokenizer
+from neox_rl.rollout.groups import Attempts, teaches
+from neox_rl.rollout.scripted import LOGPROB
+from neox_rl.rollout.vllm_client import NobodyServesError, VllmGenerator
+from neox_rl.run.endpoints import free_port
+from neox_rl.run.makers import make_maker
+from neox_rl.run.parts import solution_id
+from neox_rl.run.solution_groups import SolutionGroups, reference, with_references
+from neox_rl.search.domain import SOLUTION_LINE
+from neox_rl.types import Completion, Finish, Problem, Role, SamplingParams, VersionSpan
+from neox_rl.verify.verifier import make_verifier
+from tests.unit.small_run import scripted_server, small_config
+
+PARAMS = SamplingParams(96, stop_token_ids=(1,))
+
+
+def config_of(root: Path, kind: str = "gain", **blocks: dict[str, object]) -> RunConfig:
+    return small_config(root, **{"reward": {"kind": kind}, **blocks})
+
+
+class Policy:
+    """Writes ``script`` as v4, and as v5 says that each token of a solution has log-prob -1, or -3 straight after the prompt."""
+
+    def __init__(self, tokenizer: SymbolicTokenizer, prompt: str, script: Sequence[str]) -> None:
+        self.tokenizer, self.prompt, self.script = tokenizer, tokenizer.encode(prompt), script
+        self.stops: tuple[int, ...] = ()
+        self.asked: list[str] = []
+        self.absent = 2
+
+    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> tuple[Completion, ...]:
+        self.stops = params.stop_token_ids
+        found = []
+        for text in self.script[:n]:
+            ids = self.tokenizer.encode(text)
+            found.append(Completion(ids, (-0.5,) * len(ids), (VersionSpan(4, 0, len(ids)),), Finish.STOP))
+        return tuple(found)
+
+    async def score(self, prompt_ids: Sequence[int], ids: Sequence[int], rollout_id: str) -> Completion:
+        if self.absent:
+            self.absent -= 1
+            raise NobodyServesError(f"rollout {rollout_id}", 0.1)
+        self.asked.append(self.tokenizer.decode([*prompt_ids, *ids]))
+        bare = len(prompt_ids) == len(self.prompt) + 1
+        return Completion(tuple(ids), (-3.0 if bare else -1.0,) * len(ids), (VersionSpan(5, 0, len(ids)),), Finish.STOP)
+
+
+def story(config: RunConfig, script: Sequence[str]) -> tuple[SolutionGroups, Policy, Problem]:
+    tokenizer = load_tokenizer(config.metarl.tokenizer, config.metarl.problems)
+    assert isinstance(tokenizer, SymbolicTokenizer)
+    problem = load_problems(config.metarl.problems, 1).train[0]
+    policy = Policy(tokenizer, problem.prompt, script)
+    verifier = make_verifier(config.metarl.verify, problem.task)
+    attempts = Attempts(policy, verifier, tokenizer, lambda *_: pytest.fail("a verdict's reward"), solution_id(tokenizer))
+    made = make_maker(config, attempts, scorer=policy)
+    assert isinstance(made, SolutionGroups)
+    return made, policy, problem
+
+
+def test_a_search_is_worth_the_log_probs_of_the_solution_after_it(tmp_path: Path) -> None:
+    made, policy, problem = story(config_of(tmp_path), ("1 +2 =3 low solution", "1 +2 =3 low"))
+    group = asyncio.run(made.group(problem, 7, PARAMS, 2))
+    given = reference(problem, policy.tokenizer)
+    assert given is not None and policy.tokenizer.decode(given.begin) == "solution"
+    solution = policy.tokenizer.decode(given.ids)
+    assert policy.stops == (1, *given.begin), "a search ends where its solution begins"
+    search = f"{problem.prompt} 1 +2 =3 low solution {solution}".split()
+    assert sorted(text.split() for text in policy.asked) == sorted([search, search, f"{problem.prompt} solution {solution}".split()])
+    verdict = asyncio.run(make_verifier(VerifyConfig(), problem.task).check(problem, f"solution {solution}"))
+    assert verdict.correct, "the solver's solution is right"
+    size = len(given.ids)
+    for trace, said in zip(group.traces, ([Role.THINK], [Role.THINK, Role.ENV]), strict=True):
+        assert trace.reward == pytest.approx(-size + 3 * size) and [s.role for s in trace.segments] == [Role.PROMPT, *said, Role.SOLUTION]
+        last = trace.segments[-1]
+        assert (last.ids, last.version, last.mask, last.advantage) == (given.ids, 5, 1.0, 1.0) and last.logprobs == (-1.0,) * size
+        assert trace.segments[1].advantage is None and trace.segments[1].version == 4
+    assert decode_group(encode_group(group)) == group
+
+
+def test_without_the_second_term_the_reward_is_the_likelihood_alone(tmp_path: Path) -> None:
+    made, policy, problem = story(config_of(tmp_path, "solution"), ("1 +2 =3 low solution",))
+    group = asyncio.run(made.group(problem, 7, PARAMS, 1))
+    assert group.traces[0].reward == -float(len(group.traces[0].segments[-1].ids)) and len(policy.asked) == 1
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_the_search_gets_its_advantage_and_the_solution_the_gradient_of_its_likelihood(tmp_path: Path, weight: float) -> None:
+    """The two terms of the gradient of E_Z[log pi(S | Z, q)]: (r - mean r) grad log pi(Z | q), and grad log pi(S | Z, q)."""
+    made, _, problem = story(config_of(tmp_path, reward={"kind": "solution", "solution_weight": weight}), ("1 +2 =3 low", "solution"))
+    group = asyncio.run(made.group(problem, 0, PARAMS, 2))
+    assert teaches(group.traces)
+    layout = Layout(pack_tokens=256, data_parallel=1)
+    objective = ObjectiveConfig(baseline="mean")
+    batch = pack_rl([group], 6, staleness=StalenessConfig(), objective=objective, max_new_tokens=96, layout=layout)
+    (micro,) = batch.microbatches[0]
+    trained = micro.loss_weight != 0
+    first, second = (trace.reward for trace in group.traces)
+    own = (first - second) / 2
+    size = len(group.traces[0].segments[-1].ids)
+    # A search of 5 tokens and one of 1, and twice the solution.
+    expected = sorted([own] * 4 + [-own] + [1.0] * (2 * size if weight else 0))
+    assert sorted(micro.advantages[trained].tolist()) == pytest.approx(expected)
+    assert set(np.unique(micro.versions[trained]).tolist()) == ({4, 5} if weight else {4})
+
+
+def test_problems_without_a_solution_or_room_for_it_are_not_trained_on(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    tokenizer = load_tokenizer(config.metarl.tokenizer, config.metarl.problems)
+    problem = load_problems(config.metarl.problems, 1).train[0]
+    text = Problem("math/1", "math", "1 + 1?", "2", "1", {"solution": "1 + 1 is \\boxed{2}"})
+    given = reference(text, tokenizer)
+    assert given is not None and given.begin == tokenizer.encode(SOLUTION_LINE)
+    bare = replace(text, meta={})
+    assert reference(bare, tokenizer) is None
+    kept = with_references(config, ProblemSet((problem, bare), (), {}), tokenizer)
+    assert kept.train == (problem,) and kept.counts == {"without_solution": 1}
+    full = replace(config, neox=replace(config.neox, seq_length=96 + len(tokenizer.encode(problem.prompt)) + 4))
+    for some, settings in (((bare,), config), ((problem,), full)):
+        with pytest.raises(ConfigError, match=r"metarl\.reward\.kind = gain: none of 1 training problems has a worked solution"):
+            with_references(settings, ProblemSet(some, (), {}), tokenizer)
+    assert with_references(small_config(tmp_path), ProblemSet((bare,), (), {}), tokenizer).train == (bare,)
+
+
+def test_the_scripted_server_scores_what_it_is_given(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    address = f"http://127.0.0.1:{free_port('127.0.0.1')}"
+
+    async def told() -> Completion:
+        async with scripted_server(config, address) as server, VllmGenerator([address]) as generator:
+            server._switches.add(0.0, "3")
+            return await generator.score((4, 5), (6, 7, 8), "g000000")
+
+    assert asyncio.run(told()) == Completion((6, 7, 8), (LOGPROB,) * 3, (VersionSpan(3, 0, 3),), Finish.STOP)
