@@ -29,9 +29,9 @@ class Gathered:
     """Another generator, asked once for all equal requests that come in one turn of the event loop.
 
     Equal are those of the same tokens and sampling parameters without a seed: the completions of one request are independent samples of
-    one distribution, and so are those dealt out of it, each with the version spans of its own tokens. A request with a seed must be
-    repeatable, and a greedy one has one completion: they go through alone. What the generator raises, each of them gets. A caller that is
-    cancelled takes nobody along; the request ends with its last caller.
+    one distribution, and so are those dealt out of it, each with the version spans of its own tokens. Greedy requests have all the same
+    answer: one completion, which each of them gets. A request with a seed must be repeatable, and goes through alone. What the generator
+    raises, each of them gets. A caller that is cancelled takes nobody along; the request ends with its last caller.
     """
 
     generator: Generator
@@ -40,7 +40,7 @@ class Gathered:
 
     async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> tuple[Completion, ...]:
         """See ``ports.Generator``. An error may name another of the rollouts that were asked for together."""
-        if params.seed is not None or params.temperature == 0.0:  # vLLM refuses n > 1 where sampling is greedy
+        if params.seed is not None:
             return await self.generator.sample(prompt_ids, params, n, rollout_id)
         loop = asyncio.get_running_loop()
         if not self._waiting:
@@ -53,7 +53,8 @@ class Gathered:
         asked = list(self._waiting.items())
         self._waiting.clear()
         for key, waiters in asked:
-            for together in portions([w for w in waiters if not w.answer.done()]):
+            unanswered = [waiter for waiter in waiters if not waiter.answer.done()]
+            for together in [unanswered] * bool(unanswered) if _greedy(key) else portions(unanswered):
                 call = asyncio.get_running_loop().create_task(self._ask(key, together))
                 self._calls.add(call)  # the loop alone would not keep it alive
                 call.add_done_callback(self._calls.discard)
@@ -62,8 +63,12 @@ class Gathered:
 
     async def _ask(self, key: Key, waiters: Sequence[_Waiter]) -> None:
         ids, params = key
+        wanted = sum(waiter.n for waiter in waiters)
         try:
-            completions = await self.generator.sample(ids, params, sum(w.n for w in waiters), waiters[0].rollout_id)
+            if _greedy(key):  # of which vLLM makes one, and refuses to make more
+                completions = wanted * await self.generator.sample(ids, params, 1, waiters[0].rollout_id)
+            else:
+                completions = await self.generator.sample(ids, params, wanted, waiters[0].rollout_id)
         except asyncio.CancelledError:
             for waiter in waiters:
                 waiter.answer.cancel()
@@ -78,6 +83,10 @@ class Gathered:
             if not waiter.answer.done():
                 waiter.answer.set_result(completions[start : start + waiter.n])
             start += waiter.n
+
+
+def _greedy(key: Key) -> bool:
+    return key[1].temperature == 0.0
 
 
 def portions(waiters: Sequence[_Waiter]) -> list[list[_Waiter]]:

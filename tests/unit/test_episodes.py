@@ -18,7 +18,8 @@ from neox_rl.episodes.environments import Judged, Stepwise, environment_of, reac
 from neox_rl.episodes.objectives import Objective, credits, discounted, qstar_reward, tagged, tags_of, total
 from neox_rl.episodes.protocol import Ending, Feedback, Outcome, Progress, Rules, announcement, read_ending
 from neox_rl.episodes.rollout import MAX_CALLS, Episodes, Rollout
-from neox_rl.episodes.tools import Tool, calculate
+from neox_rl.episodes.sandbox import PythonSandbox
+from neox_rl.episodes.tools import Tool, calculate, python_tool
 from neox_rl.errors import ConfigError
 from neox_rl.metacot import STOP
 from neox_rl.problems.countdown import arithmetic_problem
@@ -202,9 +203,21 @@ def test_what_a_calculator_says_is_context_and_a_policy_that_only_calls_comes_to
         (Role.ENV, "\n= 21\n"),
         (Role.THINK, "1"),
     ]
+    assert [(s.mask, s.version, s.logprobs != ()) for s in asks.trace.segments[1:]] == [(1.0, 5, True), (0.0, -1, False), (1.0, 5, True)]
     forever = roll_out(problem, lambda _: "[CALC 1]", 2, calculate)
     assert sum(s.role is Role.ENV for s in forever.trace.segments) <= 2 * MAX_CALLS + 1
     assert all(sum(len(s.ids) for s in forever.trace.segments if s.episode == e and s.mask) <= 40 for e in (0, 1))
+
+
+def test_what_a_program_prints_is_context_without_loss_and_the_episode_goes_on() -> None:
+    problem, box = goal_problem(3, 2, 0), PythonSandbox()
+    program = "[PYTHON]\nprint(6 * 7)\n[/PYTHON]"
+    try:
+        made = roll_out(problem, lambda context: "1" if "> 42" in context else program, 1, python_tool(box), max_episode_tokens=100)
+    finally:
+        box.close()
+    told = [(s.role, Letters().decode(s.ids), s.mask, s.logprobs != ()) for s in made.trace.segments[1:]]
+    assert told == [(Role.THINK, program, 1.0, True), (Role.ENV, "\n> 42\n", 0.0, False), (Role.THINK, "1", 1.0, True)]
 
 
 GAME = arithmetic_problem("countdown", (3, 5, 7), 26, 60)

@@ -91,13 +91,15 @@ async def test_a_seed_goes_through_alone() -> None:
 
 
 @in_loop
-async def test_greedy_requests_go_through_alone() -> None:
+async def test_greedy_requests_are_one_completion_that_all_of_them_get() -> None:
     engine = Engine()
     engine.open.set()
     greedy = SamplingParams(2, temperature=0.0)
     gathered = Gathered(engine)
-    await asyncio.gather(ask(gathered, [1], 1, "a", greedy), ask(gathered, [1], 1, "b", greedy))
-    assert engine.asked == [((1,), greedy, 1, "a"), ((1,), greedy, 1, "b")]
+    calls = [ask(gathered, [1], 1, str(i), greedy) for i in range(2 * MAX_COMPLETIONS)]
+    found = await asyncio.gather(*calls, ask(gathered, [2], 1, "other", greedy), ask(gathered, [1], 1, "sampled"))
+    assert found == [*[(0,)] * (2 * MAX_COMPLETIONS), (1,), (2,)]
+    assert [(prompt, params, n) for prompt, params, n, _ in engine.asked] == [((1,), greedy, 1), ((2,), greedy, 1), ((1,), PARAMS, 1)]
 
 
 @in_loop
