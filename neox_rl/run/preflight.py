@@ -95,8 +95,11 @@ class Plan:
 async def check_node(plan: Plan, node: str, directory: Path, timeout_s: float) -> list[str]:
     """What ``node`` cannot reach, a line each; empty where all is well. Returns when every node is done.
 
-    Raises ConfigError for a port that cannot be bound, here or on another node, DeadlineError naming the nodes that do not come.
+    Raises ConfigError for a port that cannot be bound, here or on another node, and for a directory that was used before, DeadlineError
+    naming the nodes that do not come.
     """
+    if old := [name for suffix in ("json", "done", "failed") if (directory / (name := f"{node}.{suffix}")).exists()]:
+        raise ConfigError(f"--dir {directory}: holds {old[0]} of an earlier try; give an empty directory that all nodes share")
     async with AsyncExitStack() as stack:
         try:
             ports = {what: await listen(stack, node, plan.nodes[node], what, port) for what, port in plan.listens(node).items()}

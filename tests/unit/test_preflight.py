@@ -101,6 +101,12 @@ def test_nodes_that_do_not_come_are_named(tmp_path: Path) -> None:
         asyncio.run(check_node(hosts(free_base()), "n1", tmp_path, 0.3))
 
 
+def test_a_directory_that_was_used_before_says_nothing_of_today(tmp_path: Path) -> None:
+    (tmp_path / "n1.done").touch()
+    with pytest.raises(ConfigError, match=r"--dir .*: holds n1.done of an earlier try; give an empty directory"):
+        asyncio.run(check_node(hosts(free_base()), "n1", tmp_path, 0.3))
+
+
 def test_a_closed_port_of_a_run_is_named_before_a_server_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths, closed = RunPaths.of(tmp_path / "run").create(), free_base()
     with taken() as join:
