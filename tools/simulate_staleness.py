@@ -93,7 +93,7 @@ def scenario_of(args: argparse.Namespace, base: Scenario) -> Scenario:
             raise ConfigError(f"--gpus {args.gpus} leaves no server of {args.gpus_per_server} beside --gpus-train {args.gpus_train}")
     names = {f.name for f in fields(Scenario)}
     plain = {name: value for name, value in vars(args).items() if name in names and value is not None}
-    scenario = replace(base, **plain, **({"num_servers": servers} if servers else {}))
+    scenario = replace(base, **plain, **({} if servers is None else {"num_servers": servers}))
     stage_s = args.stage_s if args.snapshot_gb is None else args.snapshot_gb * scenario.num_servers / args.publish_gb_s
     lengths = scenario.lengths if args.mean_tokens is None else LogNormal(args.mean_tokens, args.sigma, args.max_tokens)
     decoding = _given(
@@ -205,5 +205,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except ConfigError as error:
+    except (ConfigError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")

@@ -37,7 +37,6 @@ SPANS: Final[dict[str, str]] = {
     # orchestrator
     "demonstrate": "building demonstrations",
     "generate": "rollouts in flight",
-    "switch": "servers change to a new version",
     # server
     "generating": "at least one request in flight",
     "paused": "paused to load weights",

@@ -14,12 +14,13 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from neox_rl.keys import RUN_FILE, Keys
+from neox_rl.queue.sim.measured import measure
 from neox_rl.telemetry.events import read_events
 from neox_rl.telemetry.jsonl import read_jsonl
 from tests.e2e.runs import ROOT, Run, own_address
 
-SFT, RL = 4, 4
-SHORT = (f"metarl.warmstart.steps={SFT}", f"train_iters={RL}", "metarl.evaluation.num_problems=8", "metarl.evaluation.every_steps=2")
+SFT, RL = 4, 10
+SHORT = (f"metarl.warmstart.steps={SFT}", f"train_iters={RL}", "metarl.evaluation.num_problems=8", "metarl.evaluation.every_steps=5")
 LONG = ("train_iters=100000", "metarl.warmstart.steps=2", "metarl.evaluation.num_problems=4")
 STEPS = [*(("sft", s) for s in range(1, SFT + 1)), *(("rl", s) for s in range(1, RL + 1))]
 
@@ -63,6 +64,15 @@ def test_it_leaves_a_report_events_of_every_process_and_tensorboard_files(finish
     assert finished.paths.report.stat().st_size > 10_000 and list(finished.paths.tensorboard.iterdir())
     assert {e.process for e in read_events(finished.paths.events)} == {"launcher", "orchestrator", "server-0", "trainer-0"}
     assert "after RL" in finished.said() and str(finished.paths.report) in finished.said()
+
+
+def test_its_events_say_what_the_planner_needs(finished: Run) -> None:
+    measured = measure(finished.paths.root)
+    scenario, rates = measured.scenario, measured.rates
+    assert len(scenario.step.measured) == RL - 1 and scenario.evaluations.lengths
+    assert scenario.publishing.stage_s > 0.0 and scenario.publishing.pause_s > 0.0
+    assert scenario.decoding.step_s(1) > 0.0 and measured.group_s > 0.0
+    assert 0.0 <= rates.idle_frac < 1.0 and 0.0 < rates.busy_frac <= 1.0 and rates.tokens_per_s > 0.0
 
 
 def test_the_exported_model_loads_in_transformers(finished: Run) -> None:

@@ -7,6 +7,7 @@ own, the later one with recompute * (sequences running at the switch) in place o
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, groupby, pairwise
@@ -19,7 +20,7 @@ from neox_rl.config.load import load_resolved
 from neox_rl.config.placement import num_servers
 from neox_rl.errors import ConfigError
 from neox_rl.queue.sim.scenario import Decoding, Evaluations, Publishing, Recorded, Scenario, StepTimes
-from neox_rl.telemetry.events import Event
+from neox_rl.telemetry.events import Event, parts_of
 from neox_rl.telemetry.rundata import RunData, load_run
 
 Floats = NDArray[np.float64]
@@ -59,6 +60,8 @@ class Measured:
 def measure(run_dir: Path) -> Measured:
     """Raises ConfigError for a run whose events cannot say this: too short, without RL steps, or resumed."""
     run = load_run(run_dir)
+    if len(parts := parts_of(run.events)) > 1:
+        raise ConfigError(f"{run_dir} was started again {len(parts) - 1} times: measure one that was not, or speeds and waits are of both")
     config = load_resolved(run.paths.config)
     groups = [e for e in run.events if e.name == "generate" and e.fields.get("longest")]
     waits = [e for e in run.events if e.name == "wait_batch" and e.fields.get("phase") == "rl"]
@@ -110,14 +113,27 @@ def _delivery_s(run: RunData, waits: Sequence[Event]) -> float:
     return float(np.median([e.end_ns - sent[step] for e in waits if (step := e.fields["step"]) in sent])) / NS
 
 
+def _pauses(run: RunData) -> dict[int, list[Event]]:
+    """By version, the pause of each server that switched to it before it, or a newer one, was live: a later switch held nobody up."""
+    live = [e for e in run.events if e.name == "live"]
+    versions = [e.fields["version"] for e in live]
+    pauses: dict[int, list[Event]] = {}
+    for event in run.events:
+        if event.name == "paused":
+            after = bisect_left(versions, event.fields["version"])
+            if after == len(live) or event.t_ns <= live[after].t_ns:
+                pauses.setdefault(event.fields["version"], []).append(event)
+    return pauses
+
+
 def _publishing(run: RunData, every: int) -> Publishing:
     """Means over the run; the first version has no step before it."""
     ended = {e.fields["step"]: e.end_ns for e in run.events if e.name == "train_step" and e.fields.get("phase") == "rl"}
-    stages = [e.t_ns - ended[v] for e in run.events if e.name == "switch" and (v := e.fields["version"]) in ended]
-    pauses = [e.dur_ns for e in run.events if e.name == "switch" and e.fields["version"] in ended]
-    if not stages:
-        return Publishing(every, 0.0, 0.0)  # the scripted generator has no weights
-    return Publishing(every, float(np.mean(stages)) / NS, float(np.mean(pauses)) / NS)
+    switched = [(pause, ended[version]) for version, pauses in _pauses(run).items() if version in ended for pause in pauses]
+    if not switched:
+        raise ConfigError(f"{run.paths.root} has no switch of a server to a version that a step made: nothing says what publishing takes")
+    stage_s = float(np.mean([pause.t_ns - end for pause, end in switched])) / NS
+    return Publishing(every, stage_s, float(np.mean([pause.dur_ns for pause, _ in switched])) / NS)
 
 
 def _evaluations(run: RunData, every: int) -> Evaluations:
@@ -127,7 +143,7 @@ def _evaluations(run: RunData, every: int) -> Evaluations:
 
 def _decoding(run: RunData, groups: Sequence[Event], servers: int, max_num_seqs: int) -> Decoding:
     """One row of the fit for each stretch of a group's longest rollout between two switches: the versions say how far it had come."""
-    switches = {e.fields["version"]: (e.t_ns / NS, e.end_ns / NS) for e in run.events if e.name == "switch"}
+    switches = {v: (min(e.t_ns for e in pauses) / NS, max(e.end_ns for e in pauses) / NS) for v, pauses in _pauses(run).items()}
     rows = np.array([row for group in groups for row in _stretches(group, switches)])
     starts, ends, tokens, first = rows.T
     lengths = [np.array(e.fields["lengths"], dtype=np.float64) for e in groups]
@@ -161,6 +177,8 @@ def _stretches(group: Event, switches: Mapping[int, tuple[float, float]]) -> Ite
     start = group.t_ns / NS
     for i, (_, tokens) in enumerate(spans):
         last = i == len(spans) - 1
+        if not last and spans[i + 1][0] not in switches:
+            return  # a server that was started again, or late: what went on there began elsewhere
         pause = (group.end_ns / NS, 0.0) if last else switches[spans[i + 1][0]]
         if pause[0] > start:
             yield start, pause[0], float(tokens), float(i == 0)
