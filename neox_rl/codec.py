@@ -2,16 +2,18 @@
 
 A group is encoded once, when it is finished, as one run of bytes; from then on these bytes travel::
 
-    head        ticket uint64; unshown uint64; uint32: characters of problem_id, log-probs, traces, segments, ids, bytes of text
-    log-probs   float64, a token, only of segments that a policy sampled in this context (``sampled``)
+    head        ticket uint64; unshown uint64; uint32: characters of problem_id, log-probs, traces, segments, ids, bytes of text;
+                uint8: whether the log-probs are wide, whether the ids are
+    log-probs   float32, a token, only of segments that a policy sampled in this context (``sampled``); wide: float64
     traces      rows of ``_TRACE``: how many segments and characters are its own, reward, finish, verdict
     segments    rows of ``_SEGMENT``
-    ids         int32, a token
+    ids         uint16, a token; wide: int32
     text        UTF-8 of problem_id, then id, problem_id and extracted of each trace, without anything between
 
-Little-endian, packed; enums are their index in declaration order. Log-probs are float64 so that a recorded batch replays bit for bit.
-A batch is its groups, one behind the other: it is checked as one, so that the cost is a few arrays however many groups there are. There is
-one way to write a group. The bytes have no digest of their own: whoever sends or keeps them has one over them (``framing``, ``records``).
+Little-endian, packed; enums are their index in declaration order. A group is wide only where the narrow type would change one of its
+numbers, so that a recorded batch replays bit for bit: log-probs of engines are float32 values, and most bytes are those and the ids. There
+is one way to write a group. A batch is its groups, one behind the other: it is checked as one, so that it costs a few arrays however many
+groups there are. The bytes have no digest of their own: whoever sends or keeps them has one over them (``framing``, ``records``).
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from itertools import chain, islice
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -32,8 +34,10 @@ ARRAY: Final = "groups"
 """The one array of a message with groups."""
 _ROLES, _FINISHES, _REASONS, _BOOLS = tuple(Role), tuple(Finish), tuple(Reason), (False, True)
 _INT32_MAX, _FLOAT_MAX = 2**31 - 1, float(np.finfo(np.float64).max)
-_HEAD: Final = struct.Struct("<2Q6I")
+_HEAD: Final = struct.Struct("<2Q6I2B")
 _MAX_TICKET = 1 << 63
+Column = tuple[memoryview, np.dtype[Any]]
+"""The bytes of one group's part, and their type."""
 _TRACE: Final = np.dtype(
     [
         *(("reward", "<f8"), ("ms", "<f8"), ("num_segments", "<u4")),
@@ -49,8 +53,9 @@ _SEGMENT: Final = np.dtype(
     ]
 )
 """``credited``: it has an advantage of its own; without one that field is 0. ``sampled``: it has log-probs."""
-_PARTS: Final = {"log-probs": np.dtype("<f8"), "traces": _TRACE, "segments": _SEGMENT, "ids": np.dtype("<i4")}
-"""In the order of the bytes and of the counts in the head."""
+LOGPROBS: Final = (np.dtype("<f4"), np.dtype("<f8"))
+IDS: Final = (np.dtype("<u2"), np.dtype("<i4"))
+"""Narrow, wide."""
 _TRACE_RANGES: Final = {"reward": (-_FLOAT_MAX, _FLOAT_MAX), "ms": (0, _FLOAT_MAX)}
 _SEGMENT_RANGES: Final = {
     "version": (NO_VERSION, 2**63 - 1),
@@ -70,16 +75,15 @@ def encode_group(group: Group) -> bytes:
                 f"tokens of a policy have one each, or none has one, and others have none"
             )
     try:
-        parts = [
-            np.fromiter(chain.from_iterable(s.logprobs for s in segments), _PARTS["log-probs"]),
-            np.array([_trace_row(trace) for trace in group.traces], _TRACE),
-            np.array([_segment_row(segment) for segment in segments], _SEGMENT),
-            np.fromiter(chain.from_iterable(s.ids for s in segments), _PARTS["ids"]),
-        ]
+        logprobs = narrowed(np.fromiter(chain.from_iterable(s.logprobs for s in segments), LOGPROBS[1]))
+        ids = narrowed(np.fromiter(chain.from_iterable(s.ids for s in segments), IDS[1]))
+        traces = np.array([_trace_row(trace) for trace in group.traces], _TRACE)
+        parts = [logprobs, traces, np.array([_segment_row(segment) for segment in segments], _SEGMENT), ids]
         _check(*parts)
         texts = (text for t in group.traces for text in (t.id, t.problem_id, t.verdict.extracted))
         text = "".join((group.problem_id, *texts)).encode()
-        head = _HEAD.pack(group.ticket, group.unshown, len(group.problem_id), *map(len, parts), len(text))
+        wide = (logprobs.dtype == LOGPROBS[1], ids.dtype == IDS[1])
+        head = _HEAD.pack(group.ticket, group.unshown, len(group.problem_id), *map(len, parts), len(text), *wide)
     except (OverflowError, TypeError, ValueError, struct.error) as error:
         raise WireError(f"a value of the group of ticket {group.ticket} does not fit its place: {error}") from error
     if max(group.ticket, group.unshown) >= _MAX_TICKET:
@@ -100,17 +104,20 @@ def decode_batch(data: Frame) -> tuple[Group, ...]:
     view, at = memoryview(data), 0
     heads: list[Sequence[int]] = []
     texts: list[str] = []
-    parts: list[list[memoryview]] = [[] for _ in _PARTS]
+    parts: tuple[list[Column], ...] = ([], [], [], [])
     while at < len(view):
         if at + _HEAD.size > len(view):
             raise WireError(f"a batch of {len(view)} bytes ends in the head of group {len(heads)}")
         head = _HEAD.unpack_from(view, at)
         at += _HEAD.size
-        sizes = [count * dtype.itemsize for count, dtype in zip(head[3:-1], _PARTS.values(), strict=True)]
-        if (end := at + sum(sizes) + head[-1]) > len(view) or max(head[:2]) >= _MAX_TICKET:
+        if max(head[8:]) > 1:
+            raise WireError(f"group {len(heads)} of ticket {head[0]} is {head[8:]} wide: each must be 0 or 1")
+        dtypes = (LOGPROBS[head[8]], _TRACE, _SEGMENT, IDS[head[9]])
+        sizes = [count * dtype.itemsize for count, dtype in zip(head[3:7], dtypes, strict=True)]
+        if (end := at + sum(sizes) + head[7]) > len(view) or max(head[:2]) >= _MAX_TICKET:
             raise WireError(f"group {len(heads)} of ticket {head[0]} ends at byte {end} of {len(view)}")
-        for size, part in zip(sizes, parts, strict=True):
-            part.append(view[at : at + size])
+        for size, dtype, part in zip(sizes, dtypes, parts, strict=True):
+            part.append((view[at : at + size], dtype))
             at += size
         try:
             texts.append(str(view[at:end], "utf-8"))
@@ -118,13 +125,40 @@ def decode_batch(data: Frame) -> tuple[Group, ...]:
             raise WireError(f"the text of group {len(heads)} is not UTF-8: {error}") from error
         heads.append(head)
         at = end
-    columns = [np.frombuffer(b"".join(part), dtype) for part, dtype in zip(parts, _PARTS.values(), strict=True)]
+    if not heads:
+        return ()
+    columns = [_column(part) for part in parts]
     _check(*columns)
+    for (ticket, *_, wide_logprobs, wide_ids), logprobs, ids in zip(heads, parts[0], parts[3], strict=True):
+        if (wide_logprobs and not _is_wide(logprobs)) or (wide_ids and not _is_wide(ids)):
+            raise WireError(f"the group of ticket {ticket} is written wider than its numbers are")
     cutter = _Cutter(*columns)
     try:
         return tuple(cutter.group(head, text) for head, text in zip(heads, texts, strict=True))
     except IndexError as error:
         raise WireError("a role, a finish, a verdict or its reason is none of those that there are") from error
+
+
+def narrowed(array: Array) -> Array:
+    """Log-probs (float64) or ids (int32) in their narrow type, where that changes no value; else as they are."""
+    narrow, wide = IDS if array.dtype == IDS[1] else LOGPROBS
+    with np.errstate(over="ignore"):
+        found = array.astype(narrow)
+    return found if (found == array).all() else array.astype(wide, copy=False)
+
+
+def _is_wide(column: Column) -> bool:
+    """Whether the narrow type would not do."""
+    view, dtype = column
+    return bool(narrowed(np.frombuffer(view, dtype)).dtype == dtype)
+
+
+def _column(parts: Sequence[Column]) -> Array:
+    """Of all groups of a batch. They are joined before numpy sees them where they are alike, as they mostly are."""
+    first = parts[0][1]
+    if all(dtype is first for _, dtype in parts):
+        return np.frombuffer(b"".join([view for view, _ in parts]), first)
+    return np.concatenate([np.frombuffer(view, dtype) for view, dtype in parts])
 
 
 def encode_groups(groups: Sequence[Group], meta: Mapping[str, Json] | None = None) -> list[Frame]:
@@ -181,7 +215,7 @@ def _check(logprobs: Array, traces: Array, segments: Array, ids: Array) -> None:
 
 def _check_range(name: str, array: Array, low: float, high: float) -> None:
     # The least of values with a nan is nan, which no comparison holds for.
-    if array.size and not (low <= array.min() and array.max() <= high):
+    if array.size and not (low <= array.min().item() and array.max().item() <= high):
         raise WireError(f"{name} span {array.min()}..{array.max()}, allowed is {low}..{high}, and nothing that is not finite")
 
 
@@ -194,7 +228,7 @@ class _Cutter:
         self._id = self._logprob = 0
 
     def group(self, head: Sequence[int], text: str) -> Group:
-        ticket, unshown, at, num_logprobs, num_traces, num_segments, num_ids, _ = head
+        ticket, unshown, at, num_logprobs, num_traces, num_segments, num_ids, *_ = head
         ends = (self._id + num_ids, self._logprob + num_logprobs, num_segments, len(text))
         problem_id, segments, traces, first = text[:at], self._cut_segments(num_segments), [], 0
         for reward, ms, count, size, problem_size, extracted_size, finish, correct, reason in islice(self._traces, num_traces):

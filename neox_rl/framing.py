@@ -21,7 +21,7 @@ from xxhash import xxh3_64
 from neox_rl.errors import ProtocolError, WireError
 from neox_rl.types import Json
 
-PROTOCOL = 4
+PROTOCOL = 5
 DTYPES = frozenset({"uint8", "int32", "int64", "float32", "float64", "bool"})
 MAX_HEADER_BYTES = 64 << 20
 MAX_DEPTH = 12

@@ -39,6 +39,7 @@ from typing import Any
 
 import numpy as np
 
+from neox_rl.codec import IDS, LOGPROBS, narrowed
 from neox_rl.queue.records import Record
 from neox_rl.types import Completion, Finish, Json, VersionSpan
 
@@ -367,14 +368,17 @@ def _pairs(table: Mapping[int, Any]) -> list[Json]:
 
 
 def chunk_body(completion: Completion) -> bytes:
-    """ids int32, then log-probs float64, little-endian; their number is a third of the rest by the sizes 4 and 8."""
-    return np.asarray(completion.ids, "<i4").tobytes() + np.asarray(completion.logprobs, "<f8").tobytes()
+    """ids, then log-probs, as ``codec`` has them; before them a byte each, whether they are wide."""
+    ids = narrowed(np.asarray(completion.ids, IDS[1]))
+    logprobs = narrowed(np.asarray(completion.logprobs, LOGPROBS[1]))
+    return bytes((ids.dtype == IDS[1], logprobs.dtype == LOGPROBS[1])) + ids.tobytes() + logprobs.tobytes()
 
 
 def chunk_of(meta: Mapping[str, Any], body: bytes | memoryview) -> Completion:
     """The chunk of a ``span`` record; ``spans`` and ``finish`` are in its meta."""
-    count = len(body) // 12
-    ids = np.frombuffer(body, "<i4", count)
-    logprobs = np.frombuffer(body, "<f8", count, 4 * count)
+    of_ids, of_logprobs = IDS[body[0]], LOGPROBS[body[1]]
+    count = (len(body) - 2) // (of_ids.itemsize + of_logprobs.itemsize)
+    ids = np.frombuffer(body, of_ids, count, 2)
+    logprobs = np.frombuffer(body, of_logprobs, count, 2 + ids.nbytes)
     spans = tuple(VersionSpan(*map(int, span)) for span in meta["spans"])
     return Completion(tuple(ids.tolist()), tuple(logprobs.tolist()), spans, Finish(meta["finish"]))

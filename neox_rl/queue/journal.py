@@ -36,7 +36,7 @@ from typing import Final, TextIO
 from neox_rl.errors import ConfigError, JournalError
 from neox_rl.queue.records import HEAD_BYTES, Damage, Record, first_unchecked, parts_of, payload_of, scan, to_bytes
 
-FORMAT: Final = 3
+FORMAT: Final = 4
 SUFFIX: Final = ".journal"
 LEDGER: Final = f"ledger{SUFFIX}"
 LEDGER_KINDS: Final = frozenset(

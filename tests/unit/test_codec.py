@@ -17,14 +17,15 @@ from neox_rl.framing import pack
 from neox_rl.types import NO_VERSION, Finish, Group, Reason, Role, Segment, Trace, Verdict
 
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+FLOATS32 = st.floats(allow_nan=False, allow_infinity=False, width=32)
 
 
 @st.composite
 def segments(draw: st.DrawFn) -> Segment:
-    ids = draw(st.lists(st.integers(0, 2**31 - 1), max_size=6))
+    ids = draw(st.lists(st.integers(0, draw(st.sampled_from([2**16, 2**31])) - 1), max_size=6))
     version = draw(st.sampled_from([NO_VERSION, 0, 7, 2**40]))
     sampled = version != NO_VERSION and draw(st.booleans())
-    logprobs = draw(st.lists(FLOATS, min_size=len(ids), max_size=len(ids))) if sampled else []
+    logprobs = draw(st.lists(draw(st.sampled_from([FLOATS, FLOATS32])), min_size=len(ids), max_size=len(ids))) if sampled else []
     mask = draw(st.floats(0, 1))
     advantage = draw(st.none() | FLOATS)
     return Segment(tuple(ids), draw(st.sampled_from(Role)), tuple(logprobs), version, mask, draw(st.integers(0, 3)), advantage)
@@ -92,6 +93,33 @@ def test_bytes_without_a_digest_are_refused_or_say_what_is_read(data: st.DataObj
     assert b"".join(map(encode_group, read)) == mutated
 
 
+@pytest.mark.parametrize(
+    ("logprob", "token", "a_token"), [(-0.5, 7, 6), (-0.5, 1 << 16, 8), (-0.1, 7, 10), (-0.1, 1 << 16, 12), (1e300, 7, 10)]
+)
+def test_a_token_takes_the_bytes_that_its_numbers_need(logprob: float, token: int, a_token: int) -> None:
+    """An engine's log-probs are float32 values, and a small vocabulary's ids fit two bytes."""
+
+    def size(count: int) -> int:
+        segment = Segment((token,) * count, Role.THINK, (logprob,) * count, 0, 1.0)
+        group = Group(0, "p", (replace(example()[0].traces[0], segments=(segment,)),))
+        encoded = encode_group(group)
+        assert decode_group(encoded) == group
+        return len(encoded)
+
+    assert size(101) - size(1) == 100 * a_token
+
+
+def test_a_group_that_is_wider_than_its_numbers_is_refused() -> None:
+    segment = Segment((7,), Role.THINK, (-0.5,), 0, 1.0)
+    sent = encode_group(Group(0, "p", (replace(example()[0].traces[0], segments=(segment,)),)))
+    for field, narrow, wide in ((-2, struct.pack("<f", -0.5), struct.pack("<d", -0.5)), (-1, struct.pack("<H", 7), struct.pack("<i", 7))):
+        head = bytearray(sent[:42])
+        head[field] = 1
+        rest = sent[42:].replace(narrow, wide, 1) if field == -2 else wide.join(sent[42:].rsplit(narrow, 1))
+        with pytest.raises(WireError, match="wider"):
+            decode_group(bytes(head) + rest)
+
+
 @given(st.binary(max_size=200))
 @settings(max_examples=300, deadline=None)
 def test_noise_is_no_group(noise: bytes) -> None:
@@ -139,13 +167,14 @@ def test_a_lone_surrogate_is_refused() -> None:
         encode_group(replace(example()[0], problem_id="\ud800"))
 
 
-@pytest.mark.parametrize("field", range(8))
+@pytest.mark.parametrize("field", range(10))
 def test_a_head_that_says_another_number_is_refused(field: int) -> None:
-    """Ticket, unshown tokens, characters of problem id, log-probs, traces, segments, ids, bytes of text: one more, and as many as fit."""
-    sent = encode_group(example()[0])
-    head = struct.unpack_from("<2Q6I", sent)
-    for value in (head[field] + 1, 2**63 if field < 2 else 2**32 - 1):
-        changed = struct.pack("<2Q6I", *head[:field], value, *head[field + 1 :]) + sent[40:]
+    """Ticket, unshown tokens, characters of problem id, log-probs, traces, segments, ids, bytes of text, both widths: one more, and as many
+    as fit."""
+    sent, form = encode_group(example()[0]), "<2Q6I2B"
+    head = struct.unpack_from(form, sent)
+    for value in (head[field] + 1, 2**63 if field < 2 else 2**32 - 1 if field < 8 else 255):
+        changed = struct.pack(form, *head[:field], value, *head[field + 1 :]) + sent[struct.calcsize(form) :]
         if field < 2 and value < 2**63:
             group = decode_group(changed)
             assert (group.ticket, group.unshown)[field] == value
