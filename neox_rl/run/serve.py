@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import re
 import secrets
@@ -276,6 +277,19 @@ def _check_places(cores: str, gpus: str) -> None:
         raise ConfigError(f"--gpus {gpus}: names a GPU twice; name each once")
 
 
+def _check_numbers(options: argparse.Namespace) -> None:
+    """Raises ConfigError for what would only be waited for in vain."""
+    if "://" in options.join and not re.fullmatch(r"tcp://[^/]+:[0-9]{1,5}", options.join):
+        raise ConfigError(
+            f"--join {options.join}: is no address to join: give tcp://HOST:PORT, as endpoints.json has it, or the run's directory"
+        )
+    if not 0 <= options.port < 1 << 16:
+        raise ConfigError(f"--port {options.port}: must be a port, 1 to 65535, or 0 for a free one")
+    for name in ("timeout", "patience"):
+        if not 0.0 < (seconds := getattr(options, name)) < math.inf:
+            raise ConfigError(f"--{name} {seconds:g}: must be seconds, more than 0")
+
+
 def _check_gpus(spec: ServerSpec, generator: str, num_gpus: int) -> None:
     """Where there are GPUs, a vLLM server takes the first ones unless told, whoever works there. Raises ConfigError."""
     if generator != "vllm" or not (num_gpus or spec.gpus):
@@ -320,6 +334,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.name and not NAME.fullmatch(options.name):
             raise ConfigError(f"--name {options.name!r}: must be 1-64 of A-Z a-z 0-9 . _ - and start with a letter or digit")
+        _check_numbers(options)
         _check_places(options.cores, options.gpus)
         asyncio.run(serve(options))
     except NeoxRLError as error:

@@ -210,6 +210,10 @@ def test_an_agent_that_hears_nothing_more_ends_with_a_word(tmp_path: Path) -> No
         (("--cores", "4000"), r"--cores 4000: this process may not use core 4000; it has \["),
         (("--gpus", "a"), r"--gpus 'a': must be ids with commas between, as in 0,1"),
         (("--gpus", "1,1"), r"--gpus 1,1: names a GPU twice"),
+        (("--port", "99999"), r"--port 99999: must be a port"),
+        (("--port", "-5"), r"--port -5: must be a port"),
+        (("--timeout", "nan"), r"--timeout nan: must be seconds"),
+        (("--patience", "0"), r"--patience 0: must be seconds"),
     ],
 )
 def test_places_that_there_are_not_are_refused_before_anything_joins(
