@@ -48,10 +48,14 @@ class JournalError(NeoxRLError):
     """The journal cannot be written, or does not hold what it must. Names the directory and what is missing."""
 
 
+class JournalFullError(JournalError):
+    """The disk did not take the journal in the time that the config gives it: a new start would only wait again."""
+
+
 GIVES_UP = 3
 """Exit status of a process whose error would only come again: the run is broken, not the process. Nobody starts it again."""
 
 
 def exit_status(error: NeoxRLError) -> int:
     """Of a process that ends with this error."""
-    return GIVES_UP if isinstance(error, ConfigError | StalenessError) else 1
+    return GIVES_UP if isinstance(error, ConfigError | StalenessError | JournalFullError) else 1

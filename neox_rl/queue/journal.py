@@ -33,7 +33,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Final, TextIO
 
-from neox_rl.errors import ConfigError, JournalError
+from neox_rl.errors import ConfigError, JournalError, JournalFullError
 from neox_rl.queue.records import HEAD_BYTES, Damage, Record, first_unchecked, parts_of, payload_of, scan, to_bytes
 
 FORMAT: Final = 4
@@ -145,7 +145,7 @@ class Journal:
             self._seq += 1
         self.trouble = ""
         """Why nothing can be written at this moment, in words; empty while all is well."""
-        self._failed: BaseException | None = None
+        self._failed: JournalError | None = None
         self._buffer: list[tuple[int, bytes] | _Rotation] = []
         self._appended = self._committed = 0
         self._waiters: list[tuple[int, asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
@@ -204,7 +204,7 @@ class Journal:
     def check(self) -> None:
         """Raises JournalError once the journal has given up."""
         if self._failed is not None:
-            raise JournalError(str(self._failed)) from self._failed
+            raise type(self._failed)(str(self._failed)) from self._failed
 
     def _take_seq(self) -> int:
         self._seq += 1
@@ -255,7 +255,7 @@ class Journal:
                 free = f"{error.strerror}; {_free(self.directory)} bytes free"
                 self.trouble = f"the disk of {self.directory} to take the journal ({free}): make room there"
                 if waited > self._full_s or self._closing:
-                    raise JournalError(f"waited {waited:.0f} s for {self.trouble}; the run goes on from there with --resume") from error
+                    raise JournalFullError(f"waited {waited:.0f} s for {self.trouble}; the run goes on from there with --resume") from error
                 with self._wake:
                     self._wake.wait_for(lambda: self._closing, timeout=min(RETRY_S, self._full_s / 4))
 
@@ -348,7 +348,7 @@ def _name(first_seq: int) -> str:
     return f"{first_seq:012d}{SUFFIX}"
 
 
-def _resolve(futures: Iterable[asyncio.Future[None]], failed: BaseException | None) -> None:
+def _resolve(futures: Iterable[asyncio.Future[None]], failed: JournalError | None) -> None:
     for future in futures:
         if future.done():
             continue

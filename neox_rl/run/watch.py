@@ -23,6 +23,8 @@ EXIT_S = 2.0
 QUIET_BEATS = 2.5
 """Beats that were left out, and that is told: a collective fails in the rank that waits, for the sake of one that is silent."""
 TRACEBACKS_S = 0.5
+WAITS = "waits for "
+"""With which an orchestrator's word in the status begins while nothing can go on."""
 _TAIL_BYTES = 4096
 
 
@@ -101,7 +103,9 @@ class Watch:
         if name == RANKS:
             return f"the loss of {self._lost}" if self._lost else name_all(beats) if beats else ""
         if beats:
-            return beats[0].doing
+            # Of a full disk it may have no log: the status is rewritten in its place.
+            waits = read_status(self._paths.status).message.partition(WAITS)[2] if name == ORCHESTRATOR else ""
+            return f"waiting for {waits}" if waits else beats[0].doing
         return _last_event(self._paths.event_log(name))
 
     def others_serve(self, ours: Collection[str]) -> bool:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neox_rl.errors import ConfigError, JournalError
+from neox_rl.errors import GIVES_UP, ConfigError, JournalFullError, exit_status
 from neox_rl.queue import journal as journal_file
 from neox_rl.queue import records as records_file
 from neox_rl.queue.journal import FORMAT, LEDGER, Journal, Reading, open_journal, read_journal, segments
@@ -261,9 +261,10 @@ def test_a_disk_that_stays_full_is_an_error_that_names_it(tmp_path: Path, monkey
         await journal.durable()
         FullDisk(monkeypatch, "pwrite")
         journal.append(payload_of("group", {"ticket": 1}))
-        with pytest.raises(JournalError, match=rf"waited 0 s for the disk of {tmp_path}.*bytes free.*--resume"):
+        with pytest.raises(JournalFullError, match=rf"waited 0 s for the disk of {tmp_path}.*bytes free.*--resume") as raised:
             await asyncio.wait_for(journal.durable(), 60.0)
-        with pytest.raises(JournalError):
+        assert exit_status(raised.value) == GIVES_UP, "a new start would wait again"
+        with pytest.raises(JournalFullError):
             journal.append(payload_of("group", {"ticket": 2}))
         journal.close()
 
