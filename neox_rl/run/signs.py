@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from neox_rl.telemetry.heartbeat import Beat
 
 BUILD = "build"
+HAND_OVER = "hand_over"
 WAITING = ("wait_batch", "evaluate", "wait_disk", BUILD)
 """Spans of a rank with deadlines of their own: those of the requests to the orchestrator, of a full disk, and of the start."""
 STALL_S = 2.0
@@ -72,7 +73,10 @@ class Signs:
         slow = [h for h in found.values() if now - h.since > self._step_s and not h.beat.doing.startswith(WAITING)]
         if slow and prefix != "orchestrator":
             behind = sorted(slow, key=lambda h: h.since)
-            return f"stands still for {now - behind[0].since:.0f} s: {name_all([h.beat for h in behind])}"
+            handing_over = any(h.beat.doing.startswith(HAND_OVER) for h in slow)
+            late = [h.beat for h in found.values() if handing_over and h.beat.doing.startswith(WAITING)]
+            found_late = f"; who did not take it: {name_all(late)}" if late else ""
+            return f"stands still for {now - behind[0].since:.0f} s: {name_all([h.beat for h in behind])}{found_late}"
         return ""
 
     def _patience(self, beat: Beat) -> float:

@@ -15,6 +15,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -152,8 +153,9 @@ class TrainingLoop:
         if self.engine.topology.world_size == 1:
             return groups
         frames = [bytes(frame) for frame in encode_groups(groups)] if self.leader is not None else []
-        sizes: list[int] = json.loads(self.engine.broadcast_bytes(json.dumps([len(f) for f in frames]).encode()))
-        data = memoryview(self.engine.broadcast_bytes(b"".join(frames)))
+        with self._handing_over():
+            sizes: list[int] = json.loads(self.engine.broadcast_bytes(json.dumps([len(f) for f in frames]).encode()))
+            data = memoryview(self.engine.broadcast_bytes(b"".join(frames)))
         ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
         return decode_groups([data[end - size : end] for size, end in zip(sizes, ends, strict=True)])[0]
 
@@ -212,7 +214,12 @@ class TrainingLoop:
         """False, on every rank, when the run is to stop instead."""
         with self.events.span("evaluate", label=label, version=self.position.rl_step):
             evaluated = self.leader is not None and self.leader.feed.evaluate(label, self.position.rl_step)
-            return self.engine.broadcast_bytes(b"\x01" if evaluated else b"\x00") == b"\x01"
+            with self._handing_over():
+                return self.engine.broadcast_bytes(b"\x01" if evaluated else b"\x00") == b"\x01"
+
+    def _handing_over(self) -> AbstractContextManager[object]:
+        """Rank 0 has what all waited for: from here on it waits for ranks, which may take as long as a step, not as a batch."""
+        return nullcontext() if self.leader is None else self.events.span("hand_over")
 
     def _checkpoint(self, force: bool) -> None:
         here = (self.position.sft_step, self.position.rl_step)

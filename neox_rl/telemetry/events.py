@@ -29,6 +29,7 @@ SPANS: Final[dict[str, str]] = {
     # trainer
     "build": "the model and the optimizer are built or loaded",
     "wait_batch": "waiting for rollouts",
+    "hand_over": "rank 0 has what it waited for, and gives it to the other ranks",
     "train_step": "forward, backward, optimizer",
     "publish": "offering new weights",
     "checkpoint": "saving",

@@ -73,7 +73,7 @@ def gives_up(directory: Path, disk: Disk) -> None:
     assert run.wait(120.0) == 1 and run.gone(), run.said()
     error = run.said().split("error: ")[-1].splitlines()[0]
     assert error.startswith("orchestrator ended with exit status 3, last known at waiting for the disk of "), run.said()
-    assert "0 bytes free): make room there" in error and "to continue: " in run.said(), run.said()
+    assert "free): make room there" in error and "--resume" in run.said(), run.said()
     disk.make_room()
     again = Run(directory, "ends", *SETTINGS, f"metarl.runs_dir={disk.root}", flags=("--resume",))
     again.paths = run.paths

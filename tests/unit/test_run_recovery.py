@@ -114,6 +114,20 @@ def test_a_standstill_names_all_who_wait_and_first_who_has_waited_longest() -> N
     )
 
 
+def test_a_rank_that_does_not_take_what_rank_0_has_is_named(tmp_path: Path) -> None:
+    """It shows life, and waits as it may: only that rank 0 waits for ranks, and no longer for a batch, gives it away."""
+    signs = Signs(silence_s=5.0, step_s=10.0, start_s=30.0)
+    doing = ["wait_batch phase rl step 4"] * 20 + ["hand_over"] * 20
+    told(signs, *((float(t), [beat(0, t + 1, doing[t]), beat(1, t + 1, doing[0]), beat(2, t + 1, "train_step")]) for t in range(27)))
+    assert signs.stuck("trainer-", 26.0).startswith("stands still for 26 s: trainer-2 ")
+    signs.forget("trainer-2")
+    assert signs.stuck("trainer-", 29.0) == ""
+    said = signs.stuck("trainer-", 31.0)
+    assert (
+        said.startswith("stands still for 11 s: trainer-0 ") and "; who did not take it: trainer-1 (pid 101 on here), at wait_batch" in said
+    )
+
+
 @pytest.mark.parametrize("doing", ["wait_batch phase rl step 4", "evaluate label final version 9", "build", "wait_disk directory d"])
 def test_waits_with_deadlines_of_their_own_are_no_standstill(doing: str) -> None:
     signs = Signs(silence_s=5.0, step_s=10.0, start_s=30.0)
