@@ -317,7 +317,10 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
     parser.add_argument("--hang-s", type=float, default=400.0, help="seconds without a step after which the run hangs")
     parser.add_argument("--join-flags", default="", help="more words for the agents of servers that join, as in '--cores 1'")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.kills < 1:
+        parser.error(f"--kills {options.kills}: must be at least 1")
+    return options
 
 
 if __name__ == "__main__":
