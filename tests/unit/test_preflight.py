@@ -13,7 +13,7 @@ import pytest
 
 from neox_rl.errors import ConfigError, DeadlineError
 from neox_rl.keys import Keys
-from neox_rl.run.endpoints import Endpoints, write_endpoints
+from neox_rl.run.endpoints import Endpoints, free_port, write_endpoints
 from neox_rl.run.preflight import Plan, check_node, check_servers, main, parse_nodes
 from neox_rl.run.serve import find_run
 from neox_rl.telemetry.paths import RunPaths
@@ -62,8 +62,8 @@ def hosts(base_port: int) -> Plan:
 
 
 def free_base() -> int:
-    with taken() as port:
-        return port if port < 65000 else port - 1000
+    """Below the ports of outgoing connections: the next to a free one of those is often taken."""
+    return free_port("127.0.0.1")
 
 
 def test_nodes_that_reach_one_another_have_nothing_to_say(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_taken_port_is_named_on_every_node(tmp_path: Path) -> None:
     async def both(plan: Plan) -> list[list[str] | BaseException]:
         return await asyncio.gather(*(check_node(plan, node, tmp_path, 10.0) for node in plan.nodes), return_exceptions=True)
 
-    with taken() as port:
+    with taken(free_base() + 1) as port:
         for error in asyncio.run(both(hosts(port - 1))):
             assert isinstance(error, ConfigError)
             assert f"n1 cannot listen at 127.0.0.1 port {port} (weights): Address already in use" in str(error)
