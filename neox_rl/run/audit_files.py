@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from neox_rl.config.derived import warmstart_skipped
 from neox_rl.config.load import load_resolved
+from neox_rl.config.run import RunConfig
 from neox_rl.errors import ConfigError
 from neox_rl.queue.history import fold
 from neox_rl.queue.journal import read_journal
@@ -53,24 +55,30 @@ def audit_run(paths: RunPaths) -> Audited:
                 event.process, str(said.get("incarnation", "")), int(said.get("version", -1)), str(said.get("digest", "")), event.t_ns
             )
     rows = read_jsonl(paths.metrics)
-    _rows(audit, rows, finished)
+    _rows(audit, rows, sft_steps(config, audit), finished)
     _checkpoints(audit, Path(config.neox.save) if config.neox.save else paths.checkpoints)
     if summary:
         _summary(audit, summary, rows, finished)
     if finished:
-        audit.expect("summary", "tokens_generated", summary.get("tokens_generated"), fold(reading.records).tally.tokens_generated)
+        generated = summary.get("tokens_generated") or 0  # null where no RL step was trained
+        audit.expect("summary", "tokens_generated", generated, fold(reading.records).tally.tokens_generated)
     audit.close(finished)
     return Audited(audit, finished, reading.words(), audit.open_tickets())
 
 
-def _rows(audit: Audit, rows: list[dict[str, Any]], finished: bool) -> None:
+def sft_steps(config: RunConfig, audit: Audit) -> int:
+    """Steps of the warm start that the run did itself: a trainer that began with a checkpoint in its place says that all are done."""
+    return 0 if warmstart_skipped(config) else audit.sft_step
+
+
+def _rows(audit: Audit, rows: list[dict[str, Any]], warm_steps: int, finished: bool) -> None:
     """Each step has one row, in order; the last one may still be on its way."""
     by_phase: dict[str, list[int]] = {"sft": [], "rl": []}
     for row in rows:
         by_phase.setdefault(str(row.get("phase")), []).append(int(row.get("step", -1)))
         if row.get("phase") == "rl":
             audit.reported(int(row["step"]), row)
-    for phase, taken in (("sft", audit.sft_step), ("rl", audit.last)):
+    for phase, taken in (("sft", warm_steps), ("rl", audit.last)):
         steps = by_phase[phase]
         last = steps[-1] if steps else 0
         audit.expect("metrics", f"{phase} steps without a row", sorted(set(range(1, last + 1)).difference(steps)), [])

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 
 from neox_rl.config.dump import dump
+from neox_rl.config.load import load_resolved
 from neox_rl.errors import StalenessError
 from neox_rl.queue.book import Book
 from neox_rl.queue.journal import LEDGER, open_journal
 from neox_rl.queue.records import Record, payload_of
 from neox_rl.run.audit import CHECKS, Audit, Rule
+from neox_rl.run.audit_files import _rows, sft_steps
 from neox_rl.run.live_audit import LiveAudit
 from neox_rl.run.members import Member, State
 from neox_rl.telemetry.events import EventLog, read_events
@@ -356,6 +358,17 @@ def test_the_command_names_a_violation_and_fails(run_dir: Path, capsys: pytest.C
     metrics.write_text(metrics.read_text().replace('"tokens_masked_stale": 4', '"tokens_masked_stale": 0'))
     assert main([str(run_dir)]) == 1
     assert "VIOLATION: bound: step 4: 4 of 25 tokens are beyond S = 2; 0 masked" in capsys.readouterr().out
+
+
+def test_a_warm_start_that_a_checkpoint_took_the_place_of_has_no_rows(run_dir: Path) -> None:
+    """The trainer's word is that its three steps are done; none was done here."""
+    config = load_resolved(run_dir / "config.yml")
+    for checkpoint, wrong in (("", ["metrics: the last sft step with a row is 0, journal and metrics say 3"]), ("elsewhere", [])):
+        warmstart = replace(config.metarl.warmstart, steps=3, hf_checkpoint=checkpoint)
+        audit = Audit(RULE)
+        audit.sft_step = 3
+        _rows(audit, [], sft_steps(replace(config, metarl=replace(config.metarl, warmstart=warmstart)), audit), finished=True)
+        assert audit.violations == wrong
 
 
 def test_damage_of_the_journal_is_told_and_is_no_violation(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
