@@ -69,6 +69,7 @@ def charts(run: RunData) -> list[Chart]:
     kept = [
         _chart("Reward and training accuracy", REWARD, _reward, run) if _has(run.rl, "reward_mean") else None,
         _chart("Held-out accuracy", HELDOUT, _heldout, run) if run.evaluations else None,
+        _chart("Found by each episode", EPISODES, _episodes, run) if _has(run.evaluations, "found_by") else None,
         _chart("Warm start", WARMSTART, _warmstart, run) if _has(run.sft, "loss") else None,
         _chart("Staleness of the trained tokens", STALENESS, _staleness, run) if _has(run.rl, "staleness_hist") else None,
         _chart("Length of the attempts", LENGTH, _length, run) if _has(run.rl, "length_mean") else None,
@@ -81,7 +82,8 @@ def charts(run: RunData) -> list[Chart]:
 
 REWARD = "What the policy earned on the problems it practiced on, per optimizer step (faint) and smoothed."
 HELDOUT = "Share of never-trained problems solved, with 95 % intervals that respect problems sharing their numbers."
-WARMSTART = "Loss per token while the model imitated demonstrations of search, before any RL."
+EPISODES = "Share of never-trained problems that a sampled rollout got right in one of its first k attempts, with 95 % intervals."
+WARMSTART = "Loss per token while the model imitated demonstrations, before any RL."
 STALENESS = "Optimizer steps between the weights that wrote a token and those trained on it. Tokens beyond the bound get no gradient."
 LENGTH = "Tokens of an attempt: the mean and the longest of each step. The dashed line, right, is the share that was cut off."
 ENTROPY = "How undecided the policy is, in nats a token. A fall to zero would mean that it stopped exploring."
@@ -168,6 +170,20 @@ def _heldout(axes: Axes, run: RunData) -> None:
         axes.errorbar(x, mean, yerr=span, color=COLORS[color], label=mode, marker="o", markersize=4, capsize=3, elinewidth=1.1)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     _finish(axes, "RL step (0: after the warm start)")
+
+
+def _episodes(axes: Axes, run: RunData) -> None:
+    for label, name, color in (("warmstart", "after the warm start", "muted"), ("final", "after RL", "blue")):
+        row = run.evaluation(label, "sampled") or run.evaluation(label, "greedy")
+        if row is None or not row.get("found_by"):
+            continue
+        mean, low, high = (np.array([found[k] for found in row["found_by"]]) for k in ("mean", "ci95_low", "ci95_high"))
+        span = np.vstack([np.maximum(mean - low, 0.0), np.maximum(high - mean, 0.0)])
+        x = np.arange(1, len(mean) + 1)
+        axes.errorbar(x, mean, yerr=span, color=COLORS[color], label=name, marker="o", markersize=4, capsize=3, elinewidth=1.1)
+    axes.set_ylim(0.0, 1.0)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    _finish(axes, "episode k")
 
 
 def _warmstart(axes: Axes, run: RunData) -> None:

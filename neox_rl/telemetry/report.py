@@ -88,7 +88,7 @@ def _state(run: RunData) -> str:
 def _lead(run: RunData, summary: Mapping[str, Any]) -> str:
     parts = []
     if run.sft:
-        parts.append(f"The model imitated demonstrations of search for {run.sft[-1]['step']:,} steps.")
+        parts.append(f"The model imitated demonstrations for {run.sft[-1]['step']:,} steps.")
     if run.rl:
         parts.append(f"It then practiced on its own attempts for {run.rl[-1]['step']:,} steps of asynchronous RL.")
     before, after = summary["heldout_accuracy_warmstart"], summary["heldout_accuracy_final"]
