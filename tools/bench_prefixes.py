@@ -48,7 +48,7 @@ def plain_groups(config: RunConfig) -> list[Group]:
     found = []
     for ticket in range(metarl.rollout.groups_per_step):
         draw = searches([rng.choice(problems)], "mixed", TraceStyle(), tokenizer)
-        traces = (draw(rng, f"g{ticket:06d}/r{i}") for i in range(metarl.rollout.group_size))
+        traces = (draw(rng, f"g{ticket:06d}")[0] for _ in range(metarl.rollout.group_size))
         members = tuple(as_rollout(trace, metarl.rollout.max_new_tokens, rng) for trace in traces)
         found.append(Group(ticket, members[0].problem_id, members))
     return found

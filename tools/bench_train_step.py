@@ -60,7 +60,7 @@ def step_batch(config: RunConfig, budget: int) -> StepBatch:
     rng = random.Random(metarl.seed)
     groups = []
     for ticket in range(metarl.rollout.groups_per_step):
-        members = tuple(as_rollout(next(traces), budget, rng) for _ in range(metarl.rollout.group_size))
+        members = tuple(as_rollout(next(traces).traces[0], budget, rng) for _ in range(metarl.rollout.group_size))
         groups.append(Group(ticket, members[0].problem_id, members))
     layout = Layout(metarl.pack_tokens)
     return pack_rl(groups, 1, staleness=metarl.staleness, objective=metarl.objective, max_new_tokens=budget, layout=layout)

@@ -39,7 +39,7 @@ def demonstration_source(config: RunConfig, problems: Sequence[Problem], tokeniz
     return searches(problems, w.style, style, tokenizer)
 
 
-def _nothing(rng: random.Random, id: str) -> Trace:
+def _nothing(rng: random.Random, name: str) -> tuple[Trace, ...]:
     raise ConfigError("this run has no warm start, so it has nothing to demonstrate")
 
 

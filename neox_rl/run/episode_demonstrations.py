@@ -20,7 +20,7 @@ from neox_rl.episodes.protocol import Feedback, announcement
 from neox_rl.errors import ConfigError
 from neox_rl.metacot import RESET, STOP
 from neox_rl.ports import Tokenizer
-from neox_rl.search.demonstrations import Source, mixed
+from neox_rl.search.demonstrations import Source, alone, mixed
 from neox_rl.search.dfs import MIXED, dfs, solution_path
 from neox_rl.search.linearize import DEMONSTRATED, linearize, text_of
 from neox_rl.types import NO_NODE, Finish, Problem, Role, Segment, Trace, Verdict
@@ -44,7 +44,7 @@ def episode_demonstrations(config: RunConfig, problems: Sequence[Problem], token
             " steps: 0 and start from metarl.warmstart.hf_checkpoint or load"
         )
     show = _Shower(config, tokenizer, problems[0].task)
-    return lambda rng, id: show.draw(rng.choice(problems), rng, id)
+    return alone(lambda rng, id: show.draw(rng.choice(problems), rng, id))
 
 
 class _Shower:

@@ -240,9 +240,8 @@ class Orchestrator:
         tokens = 0
         with self._parts.events.span("demonstrate"):
             while tokens < self._config.metarl.warmstart.tokens_per_step:
-                trace = next(demonstrations)
-                groups.append(Group(demonstrations.ticket - 1, trace.problem_id, (trace,)))
-                tokens += trace.num_tokens
+                groups.append(next(demonstrations))
+                tokens += sum(trace.num_tokens for trace in groups[-1].traces)
         return groups
 
     async def evaluate(self, id: int, label: str, version: int) -> Mapping[str, Json]:

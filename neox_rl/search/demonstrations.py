@@ -4,7 +4,7 @@
 searches   a searcher of the project searches a training problem, and the tree is told: (2) and (3) with a solver as the source
 trees      recorded trees are told, those that found a right end: (3) where a policy's searches made them
 attempts   recorded rollouts that were right, as they were written: (2) and (3) with the policy itself as the source
-values     a path of a recorded tree, and in one word whether it is hopeful: what a process reward model is trained on
+values     the paths of a recorded tree, and of each in one word whether it is hopeful: what a process reward model is trained on
 =========  =================================================================================================================
 
 Equations of arXiv 2501.04682.
@@ -25,11 +25,16 @@ from neox_rl.search.dfs import MIXED, dfs, solution_path
 from neox_rl.search.linearize import Mask, Span, demonstration, glue_of, linearize, solution_of
 from neox_rl.search.reward_model import value_trace
 from neox_rl.search.styles import STYLES, pruned
-from neox_rl.types import NO_VERSION, Problem, Role, Segment, Trace, Tree
+from neox_rl.types import NO_VERSION, Group, Problem, Role, Segment, Trace, Tree
 
 Searcher: TypeAlias = Callable[[Problem, random.Random], Tree]
-Source: TypeAlias = Callable[[random.Random, str], Trace]
-"""Draws one demonstration, which gets the id."""
+Drawer: TypeAlias = Callable[[random.Random, str], Trace]
+"""Draws one trace, which gets the id."""
+Source: TypeAlias = Callable[[random.Random, str], tuple[Trace, ...]]
+"""Draws one demonstration, ``g000017``: a trace of that name with ``/r0``, or several of one problem, whose common beginnings are trained
+once."""
+MAX_LABELS = 64
+"""Of one tree, in one demonstration."""
 WRITTEN = "written"
 MAX_SKIPS = 1_000
 
@@ -41,6 +46,11 @@ def mixed(problem: Problem, rng: random.Random) -> Tree:
 
 
 SEARCHERS: Mapping[str, Searcher] = {"dfs": dfs, "mixed": mixed, "solution": solution_path}
+
+
+def alone(draw: Drawer) -> Source:
+    """A source of single traces."""
+    return lambda rng, name: (draw(rng, f"{name}/r0"),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +79,7 @@ def searches(problems: Sequence[Problem], searcher: str, style: TraceStyle, toke
         problem = rng.choice(problems)
         return style.trace(SEARCHERS[searcher](problem, rng), problem, tokenizer, rng, id)
 
-    return draw
+    return alone(draw)
 
 
 def written(problems: Sequence[Problem], style: TraceStyle, tokenizer: Tokenizer) -> Source:
@@ -86,7 +96,7 @@ def written(problems: Sequence[Problem], style: TraceStyle, tokenizer: Tokenizer
         spans = [Span(str(problem.meta["solution"]), Role.SOLUTION)]
         return demonstration(problem, spans, tokenizer, style.choice_weight, id)
 
-    return draw
+    return alone(draw)
 
 
 def of_problems(trees: Iterable[Tree], problems: Sequence[Problem]) -> list[tuple[Tree, Problem]]:
@@ -108,7 +118,7 @@ def trees(found: Sequence[tuple[Tree, Problem]], style: TraceStyle, tokenizer: T
         tree, problem = rng.choice(verified)
         return style.trace(tree, problem, tokenizer, rng, id)
 
-    return draw
+    return alone(draw)
 
 
 def attempts(recorded: Iterable[Trace], problems: Sequence[Problem]) -> Source:
@@ -127,7 +137,7 @@ def attempts(recorded: Iterable[Trace], problems: Sequence[Problem]) -> Source:
     if not right:
         raise ConfigError(f"warmstart.style attempts: none of {count.total()} recorded rollouts is a right one of a training problem")
     names = sorted(right)
-    return lambda rng, id: replace(rng.choice(right[rng.choice(names)]), id=id)
+    return alone(lambda rng, id: replace(rng.choice(right[rng.choice(names)]), id=id))
 
 
 def imitated(trace: Trace) -> Trace:
@@ -137,8 +147,9 @@ def imitated(trace: Trace) -> Trace:
 
 
 def values(found: Sequence[tuple[Tree, Problem]], tokenizer: Tokenizer) -> Source:
-    """A tree, then one of its steps, each as likely as any other; the word is drawn anew each time, hopeful with the chance of the
-    step's value, so that the expected loss is the cross-entropy against the value itself. Raises ConfigError without a step."""
+    """A tree, and all of its steps, or MAX_LABELS of them: siblings are what a search compares, and share their path. Each word is drawn
+    anew each time, hopeful with the chance of the step's value, so that the expected loss is the cross-entropy against the value itself.
+    Raises ConfigError without a step."""
     grown = [(list(value_labels(tree)), problem) for tree, problem in found if len(tree.nodes) > 1]
     if not grown:
         raise ConfigError(
@@ -146,34 +157,36 @@ def values(found: Sequence[tuple[Tree, Problem]], tokenizer: Tokenizer) -> Sourc
             " python -m neox_rl.problems.make_rows wrote for this config"
         )
 
-    def draw(rng: random.Random, id: str) -> Trace:
+    def draw(rng: random.Random, name: str) -> tuple[Trace, ...]:
         labels, problem = rng.choice(grown)
-        path, value = rng.choice(labels)
-        return value_trace(problem, [node.text for node in path], rng.random() < value, tokenizer, id)
+        some = enumerate(rng.sample(labels, min(len(labels), MAX_LABELS)))
+        return tuple(
+            value_trace(problem, [node.text for node in path], rng.random() < value, tokenizer, f"{name}/r{i}") for i, (path, value) in some
+        )
 
     return draw
 
 
-class Demonstrations(Iterator[Trace]):
-    """Traces of at most ``max_tokens`` tokens, EOS included; ids ``g000000/r0``, ``g000001/r0``, ...
+class Demonstrations(Iterator[Group]):
+    """Demonstrations as groups of traces of at most ``max_tokens`` tokens each, EOS included; ids ``g000000/r0``, ``g000001/r0``, ...
 
     Draw number d depends on ``(seed, d)`` alone: to continue a stream, pass the ``draws`` and ``ticket`` it had come to.
-    A longer trace is skipped and counted in ``skipped``, never cut: a cut trace would teach to stop before the goal.
+    One with a longer trace is skipped and counted in ``skipped``, never cut: a cut trace would teach to stop before the goal.
     """
 
     def __init__(self, source: Source, seed: int, max_tokens: int = 1 << 30, draws: int = 0, ticket: int = 0) -> None:
         self.source, self.seed, self.max_tokens = source, seed, max_tokens
         self.draws, self.ticket, self.skipped = draws, ticket, 0
 
-    def __next__(self) -> Trace:
-        """Raises ConfigError when MAX_SKIPS traces in a row do not fit."""
+    def __next__(self) -> Group:
+        """Raises ConfigError when MAX_SKIPS demonstrations in a row do not fit."""
         for _ in range(MAX_SKIPS):
             rng = random.Random(f"demonstration/{self.seed}/{self.draws}")
             self.draws += 1
-            trace = self.source(rng, f"g{self.ticket:06d}/r0")
-            if trace.num_tokens <= self.max_tokens:
+            traces = self.source(rng, f"g{self.ticket:06d}")
+            if max(trace.num_tokens for trace in traces) <= self.max_tokens:
                 self.ticket += 1
-                return trace
+                return Group(self.ticket - 1, traces[0].problem_id, traces)
             self.skipped += 1
         raise ConfigError(
             f"{MAX_SKIPS} demonstrations in a row are longer than {self.max_tokens} tokens: raise seq_length or use smaller problems"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import itertools
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,11 @@ def small_config(root: Path, train_iters: int = 3, **blocks: dict[str, Any]) -> 
         changed = replace(getattr(metarl, name), **(defaults.get(name, {}) | blocks.get(name, {})))
         metarl = replace(metarl, **{name: changed})
     return RunConfig(NeoXConfig(num_layers=2, hidden_size=64, num_attention_heads=2, seq_length=128, train_iters=train_iters), metarl)
+
+
+def traces_of(demonstrations: Iterator[Group], count: int) -> list[Trace]:
+    """The traces of so many demonstrations."""
+    return [trace for group in itertools.islice(demonstrations, count) for trace in group.traces]
 
 
 def small_paths(config: RunConfig) -> RunPaths:

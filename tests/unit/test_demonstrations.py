@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import math
 import random
@@ -14,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from neox_rl import metacot
+from neox_rl.batch.pack import pack_sft
+from neox_rl.batch.packing import Layout
 from neox_rl.batch.record import record_batch
 from neox_rl.config.load import parse
 from neox_rl.config.run import RunConfig
@@ -32,6 +33,7 @@ from neox_rl.search.styles import STYLES
 from neox_rl.search.trees import read_trees, write_trees
 from neox_rl.types import NO_VERSION, Finish, Group, Problem, Reason, Role, Segment, Trace, Tree, Verdict
 from tests.unit.search_worlds import TOKENIZER, countdown
+from tests.unit.small_run import traces_of
 from tests.unit.test_search_values import BAD, GOOD
 
 TASK = countdown([3, 5, 7], 26)
@@ -88,14 +90,14 @@ def test_searches_over_a_configs_rows_are_its_demonstrations(tmp_path: Path, cap
     options = ["--strategy", "dfs", "--value", "monte-carlo", "--playouts", "4", "--budget-nodes", "12", "--width", "4"]
     assert search_cli.main([*options, "--problems", str(rows), "--trees", str(file)]) == 0
     found = {tree.problem_id: tree for tree in read_trees(file)}
-    shown = list(itertools.islice(Demonstrations(demonstration_source(config, problems.train, tokenizer), seed=1), 200))
+    shown = traces_of(Demonstrations(demonstration_source(config, problems.train, tokenizer), seed=1), 200)
     wanted = {p.id for p in problems.train[:60] if solution_of(found[p.id])}
     assert {trace.problem_id for trace in shown} <= wanted and len(wanted) > 10
     for trace in shown:
         texts = tokenizer.decode([i for s in trace.segments[1:] for i in s.ids])
         assert all(node.text in texts for node in solution_of(found[trace.problem_id]))
     values = replace(config, metarl=replace(config.metarl, warmstart=replace(config.metarl.warmstart, style="values")))
-    for trace in itertools.islice(Demonstrations(demonstration_source(values, problems.train, tokenizer), seed=1), 50):
+    for trace in traces_of(Demonstrations(demonstration_source(values, problems.train, tokenizer), seed=1), 50):
         assert trace.problem_id in {p.id for p in problems.train[:60]}
     with pytest.raises(ConfigError, match="none of 0 trees of training problems has a right end"):
         demonstration_source(config, problems.train[60:], tokenizer)
@@ -122,7 +124,7 @@ def test_right_rollouts_are_imitated_as_they_were_written_whoever_wrote_them(tmp
     ]
     record_batch(tmp_path, "rl", 1, [Group(0, mine, tuple(traces[:3]))])
     record_batch(tmp_path, "rl", 2, [Group(1, mine, tuple(traces[3:]))])
-    shown = list(itertools.islice(Demonstrations(demonstration_source(config, problems.train, tokenizer), seed=1), 60))
+    shown = traces_of(Demonstrations(demonstration_source(config, problems.train, tokenizer), seed=1), 60)
     assert {(t.problem_id, t.segments[1].ids[1]) for t in shown} == {(mine, 8), (mine, 12), (other, 11)}
     assert shown[1].id == "g000001/r0"
     for trace in shown:
@@ -152,13 +154,27 @@ def valued(value: float) -> Tree:
 def test_the_word_of_a_step_is_hopeful_as_often_as_its_value_says(value: float, tmp_path: Path) -> None:
     write_trees(tmp_path / "trees.jsonl", [valued(value)])
     config = of(f"{SMALL} metarl.warmstart.style=values metarl.warmstart.path={tmp_path / 'trees.jsonl'}")
-    traces = list(itertools.islice(Demonstrations(demonstration_source(config, (TASK,), TOKENIZER), seed=1), 2000))
+    traces = traces_of(Demonstrations(demonstration_source(config, (TASK,), TOKENIZER), seed=1), 2000)
     paths = {tuple(node.text for node in TREE.path(n.id)) for n in TREE.nodes[1:]}
     assert {trace.segments[0].ids for trace in traces} == {value_context(TASK, path, TOKENIZER) for path in paths}
     hopeful, hopeless = value_ids(TOKENIZER)
     said = [trace.segments[1].ids for trace in traces]
     assert set(said) <= {(hopeful,), (hopeless,)} and all(t.segments[1].mask == 1.0 and t.segments[0].mask == 0.0 for t in traces)
     assert abs(said.count((hopeful,)) / len(said) - value) <= 4 * math.sqrt(0.25 / len(said))
+
+
+def test_all_steps_of_a_tree_are_judged_at_once_and_their_common_beginnings_computed_once(tmp_path: Path) -> None:
+    write_trees(tmp_path / "trees.jsonl", [valued(0.5)])
+    config = of(f"{SMALL} metarl.warmstart.style=values metarl.warmstart.path={tmp_path / 'trees.jsonl'}")
+    group = next(Demonstrations(demonstration_source(config, (TASK,), TOKENIZER), seed=1))
+    steps = len(TREE.nodes) - 1
+    assert sorted(t.id for t in group.traces) == sorted(f"g000000/r{i}" for i in range(steps)) and group.problem_id == TASK.id
+    assert {t.segments[0].ids for t in group.traces} == {
+        value_context(TASK, [n.text for n in TREE.path(node.id)], TOKENIZER) for node in TREE.nodes[1:]
+    }
+    stats = pack_sft([group], 1, layout=Layout(2048, share_prefixes=True)).stats
+    own = len(TOKENIZER.encode(TASK.prompt)) + sum(len(TOKENIZER.encode(node.text)) for node in TREE.nodes[1:])
+    assert stats.loss_tokens == steps and stats.num_rows <= own + steps < stats.num_tokens
 
 
 class Says:

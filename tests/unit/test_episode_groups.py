@@ -119,7 +119,7 @@ def test_demonstrations_show_the_forms_in_words_that_the_vocabulary_has(tmp_path
     problems = load_problems(config.metarl.problems, 1).train
     tokenizer = load_tokenizer(config.metarl.tokenizer, config.metarl.problems, num_episodes(config))
     draw, rng = demonstration_source(config, problems, tokenizer), random.Random(3)
-    traces = [draw(rng, f"g{i:06d}/r0") for i in range(200)]
+    traces = [draw(rng, f"g{i:06d}")[0] for i in range(200)]
     texts = [tokenizer.decode([i for s in trace.segments for i in s.ids]) for trace in traces]
     assert not any(UNKNOWN in text for text in texts)
     assert all((s.mask == 1.0) == (s.role is Role.THINK) for trace in traces for s in trace.segments)
@@ -140,7 +140,7 @@ def test_what_is_shown_of_countdown_is_right_at_last_by_the_run_s_own_judgement(
     made, guesser = maker(config)
     draw, by_id, rng = demonstration_source(config, problems, guesser.tokenizer), {p.id: p for p in problems}, random.Random(5)
     for i in range(60):
-        trace = draw(rng, f"g{i:06d}/r0")
+        (trace,) = draw(rng, f"g{i:06d}")
         guesser.script = [s.ids for s in trace.segments if s.mask]
         wanted = len(guesser.script)
         played = asyncio.run(made.group(by_id[trace.problem_id], i, PARAMS, 1)).traces[0]

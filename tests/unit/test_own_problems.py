@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from neox_rl.problems.tokenizer import load_tokenizer
 from neox_rl.search.demonstrations import Demonstrations, TraceStyle, written
 from neox_rl.types import Problem, Reason, Role
 from neox_rl.verify.math import check_math
-from tests.unit.small_run import small_config
+from tests.unit.small_run import small_config, traces_of
 
 JSONL = ProblemsConfig(source="jsonl")
 
@@ -81,7 +80,7 @@ def test_written_demonstrations_are_prompt_then_solution_with_loss_on_the_soluti
     tokenizer = load_tokenizer(TokenizerConfig(str(made / "tokenizer")), JSONL)
     problems, _ = read_problems(made / "problems.jsonl", "math")
     by_id = {p.id: p for p in problems}
-    for trace in itertools.islice(Demonstrations(written(problems, TraceStyle(), tokenizer), seed=1, max_tokens=200), 20):
+    for trace in traces_of(Demonstrations(written(problems, TraceStyle(), tokenizer), seed=1, max_tokens=200), 20):
         problem = by_id[trace.problem_id]
         prompt, solution = trace.segments
         assert (prompt.role, prompt.mask) == (Role.PROMPT, 0.0) and tokenizer.decode(prompt.ids) == problem.prompt
@@ -94,7 +93,7 @@ def test_problems_without_solutions_are_not_shown_and_none_at_all_is_refused(mad
     solved = Problem("a", "math", "q\n", "1", "a", {"solution": "\\boxed{1}"})
     bare = Problem("b", "math", "q\n", "1", "b")
     source = written([solved, bare], TraceStyle(), tokenizer)
-    assert {trace.problem_id for trace in itertools.islice(Demonstrations(source, seed=1), 20)} == {"a"}
+    assert {trace.problem_id for trace in traces_of(Demonstrations(source, seed=1), 20)} == {"a"}
     with pytest.raises(ConfigError, match="none of 1 training problems has a worked solution"):
         written([bare], TraceStyle(), tokenizer)
 

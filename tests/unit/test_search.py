@@ -18,6 +18,7 @@ from neox_rl.search.demonstrations import Demonstrations, TraceStyle, searches
 from neox_rl.search.dfs import MIXED, ORDERS, Strategy, dfs, expected_nodes, rules, solution_path, tree_size
 from neox_rl.search.linearize import demonstration, linearize, text_of, tree_of
 from neox_rl.types import NO_VERSION, Node, Problem, Role, Tree
+from tests.unit.small_run import traces_of
 
 MAX_VALUE = 60
 
@@ -157,19 +158,19 @@ def test_demonstration_masks_the_prompt_and_weighs_choices(task: Problem, seed: 
 def test_demonstrations_are_seeded_endless_and_resumable() -> None:
     source = searches([problem([3, 5, 7], t) for t in (22, 26, 28)], "dfs", TraceStyle(), Words())
     stream = Demonstrations(source, seed=1, max_tokens=80)
-    first = list(itertools.islice(stream, 40))
+    first = traces_of(stream, 40)
     assert [t.id for t in first[:2]] == ["g000000/r0", "g000001/r0"]
     assert max(t.num_tokens for t in first) <= 80 and stream.skipped > 0, "longer ones were skipped and counted"
-    assert first == list(itertools.islice(Demonstrations(source, seed=1, max_tokens=80), 40))
+    assert first == traces_of(Demonstrations(source, seed=1, max_tokens=80), 40)
     resumed = Demonstrations(source, seed=1, max_tokens=80, draws=stream.draws, ticket=stream.ticket)
-    assert list(itertools.islice(stream, 10)) == list(itertools.islice(resumed, 10))
-    assert first != list(itertools.islice(Demonstrations(source, seed=2, max_tokens=80), 40))
+    assert traces_of(stream, 10) == traces_of(resumed, 10)
+    assert first != traces_of(Demonstrations(source, seed=2, max_tokens=80), 40)
 
 
 def test_demonstrations_without_search_hold_no_dead_end() -> None:
     tokenizer = Words()
     source = searches([problem([3, 5, 7], 26)], "solution", TraceStyle(), tokenizer)
-    for trace in itertools.islice(Demonstrations(source, seed=1), 20):
+    for trace in traces_of(Demonstrations(source, seed=1), 20):
         words = tokenizer.decode([i for s in trace.segments[1:] for i in s.ids]).split()
         assert not {metacot.LOW, metacot.HIGH, metacot.BACK} & set(words)
 
