@@ -45,7 +45,7 @@ class ChaosRun:
         self.mark = f"{paths.root}/{os.getpid()}"
         self.agents: dict[str, subprocess.Popen[bytes]] = {}
         self._seen: set[psutil.Process] = set()
-        self._memory_before = set(_shared_memory())
+        self._memory: set[Path] = set()
         self.output = scratch.parent / f"{paths.name}.out"
         self.launcher = self.launch(resume=False)
 
@@ -83,6 +83,7 @@ class ChaosRun:
                 if process.environ().get(MARK) == self.mark:
                     self._seen |= {process, *process.children(recursive=True)}
         self._seen = {process for process in self._seen if alive(process)}
+        self._memory |= {Path(path) for process in self._seen for path in _mapped(process.pid)}
         return sorted(self._seen, key=lambda process: process.pid)
 
     def victims(self) -> Victims:
@@ -122,8 +123,8 @@ class ChaosRun:
         return [*memory, *files, *(f"port {port} is still listened at" for port in ports if _listening(port))]
 
     def _left_memory(self) -> list[str]:
-        """A semaphore of somebody else exists for a moment before it is mapped: what is ours stays."""
-        left = set(_shared_memory()) - self._memory_before
+        """Of what the run's processes were seen to have mapped: others make and leave shared memory on this machine, too."""
+        left = self._memory
         for _ in range(LOOKS):
             held = {path for process in psutil.process_iter() for path in _mapped(process.pid)}
             left = {path for path in left if path.exists() and str(path) not in held}
@@ -195,10 +196,6 @@ def _listening(port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(0.5)
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _shared_memory() -> list[Path]:
-    return list(SHARED_MEMORY.iterdir()) if SHARED_MEMORY.is_dir() else []
 
 
 def _mapped(pid: int) -> Iterator[str]:

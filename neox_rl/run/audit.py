@@ -190,16 +190,16 @@ class Audit:
 
     def _judge_policies(self, step: int, made: object) -> None:
         if not isinstance(made, dict):
-            self._gap("policy", f"step {step}: its record does not say by which weights its tokens were made")
+            self.gap("policy", f"step {step}: its record does not say by which weights its tokens were made")
             return
         published = self.sessions[-1].published
         for version, digests in made.items():
             if not digests:
-                self._gap("policy", f"step {step}: tokens of v{version} were made before its publication was heard of")
+                self.gap("policy", f"step {step}: tokens of v{version} were made before its publication was heard of")
                 continue
             self.results["policy"].checked += 1
             if published.get(int(version)) is None and int(version) <= self._forgotten - KEPT_VERSIONS:
-                self._gap("policy", f"step {step}: v{version} is too old for its digest to be known still")
+                self.gap("policy", f"step {step}: v{version} is too old for its digest to be known still")
             elif published.get(int(version)) is None:
                 self._missing("policy", f"step {step} trained tokens of v{version}, which nobody published")
             elif set(digests) != {published[int(version)]}:
@@ -221,7 +221,7 @@ class Audit:
         queue, step = meta["state"].get("queue"), int(meta["steps"]["rl"])
         if step > self.last and isinstance(queue, dict):
             for check in ("bound", "once", "policy"):
-                self._gap(check, f"steps {self.last + 1} to {step}: what they took is in no record that is there")
+                self.gap(check, f"steps {self.last + 1} to {step}: what they took is in no record that is there")
             for ticket in self.trained.missing(queue["fresh"], queue["open"]):
                 self.trained.add(ticket, step)
             self.sessions[-1].published |= {int(version): str(digest) for version, digest in meta["digests"]}
@@ -271,7 +271,7 @@ class Audit:
         published = self.sessions[session].published
         if version not in published:
             # What was published in the last moments before the death of all was not on the disk yet: nobody trained with it either.
-            self._gap("digests", f"v{version} was served, and its publication is in no record")
+            self.gap("digests", f"v{version} was served, and its publication is in no record")
             return
         self.results["digests"].checked += 1
         if digest != published[version]:
@@ -294,7 +294,7 @@ class Audit:
         if found != taken.ages:
             self._violated("metrics", f"step {step}: the trainer saw tokens of ages {found}, the journal handed out {dict(taken.ages)}")
         if rule.stale_tokens != "mask":
-            self._gap("bound", "staleness.stale_tokens is truncate: tokens beyond S are trained, with a truncated ratio")
+            self.gap("bound", "staleness.stale_tokens is truncate: tokens beyond S are trained, with a truncated ratio")
             return
         old = sum(tokens for age, tokens in taken.ages.items() if age > rule.bound)
         self.results["bound"].checked += total
@@ -307,7 +307,7 @@ class Audit:
     def saved(self, label: str, rl_step: int, queue: object) -> None:
         """A checkpoint after ``rl_step``, with the state of the queue in it."""
         if rl_step < self._unknown:
-            self._gap("checkpoints", f"{label}: what the steps before it took is in no record that is there")
+            self.gap("checkpoints", f"{label}: what the steps before it took is in no record that is there")
             return
         self.results["checkpoints"].checked += 1
         trained = self.trained.until(rl_step)
@@ -346,11 +346,12 @@ class Audit:
     def _missing(self, check: str, what: str) -> None:
         """Wrong, unless the record that would say so was lost."""
         if self.damaged:
-            self._gap(check, f"{what} (records are lost)")
+            self.gap(check, f"{what} (records are lost)")
         else:
             self._violated(check, what)
 
-    def _gap(self, check: str, what: str) -> None:
+    def gap(self, check: str, what: str) -> None:
+        """What could not be checked, and why."""
         if not self._living and what not in self.results[check].gaps:
             self.results[check].gaps.append(what)
 

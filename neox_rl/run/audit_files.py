@@ -54,6 +54,8 @@ def audit_run(paths: RunPaths) -> Audited:
             audit.served(
                 event.process, str(said.get("incarnation", "")), int(said.get("version", -1)), str(said.get("digest", "")), event.t_ns
             )
+    if audit.last and not audit.results["versions"].checked:
+        audit.gap("versions", f"no server says in {paths.events} what it served")
     rows = read_jsonl(paths.metrics)
     _rows(audit, rows, sft_steps(config, audit), finished)
     _checkpoints(audit, Path(config.neox.save) if config.neox.save else paths.checkpoints)

@@ -23,6 +23,8 @@ EXIT_S = 2.0
 QUIET_BEATS = 2.5
 """Beats that were left out, and that is told: a collective fails in the rank that waits, for the sake of one that is silent."""
 TRACEBACKS_S = 0.5
+APART_S = 0.05
+"""Between the tracebacks of two ranks: they share a log, and those written at once cannot be read."""
 WAITS = "waits for "
 """With which an orchestrator's word in the status begins while nothing can go on."""
 _TAIL_BYTES = 4096
@@ -120,6 +122,7 @@ class Watch:
         for beat in asked:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(beat.pid, signal.SIGUSR1)
+            time.sleep(APART_S)
         if asked:
             time.sleep(TRACEBACKS_S)
 

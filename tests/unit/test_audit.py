@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
@@ -379,6 +380,12 @@ def test_damage_of_the_journal_is_told_and_is_no_violation(run_dir: Path, capsys
     assert main([str(run_dir)]) == 0
     said = capsys.readouterr().out
     assert f"journal: {LEDGER}: damaged" in said and "not checked: steps: " in said
+
+
+def test_servers_of_which_nothing_is_known_were_not_checked(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(run_dir / "events")
+    assert main([str(run_dir)]) == 0
+    assert f"not checked: versions: no server says in {run_dir / 'events'} what it served" in capsys.readouterr().out
 
 
 def test_what_is_no_run_is_one_line_and_status_2(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
