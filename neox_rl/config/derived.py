@@ -13,7 +13,7 @@ from neox_rl.metacot import episode_words, goal_prompt, goal_words, vocabulary
 
 PROMPT_MARKERS = 4
 """Words of a symbolic prompt beside the numbers: ``numbers ... target t search``."""
-HF_DTYPES = {"fp32": "float32", "bfloat16": "bfloat16"}
+HF_DTYPES = {"fp32": "float32", "bfloat16": "bfloat16", "fp16": "float16"}
 
 
 def starts_from_checkpoint(config: RunConfig) -> bool:

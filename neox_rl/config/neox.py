@@ -39,8 +39,8 @@ class NeoXConfig:
     # precision
     precision: str = key(
         "fp32",
-        "training precision; the blocks fp16: {enabled, type} and bf16: {enabled} of NeoX files set it too",
-        choices=("fp32", "bfloat16"),
+        "training precision, fp16 with engine gpt-neox; the blocks fp16: {enabled, ...} and bf16: {enabled} of NeoX files set it too",
+        choices=("fp32", "bfloat16", "fp16"),
     )
     # parallelism
     model_parallel_size: int = key(1, "tensor parallel ranks (TP)", low=1)

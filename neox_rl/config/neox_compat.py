@@ -98,6 +98,8 @@ def sort_out(table: Mapping[str, Entry], known: Collection[str], gpt_neox: bool)
             if entry.value is None:
                 continue
             raise ConfigError(f"{key} = {entry.value!r} ({entry.where}): is not read here; {ELSEWHERE[key]} instead")
+        if key == "fp16" and not gpt_neox:
+            continue
         if key == "attention_config":
             _plain_attention(entry)
         elif key in ONLY and entry.value not in ONLY[key]:
@@ -128,7 +130,8 @@ def _plain_attention(entry: Entry) -> None:
 def precision_blocks(table: Mapping[str, Entry]) -> dict[str, Entry]:
     """NeoX's ``fp16: {enabled, type}`` and ``bf16: {enabled}`` blocks turned into ``precision``. Raises ConfigError where they disagree.
 
-    ``--set precision=...`` has the last word, so that a NeoX file with an fp16 block can be used as it is.
+    ``--set precision=...`` has the last word, so that a NeoX file with an fp16 block can be used as it is. What an fp16 block says of
+    loss scaling stays, without the words that DeepSpeed does not know in it.
     """
     result = {key: entry for key, entry in table.items() if key not in ("fp16", "bf16")}
     blocks = [] if "precision" in table and table["precision"].where == SETTING else [b for b in ("fp16", "bf16") if b in table]
@@ -140,12 +143,11 @@ def precision_blocks(table: Mapping[str, Entry]) -> dict[str, Entry]:
         places = ", ".join(f"{name} ({table[name].where}) asks for {precision}" for name, precision in asked.items())
         raise ConfigError(f"precision is given in ways that disagree: {places}; keep one")
     for name, precision in asked.items():
-        if precision == "fp16":
-            raise ConfigError(
-                f"precision fp16 ({table[name].where}): loss scaling leaves out steps that overflow, and here every step makes the version"
-                " that servers wait for; use bfloat16 or fp32"
-            )
         result["precision"] = Entry(precision, table[name].where)
+    if "precision" in result and result["precision"].value == "fp16" and "fp16" in table:
+        scaling = {key: value for key, value in table["fp16"].value.items() if key not in ("enabled", "type", "fp16")}
+        if scaling:
+            result["fp16"] = Entry(scaling, table["fp16"].where)
     return result
 
 

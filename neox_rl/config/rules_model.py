@@ -17,6 +17,9 @@ VLLM_CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head sizes that vLLM's CPU attention kernels are built for; any other dies when the server loads the model."""
 LLAMA, GPT_NEOX = "llama", "gpt_neox"
 ADAM_PARAMS = frozenset({"lr", "betas", "eps"})
+LOSS_SCALING = frozenset(
+    {"loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "consecutive_hysteresis", "min_loss_scale"}
+)
 ZERO_TUNING = frozenset(
     {
         "stage",
@@ -193,6 +196,19 @@ def zero_stage(config: RunConfig, machine: Machine) -> Iterator[str]:
         yield "zero_optimization.cpu_offload = true: optimizer states stay on the training device; set cpu_offload: false"
 
 
+def half_precision_is_scaled(config: RunConfig, machine: Machine) -> Iterator[str]:
+    """Loss scaling is DeepSpeed's, in the engine that uses it."""
+    if config.neox.precision == "fp16" and config.metarl.engine != NEOX_ENGINE:
+        yield f"precision = fp16: needs metarl.engine: {NEOX_ENGINE}, whose DeepSpeed scales the loss; use bfloat16 or fp32"
+    block = config.extra.get("fp16") or {}
+    for key in sorted(set(block) - LOSS_SCALING):
+        close = difflib.get_close_matches(key, LOSS_SCALING, n=1)
+        yield f"fp16.{key} = {block[key]!r}: is no key of loss scaling; " + (f"did you mean {close[0]}?" if close else "remove it")
+    for key in sorted(set(block) & (LOSS_SCALING - {"consecutive_hysteresis"})):
+        if not _number(block[key]) or block[key] < 0:
+            yield f"fp16.{key} = {block[key]!r}: must be a number >= 0; remove it for DeepSpeed's own"
+
+
 def optimizer_known(config: RunConfig, machine: Machine) -> Iterator[str]:
     """NeoX's Adam already decouples the weight decay, so Adam and AdamW name the same update."""
     optimizer = config.neox.optimizer
@@ -292,6 +308,7 @@ MODEL_RULES = (
     ranks_divide,
     sequence_parallel_needs_tp,
     zero_stage,
+    half_precision_is_scaled,
     optimizer_known,
     decay_goes_down,
     positions_hold_sequence,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from neox_rl.config.derived import HF_DTYPES
 from neox_rl.config.machine import Machine
 from neox_rl.config.network import curve_on, is_loopback, is_unreachable
 from neox_rl.config.placement import num_ranks, num_servers, num_vllm_servers, parse_core_sets
@@ -258,9 +259,10 @@ def memory_is_enough(config: RunConfig, machine: Machine) -> Iterator[str]:
 
 def precision_suits_machine(config: RunConfig, machine: Machine) -> Iterator[str]:
     n, dtype = config.neox, config.metarl.servers.dtype
-    if n.precision == "bfloat16" and not machine.num_gpus and config_is_local(config):
-        yield "precision = bfloat16: is slower than fp32 on most CPUs (1.65 times where it was measured); use fp32 on this machine"
-    if dtype != "auto" and dtype != {"fp32": "float32"}.get(n.precision, n.precision):
+    if n.precision != "fp32" and not machine.num_gpus and config_is_local(config):
+        slower = " (1.65 times where it was measured)" if n.precision == "bfloat16" else ""
+        yield f"precision = {n.precision}: is slower than fp32 on most CPUs{slower}; use fp32 on this machine"
+    if dtype != "auto" and dtype != HF_DTYPES[n.precision]:
         yield (
             f"metarl.servers.dtype = {dtype}: differs from precision = {n.precision}, so server and trainer disagree on log-probs at equal"
             " versions; use auto"

@@ -57,8 +57,11 @@ class RankEngine(ABC):
         self._hf_names: HfLayout | None = own(layout, "metarl.hf_layout") if layout else None
 
     @abstractmethod
-    def _train(self, microbatches: Sequence[MicroBatch], on_logits: OnLogits, lr: float) -> float:
-        """One optimizer step on the sum of what ``on_logits`` returns, over micro-batches and DP ranks; the norm before clipping."""
+    def _train(self, microbatches: Sequence[MicroBatch], on_logits: OnLogits, lr: float) -> float | None:
+        """One optimizer step on the sum of what ``on_logits`` returns, over micro-batches and DP ranks; the norm before clipping.
+
+        None: the gradient overflowed its precision and no step was taken; the next try has another loss scale.
+        """
 
     @abstractmethod
     def _forward(self, microbatches: Sequence[MicroBatch], on_logits: OnLogits) -> None:
@@ -92,7 +95,10 @@ class RankEngine(ABC):
             return value
 
         self._check_lengths(microbatches)
-        grad_norm = self._train(microbatches, loss, lr)
+        grad_norm = None
+        while grad_norm is None:
+            sums.clear()
+            grad_norm = self._train(microbatches, loss, lr)
         totals = self._reduce(sums)
         if not (math.isfinite(grad_norm) and math.isfinite(totals["loss"])):
             what = f"optimizer step {self._steps + 1}: loss {totals['loss']}, gradient norm {grad_norm}, learning rate {lr}"

@@ -31,7 +31,7 @@ from neox_rl.engines.rank_env import rank_environment
 from neox_rl.engines.rows import make_rows, rows_shape
 from neox_rl.engines.weight_parts import WeightParts
 from neox_rl.engines.world import device_index
-from neox_rl.errors import WeightError
+from neox_rl.errors import NeoxRLError, WeightError
 from neox_rl.types import Json
 
 
@@ -58,6 +58,8 @@ class GptNeoXEngine(RankEngine):
         places = neox_places(self.shape, top.tp, self._stage_of, self._pipe)
         self._parts = WeightParts(self._engine.module, self.shape, self._world, places)
         self._norm = 0.0
+        if scaler := getattr(self._engine.optimizer, "loss_scaler", None):
+            scaler.raise_error_at_min_scale = False  # _refuse_overflow says more
         if isinstance(self._engine.optimizer, torch.optim.Optimizer):
             # Without a wrapper of DeepSpeed's around it: that keeps no norm, and leaves out norms and biases of later stages.
             self._engine.clip_fp32_gradients = lambda: None
@@ -75,12 +77,12 @@ class GptNeoXEngine(RankEngine):
 
     # Steps
 
-    def _train(self, microbatches: Sequence[MicroBatch], on_logits: OnLogits, lr: float) -> float:
+    def _train(self, microbatches: Sequence[MicroBatch], on_logits: OnLogits, lr: float) -> float | None:
         count, engine = len(microbatches), self._engine
         engine.set_train_batch_size(count * self.topology.dp)
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
-        factor = float(count * self.topology.dp)
+        factor, scale = float(count * self.topology.dp), float(getattr(engine.optimizer, "loss_scale", 1.0))
         if self._pipe:
             self._run_pipe(microbatches, lambda *args: on_logits(*args) * factor, train=True)
         else:
@@ -89,7 +91,19 @@ class GptNeoXEngine(RankEngine):
                 engine.set_gradient_accumulation_boundary(number == count - 1)
                 engine.backward(on_logits(*finish(engine(inputs))) * factor)
             engine.step()
+        if self._neox.precision == "fp16" and engine.optimizer.overflow:
+            self._refuse_overflow(scale)
+            return None
         return float(getattr(engine.optimizer, "_global_grad_norm", self._norm))
+
+    def _refuse_overflow(self, scale: float) -> None:
+        """Another try helps where the scale can be lowered: every step here makes a version, so none is left out."""
+        scaler = self._engine.optimizer.loss_scaler
+        if not scaler.dynamic or scale <= scaler.min_scale:
+            raise NeoxRLError(
+                f"optimizer step {self._steps + 1}: loss or gradient overflow fp16 at loss scale {scale:g}, the lowest that the block fp16"
+                " allows; the weights are as before: resume with precision bfloat16 or fp32, a lower learning rate or more clipping"
+            )
 
     def _forward(self, microbatches: Sequence[MicroBatch], on_logits: OnLogits) -> None:
         if self._pipe:

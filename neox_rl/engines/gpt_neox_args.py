@@ -62,8 +62,10 @@ def neox_arguments(
         found |= dict.fromkeys(COMPILED, False)
     if not cuda:
         found |= dict.fromkeys(FUSED, False) | {"attention_config": [[["global"], neox.num_layers]]}
-    if neox.precision == "bfloat16":
-        # DeepSpeed sums bf16 gradients in fp32 under ZeRO 1 alone; sharding optimizer states changes no number.
+    if neox.precision == "fp16":
+        found["fp16"] = {**(extra.get("fp16") or {}), "enabled": True}
+    if neox.precision != "fp32":
+        # DeepSpeed sums half precision gradients in fp32 under ZeRO 1 alone; sharding optimizer states changes no number.
         found["data_types"] = {"grad_accum_dtype": "fp32", **(extra.get("data_types") or {})}
         found["zero_optimization"]["stage"] = max(1, found["zero_optimization"]["stage"])
     return found

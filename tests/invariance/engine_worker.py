@@ -39,7 +39,7 @@ def build(case: dict[str, Any], out: Path, number: int = 0) -> RankEngine:
         assert time.monotonic() < deadline, f"rank 0 did not write {notice}"
         time.sleep(0.02)
     os.environ["MASTER_PORT"] = notice.read_text()
-    config = RunConfig(NeoXConfig(**case["neox"]), MetaRLConfig(engine=case.get("engine", "megatron-core")))
+    config = RunConfig(NeoXConfig(**case["neox"]), MetaRLConfig(engine=case.get("engine", "megatron-core")), case.get("extra", {}))
     engine = build_engine(config, VOCAB)
     assert isinstance(engine, RankEngine)
     return engine
