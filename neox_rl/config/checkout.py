@@ -6,6 +6,7 @@ import ast
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from neox_rl.errors import ConfigError
 
@@ -30,10 +31,15 @@ def find_checkout(environ: Mapping[str, str]) -> Path:
     return root
 
 
-@cache
 def known_keys(checkout: Path) -> frozenset[str]:
     """Every key of the checkout's NeoXArgs. Raises ConfigError where its source cannot be read."""
-    found: set[str] = set()
+    return frozenset(default_values(checkout))
+
+
+@cache
+def default_values(checkout: Path) -> Mapping[str, Any]:
+    """Every key of the checkout's NeoXArgs and its default, None where that is not written out. Raises ConfigError like ``known_keys``."""
+    found: dict[str, Any] = {}
     for name in ARGUMENTS:
         path = checkout / "megatron" / "neox_arguments" / name
         try:
@@ -42,5 +48,14 @@ def known_keys(checkout: Path) -> frozenset[str]:
             raise ConfigError(f"{path}: cannot be read as Python ({error}); check out a released version of GPT-NeoX") from error
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef):
-                found |= {s.target.id for s in node.body if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name)}
-    return frozenset(found)
+                found |= {
+                    s.target.id: _literal(s.value) for s in node.body if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name)
+                }
+    return found
+
+
+def _literal(node: ast.expr | None) -> Any:
+    try:
+        return ast.literal_eval(node) if node is not None else None
+    except ValueError:
+        return None

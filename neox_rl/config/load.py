@@ -27,6 +27,8 @@ class Parsed:
 
     config: RunConfig
     notes: tuple[str, ...]
+    written: frozenset[str]
+    """The paths that a file or a setting gives, the parameters of the optimizer among them."""
 
 
 def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = (), machine: Machine | None = None) -> RunConfig:
@@ -61,8 +63,12 @@ def parse(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Parsed:
             mistakes.append(str(error))
     if mistakes:
         raise ConfigError("\n".join(mistakes))
+    written = {path for path, entry in table.items() if entry.value is not None}
+    if "optimizer" in written and isinstance(given := values["optimizer"].get("params"), dict):
+        written |= {f"optimizer.params.{name}" for name in given}
     values["optimizer"] = _optimizer(values["optimizer"])
-    return Parsed(RunConfig(_build(NeoXConfig, "", values), _build(MetaRLConfig, BLOCK + ".", values), extra), tuple(notes))
+    config = RunConfig(_build(NeoXConfig, "", values), _build(MetaRLConfig, BLOCK + ".", values), extra)
+    return Parsed(config, tuple(notes), frozenset(written))
 
 
 def _reach_into(values: dict[str, Any], path: str, entry: Entry) -> None:

@@ -48,7 +48,7 @@ class NeoXConfig:
     sequence_parallel: bool = key(False, "split norms and residuals along the sequence over the TP ranks")
     zero_optimization: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"doc": "ZeRO: {stage: 0, 1 or 2}; 1 shards optimizer states over DP, 2 gradients too (engine gpt-neox)"},
+        metadata={"doc": "ZeRO: {stage: 0 to 3}; 1 shards optimizer states over DP, 2 gradients and 3 parameters too (engine gpt-neox)"},
     )
     num_gpus: int = key(1, "training ranks on this node (processes; on a CPU machine too)", low=1)
     checkpoint_activations: bool = key(False, "recompute activations in the backward pass")

@@ -22,7 +22,12 @@ CHECKPOINT = "checkpoints are set by checkpoint_factor, save and load"
 INITIAL = "initial weights are normal with init_std"
 SCHEDULE = "schedules run over train_iters"
 MEMORY = "memory planning of GPT-NeoX's own engine"
-LAUNCH = "launcher says how the ranks start"
+LAUNCH = "launcher, num_gpus and hostfile say how the ranks start"
+OBJECTIVE = "the objective is metarl.objective"
+SERVING = "generation is the servers': metarl.rollout and metarl.servers"
+ENDS = "a run ends after train_iters steps"
+DERIVED = "GPT-NeoX derives it from other keys, whatever is written"
+OTHERS = "it belongs to an architecture or a parametrization that is not used"
 
 NOT_READ: Mapping[str, str] = {
     **dict.fromkeys(("scaled_upper_triang_masked_softmax_fusion", "scaled_masked_softmax_fusion", "bias_dropout_fusion"), KERNEL),
@@ -46,7 +51,46 @@ NOT_READ: Mapping[str, str] = {
     **dict.fromkeys(
         ("deepspeed_activation_checkpointing", "checkpoint_in_cpu", "activation_checkpointing", "data_types", "fp32_allreduce"), MEMORY
     ),
-    **dict.fromkeys(("deepspeed_slurm", "deepspeed_mpi"), LAUNCH),
+    **dict.fromkeys(("deepspeed_slurm", "deepspeed_mpi", "account", "comment", "force_multi", "no_ssh_check", "global_num_gpus"), LAUNCH),
+    **dict.fromkeys(
+        ("allow_chopped", "dataset_impl", "pack_impl", "eod_mask_loss", "use_shared_fs", "short_seq_prob", "reinforce_leave_one_out"), DATA
+    ),
+    **dict.fromkeys(("online_dataserver_ips", "online_dataserver_ports"), DATA),
+    **{
+        f"{sign}{part}_{kind}data_paths": DATA
+        for part in ("train", "valid", "test")
+        for sign, kind in (("pos_", ""), ("neg_", ""), ("pos_", "label_"), ("neg_", "label_"), ("", "label_"), ("", "reward_"))
+    },
+    **dict.fromkeys(
+        ("kl_impl", "kl_div_beta", "fp32_reinforce", "fp16_lm_cross_entropy", "dpo_beta", "dpo_fp32", "dpo_reference_free"), OBJECTIVE
+    ),
+    **dict.fromkeys(("kto_beta", "kto_fp32", "kto_desirable_weight", "kto_undesirable_weight"), OBJECTIVE),
+    **dict.fromkeys(("serve_model_weights", "weight_server_port", "maximum_tokens", "num_samples", "prompt_end", "recompute"), SERVING),
+    **dict.fromkeys(
+        ("return_logits", "sample_input_file", "sample_output_file", "temperature", "text_gen_type", "top_k", "top_p"), SERVING
+    ),
+    **dict.fromkeys(("eval_tasks", "eval_results_prefix", "char_level_ppl", "do_train", "do_valid", "do_test"), LOG),
+    **dict.fromkeys(("use_comet", "comet_workspace", "comet_project", "comet_experiment_name", "comet_tags", "comet_others"), LOG),
+    **dict.fromkeys(("comet_experiment", "wandb_init_all_ranks", "csv_monitor", "tensorboard", "wandb", "peak_theoretical_tflops"), LOG),
+    **dict.fromkeys(("log_grad_pct_zeros", "log_param_norm", "log_optimizer_states", "log_gradient_noise_scale"), LOG),
+    **dict.fromkeys(
+        ("gradient_noise_scale_n_batches", "gradient_noise_scale_cpu_offload", "memory_profiling", "memory_profiling_path"), LOG
+    ),
+    **dict.fromkeys(("profile", "profile_backward", "profile_step_start", "profile_step_stop"), LOG),
+    **dict.fromkeys(("no_load_optim", "no_load_rng", "no_save_optim", "no_save_rng", "s3_path", "s3_chunk_size", "iteration"), CHECKPOINT),
+    **dict.fromkeys(("exit_interval", "adlr_autoresume", "adlr_autoresume_interval"), ENDS),
+    **dict.fromkeys(("lr", "clip_grad", "optimizer_type", "scheduler", "batch_size", "padded_vocab_size", "is_pipe_parallel"), DERIVED),
+    **dict.fromkeys(("zero_stage", "zero_reduce_scatter", "zero_contiguous_gradients", "zero_reduce_bucket_size"), DERIVED),
+    **dict.fromkeys(("zero_allgather_bucket_size", "dynamic_loss_scale", "loss_scale", "loss_scale_window", "hysteresis"), DERIVED),
+    **dict.fromkeys(("min_scale", "rank", "local_rank", "world_size", "user_script", "config_files", "git_hash", "lazy_mpu_init"), DERIVED),
+    **dict.fromkeys(
+        ("base_shapes_file", "coord_check", "save_base_shapes", "mup_attn_temp", "mup_embedding_mult", "mup_init_scale"), OTHERS
+    ),
+    **dict.fromkeys(("mup_output_temp", "mup_rp_embedding_mult", "mup_width_scale", "rpe_max_distance", "rpe_num_buckets"), OTHERS),
+    **dict.fromkeys(("gmlp_attn_dim", "dim_att", "ffn_dim", "head_size", "scalenorm_epsilon", "param_sharing_style"), OTHERS),
+    **dict.fromkeys(("moe_expert_interval", "moe_jitter_eps", "moe_lbl_in_fp32", "moe_router_type", "moe_top_k"), OTHERS),
+    **dict.fromkeys(("mamba_causal_conv_fusion", "mamba_inner_func_fusion", "mamba_selective_scan_fusion"), OTHERS),
+    **dict.fromkeys(("mamba_selective_fp32_params", "mamba_use_bias_in_conv", "mamba_use_bias_in_linears"), OTHERS),
 }
 
 ONLY: Mapping[str, tuple[Any, ...]] = {
@@ -68,6 +112,15 @@ ONLY: Mapping[str, tuple[Any, ...]] = {
     "use_mup": (None, False),
     "soft_prompt_tuning": (None,),
     "opt_pos_emb_offset": (None, 0),
+    "train_impl": (None, "normal", "reinforce"),
+    "z_loss": (None, 0),
+    "train_epochs": (None,),
+    "precompute_model_name": (None,),
+    "use_bnb_optimizer": (None, False),
+    "num_unique_layers": (None,),
+    **dict.fromkeys(("te_columnparallel", "te_rowparallel", "te_layernorm_mlp", "te_mha", "te_fp8_mha"), (None, False)),
+    **dict.fromkeys(("autotuning", "curriculum_learning", "data_efficiency", "compression_training", "elasticity", "amp"), (None,)),
+    "autotuning_run": (None,),
 }
 
 ELSEWHERE: Mapping[str, str] = {
@@ -78,6 +131,8 @@ ELSEWHERE: Mapping[str, str] = {
 """Keys that GPT-NeoX takes and that have another name here: handed on, they would be passed over without a word."""
 
 
+TOKENIZER = ("tokenizer_type", "vocab_file", "merge_file")
+"""What checkpoints for GPT-NeoX's own training name."""
 HANDED_ON = (KERNEL, MEMORY, DATA)
 """Of the keys that are not read, those that the engine ``gpt-neox`` gives to GPT-NeoX."""
 
@@ -91,8 +146,10 @@ def sort_out(table: Mapping[str, Entry], known: Collection[str], gpt_neox: bool)
     extra: dict[str, Any] = {}
     notes: list[str] = []
     for key, entry in table.items():
-        if key in NOT_READ and not (gpt_neox and NOT_READ[key] in HANDED_ON):
+        handed_on = gpt_neox and NOT_READ.get(key) in HANDED_ON
+        if key in NOT_READ and (not handed_on or (NOT_READ[key] == DATA and key not in TOKENIZER)):
             notes.append(f"{key} ({entry.where}) is not read: {NOT_READ[key]}")
+        if key in NOT_READ and not handed_on:
             continue
         if key in ELSEWHERE:
             if entry.value is None:
@@ -102,7 +159,7 @@ def sort_out(table: Mapping[str, Entry], known: Collection[str], gpt_neox: bool)
             continue
         if key == "attention_config":
             _plain_attention(entry)
-        elif key in ONLY and entry.value not in ONLY[key]:
+        elif key in ONLY and entry.value not in ONLY[key] and not _switched_off(entry.value):
             allowed = " or ".join(str(v).lower() for v in ONLY[key] if v is not None)
             raise ConfigError(f"{key} = {entry.value!r} ({entry.where}): only {allowed or 'null'} is supported here; remove the key")
         if key in known or "." in key:
@@ -112,6 +169,11 @@ def sort_out(table: Mapping[str, Entry], known: Collection[str], gpt_neox: bool)
         elif key not in ONLY and key != "attention_config":
             kept[key] = entry
     return kept, extra, notes
+
+
+def _switched_off(value: object) -> bool:
+    """A block of DeepSpeed's that its ``enabled`` leaves out."""
+    return isinstance(value, dict) and not value.get("enabled", True)
 
 
 def _plain_attention(entry: Entry) -> None:

@@ -30,6 +30,11 @@ ZERO_TUNING = frozenset(
         "reduce_bucket_size",
         "contiguous_gradients",
         "cpu_offload",
+        "round_robin_gradients",
+        "stage3_max_live_parameters",
+        "stage3_max_reuse_distance",
+        "stage3_prefetch_bucket_size",
+        "sub_group_size",
     }
 )
 
@@ -171,24 +176,19 @@ def sequence_parallel_needs_tp(config: RunConfig, machine: Machine) -> Iterator[
 
 
 def zero_stage(config: RunConfig, machine: Machine) -> Iterator[str]:
-    """GPT-NeoX ends a run of ZeRO 2 that has its pipeline module or TP without an error."""
+    """GPT-NeoX ends a run of ZeRO 2 or 3 that has its pipeline module or TP without an error."""
     n, zero = config.neox, config.neox.zero_optimization
     stage = zero.get("stage", 0)
     plain = config.metarl.engine == NEOX_ENGINE and n.pipe_parallel_size == 0 and n.model_parallel_size == 1
-    if type(stage) is not int or stage not in (0, 1, 2):
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
         yield (
-            f"zero_optimization.stage = {stage!r}: must be 0 or 1 (optimizer states sharded over DP), or 2 (gradients too); 3 spreads the"
-            " parameters themselves, which servers, reference policy and exports need whole; set stage: 1"
-        )
-    elif stage == 2 and not plain:
-        yield (
-            f"zero_optimization.stage = 2: needs metarl.engine: {NEOX_ENGINE}, pipe_parallel_size: 0 and model_parallel_size: 1, as"
-            " GPT-NeoX has it with neither its pipeline module nor TP; set stage: 1"
-        )
-    elif stage == 2 and n.precision != "fp32":
-        yield (
-            f"zero_optimization.stage = 2: precision {n.precision} would sum gradients in it, DeepSpeed sums in fp32 under stage 1 alone;"
+            f"zero_optimization.stage = {stage!r}: must be 0, 1 (optimizer states sharded over DP), 2 (gradients too) or 3 (parameters too);"
             " set stage: 1"
+        )
+    elif stage > 1 and not plain:
+        yield (
+            f"zero_optimization.stage = {stage}: needs metarl.engine: {NEOX_ENGINE}, pipe_parallel_size: 0 and model_parallel_size: 1, as"
+            " GPT-NeoX has it with neither its pipeline module nor TP; set stage: 1"
         )
     for key in sorted(set(zero) - ZERO_TUNING):
         yield f"zero_optimization.{key}: is no key of this project; known are {', '.join(sorted(ZERO_TUNING))}; remove it"

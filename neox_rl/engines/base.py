@@ -195,8 +195,12 @@ class RankEngine(ABC):
     def _set_initial_weights(self) -> None:
         self._set_weights(lambda name: self.shape.initial(name, self._config.metarl.seed))
 
+    def _held(self) -> list[Tensor]:
+        """What this rank holds of each parameter, in model order: the storage that the reference policy is exchanged with."""
+        return self._parts.parameters
+
     def set_reference(self) -> None:
-        self._reference = [parameter.detach().clone() for parameter in self._parts.parameters]
+        self._reference = [tensor.detach().clone() for tensor in self._held()]
 
     @contextmanager
     def _weights(self, which: Policy) -> Iterator[None]:
@@ -206,14 +210,14 @@ class RankEngine(ABC):
             return
         if self._reference is None:
             raise NeoxRLError("there is no reference policy: call set_reference() first (objective.kl_coef is 0 where none is kept)")
-        current = [parameter.data for parameter in self._parts.parameters]
+        current = [tensor.data for tensor in self._held()]
         try:
-            for parameter, frozen in zip(self._parts.parameters, self._reference, strict=True):
-                parameter.data = frozen
+            for tensor, frozen in zip(self._held(), self._reference, strict=True):
+                tensor.data = frozen
             yield
         finally:
-            for parameter, data in zip(self._parts.parameters, current, strict=True):
-                parameter.data = data
+            for tensor, data in zip(self._held(), current, strict=True):
+                tensor.data = data
 
     # Control
 

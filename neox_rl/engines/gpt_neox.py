@@ -56,7 +56,9 @@ class GptNeoXEngine(RankEngine):
         self._pipe = bool(self._args.is_pipe_parallel)
         top = self.topology
         places = neox_places(self.shape, top.tp, self._stage_of, self._pipe)
-        self._parts = WeightParts(self._engine.module, self.shape, self._world, places)
+        self._sharded = int(neox.zero_optimization.get("stage", 0)) == 3
+        whole = self._setup.gathered if self._sharded else None
+        self._parts = WeightParts(self._engine.module, self.shape, self._world, places, whole)
         self._norm = 0.0
         if scaler := getattr(self._engine.optimizer, "loss_scaler", None):
             scaler.raise_error_at_min_scale = False  # _refuse_overflow says more
@@ -68,6 +70,13 @@ class GptNeoXEngine(RankEngine):
 
     def _stage_of(self, module: int) -> int:
         return int(self._engine.module.stage_owner(module)) if self._pipe else 0
+
+    def _held(self) -> list[Tensor]:
+        """Under ZeRO 3 this rank's share; what it had gathered of others is of the weights before, so it is let go."""
+        if not self._sharded:
+            return super()._held()
+        self._engine.optimizer.parameter_offload.partition_all_parameters()
+        return [parameter.ds_tensor for parameter in self._parts.parameters]  # type: ignore[attr-defined]
 
     def _weights_changed(self) -> None:
         optimizer = self._engine.optimizer
@@ -171,7 +180,11 @@ class GptNeoXEngine(RankEngine):
 
     def _layout(self) -> dict[str, Json]:
         zero = int(self._neox.zero_optimization.get("stage", 0))
-        return layout_of(self.topology, self.shape, bool(zero), self._neox.precision) | {"pipe": self._pipe}
+        return (
+            layout_of(self.topology, self.shape, bool(zero), self._neox.precision)
+            | {"pipe": self._pipe}
+            | ({"zero": 3} if self._sharded else {})
+        )
 
     def save(self, directory: Path, client_state: Mapping[str, Json]) -> Path:
         final = directory / f"global_step{self._steps}"

@@ -62,6 +62,9 @@ def neox_arguments(
         found |= dict.fromkeys(COMPILED, False)
     if not cuda:
         found |= dict.fromkeys(FUSED, False) | {"attention_config": [[["global"], neox.num_layers]]}
+    if found["zero_optimization"]["stage"] == 3:
+        # Without it small parameters stay whole on each rank after their first use, beside the shares that the reference is exchanged with.
+        found["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     if neox.precision == "fp16":
         found["fp16"] = {**(extra.get("fp16") or {}), "enabled": True}
     if neox.precision != "fp32":

@@ -134,6 +134,11 @@ def _complete_gradients(model: torch.nn.Module, args: Any) -> None:
             parameter.register_hook(summed)
 
 
+def gathered(parameter: Tensor) -> Any:
+    """Under ZeRO 3: the parameter whole while the context is open; what the first data-parallel rank wrote into it stays."""
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+
+
 def leave_world() -> None:
     """Ends the process groups; the process may build another engine afterwards."""
     for name in _MPU_STATE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,9 @@ from neox_rl.engines.hf_mapping import Entry, Place, Split, fused, shard, unshar
 from neox_rl.engines.model_shape import ModelShape
 from neox_rl.engines.port import Topology
 from neox_rl.errors import NeoxRLError
+
+
+Gathering = Callable[[Tensor], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -28,10 +32,16 @@ class World:
 
 
 class WeightParts:
-    """Knows which parameter of which stage holds which part of which HF tensor. ``parameters`` are this rank's, in model order."""
+    """Knows which parameter of which stage holds which part of which HF tensor. ``parameters`` are this rank's, in model order.
 
-    def __init__(self, model: torch.nn.Module, shape: ModelShape, world: World, places: Sequence[Place]) -> None:
-        self._shape, self._world, self._places = shape, world, places
+    ``whole``: None where each data-parallel rank holds its parameters whole; else a context that gathers one over those ranks, and on
+    leaving keeps what the first of them made of it.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, shape: ModelShape, world: World, places: Sequence[Place], whole: Gathering | None = None
+    ) -> None:
+        self._shape, self._world, self._places, self._whole = shape, world, places, whole
         self._by_name = dict(model.named_parameters())
         self.parameters = list(self._by_name.values())
         mine = {place.local for place in places if place.stage == world.topology.pp_rank}
@@ -45,18 +55,19 @@ class WeightParts:
             for place in self._places:
                 if place.stage == top.pp_rank:
                     full, split = fused(place.entry, read, self._shape), place.entry.split
-                    self._by_name[place.local].copy_(shard(full, split, top.tp_rank, top.tp, self._shape.padded_vocab))
+                    with self._gathered(place) as parameter:
+                        parameter.copy_(shard(full, split, top.tp_rank, top.tp, self._shape.padded_vocab))
 
     def gathered(self) -> Iterator[tuple[str, Tensor]]:
         """HF tensors on the CPU, on rank 0; the ranks of its replica take part, the other replicas have nothing to do."""
         top = self._world.topology
-        if top.dp_rank != 0:
+        if top.dp_rank != 0 and self._whole is None:
             return
         for place in self._places:
             if place.entry.alias:
                 continue
             full = self._at_origin(place)
-            if full is not None:
+            if full is not None and top.dp_rank == 0:
                 yield from zip(place.entry.hf, (part.cpu().contiguous() for part in place.entry.unfuse(full)), strict=True)
 
     def _at_origin(self, place: Place) -> Tensor | None:
@@ -64,7 +75,8 @@ class WeightParts:
         top, entry, stage = self._world.topology, place.entry, place.stage
         full = None
         if stage == top.pp_rank:
-            part = self._by_name[place.local].detach()
+            with self._gathered(place) as parameter:
+                part = parameter.detach().clone() if self._whole else parameter.detach()
             parts = [part]
             if top.tp > 1 and entry.split is not Split.NONE:
                 parts = [torch.empty_like(part) for _ in range(top.tp)]
@@ -79,6 +91,12 @@ class WeightParts:
         received = torch.empty(self._full_shape(entry), dtype=self.parameters[0].dtype, device=self._world.device)
         dist.recv(received, group=self._world.pp, group_src=stage)
         return received
+
+    @contextmanager
+    def _gathered(self, place: Place) -> Iterator[Tensor]:
+        parameter = self._by_name[place.local]
+        with self._whole(parameter) if self._whole else nullcontext():
+            yield parameter
 
     def _full_shape(self, entry: Entry) -> tuple[int, ...]:
         shapes = [self._shape.hf_shapes()[name] for name in entry.hf]

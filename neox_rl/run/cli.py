@@ -8,13 +8,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from neox_rl.config.checkout import VARIABLE, find_checkout
 from neox_rl.config.derived import num_episodes, num_parameters, staleness_bound, symbolic_words, warmstart_skipped
 from neox_rl.config.dump import dump
 from neox_rl.config.load import parse
 from neox_rl.config.machine import Machine
+from neox_rl.config.neox_defaults import other_defaults
 from neox_rl.config.placement import plan
 from neox_rl.config.rules import check, warnings
 from neox_rl.config.run import RunConfig
+from neox_rl.config.schema import NEOX_ENGINE
 from neox_rl.errors import ConfigError, NeoxRLError
 from neox_rl.run.resume import refuse_resume
 from neox_rl.telemetry.paths import RunPaths
@@ -83,7 +86,10 @@ def _configuration(args: argparse.Namespace) -> tuple[RunConfig, list[str]]:
     machine = Machine.here()
     parsed = parse(paths, settings)
     check(parsed.config, machine)
-    return parsed.config, [*(f"note: {n}" for n in parsed.notes), *(f"warning: {w}" for w in warnings(parsed.config, machine))]
+    notes = [*parsed.notes]
+    if parsed.config.metarl.engine == NEOX_ENGINE:
+        notes.append(other_defaults(parsed.config, parsed.written, find_checkout({VARIABLE: machine.gpt_neox_path})))
+    return parsed.config, [*(f"note: {n}" for n in notes if n), *(f"warning: {w}" for w in warnings(parsed.config, machine))]
 
 
 def describe(config: RunConfig, machine: Machine, script: str) -> str:

@@ -129,7 +129,9 @@ def resume(case: dict[str, Any], out: Path) -> None:
     reference = engine.logprobs(split(sequences(), 2), "reference")
     ok = client == {"cursor": 17, "note": "é"}
     policies = {"kept": kept, "reference": reference}
-    np.savez(out / f"rank{engine.topology.rank}.npz", whole=whole, continued=continued, client=ok, **policies, **tensors, **again)
+    scale = getattr(getattr(getattr(engine, "_engine", None), "optimizer", None), "loss_scale", 1.0)
+    found = {"whole": whole, "continued": continued, "client": ok, "scale": scale, **policies}
+    np.savez(out / f"rank{engine.topology.rank}.npz", **found, **tensors, **again)
     engine.close()
 
 

@@ -11,6 +11,7 @@ from neox_rl.config.checkout import VARIABLE, find_checkout, known_keys
 from neox_rl.config.dump import dump
 from neox_rl.config.load import load_resolved, parse
 from neox_rl.config.machine import Machine
+from neox_rl.config.neox_defaults import other_defaults
 from neox_rl.config.rules import broken
 from neox_rl.engines.gpt_neox_args import neox_arguments
 from neox_rl.errors import ConfigError
@@ -21,7 +22,7 @@ ENGINE = "metarl.engine=gpt-neox"
 
 
 def test_keys_are_read_from_the_source_of_the_checkout() -> None:
-    assert known_keys(STUB) == {"char_level_ppl", "tokenizer_type", "pos_emb", "wall_clock_breakdown", "sparse_gradients"}
+    assert known_keys(STUB) == {"char_level_ppl", "tokenizer_type", "pos_emb", "wall_clock_breakdown", "sparse_gradients", "fp16"}
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,41 @@ def test_keys_of_the_checkout_reach_it_and_survive_the_resolved_file(tmp_path: P
     assert load_resolved(tmp_path / "config.yml") == parsed.config
     arguments = neox_arguments(parsed.config.neox, parsed.config.extra, world_size=1, padded_vocab=8, backend="gloo", cuda=False)
     assert arguments["sparse_gradients"] is True and arguments["tokenizer_type"] == "HFTokenizer"
+
+
+def test_what_a_file_says_of_loss_scaling_reaches_deepspeed_without_the_words_it_does_not_know(tmp_path: Path) -> None:
+    """The files that come with GPT-NeoX have ``fp16: {fp16: true, ...}``, which DeepSpeed refuses."""
+    written = tmp_path / "neox.yml"
+    written.write_text("fp16: {enabled: true, fp16: true, type: fp16, loss_scale: 0, hysteresis: 2}\nmetarl: {engine: gpt-neox}\n")
+    config = parse([written]).config
+    (tmp_path / "config.yml").write_text(dump(config))
+    assert load_resolved(tmp_path / "config.yml") == config and broken(config, MACHINE) == []
+    arguments = neox_arguments(config.neox, config.extra, world_size=1, padded_vocab=8, backend="gloo", cuda=False)
+    assert arguments["fp16"] == {"enabled": True, "loss_scale": 0, "hysteresis": 2} and arguments["precision"] == "fp16"
+    assert (arguments["zero_optimization"]["stage"], arguments["data_types"]) == (1, {"grad_accum_dtype": "fp32"})
+    written.write_text("fp16: {enabled: true, hysteresis: 2}")
+    assert parse([written]).config.extra == {}
+
+
+def test_data_of_pretraining_are_handed_on_with_a_note() -> None:
+    parsed = parse([], [ENGINE, "data_path=somewhere", "vocab_file=tokenizer.json"])
+    assert parsed.config.extra == {"data_path": "somewhere", "vocab_file": "tokenizer.json"}
+    assert [note.split()[0] for note in parsed.notes] == ["data_path"]
+
+
+def test_a_key_that_is_left_out_and_has_another_default_there_is_told(tmp_path: Path) -> None:
+    checkout = tmp_path / "megatron/neox_arguments"
+    checkout.mkdir(parents=True)
+    (checkout / "deepspeed_args.py").write_text("class A:\n    gradient_clipping: float = 1.0\n")
+    (checkout / "neox_args.py").write_text(
+        "class B:\n    weight_decay: float = 0.1\n    warmup: float = 0.01\n    rms_norm_epsilon: float = 1e-8\n    pos_emb: str = 'learned'\n"
+    )
+    parsed = parse([], [ENGINE, "warmup=0.5", "optimizer={params: {lr: 1e-4}}"])
+    said = other_defaults(parsed.config, parsed.written, tmp_path)
+    assert "weight_decay 0 (0.1 there), pos_emb rotary (learned there), optimizer.params.betas [0.9, 0.95] ([0.9, 0.999] there)" in said
+    assert not {"warmup", "rms_norm_epsilon", "gradient_clipping", "optimizer.params.lr"} & set(said.split())
+    all_written = parse([], [ENGINE, "weight_decay=0", "warmup=0", "pos_emb=rotary", "optimizer={params: {lr: 1, betas: [0, 0]}}"])
+    assert other_defaults(all_written.config, all_written.written, tmp_path) == ""
 
 
 def test_a_key_that_nobody_knows_is_named_with_the_one_that_was_meant() -> None:

@@ -139,6 +139,8 @@ def test_null_is_the_default_and_an_empty_file_is_all_defaults(tmp_path: Path) -
         ("bf16: {enabled: true}", "bfloat16"),
         ("fp16: {enabled: false}", "fp32"),
         ("fp16: {enabled: true, type: bfloat16}\nprecision: bfloat16", "bfloat16"),
+        ("fp16: {enabled: true, type: fp16, fp16: true}", "fp16"),
+        ("precision: fp16", "fp16"),
     ],
 )
 def test_every_neox_spelling_of_precision(tmp_path: Path, text: str, precision: str) -> None:
@@ -148,13 +150,12 @@ def test_every_neox_spelling_of_precision(tmp_path: Path, text: str, precision: 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("fp16: {enabled: true}", "use bfloat16 or fp32"),
-        ("precision: fp16", "use bfloat16 or fp32"),
         ("bf16: {enabled: true}\nprecision: fp32", "disagree"),
+        ("fp16: {enabled: true}\nprecision: fp32", "disagree"),
         ("fp16: true", "must be a block"),
     ],
 )
-def test_fp16_and_contradicting_precisions_are_refused(tmp_path: Path, text: str, says: str) -> None:
+def test_contradicting_precisions_are_refused(tmp_path: Path, text: str, says: str) -> None:
     assert says in refusal(tmp_path, text)
 
 
@@ -169,7 +170,17 @@ def test_a_file_of_gpt_neox_is_taken_as_it_is_with_a_note_on_what_is_not_read(tm
     assert len(parsed.notes) == 1 and parsed.notes[0].startswith("train_micro_batch_size_per_gpu (")
 
 
-@pytest.mark.parametrize("text", ["hidden_dropout: 0.1", "attention_config: [[[local], 2]]", "use_qk_layernorm: true", "use_mup: true"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hidden_dropout: 0.1",
+        "attention_config: [[[local], 2]]",
+        "use_qk_layernorm: true",
+        "use_mup: true",
+        "train_impl: rm",
+        "autotuning: {enabled: true}",
+    ],
+)
 def test_a_neox_key_that_would_change_the_model_is_refused(tmp_path: Path, text: str) -> None:
     assert "supported here" in refusal(tmp_path, text)
 

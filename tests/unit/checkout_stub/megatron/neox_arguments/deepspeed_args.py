@@ -9,3 +9,4 @@ class Arguments:
 
     wall_clock_breakdown: bool = False
     sparse_gradients: bool = False
+    fp16: dict = None
