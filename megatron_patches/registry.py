@@ -57,6 +57,11 @@ def digest(symbol: str) -> str:
     return hashlib.sha256(inspect.getsource(resolve(symbol)).encode()).hexdigest()[:16]
 
 
+def _where(symbol: str) -> str:
+    found = resolve(symbol)
+    return f"{inspect.getsourcefile(found)}:{inspect.getsourcelines(found)[1]}"
+
+
 def check(patch: Patch) -> None:
     """Raises PatchError, or warns, when an upstream source differs from the one that the patch was written for."""
     for symbol, expected in patch.sources.items():
@@ -70,7 +75,7 @@ def check(patch: Patch) -> None:
             continue
         message = (
             f"patch {patch.name!r}: the source of {symbol} is {found}, the patch was written for {expected} "
-            f"({patch.reason}); read the new source, mend the patch and its digest, or {WRITTEN_FOR[patch.upstream]}"
+            f"({patch.reason}); read {_where(symbol)}, mend the patch and its digest, or {WRITTEN_FOR[patch.upstream]}"
         )
         if patch.on_change == "stop":
             raise PatchError(message)

@@ -182,8 +182,8 @@ def zero_stage(config: RunConfig, machine: Machine) -> Iterator[str]:
     plain = config.metarl.engine == NEOX_ENGINE and n.pipe_parallel_size == 0 and n.model_parallel_size == 1
     if type(stage) is not int or stage not in (0, 1, 2, 3):
         yield (
-            f"zero_optimization.stage = {stage!r}: must be 0, 1 (optimizer states sharded over DP), 2 (gradients too) or 3 (parameters too);"
-            " set stage: 1"
+            f"zero_optimization.stage = {stage!r}: must be 0, 1 (optimizer states sharded over DP), 2 (gradients too) or 3 (parameters"
+            " too); set stage: 1"
         )
     elif stage > 1 and not plain:
         yield (
@@ -296,6 +296,32 @@ def sequence_divides(config: RunConfig, machine: Machine) -> Iterator[str]:
         )
 
 
+def attention_covers_layers(config: RunConfig, machine: Machine) -> Iterator[str]:
+    """GPT-NeoX's ``[[["flash"], 12]]`` or ``[[["flash"], "all"]]``, or a name a layer; without CUDA the engine takes global throughout."""
+    given, n = config.extra.get("attention_config"), config.neox
+    if given is None:
+        return
+    fix = f'write [[["global"], {n.num_layers}]]'
+    if not isinstance(given, list) or not all(isinstance(item, str) or _repeated(item) for item in given):
+        yield f"attention_config = {given!r}: must be a list of [[kinds], times]; {fix}"
+        return
+    kinds = 0
+    for item in given:
+        kinds += 1 if isinstance(item, str) else len(item[0]) * (n.num_layers // len(item[0]) if item[1] == "all" else item[1])
+    if kinds != n.num_layers:
+        yield f"attention_config = {given!r}: names {kinds} layers, and num_layers = {n.num_layers}; {fix}"
+    if "flash" in str(given) and machine.num_gpus and n.precision == "fp32":
+        yield f"attention_config = {given!r}: flash attention computes in half precision, and precision = fp32; set bfloat16, or {fix}"
+
+
+def _repeated(item: object) -> bool:
+    """``[["flash"], 12]``."""
+    match item:
+        case [[str(), *_], int() | "all"]:
+            return True
+    return False
+
+
 MODEL_RULES = (
     heads_divide_width,
     one_family,
@@ -315,5 +341,6 @@ MODEL_RULES = (
     backend_fits_machine,
     checkout_knows_the_keys,
     sequence_divides,
+    attention_covers_layers,
 )
 MODEL_WARNINGS = (stages_are_even,)

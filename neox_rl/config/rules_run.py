@@ -44,7 +44,8 @@ def paths_exist(config: RunConfig, machine: Machine) -> Iterator[str]:
     }
     for key, path in paths.items():
         if path and not machine.exists(path):
-            yield f"{key} = {path!r}: does not exist; relative paths are from the working directory"
+            fix = "; without load a run starts anew, and --resume goes on with it" if key == "load" else ""
+            yield f"{key} = {path!r}: does not exist; relative paths are from the working directory{fix}"
 
 
 def servers_come_from_one_place(config: RunConfig, machine: Machine) -> Iterator[str]:

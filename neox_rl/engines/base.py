@@ -195,7 +195,7 @@ class RankEngine(ABC):
     def _set_initial_weights(self) -> None:
         self._set_weights(lambda name: self.shape.initial(name, self._config.metarl.seed))
 
-    def _held(self) -> list[Tensor]:
+    def _held(self) -> Sequence[Tensor]:
         """What this rank holds of each parameter, in model order: the storage that the reference policy is exchanged with."""
         return self._parts.parameters
 

@@ -71,7 +71,7 @@ class GptNeoXEngine(RankEngine):
     def _stage_of(self, module: int) -> int:
         return int(self._engine.module.stage_owner(module)) if self._pipe else 0
 
-    def _held(self) -> list[Tensor]:
+    def _held(self) -> Sequence[Tensor]:
         """Under ZeRO 3 this rank's share; what it had gathered of others is of the weights before, so it is let go."""
         if not self._sharded:
             return super()._held()

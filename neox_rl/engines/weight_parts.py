@@ -15,7 +15,6 @@ from neox_rl.engines.model_shape import ModelShape
 from neox_rl.engines.port import Topology
 from neox_rl.errors import NeoxRLError
 
-
 Gathering = Callable[[Tensor], AbstractContextManager[None]]
 
 

@@ -40,11 +40,13 @@ REFUSED = {
 }
 """What its file asks for and no served model, or no release of GPT-NeoX, has. The Llama 2 ones leave biases in the MLP."""
 TO_DEEPSPEED_AND_MODEL = frozenset(
-    ("checkpoint", "comms_logger", "communication_data_type", "curriculum_seqlen", "deepscale", "deepscale_config", "deepspeed_extra_args")
-    + ("dump_state", "flops_profiler", "fused_kernels_build_path", "gradient_predivide_factor", "onnx_safe", "pipe_partition_method")
-    + ("attention_softmax_in_fp32", "prescale_gradients", "rotary_save_freqs_buffer", "sparse_attention", "sparse_gradients")
-    + ("sparsity_config", "use_cpu_initialization", "te_fp8_amax_compute_algo", "te_fp8_amax_history_len", "te_fp8_format")
-    + ("te_fp8_margin", "te_fp8_wgrad")
+    {
+        *("checkpoint", "comms_logger", "communication_data_type", "curriculum_seqlen", "deepscale", "deepscale_config"),
+        *("deepspeed_extra_args", "dump_state", "flops_profiler", "fused_kernels_build_path", "gradient_predivide_factor", "onnx_safe"),
+        *("attention_softmax_in_fp32", "pipe_partition_method", "prescale_gradients", "rotary_save_freqs_buffer", "sparse_attention"),
+        *("sparse_gradients", "sparsity_config", "use_cpu_initialization", "te_fp8_amax_compute_algo", "te_fp8_amax_history_len"),
+        *("te_fp8_format", "te_fp8_margin", "te_fp8_wgrad"),
+    }
 )
 """What the model and DeepSpeed's engine read as it is written."""
 

@@ -86,6 +86,27 @@ CASES = (
         "model_parallel_size=1",
         NEOX,
     ),
+    Case(
+        "attention_covers_layers",
+        "metarl.engine=gpt-neox attention_config=[[[flash],4]]",
+        'names 4 layers, and num_layers = 3; write [[["global"], 3]]',
+        "attention_config=[[[flash],all]]",
+        NEOX,
+    ),
+    Case(
+        "attention_covers_layers",
+        "metarl.engine=gpt-neox attention_config=[[3]]",
+        "must be a list of",
+        "attention_config=[[[flash],3]]",
+        NEOX,
+    ),
+    Case(
+        "attention_covers_layers",
+        "metarl.engine=gpt-neox attention_config=[[[flash],3]]",
+        "computes in half precision",
+        "precision=bfloat16",
+        replace(NEOX, num_gpus=4),
+    ),
     Case("half_precision_is_scaled", "precision=fp16", "needs metarl.engine: gpt-neox", "metarl.engine=gpt-neox", NEOX),
     Case(
         "half_precision_is_scaled",

@@ -22,7 +22,7 @@ ENGINE = "metarl.engine=gpt-neox"
 
 
 def test_keys_are_read_from_the_source_of_the_checkout() -> None:
-    assert known_keys(STUB) == {"char_level_ppl", "tokenizer_type", "pos_emb", "wall_clock_breakdown", "sparse_gradients", "fp16"}
+    assert known_keys(STUB) == {"char_level_ppl", "tokenizer_type", "pos_emb", "wall_clock_breakdown", "sparse_gradients", "fp16", "attention_config"}
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,8 @@ def test_a_key_that_is_left_out_and_has_another_default_there_is_told(tmp_path: 
     checkout.mkdir(parents=True)
     (checkout / "deepspeed_args.py").write_text("class A:\n    gradient_clipping: float = 1.0\n")
     (checkout / "neox_args.py").write_text(
-        "class B:\n    weight_decay: float = 0.1\n    warmup: float = 0.01\n    rms_norm_epsilon: float = 1e-8\n    pos_emb: str = 'learned'\n"
+        "class B:\n    weight_decay: float = 0.1\n    warmup: float = 0.01\n    rms_norm_epsilon: float = 1e-8\n"
+        "    pos_emb: str = 'learned'\n"
     )
     parsed = parse([], [ENGINE, "warmup=0.5", "optimizer={params: {lr: 1e-4}}"])
     said = other_defaults(parsed.config, parsed.written, tmp_path)

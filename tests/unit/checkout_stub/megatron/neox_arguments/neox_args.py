@@ -10,3 +10,4 @@ class Arguments:
     char_level_ppl: bool = False
     tokenizer_type: str = ""
     pos_emb: str = "rotary"
+    attention_config: list = None
