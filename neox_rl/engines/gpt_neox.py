@@ -243,9 +243,20 @@ class GptNeoXEngine(RankEngine):
         return client
 
     def _load_stock(self, checkpoint: Path) -> None:
+        from deepspeed.runtime.zero.utils import ZeRORuntimeException
+
+        only_weights = {"load_module_only": True}
+        if self._sharded:
+            # DeepSpeed leaves the weights as they are then, without a word: they are with the optimizer's states.
+            only_weights = {"load_optimizer_states": False, "load_lr_scheduler_states": False}
+            if not any(checkpoint.glob("zero_pp_rank_*_model_states.pt")):
+                raise WeightError(
+                    f"{checkpoint} was not written under ZeRO 3 and cannot be read under it; set zero_optimization.stage: 1, or turn it"
+                    " into an HF checkpoint with tools/neox_checkpoint.py and set metarl.warmstart.hf_checkpoint"
+                )
         try:
-            path, state = self._engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_module_only=True)
-        except (RuntimeError, KeyError, OSError, AssertionError) as error:
+            path, state = self._engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, **only_weights)
+        except (RuntimeError, KeyError, OSError, AssertionError, ZeRORuntimeException) as error:
             raise WeightError(
                 f"{checkpoint} does not fit the model of this run ({type(error).__name__}: {error}); use the keys that it was trained with"
             ) from error

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -75,6 +76,19 @@ def equal_bit_by_bit(found: Path, expected: Path) -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_through_the_engine(through_the_engine: Path, given: Path, model: str, layout: str) -> None:
     equal_bit_by_bit(through_the_engine / f"{model}-{layout}" / "hf", given / model)
+
+
+def test_pretraining_checkpoints_under_zero_3(tmp_path: Path) -> None:
+    """DeepSpeed keeps the weights with the optimizer's states then, and passes over them where only weights are asked for."""
+    zero = {stage: {"pipe_parallel_size": 0, "zero_optimization": {"stage": stage}} for stage in (1, 3)}
+    case = {"engine": "gpt-neox", "kind": "foreign"}
+    same = {**case, "name": "same", "neox": {**MODELS["llama"], **zero[3]}}
+    other = {**case, "name": "other", "neox": {**MODELS["llama"], **zero[1]}, "then": zero[3]}
+    run_ranks(2, [same, other], tmp_path)
+    data, refused = (np.load(tmp_path / name / "rank0.npz") for name in ("same", "other"))
+    names = [name for name in data.files if name.startswith("w.")]
+    assert names and not data["said"].item() and all(np.array_equal(data[name], data[f"r.{name[2:]}"]) for name in names)
+    assert "was not written under ZeRO 3" in refused["said"].item()
 
 
 @pytest.mark.parametrize("model", TOOL)

@@ -22,6 +22,7 @@ from neox_rl.config.run import RunConfig
 from neox_rl.config.schema import MetaRLConfig
 from neox_rl.engines.base import RankEngine
 from neox_rl.engines.registry import build_engine
+from neox_rl.errors import WeightError
 from neox_rl.run.endpoints import free_port
 from tests.invariance.engine_batches import VOCAB, loss_fn, sequences, split
 
@@ -147,12 +148,38 @@ def round_trip(case: dict[str, Any], out: Path) -> None:
     engine.close()
 
 
+def foreign(case: dict[str, Any], out: Path) -> None:
+    """A checkpoint without our meta data, as GPT-NeoX's own training leaves it, in another engine."""
+    engine = build(case, out)
+    train(engine, case, range(2))
+    path, saved = engine.save(out / "ckpt", {}), {f"w.{name}": tensor.numpy() for name, tensor in engine.named_tensors()}
+    engine.close()
+    if engine.topology.rank == 0:
+        (path / "meta.json").unlink()
+    engine = build({**case, "neox": {**case["neox"], **case.get("then", {})}}, out, 1)
+    said = ""
+    try:
+        engine.load(out / "ckpt")
+    except WeightError as error:
+        said = str(error)
+    found = {f"r.{name}": tensor.numpy() for name, tensor in engine.named_tensors()}
+    np.savez(out / f"rank{engine.topology.rank}.npz", said=said, **saved, **found)
+    engine.close()
+
+
 def main() -> None:
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     for case in cases:
         directory = out / case["name"]
         directory.mkdir(parents=True, exist_ok=True)
-        kinds = {"export": export, "parity": parity, "first_step": first_step, "resume": resume, "round_trip": round_trip}
+        kinds = {
+            "export": export,
+            "parity": parity,
+            "first_step": first_step,
+            "resume": resume,
+            "round_trip": round_trip,
+            "foreign": foreign,
+        }
         kinds[case["kind"]](case, directory)
 
 

@@ -22,7 +22,15 @@ ENGINE = "metarl.engine=gpt-neox"
 
 
 def test_keys_are_read_from_the_source_of_the_checkout() -> None:
-    assert known_keys(STUB) == {"char_level_ppl", "tokenizer_type", "pos_emb", "wall_clock_breakdown", "sparse_gradients", "fp16", "attention_config"}
+    assert known_keys(STUB) == {
+        "char_level_ppl",
+        "tokenizer_type",
+        "pos_emb",
+        "wall_clock_breakdown",
+        "sparse_gradients",
+        "fp16",
+        "attention_config",
+    }
 
 
 @pytest.mark.parametrize(
