@@ -189,6 +189,12 @@ def mean_of(rows: Sequence[Sequence[object]], keep: Callable[[str], bool] = lamb
     return accuracy, float(np.mean([float(str(row[3])) for row in kept]))
 
 
+def tokens_of(rows: Sequence[Sequence[object]]) -> Interval:
+    """Mean tokens of rows of ``per_problem``, with an interval."""
+    tokens = [float(str(row[3])) for row in rows]
+    return cluster_mean_ci(tokens, [str(row[1]) for row in rows], (0.0, max(tokens) + 1.0))
+
+
 def percent(interval: Interval) -> str:
     return f"{100 * interval.mean:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
 

@@ -111,9 +111,9 @@ def main() -> None:
             each.plot(EPISODES, [100 * v for v in values], dashes, color=color, label=f"{label}: {form}", zorder=5)
             rows.append([f"closed form, {label}: {form}", *(f"{100 * v:.1f}" for v in values)])
         each.set(xlabel="episode k", xticks=EPISODES, ylabel=f"{name}, %", ylim=(0, 103))
-        print(f"{name}, %: mean of {args.seeds} seeds")
+        print(f"{name}, %; seeds: {args.seeds}")
         table(["", *(f"k = {k}" for k in EPISODES)], rows)
-    figure.suptitle(f"goal finding, {DOORS} doors; {args.seeds} seeds (thin), their mean with 95 %; dotted: before RL", fontsize=10)
+    figure.suptitle(f"goal finding, {DOORS} doors; seeds: {args.seeds} (thin), their mean with 95 %; dotted: before RL", fontsize=10)
     axes[0].legend(frameon=False, fontsize=8, loc="upper left")
     save(figure, args.picture)
 

@@ -15,7 +15,23 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import sft_traces
-from common import COLORS, LEVELS, QUIET, Job, arguments, error_bars, levels, mean_of, panels, parser, percent, run_jobs, save, table
+from common import (
+    COLORS,
+    LEVELS,
+    QUIET,
+    Job,
+    arguments,
+    error_bars,
+    levels,
+    mean_of,
+    panels,
+    parser,
+    percent,
+    run_jobs,
+    save,
+    table,
+    tokens_of,
+)
 
 from neox_rl.config.load import load_resolved
 from neox_rl.problems.sources import load_problems
@@ -106,7 +122,7 @@ def _at(runs: list[RunData], label: str, level: int, rates: Path | None) -> list
 
 
 def _lengths(before: list[list[object]], after: list[list[object]]) -> list[str]:
-    return [f"{mean_of(rows)[1]:.1f}" for rows in (before, after)]
+    return [f"{i.mean:.1f} [{i.low:.1f}, {i.high:.1f}]" for i in map(tokens_of, (before, after))]
 
 
 def _quality(found: dict[str, list[RunData]]) -> None:
@@ -124,11 +140,11 @@ def _plot(found: dict[str, list[RunData]], rates: Path | None, path: Path) -> No
     for start, runs in found.items():
         color = COLORS[[*STARTS, "main job"].index(start)]
         for label, line in ((FIRST, "--"), (LAST, "-")):
-            measured = [mean_of(_at(runs, label, level, rates)) for level in range(LEVELS)]
+            found_at = [_at(runs, label, level, rates) for level in range(LEVELS)]
             name = f"{start}, {'before' if label == FIRST else 'after'} RL"
             x = [level + 1.0 for level in range(LEVELS)]
-            error_bars(axes[0], x, [m[0] for m in measured], name, color, linestyle=line)
-            axes[1].plot(x, [m[1] for m in measured], line, marker="o", color=color, label=name)
+            error_bars(axes[0], x, [mean_of(rows)[0] for rows in found_at], name, color, linestyle=line)
+            error_bars(axes[1], x, [tokens_of(rows) for rows in found_at], name, color, 1.0, linestyle=line)
     axes[0].set_ylabel("held-out accuracy, sampled, %")
     axes[1].set_ylabel("tokens an answer")
     for each in axes:

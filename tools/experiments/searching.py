@@ -42,6 +42,8 @@ ATTEMPT_TOKENS = 6
 """Of an attempt that goes straight to its end: two steps of three words."""
 ONE_CONTEXT = 128
 """Tokens after which a search in one context is cut off, and another begins."""
+REQUEST_S = 900.0
+"""One request waits behind those of all other problems."""
 SEED = 1
 WIDTHS = (4, 8, 16)
 """Steps that are sampled at a node, which is asked once."""
@@ -147,7 +149,7 @@ class Servers:
         critic = [] if self.critic_model is None else ["--prm-server", self.critic, "--prm-model", str(self.critic_model)]
         steps = ["--max-step-tokens", "3", "--playouts", "4", "--playout-tokens", "24"]
         where = ["--problems", str(rows), "--server", self.policy, "--model", str(self.model), *critic]
-        return [*chosen, *where, *steps, "--budget-nodes", "1000", "--parallel", "48", "--seed", str(SEED)]
+        return [*chosen, *where, *steps, "--budget-nodes", "1000", "--parallel", "48", "--timeout-s", str(REQUEST_S), "--seed", str(SEED)]
 
 
 async def _command(argv: Sequence[str], out: Path) -> None:
@@ -163,7 +165,7 @@ async def _command(argv: Sequence[str], out: Path) -> None:
 async def _attempts(policy: str, model: Path, problems: Sequence[Problem], count: int, out: Path) -> None:
     """``count`` sampled attempts at each problem, each a search in one context: whether it was right, and its tokens."""
     tokenizer, verifier = DirectoryTokenizer(model), ArithmeticVerifier()
-    async with CompletionsGenerator(policy) as generator:
+    async with CompletionsGenerator(policy, request_timeout_s=REQUEST_S) as generator:
 
         async def one(problem: Problem) -> list[tuple[bool, int]]:
             ids = tokenizer.encode(problem.prompt)
@@ -249,10 +251,10 @@ def at(found: Mapping[str, Sequence[Spent]], name: str, budget: int, keep: set[s
 
 def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--run", type=Path, default=ROOT / "runs/metarl", help="a finished run of one rank with checkpoints")
-    p.add_argument("--checkpoints", type=int, nargs="*", default=[200, 400, 800, 1300, 1400], help="those before the last policy, by step")
+    p.add_argument("--checkpoints", type=int, nargs="*", default=[400, 800, 1300, 1400], help="those before the last policy, by step")
     p.add_argument("--problems", type=int, default=80, help="held-out problems")
     p.add_argument("--strategies", nargs="+", default=STRATEGIES, choices=STRATEGIES, help="trees that are compared, by the heuristic")
-    p.add_argument("--attempts", type=int, default=20, help="attempts in context at a problem")
+    p.add_argument("--attempts", type=int, default=16, help="attempts in context at a problem")
     p.add_argument("--prm", type=Path, metavar="DIR", help="a reward model as prm.py leaves it (its HF directory), as one more value")
 
 
