@@ -32,7 +32,7 @@ def main() -> None:
     args = arguments(p)
     searching.quick(args)
     known, problems = searching.checkpoints(args), searching.heldout(args)
-    found = {c.name: asyncio.run(searching.measure(args, c, c is known[-1])) for c in known}
+    found = {c.name: asyncio.run(searching.measure(args, c, c is known[-1])) for c in reversed(known)}
     level = levels(problems)
     rows = []
     for checkpoint in known:

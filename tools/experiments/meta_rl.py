@@ -23,7 +23,6 @@ DOORS = 4
 SETTINGS = (
     f"metarl.problems.num_goals={DOORS}",
     f"metarl.episodes.count={DOORS}",
-    "train_iters=150",
     "metarl.rollout.groups_per_step=32",
     "metarl.objective.entropy_coef=0.02",
     "metarl.evaluation.num_problems=300",
@@ -55,7 +54,7 @@ QUICK = ("train_iters=4", "metarl.warmstart.steps=4", "metarl.evaluation.num_pro
 
 
 def jobs(args: argparse.Namespace) -> dict[str, list[Job]]:
-    common = SETTINGS + (QUICK if args.quick else ())
+    common = (*SETTINGS[:2], f"train_iters={args.iterations}", *SETTINGS[2:], *(QUICK if args.quick else ()))
     return {
         title: [Job(f"{name}-s{seed}", (*common, *METHODS[title][2], f"metarl.seed={seed}"), config) for seed in range(1, args.seeds + 1)]
         for title, (name, config, _) in METHODS.items()
@@ -92,6 +91,7 @@ def over_seeds(curves: Sequence[Sequence[Interval]]) -> list[Interval]:
 def main() -> None:
     p = parser(__doc__, "meta_rl")
     p.add_argument("--seeds", type=int, default=3, help="runs of each method")
+    p.add_argument("--iterations", type=int, default=150, help="RL steps of 32 groups of 4")
     p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="which to compare")
     args = arguments(p)
     wanted = jobs(args)

@@ -7,8 +7,9 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack, redirect_stdout
+from contextlib import AsyncExitStack, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from time import monotonic
 
@@ -155,7 +156,7 @@ class Servers:
 async def _command(argv: Sequence[str], out: Path) -> None:
     """The program itself, in this process: to start it anew would cost more than most of these searches."""
     partial = out.with_suffix(".partial")
-    with partial.open("w") as file, redirect_stdout(file):
+    with partial.open("w") as file, redirect_stdout(file), redirect_stderr(StringIO()):
         failed = await search_file(search_parser().parse_args(argv))
     if failed:
         raise SystemExit(f"python -m neox_rl.search {' '.join(argv)} ended with status {failed}")

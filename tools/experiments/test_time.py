@@ -66,7 +66,7 @@ def main() -> None:
     searching.quick(args)
     known = searching.checkpoints(args)
     most = known[-1]
-    found = {c.name: asyncio.run(searching.measure(args, c, c is most)) for c in known}
+    found = {c.name: asyncio.run(searching.measure(args, c, c is most)) for c in reversed(known)}
     rows = []
     for checkpoint in known:
         names = [name for name in found[checkpoint.name] if not name.startswith(f"{BEST_OF_N}, ")]
