@@ -207,9 +207,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     print(flush=True)
 
 
-def panels(count: int, width: float = 5.2) -> tuple[Figure, Sequence[Axes]]:
-    figure, axes = plt.subplots(1, count, figsize=(width * count, 4.3), constrained_layout=True)
-    found = [axes] if count == 1 else list(axes)
+def panels(count: int, width: float = 5.2, rows: int = 1) -> tuple[Figure, Sequence[Axes]]:
+    columns = -(-count // rows)
+    figure, grid = plt.subplots(rows, columns, figsize=(width * columns, 4.3 * rows), constrained_layout=True, squeeze=False)
+    found = list(grid.flat)
     for each in found:
         each.spines[["top", "right"]].set_visible(False)
     return figure, found

@@ -22,7 +22,7 @@ from neox_rl.telemetry.stats import Interval, paired_difference_ci
 
 EXPLICIT = (BEST_OF_N, *(tree(width, value) for value in ("none", "oracle") for width in (WIDTHS[0], WIDTHS[-1])))
 SHOWN = (16, 32, 64, 128, 256, 512)
-AT = 64
+AT = 128
 """The budget by difficulty."""
 
 
@@ -54,7 +54,7 @@ def main() -> None:
 
 def _plot(known: Sequence[Checkpoint], found: Mapping[str, Mapping[str, Sequence[Spent]]], level: Mapping[str, int], path: Path) -> None:
     shown = [known[i] for i in sorted({0, len(known) // 2, len(known) - 1})]  # more would be too small to read
-    figure, axes = panels(len(shown) + 1, 4.8)
+    figure, axes = panels(len(shown) + 1, 5.6, rows=2)
     for each, checkpoint in zip(axes, shown, strict=False):
         for color, name in zip(COLORS, (IN_CONTEXT, *EXPLICIT), strict=False):
             error_bars(each, BUDGETS, searching.curve(found[checkpoint.name], name), name, color)

@@ -108,12 +108,15 @@ def _trade(known: Sequence[Checkpoint], found: Found, axes: Axes) -> None:
         axes.plot(x / 1e6, np.exp(intercept) * x**slope, color=color, linewidth=1.2, label=f"{name}: slope {slope:.2f}")
     print()
     axes.set(xscale="log", yscale="log", xlabel="million tokens trained on", ylabel="test tokens to solve 50 %")
+    axes.set_yticks(BUDGETS[1:-1], [str(budget) for budget in BUDGETS[1:-1]])
+    axes.set_xticks([c.tokens / 1e6 for c in known], [f"{c.tokens / 1e6:.1f}" for c in known])
+    axes.minorticks_off()
     axes.set_title("train against test compute")
     axes.legend(frameon=False, fontsize=8)
 
 
 def _plot(known: Sequence[Checkpoint], found: Found, args: argparse.Namespace, path: Path) -> None:
-    figure, axes = panels(5, 4.6)
+    figure, axes = panels(6, 5.0, rows=2)
     shades = mpl.colormaps["viridis"](np.linspace(0.9, 0.1, len(known)))
     x = np.geomspace(BUDGETS[0], BUDGETS[-1], 100)
     for each, name in zip(axes[:2], (IN_CONTEXT, BEST_OF_N), strict=True):
@@ -126,12 +129,18 @@ def _plot(known: Sequence[Checkpoint], found: Found, args: argparse.Namespace, p
         each.set_title(f"{name}, with fitted sigmoids")
     _trade(known, found, axes[2])
     most = found[known[-1].name]
-    for color, strategy in zip(COLORS, args.strategies, strict=False):
-        error_bars(axes[3], BUDGETS, searching.curve(most, strategy), strategy, color)
-    axes[3].set_title(f"trees of {WIDTH} by the heuristic, {known[-1].name}")
+    for color, width in zip(COLORS, WIDTHS, strict=False):
+        for value, dashes in (("none", "-"), ("oracle", "--")):
+            name = tree(width, value)
+            error_bars(axes[3], BUDGETS, searching.curve(most, name), name, color, linestyle=dashes)
+    axes[3].set_title(f"steps sampled at a node, {known[-1].name}")
     for color, value in zip(COLORS, searching.values(args), strict=False):
         error_bars(axes[4], BUDGETS, searching.curve(most, tree(WIDTH, value)), value, color)
     axes[4].set_title(f"values for best-first of {WIDTH}, {known[-1].name}")
+    for number, (color, strategy) in enumerate(zip(COLORS, args.strategies, strict=False)):
+        x_of = [budget * 1.03**number for budget in BUDGETS]  # beside one another: most of them are the same
+        error_bars(axes[5], x_of, searching.curve(most, strategy), strategy, color)
+    axes[5].set_title(f"trees of {WIDTH} by the heuristic, {known[-1].name}")
     for each in (*axes[:2], *axes[3:]):
         each.set(ylabel="solved, %", ylim=(0, 102))
         budget_axis(each, BUDGETS, "tokens a problem")
