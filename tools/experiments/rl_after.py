@@ -45,7 +45,7 @@ RL_SETTINGS = {"countdown": ("metarl.rollout.max_new_tokens=40",), "game24": ("m
 
 def job(args: argparse.Namespace, start: str, seed: int) -> Job:
     """The main job's RL on the policy of ``sft_traces.py``."""
-    first = sft_traces.job(args.task, start, args.steps, seed)
+    first = sft_traces.job(args.task, start, args.steps, seed, args.quick)
     settings = (
         *QUIET,
         *sft_traces.TASKS[args.task],
@@ -55,6 +55,7 @@ def job(args: argparse.Namespace, start: str, seed: int) -> Job:
         f"metarl.seed={seed}",
         f"train_iters={args.iterations}",
         "metarl.evaluation.num_problems=250",
+        *(sft_traces.QUICK if args.quick else ()),
     )
     return Job(f"rl-after-{args.task}-{start}-{args.steps}-{args.iterations}-s{seed}", settings)
 
@@ -108,7 +109,7 @@ def main() -> None:
 
 
 def runs_of(args: argparse.Namespace) -> dict[str, list[RunData]]:
-    run_jobs([sft_traces.job(args.task, start, args.steps, seed) for start in args.starts for seed in args.seeds], args)
+    run_jobs([sft_traces.job(args.task, start, args.steps, seed, args.quick) for start in args.starts for seed in args.seeds], args)
     jobs = {(start, seed): job(args, start, seed) for start in args.starts for seed in args.seeds}
     runs = run_jobs(list(jobs.values()), args, side_by_side=False)
     found: dict[str, list[RunData]] = defaultdict(list)

@@ -52,8 +52,10 @@ BUDGET = 40
 STEPS = (325, 1300)
 """Of 2,048 tokens; the second is the main job's warm start."""
 
+QUICK = ("metarl.evaluation.num_problems=8", "metarl.rollout.max_new_tokens=24")
 
-def job(task: str, style: str, steps: int, seed: int) -> Job:
+
+def job(task: str, style: str, steps: int, seed: int, quick: bool = False) -> Job:
     """The run whose policy ``rl_after.py`` uses too: model and problems of ``configs/metarl.yml``."""
     settings = (
         *QUIET,
@@ -63,6 +65,7 @@ def job(task: str, style: str, steps: int, seed: int) -> Job:
         f"metarl.seed={seed}",
         "metarl.evaluation.num_problems=250",
         "metarl.evaluation.samples=1",
+        *(QUICK if quick else ()),
     )
     return Job(f"sft-{task}-{style}-{steps}-s{seed}", settings, "traces")
 
@@ -88,10 +91,11 @@ def main() -> None:
     p.add_argument("--game24", type=int, nargs="*", default=[1], metavar="SEED", help=f"of the longest runs of {', '.join(COMPARED)} on it")
     args = arguments(p)
     wanted = points(args)
-    runs = run_jobs([job(*point) for point in wanted], args)
+    jobs = {point: job(*point, args.quick) for point in wanted}
+    runs = run_jobs(list(jobs.values()), args)
     cells: dict[tuple[str, str, int], list[RunData]] = defaultdict(list)
     for point in wanted:
-        cells[point[:3]].append(runs[job(*point).name])
+        cells[point[:3]].append(runs[jobs[point].name])
     rows, curves = [], dict[tuple[str, str], list[Point]]()
     for (task, style, steps), found in cells.items():
         greedy, sampled = ([row for run in found for row in _rows(run, mode)] for mode in ("greedy", "sampled"))
