@@ -1,6 +1,6 @@
 """Sequences to micro-batches: which rows the model computes, and which loss terms are taken at them. Pure.
 
-sequences -> trees (one a sequence; with shared prefixes one a group) -> bins -> rows and terms of a MicroBatch
+sequences -> units of trees (a tree a sequence; with shared prefixes one a group) -> bins -> rows and terms of a MicroBatch
 """
 
 from __future__ import annotations
@@ -36,30 +36,37 @@ class TokenSequence(Protocol):
 
 
 class Unit(NamedTuple):
-    """What is packed as one: a tree, and the indices of the sequences that are its paths."""
+    """What is packed as one: trees, and the indices of the sequences that are their paths, one tree's after the other's."""
 
     members: tuple[int, ...]
-    tree: PrefixTree
+    trees: tuple[PrefixTree, ...]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(map(len, self.trees))
 
 
-def units(sequences: Sequence[TokenSequence], group_sizes: Sequence[int], layout: Layout) -> list[Unit]:
+def units(sequences: Sequence[TokenSequence], group_sizes: Sequence[int], layout: Layout, paired: bool) -> list[Unit]:
     """A tree a sequence or, with shared prefixes, as few trees as each group of consecutive sequences takes.
 
-    A tree that is larger than an even share of the micro-batches is cut, since all of them would be padded to its size.
+    ``paired``: sequences 2i and 2i + 1 are of one group and have a loss in common, so they are never parted. A tree that is larger than an
+    even share of the micro-batches is cut, since all of them would be padded to its size.
     """
+    size = 2 if paired else 1
     if not layout.share_prefixes:
-        return [Unit((i,), _alone(sequence.tokens)) for i, sequence in enumerate(sequences)]
-    whole = _trees(sequences, group_sizes, layout.pack_tokens)
+        starts = range(0, len(sequences), size)
+        return [Unit(tuple(range(i, i + size)), tuple(_alone(s.tokens) for s in sequences[i : i + size])) for i in starts]
+    whole = _trees(sequences, group_sizes, layout.pack_tokens, size)
     bins = layout.data_parallel * layout.min_microbatches
-    even = -(-sum(len(unit.tree) for unit in whole) // bins)
-    return whole if bins == 1 else _trees(sequences, group_sizes, min(layout.pack_tokens, even))
+    even = -(-sum(unit.num_rows for unit in whole) // bins)
+    return whole if bins == 1 else _trees(sequences, group_sizes, min(layout.pack_tokens, even), size)
 
 
-def _trees(sequences: Sequence[TokenSequence], group_sizes: Sequence[int], max_rows: int) -> list[Unit]:
+def _trees(sequences: Sequence[TokenSequence], group_sizes: Sequence[int], max_rows: int, together: int) -> list[Unit]:
     found, start = list[Unit](), 0
     for size in group_sizes:
-        for members, tree in prefix_trees([s.tokens for s in sequences[start : start + size]], max_rows):
-            found.append(Unit(tuple(start + i for i in members), tree))
+        for members, tree in prefix_trees([s.tokens for s in sequences[start : start + size]], max_rows, together):
+            found.append(Unit(tuple(start + i for i in members), (tree,)))
         start += size
     return found
 
@@ -82,13 +89,14 @@ def lay_out(
 
 
 def _microbatch(sequences: Sequence[TokenSequence], chosen: Sequence[Unit], length: int, longest: int, share: bool) -> MicroBatch:
-    sizes = [len(unit.tree) for unit in chosen]
+    trees = [tree for unit in chosen for tree in unit.trees]
+    sizes = [len(tree) for tree in trees]
     padding = [min(longest, length - start) for start in range(sum(sizes), length, longest)]
-    tokens = np.concatenate([*(unit.tree.tokens for unit in chosen), np.zeros(sum(padding), np.int64)])
-    positions = np.concatenate([*(unit.tree.positions for unit in chosen), *(np.arange(size, dtype=np.int64) for size in padding)])
+    tokens = np.concatenate([*(tree.tokens for tree in trees), np.zeros(sum(padding), np.int64)])
+    positions = np.concatenate([*(tree.positions for tree in trees), *(np.arange(size, dtype=np.int64) for size in padding)])
     starts = np.cumsum([0, *sizes, *padding])
     members = [i for unit in chosen for i in unit.members]
-    paths = [start + path for start, unit in zip(starts[: len(chosen)], chosen, strict=True) for path in unit.tree.paths]
+    paths = [start + path for start, tree in zip(starts[: len(trees)], trees, strict=True) for path in tree.paths]
     # With shared prefixes most rows have a term of several sequences, or none: terms without a weight would only cost.
     kept = [np.flatnonzero(sequences[i].weight) if share else np.arange(len(path)) for i, path in zip(members, paths, strict=True)]
     num_terms = sum(len(k) for k in kept)

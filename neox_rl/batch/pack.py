@@ -18,6 +18,7 @@ D counts tokens that are masked for staleness too: masking takes gradient away a
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from neox_rl.batch.advantages import group_advantages, zero_variance
 from neox_rl.batch.microbatches import lay_out, units
 from neox_rl.batch.packing import Layout, Plan, plan
 from neox_rl.batch.types import BatchStats, Floats, Ints, MicroBatch, StepBatch
-from neox_rl.config.schema import IMITATION, ObjectiveConfig, StalenessConfig
+from neox_rl.config.schema import IMITATION, PREFERENCE, ObjectiveConfig, StalenessConfig
 from neox_rl.errors import StalenessError
 from neox_rl.framing import Array
 from neox_rl.types import NO_VERSION, Finish, Group, Trace
@@ -64,8 +65,10 @@ def pack_rl(
     Raises StalenessError for a ticket that comes twice, a token from a version after ``step - 1``, or, in mode strict, one
     more than S = admission_slack + delivery_slack versions before it. In both modes the packed result is checked again: no token beyond
     S has a loss weight, unless stale_tokens is truncate. Raises ValueError for a loss token that no policy
-    sampled, and ConfigError for a sequence longer than ``layout.pack_tokens``.
+    sampled, and ConfigError for a sequence longer than ``layout.pack_tokens``. With the loss dpo the traces of a group are pairs
+    (``search.preferences``), a pair with a token beyond S is masked whole, and ValueError is raised for traces that are none.
     """
+    paired = objective.loss == PREFERENCE
     _check_tickets(groups)
     sequences = _sequences(groups)
     if objective.loss != IMITATION:
@@ -73,6 +76,10 @@ def pack_rl(
     ages = [_shift(token_ages(sequence.trace, step), NO_AGE) for sequence in sequences]
     bound = staleness.admission_slack + staleness.delivery_slack
     stale = [beyond(age, bound) for age in ages]
+    num_stale = sum(int(old.sum()) for old in stale)
+    if paired:
+        _check_pairs(groups)
+        stale = _whole_pairs(stale)
     if staleness.mode == "strict":
         for sequence, age in zip(sequences, ages, strict=True):
             if int(age.max(initial=0)) > bound:
@@ -85,11 +92,10 @@ def pack_rl(
         weights = [np.where(old, np.float32(0), weight) for old, weight in zip(stale, weights, strict=True)]
     advantages = [a for group in groups for a in group_advantages([t.reward for t in group.traces], objective.baseline)]
     sequences = [replace(s, weight=w, advantage=a) for s, w, a in zip(sequences, weights, advantages, strict=True)]
-    layout_plan, microbatches = _packed(groups, sequences, layout)
+    layout_plan, microbatches = _packed(groups, sequences, layout, paired)
     trained = _trained_ages(microbatches, step)
     if staleness.stale_tokens == "mask":
         check_bound(trained, bound, step)
-    num_stale = sum(int(old.sum()) for old in stale)
     stats = _stats(groups, sequences, layout_plan, num_stale, count_ages(ages), trained)
     return StepBatch(step, microbatches, stats)
 
@@ -106,6 +112,29 @@ def _check_sampled(groups: Sequence[Group]) -> None:
     for trace in (trace for group in groups for trace in group.traces):
         if any(s.mask > 0 and not s.logprobs and s.ids for s in trace.segments):
             raise ValueError(f"trace {trace.id} puts a loss on tokens that no policy sampled there: mask them, or train them with sft")
+
+
+def _check_pairs(groups: Sequence[Group]) -> None:
+    for group in groups:
+        for better, worse in zip(group.traces[::2], group.traces[1::2], strict=False):
+            (context, sign), (other, opposite) = map(_judged, (better, worse))
+            if context != other or (sign, opposite) not in ((1, -1), (0, 0)):
+                raise ValueError(f"traces {better.id} and {worse.id} are no better and worse step of one place, as the loss dpo compares")
+        if len(group.traces) % 2:
+            raise ValueError(f"ticket {group.ticket} has {len(group.traces)} traces: the loss dpo compares pairs of them")
+
+
+def _judged(trace: Trace) -> tuple[list[int], int]:
+    """The tokens before the step that has a loss, and the sign of its advantages: 0 without a loss, 2 where there is no one sign."""
+    context = [i for s in itertools.takewhile(lambda s: s.mask == 0, trace.segments) for i in s.ids]
+    signs = {int(np.sign(s.advantage or 0.0)) for s in trace.segments if s.mask > 0}
+    return context, 2 if len(signs) > 1 or 0 in signs else next(iter(signs), 0)
+
+
+def _whole_pairs(stale: Sequence[Array]) -> list[Array]:
+    """A pair of which one token is too old is too old: half of a comparison compares nothing."""
+    old = [bool(flags.any()) for flags in stale]
+    return [np.full_like(flags, old[i] or old[i ^ 1]) for i, flags in enumerate(stale)]
 
 
 def _check_tickets(groups: Sequence[Group]) -> None:
@@ -153,9 +182,11 @@ def _loss_weights(sequences: Sequence[_Sequence], aggregation: str, max_new_toke
     return [(s.mask.astype(np.float64) / (denominator or 1.0)).astype(np.float32) for s, denominator in pairs]
 
 
-def _packed(groups: Sequence[Group], sequences: Sequence[_Sequence], layout: Layout) -> tuple[Plan, tuple[tuple[MicroBatch, ...], ...]]:
-    packed = units(sequences, [len(group.traces) for group in groups], layout)
-    layout_plan = plan([len(unit.tree) for unit in packed], layout)
+def _packed(
+    groups: Sequence[Group], sequences: Sequence[_Sequence], layout: Layout, paired: bool = False
+) -> tuple[Plan, tuple[tuple[MicroBatch, ...], ...]]:
+    packed = units(sequences, [len(group.traces) for group in groups], layout, paired)
+    layout_plan = plan([unit.num_rows for unit in packed], layout)
     return layout_plan, lay_out(sequences, packed, layout_plan, layout.share_prefixes)
 
 

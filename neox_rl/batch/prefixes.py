@@ -37,12 +37,15 @@ class PrefixTree:
         return len(self.tokens)
 
 
-def prefix_trees(sequences: Sequence[Ints], max_rows: int) -> list[tuple[tuple[int, ...], PrefixTree]]:
+def prefix_trees(sequences: Sequence[Ints], max_rows: int, together: int = 1) -> list[tuple[tuple[int, ...], PrefixTree]]:
     """``(members, tree)`` of trees of at most ``max_rows`` rows each, as few as cutting the sorted sequences gives.
 
     ``tree.paths`` follow ``members``, which are indices of ``sequences``; each sequence is in one tree. One that is longer than
-    ``max_rows`` gets a tree of its own.
+    ``max_rows`` gets a tree of its own. ``together``: as many consecutive sequences are in one tree.
     """
+    if together > 1:
+        blocks = sorted(range(0, len(sequences), together), key=lambda i: sequences[i].tolist())
+        return list(_halved(sequences, [range(i, i + together) for i in blocks], max_rows))
     order = sorted(range(len(sequences)), key=lambda i: sequences[i].tolist())
     common = [_common(a, b) for a, b in _neighbours(sequences, order)]
     cuts, rows = [0], 0
@@ -58,6 +61,20 @@ def prefix_trees(sequences: Sequence[Ints], max_rows: int) -> list[tuple[tuple[i
         tree = _laid_out([sequences[i] for i in members], range(len(members)), [0, *common[start + 1 : end]])
         trees.append((tuple(members), tree))
     return trees
+
+
+def _halved(sequences: Sequence[Ints], blocks: Sequence[range], max_rows: int) -> Iterator[tuple[tuple[int, ...], PrefixTree]]:
+    """One tree of all the blocks or, where that is too large, those of each half. A step and its rival enclose all that is below the step
+    in the order of the sequences: cutting that order would part them."""
+    members = sorted((i for block in blocks for i in block), key=lambda i: sequences[i].tolist())
+    chosen = [sequences[i] for i in members]
+    common = [_common(a, b) for a, b in _neighbours(chosen, range(len(chosen)))]
+    if sum(map(len, chosen)) - sum(common) > max_rows and len(blocks) > 1:
+        middle = len(blocks) // 2
+        yield from _halved(sequences, blocks[:middle], max_rows)
+        yield from _halved(sequences, blocks[middle:], max_rows)
+        return
+    yield tuple(members), _laid_out(chosen, range(len(chosen)), common)
 
 
 def visible_until(positions: Ints) -> Ints:

@@ -8,7 +8,7 @@ from typing import Any
 from neox_rl.config.own import own
 from neox_rl.config.rules_model import LLAMA, model_family
 from neox_rl.config.run import RunConfig
-from neox_rl.config.schema import MEGATRON_ENGINE, ProblemsConfig
+from neox_rl.config.schema import MEGATRON_ENGINE, PREFERENCE, ObjectiveConfig, ProblemsConfig
 from neox_rl.metacot import episode_words, goal_prompt, goal_words, vocabulary
 
 PROMPT_MARKERS = 4
@@ -28,6 +28,11 @@ def warmstart_skipped(config: RunConfig) -> bool:
 def makes_policy(config: RunConfig) -> bool:
     """Whether the run trains a policy; a process reward model writes nothing, so nothing is served, published or evaluated."""
     return config.metarl.warmstart.style != "values"
+
+
+def keeps_reference(objective: ObjectiveConfig) -> bool:
+    """Whether the policy that RL begins with is kept, and its log-probs are computed."""
+    return objective.kl_coef > 0.0 or objective.loss == PREFERENCE
 
 
 def staleness_bound(config: RunConfig) -> int:

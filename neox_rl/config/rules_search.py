@@ -8,7 +8,7 @@ from neox_rl.arithmetic import ARITHMETIC_TASKS
 from neox_rl.config.derived import prompt_tokens
 from neox_rl.config.machine import Machine
 from neox_rl.config.run import RunConfig
-from neox_rl.config.schema import IMITATION
+from neox_rl.config.schema import IMITATION, PREFERENCE
 
 
 def objective_suits_what_is_trained(config: RunConfig, machine: Machine) -> Iterator[str]:
@@ -30,6 +30,37 @@ def objective_suits_what_is_trained(config: RunConfig, machine: Machine) -> Iter
             "metarl.objective.loss = gspo: clips one ratio of a whole sequence, and with search.trains: steps each step has an advantage"
             " of its own; set loss: tis"
         )
+    paired = method == "search" and trains == "preferences"
+    if paired and loss != PREFERENCE:
+        yield f"metarl.objective.loss = {loss}: knows no pairs, and search.trains is preferences; set loss: {PREFERENCE}, or search.trains: steps"
+    if loss == PREFERENCE and not paired:
+        yield (
+            f"metarl.objective.loss = {PREFERENCE}: needs pairs of a better and a worse step; set rollout.method: search with"
+            " search.trains: preferences, or loss: tis"
+        )
+
+
+def pairs_are_whole(config: RunConfig, machine: Machine) -> Iterator[str]:
+    """A pair has one loss: both of its steps stand in one micro-batch, have a gradient or none together, and count as one."""
+    m, seq = config.metarl, config.neox.seq_length
+    if m.objective.loss != PREFERENCE:
+        return
+    if m.objective.aggregation != "sequence_mean":
+        yield (
+            f"metarl.objective.aggregation = {m.objective.aggregation}: would weigh a pair by the length of its steps; set aggregation:"
+            " sequence_mean, the mean over pairs"
+        )
+    if m.staleness.stale_tokens != "mask":
+        yield (
+            f"metarl.staleness.stale_tokens = {m.staleness.stale_tokens}: {PREFERENCE} has no importance ratio to truncate; set"
+            " stale_tokens: mask"
+        )
+    if m.pack_tokens < 2 * seq:
+        yield (
+            f"metarl.pack_tokens = {m.pack_tokens}: must hold the two sequences of a pair, of seq_length = {seq} each; set pack_tokens:"
+            f" {2 * seq} or more"
+        )
+
 
 
 def searches_have_room(config: RunConfig, machine: Machine) -> Iterator[str]:
@@ -63,4 +94,4 @@ def reward_model_is_served(config: RunConfig, machine: Machine) -> Iterator[str]
             yield f"metarl.search.{name} is empty: value prm asks a reward model that you serve; set {name}, or value: monte-carlo"
 
 
-SEARCH_RULES = (objective_suits_what_is_trained, searches_have_room, values_know_the_problems, reward_model_is_served)
+SEARCH_RULES = (objective_suits_what_is_trained, pairs_are_whole, searches_have_room, values_know_the_problems, reward_model_is_served)

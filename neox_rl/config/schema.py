@@ -14,7 +14,7 @@ MEGATRON_ENGINE, NEOX_ENGINE = ENGINES = ("megatron-core", "gpt-neox")
 """The trainer engines that come with this project."""
 
 
-IMITATION = "sft"
+IMITATION, PREFERENCE = "sft", "dpo"
 """The objective that reads no behavior log-probs and no advantages: it makes what it is shown more likely."""
 
 
@@ -175,13 +175,14 @@ class StalenessConfig:
 class ObjectiveConfig:
     """Objective = credit x baseline x loss, each chosen by name."""
 
-    loss: str = key("tis", "policy loss", choices=("reinforce", "ppo", "decoupled_ppo", "tis", "cispo", "gspo", "sft"), own=True)
+    loss: str = key("tis", "policy loss", choices=("reinforce", "ppo", "decoupled_ppo", "tis", "cispo", "gspo", "sft", "dpo"), own=True)
     baseline: str = key("grpo", "reward baseline in a group", choices=("none", "mean", "rloo", "grpo"))
     aggregation: str = key("token_mean", "denominator of the loss", choices=("token_mean", "sequence_mean", "constant"))
     clip_low: float = key(0.2, "lower clip: ratio >= 1 - clip_low", low=0.0)
     clip_high: float = key(0.28, "upper clip (clip-higher, DAPO): ratio <= 1 + clip_high", low=0.0)
     ratio_cap: float = key(2.0, "truncation of the importance ratio (tis, cispo, decoupled_ppo)", low=0.0)
-    kl_coef: float = key(0.0, "weight of the KL term against the reference policy; 0: no reference is kept", low=0.0)
+    beta: float = key(0.1, "dpo: how much a pair's log-ratios to the reference policy weigh; larger keeps nearer to it", low=1e-6)
+    kl_coef: float = key(0.0, "weight of the KL term against the reference policy; with 0, only dpo keeps one", low=0.0)
     kl_estimator: str = key("k3", "KL estimator (Schulman 2020)", choices=("k1", "k2", "k3"))
     entropy_coef: float = key(0.0, "weight of the entropy bonus", low=0.0)
 

@@ -34,15 +34,18 @@ class SearchConfig:
     votes: int = key(3, "votes of a judge", low=1)
     trains: str = key(
         "steps",
-        "what is trained: sampled steps, each with the advantage v(step) - v(before it) (VinePPO); or searches that came to a right end,"
-        " told as a Meta-CoT and imitated (Meta-STaR (3), objective.loss: sft)",
-        choices=("steps", "traces"),
+        "what is trained: sampled steps, each with the advantage v(step) - v(before it) (VinePPO); searches that came to a right end,"
+        " told as a Meta-CoT and imitated (Meta-STaR (3), objective.loss: sft); or of the steps sampled at a node the best against the"
+        " worst (Step-DPO, objective.loss: dpo)",
+        choices=("steps", "traces", "preferences"),
     )
     samples: str = key(
         "all",
-        "steps: all that were sampled, refused ones as of value 0 and repeated ones as often as they came; or the nodes of the tree, once",
+        "steps, preferences: all that were sampled, refused ones as of value 0 and repeated ones as often as they came; or the nodes of"
+        " the tree, once",
         choices=("all", "nodes"),
     )
+    margin: float = key(0.2, "preferences: least by which the values of a pair's two steps differ", low=1e-6, high=1.0)
     baseline: str = key("parent", "steps: what the value of a step is compared with", choices=("parent", "siblings"))
     telling: str = key("stream", "traces: how a search is told", choices=("stream", "taken", "revision", "backtrack", "solution"))
     mask: str = key(

@@ -209,7 +209,7 @@ class RankEngine(ABC):
             yield
             return
         if self._reference is None:
-            raise NeoxRLError("there is no reference policy: call set_reference() first (objective.kl_coef is 0 where none is kept)")
+            raise NeoxRLError("there is no reference policy: call set_reference() first (dpo keeps one, others with kl_coef > 0)")
         current = [tensor.data for tensor in self._held()]
         try:
             for tensor, frozen in zip(self._held(), self._reference, strict=True):

@@ -23,6 +23,9 @@ entropy             of the current policy, nats a token
 clip_frac           tokens whose gradient the clip took
 truncated_frac      tokens whose ratio was truncated
 reference_kl        the configured estimator of KL(current || reference), when kl_coef > 0
+pairs               dpo: trained pairs of steps
+preferred_frac      dpo: pairs whose better step the policy raised above the worse one, against the reference     above 0.5
+preferred_margin    dpo: beta times the difference of the pair's log-ratios                                       above 0
 ==================  ============================================================================================  ========
 """
 

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from neox_rl.config.derived import keeps_reference
 from neox_rl.config.own import found
 from neox_rl.config.schema import IMITATION, ObjectiveConfig
 from neox_rl.loss.inputs import Objective, TokenArrays, TokenInputs, token_inputs
@@ -38,11 +39,6 @@ def objective(cfg: ObjectiveConfig) -> Objective:
 def needs_proximal(cfg: ObjectiveConfig) -> bool:
     """Whether the trainer must compute log-probs under the version being trained before it updates."""
     return getattr(objective(cfg), "reads_proximal", False)
-
-
-def needs_reference(cfg: ObjectiveConfig) -> bool:
-    """Whether a frozen reference policy must be kept and its log-probs computed."""
-    return cfg.kl_coef > 0.0
 
 
 def make_loss_fn(cfg: ObjectiveConfig, current_version: int) -> LossFn:

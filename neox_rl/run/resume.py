@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from neox_rl.config.derived import keeps_reference
 from neox_rl.config.load import load_resolved
 from neox_rl.config.network import curve_on
 from neox_rl.config.run import RunConfig
@@ -35,8 +36,10 @@ def refuse_changes(before: RunConfig, now: RunConfig) -> None:
     """Raises ConfigError with a line for each key that must stay and did not."""
     old, new = _tree(before), _tree(now)
     changed = [(key, _at(old, key), _at(new, key)) for key in FIXED if _at(old, key) != _at(new, key)]
-    if before.metarl.objective.kl_coef == 0.0 < now.metarl.objective.kl_coef:
-        changed.append(("metarl.objective.kl_coef", 0.0, now.metarl.objective.kl_coef))  # no reference policy was kept
+    if keeps_reference(now.metarl.objective) and not keeps_reference(before.metarl.objective):
+        name = "kl_coef" if now.metarl.objective.kl_coef else "loss"
+        old_key, new_key = (getattr(c.metarl.objective, name) for c in (before, now))
+        changed.append((f"metarl.objective.{name}", old_key, new_key))  # no reference policy was kept
     old_rule, rule = before.metarl.staleness, now.metarl.staleness
     if rule.mode == "strict" and old_rule.mode != "strict":
         changed.append(("metarl.staleness.mode", old_rule.mode, rule.mode))  # more tickets may be due than a step takes

@@ -78,7 +78,7 @@ class Scoreboard:
         self._made_by_search = config.metarl.rollout.method == "search"
         self._made_of_episodes = config.metarl.rollout.method == "episodes"
         self._shown_whole = self._made_by_search or rewards_solutions(config)
-        self._made_of_steps = self._made_by_search and config.metarl.search.trains == "steps"
+        self._made_of_steps = self._made_by_search and config.metarl.search.trains != "traces"
         self._word = ""
         total = config.metarl.warmstart.steps or config.neox.train_iters
         self._status: dict[str, Json] = {"phase": "starting", "total_steps": total, "bound": staleness_bound(config)}

@@ -27,13 +27,23 @@ from neox_rl.search.demonstrations import TraceStyle
 from neox_rl.search.growth import Budget
 from neox_rl.search.linearize import Mask
 from neox_rl.search.proposers import PolicyProposer, derived_seed, step_ends
-from neox_rl.search.rollouts import Baseline, Remembering, advantages, all_samples, node_samples, step_traces, told_trace
+from neox_rl.search.rollouts import (
+    Baseline,
+    Remembering,
+    advantages,
+    all_samples,
+    node_samples,
+    pair_traces,
+    preferences,
+    step_traces,
+    told_trace,
+)
 from neox_rl.search.search import Search
 from neox_rl.search.strategy import Options
 from neox_rl.search.values import Value
 from neox_rl.types import NO_VERSION, End, Group, Problem, SamplingParams, Trace, Tree, Verdict
 
-STEPS = "steps"
+TRACES, PREFERENCES = "traces", "preferences"
 
 
 @dataclass(frozen=True)
@@ -72,18 +82,22 @@ class SearchGroups:
         seed = derived_seed(self.search.seed, ticket, index)
         proposer = Remembering(self.proposer)
         budget = Budget(self.config.nodes, self.config.tokens or None)
-        tree = await replace(self.search, seed=seed).run(problem, proposer, self.value, budget)
+        grown = await replace(self.search, seed=seed).grown(problem, proposer, self.value, budget)
+        tree = grown.tree
         if tree.end is End.FAILED and len(tree.nodes) == 1:
             raise ServerFailedError(f"search g{ticket:06d}/{index}: {tree.error}")
         rewarder = partial(self._reward, problem)
-        if self.config.trains != STEPS:
+        if self.config.trains == TRACES:
             style = TraceStyle(self.config.telling, Mask(self.config.mask), self.config.thin)
             rng = random.Random(seed)
             return tree, [told_trace(tree, problem, style, self.attempts.tokenizer, rng, self.max_tokens, rewarder)]
         every = self.config.samples == "all"
-        samples = all_samples(tree, self.search.domain(problem), proposer.asked) if every else node_samples(tree)
+        samples = all_samples(grown, self.search.domain(problem), proposer.asked) if every else node_samples(tree)
+        prompt = self.proposer.prompt_ids(problem)
+        if self.config.trains == PREFERENCES:
+            return tree, list(pair_traces(tree, problem, prompt, preferences(samples, self.config.margin), rewarder))
         credit = advantages(tree, samples, Baseline(self.config.baseline))
-        return tree, list(step_traces(tree, problem, self.proposer.prompt_ids(problem), samples, credit, rewarder))
+        return tree, list(step_traces(tree, problem, prompt, samples, credit, rewarder))
 
     def _reward(self, problem: Problem, verdict: Verdict, text: str, num_tokens: int) -> float:
         return self.attempts.reward(problem, verdict, text, num_tokens)

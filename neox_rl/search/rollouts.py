@@ -1,9 +1,12 @@
-"""Searches as rollouts to train: every sampled step with its own credit, or the whole search told as one text to imitate.
+"""Searches as rollouts to train: every sampled step with its own credit, the better against the worse, or the search told to imitate.
 
 *Steps.* A step was sampled after exactly the prompt and the path that lead to it, so its log-probs are those of the behavior policy, and
 each may be of another policy version: a tree outlives an update. Its advantage is v(step) - v(where it was taken) (VinePPO, arXiv
 2410.01679; TreeRL, 2506.11902). There is a trace for each path to a leaf. Each sampled step is trained in one trace, the first that holds
 it, and is context without a loss in the others: what is trained is the flat sum over steps, none counted twice.
+
+*Preferences.* Of the steps that were sampled in one place, the best and the worst, where their values differ enough (Step-DPO, arXiv
+2406.18629; the search tells which is better, not a judge of texts): two traces with the same context, one behind the other.
 
 *Traces.* The search in the words of a Meta-CoT (Meta-STaR, arXiv 2501.04682, (3)). No policy sampled this text in this order, so there is
 no behavior policy to correct for and it is imitated where the search found a right end, and else not trained: expert iteration.
@@ -24,6 +27,7 @@ from neox_rl.search.demonstrations import TraceStyle
 from neox_rl.search.domain import Domain, Rejection, State
 from neox_rl.search.linearize import glue_of, solution_of
 from neox_rl.search.proposers import Attempter, Position, Proposal
+from neox_rl.search.search import Grown
 from neox_rl.types import NO_NODE, Finish, Node, Problem, Role, Segment, Trace, Tree, Verdict, VersionSpan
 
 Rewarder = Callable[[Verdict, str, int], float]
@@ -89,14 +93,19 @@ def node_samples(tree: Tree) -> list[Sample]:
     return [Sample(n.parent, n.id, n.value, n.ids, n.logprobs, n.spans) for n in tree.nodes[1:] if n.spans]
 
 
-def all_samples(tree: Tree, domain: Domain, asked: Sequence[tuple[Position, Sequence[Proposal]]]) -> list[Sample]:
+def all_samples(grown: Grown, domain: Domain, asked: Sequence[tuple[Position, Sequence[Proposal]]]) -> list[Sample]:
     """Every step as often as the policy sampled it: an unbiased sum over what it does at a node.
 
     A step that was refused, or that gave up, leads nowhere: its value is 0. One that was sampled again has the value of the node that it
     leads to. Steps that the budget did not reach are left out.
     """
+    tree, states = grown
     found = node_samples(tree)
-    states, values = _states(tree, domain)
+    values = dict[tuple[int, State], float]()
+    """Of each state below a node and, under NO_NODE, of the first anywhere."""
+    for node, state in zip(tree.nodes[1:], states[1:], strict=True):
+        values.setdefault((node.parent, state), node.value)
+        values.setdefault((NO_NODE, state), node.value)
     written = [tuple(i for step in tree.path(node.id) for i in step.ids) for node in tree.nodes]
     places = {ids: node for node, ids in reversed(list(enumerate(written)))}
     nodes = Counter((written[s.parent], s.ids) for s in found)
@@ -111,18 +120,6 @@ def all_samples(tree: Tree, domain: Domain, asked: Sequence[tuple[Position, Sequ
                 finish = Finish.STOP if proposal.complete else Finish.LENGTH
                 found.append(Sample(parent, NO_NODE, value, proposal.ids, proposal.logprobs, proposal.spans, finish))
     return found
-
-
-def _states(tree: Tree, domain: Domain) -> tuple[list[State], dict[tuple[int, State], float]]:
-    """The state of every node, and the value of each state below a node and, under NO_NODE, of the first anywhere."""
-    states, values = [domain.root], dict[tuple[int, State], float]()
-    for node in tree.nodes[1:]:
-        stepped = domain.step(states[node.parent], node.text, node.verdict is not None)
-        assert not isinstance(stepped, Rejection)
-        states.append(stepped.state)
-        values.setdefault((node.parent, stepped.state), node.value)
-        values.setdefault((NO_NODE, stepped.state), node.value)
-    return states, values
 
 
 def _value(parent: int, state: State, proposal: Proposal, domain: Domain, values: dict[tuple[int, State], float]) -> float | None:
@@ -164,6 +161,44 @@ def step_traces(
             path = tree.path(sample.parent)
             steps = [*map(_context, path), *_credited(sample, advantage)]
             yield _trace(problem, (prompt, *steps), path, UNFINISHED, sample.finish, rewarder)
+
+
+class Pair(NamedTuple):
+    """Two steps that were sampled in one place."""
+
+    better: Sample
+    worse: Sample
+
+
+def preferences(samples: Sequence[Sample], margin: float) -> list[Pair]:
+    """The best and the worst step of each place, where their values differ by ``margin`` at least, above 0; ties go to the first made."""
+    places: dict[int, list[Sample]] = {}
+    for sample in samples:
+        places.setdefault(sample.parent, []).append(sample)
+    pairs = (Pair(max(there, key=_worth), min(there, key=_worth)) for there in places.values())
+    return [pair for pair in pairs if pair.better.value - pair.worse.value >= margin]
+
+
+def _worth(sample: Sample) -> float:
+    return sample.value
+
+
+def pair_traces(tree: Tree, problem: Problem, prompt_ids: Sequence[int], pairs: Sequence[Pair], rewarder: Rewarder) -> Iterator[Trace]:
+    """Two traces a pair, the better step's first, without ids: the path to their place as context, then the step, with plus or minus the
+    difference of the values as its advantage. A search without a pair gives its prompt alone, twice.
+
+    Rewards and verdicts are those of the search's answer, for the record.
+    """
+    prompt = Segment(tuple(prompt_ids), Role.PROMPT)
+    answer = tree.path(max(tree.answer, 0))
+    verdict = (answer[-1].verdict if answer else None) or UNFINISHED
+    whole = _trace(problem, (prompt, *map(_context, answer)), answer, verdict, Finish.STOP, rewarder)
+    for better, worse in pairs:
+        path = [*map(_context, tree.path(better.parent))]
+        for sample, advantage in ((better, better.value - worse.value), (worse, worse.value - better.value)):
+            yield replace(whole, segments=(prompt, *path, *_credited(sample, advantage)), finish=sample.finish)
+    if not pairs:
+        yield from (replace(whole, segments=(prompt,)),) * 2
 
 
 def _credited(sample: Sample, advantage: float) -> Iterator[Segment]:

@@ -13,10 +13,10 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from neox_rl.errors import ConfigError, NeoxRLError
-from neox_rl.search.domain import Domain
+from neox_rl.search.domain import Domain, State
 from neox_rl.search.growth import Budget, Growth
 from neox_rl.search.proposers import Attempter, Proposal, Proposer
 from neox_rl.search.strategies import make_strategy
@@ -28,6 +28,13 @@ T = TypeVar("T")
 RETRIES = "retries"
 UNBOUNDED = 1 << 30
 AHEAD = 4
+
+
+class Grown(NamedTuple):
+    """A tree, and the state of each of its nodes: its texts alone do not always tell it, a verdict that failed among them."""
+
+    tree: Tree
+    states: tuple[State, ...]
 
 
 @dataclass(frozen=True)
@@ -47,14 +54,19 @@ class Search:
 
     async def run(self, problem: Problem, proposer: Proposer, value: Value, budget: Budget) -> Tree:
         """Raises ConfigError for a problem that the domain, the proposer or the value cannot handle."""
+        return (await self.grown(problem, proposer, value, budget)).tree
+
+    async def grown(self, problem: Problem, proposer: Proposer, value: Value, budget: Budget) -> Grown:
+        """As ``run``."""
         strategy = make_strategy(self.strategy, self.options)
         growth = Growth(problem, self.domain(problem), budget, strategy.distinct, self.seed)
         try:
-            return growth.tree(await self._grow(growth, strategy, proposer, value))
+            tree = growth.tree(await self._grow(growth, strategy, proposer, value))
         except ConfigError:
             raise
         except (NeoxRLError, OSError) as error:
-            return growth.tree(End.FAILED, str(error) or repr(error))
+            tree = growth.tree(End.FAILED, str(error) or repr(error))
+        return Grown(tree, tuple(leaf.state for leaf in growth.nodes))
 
     async def _grow(self, growth: Growth, strategy: Strategy, proposer: Proposer, value: Value) -> End:
         waiting: deque[Ask] = deque()

@@ -24,11 +24,11 @@ from neox_rl.batch.pack import pack_rl, pack_sft
 from neox_rl.batch.packing import Layout
 from neox_rl.batch.types import MicroBatch, StepBatch
 from neox_rl.codec import decode_groups, encode_groups
-from neox_rl.config.derived import makes_policy, max_policy_tokens, shares_prefixes, warmstart_skipped
+from neox_rl.config.derived import keeps_reference, makes_policy, max_policy_tokens, shares_prefixes, warmstart_skipped
 from neox_rl.config.run import RunConfig
 from neox_rl.engines.port import Engine, StepReport
 from neox_rl.errors import DiskFullError
-from neox_rl.loss.policy import make_loss_fn, make_sft_loss_fn, needs_proximal, needs_reference
+from neox_rl.loss.policy import make_loss_fn, make_sft_loss_fn, needs_proximal
 from neox_rl.queue.wire import Phase
 from neox_rl.step.feed import Feed
 from neox_rl.step.metrics import check_mismatch, step_metrics
@@ -110,7 +110,7 @@ class TrainingLoop:
     def _reinforce(self) -> bool:
         if not makes_policy(self.config):
             return True
-        if self.position.rl_step == 0 and needs_reference(self.config.metarl.objective):
+        if self.position.rl_step == 0 and keeps_reference(self.config.metarl.objective):
             self.engine.set_reference()  # later checkpoints hold it: the policy then is not the reference any more
         self._publish()
         if self.position.rl_step == 0 and not self._evaluate("warmstart"):
@@ -188,7 +188,7 @@ class TrainingLoop:
         if needs_proximal(objective):
             current = self.engine.logprobs(microbatches, "current", temperature)
             microbatches = [m.with_logprobs(proximal=p) for m, p in zip(microbatches, current, strict=True)]
-        if needs_reference(objective):
+        if keeps_reference(objective):
             reference = self.engine.logprobs(microbatches, "reference", temperature)
             microbatches = [m.with_logprobs(reference=r) for m, r in zip(microbatches, reference, strict=True)]
         return microbatches

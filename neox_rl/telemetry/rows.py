@@ -58,6 +58,12 @@ class MetricsRow(TypedDict, total=False):
     clip_frac: float
     ratio_truncated_frac: float
     """Tokens whose ratio was truncated at its cap; ``truncated_frac`` is of rollouts."""
+    pairs: float
+    """Pairs of steps with gradient, where preferences are trained."""
+    preferred_frac: float
+    preferred_margin: float
+    """Pairs whose better step the policy has raised above the worse one, against the policy that RL began with; by how much, in nats times
+    beta."""
     wait_s: float
     """Waiting for the batch."""
     step_s: float

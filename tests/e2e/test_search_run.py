@@ -1,4 +1,4 @@
-"""Whole runs whose rollouts are searches, with the scripted generator: steps with their own credit, and searches told and imitated."""
+"""Whole runs whose rollouts are searches, with the scripted generator: steps with credit of their own or in pairs, and searches told."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from neox_rl.telemetry.jsonl import read_jsonl
 from tests.e2e.runs import ROOT, Run
 
 SHORT = ("metarl.warmstart.steps=2", "metarl.evaluation.num_problems=4", "metarl.rollout.record_every=1")
+PAIRS = ("metarl.search.trains=preferences", "metarl.objective.loss=dpo", "metarl.objective.aggregation=sequence_mean")
 TOLD = ("metarl.search.trains=traces", "metarl.objective.loss=sft", "metarl.search.strategy=dfs", "metarl.search.nodes=30")
 
 
@@ -24,7 +25,7 @@ def audited(run: Run) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("settings", [(), TOLD], ids=["steps", "told"])
+@pytest.mark.parametrize("settings", [(), TOLD, PAIRS], ids=["steps", "told", "preferences"])
 def test_searches_are_generated_queued_and_trained_and_the_books_are_right(tmp_path: Path, settings: tuple[str, ...]) -> None:
     run = Run(tmp_path, "whole", "train_iters=6", *SHORT, *settings, config="search")
     assert run.wait() == 0, run.said()
@@ -33,6 +34,7 @@ def test_searches_are_generated_queued_and_trained_and_the_books_are_right(tmp_p
     assert all(row["searched"]["tokens_trained"] == row["tokens_trained"] + row["tokens_masked_stale"] for row in rows)
     assert sum(row["tokens_trained"] for row in rows) > 0 and max(row["staleness_max"] for row in rows) <= 2
     assert any(row["searched"]["solved_frac"] > 0 for row in rows)
+    assert settings != PAIRS or all(row["pairs"] > 0 and 0 <= row["preferred_frac"] <= 1 for row in rows)
     trained = [row for row in read_jsonl(run.paths.rollouts) if row["label"] == "train"]
     assert trained and max(line["depth"] for row in trained for line in row["lines"]) >= 1
     assert "VIOLATED" not in audited(run)

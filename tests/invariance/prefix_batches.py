@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -10,13 +11,14 @@ from neox_rl.batch.pack import pack_rl
 from neox_rl.batch.packing import Layout
 from neox_rl.batch.types import StepBatch
 from neox_rl.config.schema import ObjectiveConfig, StalenessConfig
-from neox_rl.types import Finish, Group, Reason, Role, Segment, Trace, Verdict
+from neox_rl.types import NO_VERSION, Finish, Group, Reason, Role, Segment, Trace, Verdict
 from tests.invariance.engine_batches import VOCAB
 
 STEP, TEMPERATURE = 5, 0.7
 OBJECTIVES = {
     "ppo": ObjectiveConfig(loss="ppo", clip_low=0.05, clip_high=0.1, kl_coef=0.1, kl_estimator="k2", entropy_coef=0.05),
     "gspo": ObjectiveConfig(loss="gspo", clip_low=0.05, clip_high=0.1, aggregation="sequence_mean"),
+    "dpo": ObjectiveConfig(loss="dpo", beta=0.5, aggregation="sequence_mean"),
 }
 SHAPES = ((6, 8, 2), (20, 4, 2), (2, 16, 3), (9, 5, 1))
 """Of each group's tree: tokens of the prompt, tokens of a step, steps below a node (two levels of them)."""
@@ -43,10 +45,26 @@ def groups() -> list[Group]:
     return found
 
 
+def pairs() -> list[Group]:
+    """Of each of the groups' paths, one that ends in another step of its own length or shorter: better and worse in turn."""
+    found = []
+    for group in groups():
+        paired = list[Trace]()
+        for trace in group.traces:
+            *context, step = (replace(s, logprobs=(), version=NO_VERSION, mask=0.0, advantage=None) for s in trace.segments)
+            step = next(s for s in reversed(trace.segments) if s.mask)
+            context = context[: trace.segments.index(step)]
+            size = max(1, len(step.ids) - 1)
+            rival = replace(step, ids=tuple(VOCAB - i for i in step.ids[:size]), logprobs=step.logprobs[:size])
+            paired += [replace(trace, segments=(*context, replace(s, advantage=a))) for s, a in ((step, 0.5), (rival, -0.5))]
+        found.append(replace(group, traces=tuple(replace(t, id=f"g{group.ticket:06d}/r{i}") for i, t in enumerate(paired))))
+    return found
+
+
 VERDICT = Verdict(True, "", Reason.MATCH, 0.1)
 
 
 def batch(objective: str, share: bool, layout: Layout) -> StepBatch:
     layout = Layout(layout.pack_tokens, layout.data_parallel, layout.tensor_parallel, layout.min_microbatches, share)
     staleness = StalenessConfig(admission_slack=1, delivery_slack=1)
-    return pack_rl(groups(), STEP, staleness=staleness, objective=OBJECTIVES[objective], max_new_tokens=64, layout=layout)
+    return pack_rl(pairs() if objective == "dpo" else groups(), STEP, staleness=staleness, objective=OBJECTIVES[objective], max_new_tokens=64, layout=layout)

@@ -13,6 +13,7 @@ NEOX = replace(CPU, gpt_neox_path=str(Path(__file__).parent / "checkout_stub"))
 
 LLAMA = "norm=rmsnorm activation=swiglu use_bias_in_attn_linear=false use_bias_in_mlp=false intermediate_size=1536 "
 JSONL = "metarl.problems.source=jsonl metarl.problems.path=here.jsonl metarl.tokenizer.path=here "
+PAIRS = "metarl.rollout.method=search metarl.search.trains=preferences metarl.objective.loss=dpo metarl.objective.aggregation=sequence_mean"
 FAR = "launcher=slurm hostfile=here master_addr=10.0.0.1 metarl.network.bind_host=10.0.0.1 "
 
 
@@ -300,6 +301,21 @@ CASES = (
         "clips one ratio of a whole sequence",
         "metarl.objective.loss=ppo",
     ),
+    Case(
+        "objective_suits_what_is_trained",
+        "metarl.rollout.method=search metarl.search.trains=preferences",
+        "knows no pairs",
+        "metarl.objective.loss=dpo metarl.objective.aggregation=sequence_mean",
+    ),
+    Case("objective_suits_what_is_trained", f"{PAIRS} metarl.search.trains=steps", "needs pairs", "metarl.search.trains=preferences"),
+    Case(
+        "pairs_are_whole",
+        f"{PAIRS} metarl.objective.aggregation=token_mean",
+        "would weigh a pair by the length",
+        "metarl.objective.aggregation=sequence_mean",
+    ),
+    Case("pairs_are_whole", f"{PAIRS} metarl.staleness.stale_tokens=truncate", "has no importance ratio", "metarl.staleness.stale_tokens=mask"),
+    Case("pairs_are_whole", f"{PAIRS} metarl.pack_tokens=300", "must hold the two sequences of a pair", "metarl.pack_tokens=1024"),
     Case(
         "searches_have_room",
         "metarl.rollout.method=search metarl.search.max_step_tokens=300",

@@ -15,15 +15,18 @@ from torch import Tensor
 from neox_rl.batch.pack import pack_rl, pack_sft
 from neox_rl.batch.packing import Layout
 from neox_rl.batch.types import MicroBatch
+from neox_rl.config.derived import keeps_reference
 from neox_rl.config.schema import ObjectiveConfig, StalenessConfig
 from neox_rl.loss import kl
 from neox_rl.loss.metrics import finalize, is_max
 from neox_rl.loss.objectives import OBJECTIVES
-from neox_rl.loss.policy import LossFn, make_loss_fn, make_sft_loss_fn, needs_proximal, needs_reference
+from neox_rl.loss.policy import LossFn, make_loss_fn, make_sft_loss_fn, needs_proximal
 from neox_rl.loss.vocab_parallel import token_logprobs_and_entropy
 from neox_rl.types import Finish, Group, Reason, Role, Segment, Trace, Verdict
 
 CHOICES = ObjectiveConfig.__dataclass_fields__["loss"].metadata["choices"]
+PER_TOKEN = [name for name in CHOICES if name != "dpo"]
+"""The loss of pairs has tests of its own: ``test_preferences``."""
 VERSION = 4
 VOCAB = 11
 Floats = NDArray[np.float64]
@@ -114,7 +117,7 @@ def run(loss_fn: LossFn, m: MicroBatch, x: Floats) -> tuple[float, Floats, dict[
     return loss.item(), gradient.numpy(), {name: value.item() for name, value in sums.items()}
 
 
-@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("name", PER_TOKEN)
 def test_objective_equals_the_loop_over_tokens_and_its_finite_differences(name: str) -> None:
     cfg = ObjectiveConfig(loss=name, ratio_cap=1.4, aggregation="sequence_mean")
     (m,) = microbatches(cfg, Layout(256))
@@ -127,7 +130,7 @@ def test_objective_equals_the_loop_over_tokens_and_its_finite_differences(name: 
     assert np.abs(gradient).max() > 1e-3
 
 
-@pytest.mark.parametrize("name", [n for n in CHOICES if n not in ("reinforce", "sft")])
+@pytest.mark.parametrize("name", [n for n in PER_TOKEN if n not in ("reinforce", "sft")])
 def test_clips_and_caps_are_active_in_this_data_and_are_counted(name: str) -> None:
     cfg = ObjectiveConfig(loss=name, ratio_cap=1.4, clip_low=0.05, clip_high=0.08)
     (m,) = microbatches(cfg, Layout(256))
@@ -139,10 +142,10 @@ def test_clips_and_caps_are_active_in_this_data_and_are_counted(name: str) -> No
 def test_every_configured_objective_exists() -> None:
     assert set(OBJECTIVES) == set(CHOICES)
     assert {name for name in CHOICES if needs_proximal(ObjectiveConfig(loss=name))} == {"decoupled_ppo"}
-    assert needs_reference(ObjectiveConfig(kl_coef=0.1)) and not needs_reference(ObjectiveConfig())
+    assert [keeps_reference(ObjectiveConfig(**c)) for c in ({"kl_coef": 0.1}, {"loss": "dpo"}, {})] == [True, True, False]
 
 
-@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("name", PER_TOKEN)
 def test_a_token_without_weight_has_no_part_whatever_its_logprobs(name: str) -> None:
     cfg = ObjectiveConfig(loss=name, kl_coef=0.1)
     (m,) = microbatches(cfg, Layout(256))
@@ -179,7 +182,7 @@ SPLITS = [Layout(24), Layout(48, data_parallel=2), Layout(256, data_parallel=3, 
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant"])
-@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("name", PER_TOKEN)
 def test_every_split_into_microbatches_gives_the_same_gradient_and_metrics(name: str, aggregation: str) -> None:
     cfg = ObjectiveConfig(loss=name, aggregation=aggregation, kl_coef=0.1, entropy_coef=0.01)
     whole, report = gradient_of(microbatches(cfg, Layout(256)), make_loss_fn(cfg, VERSION))
@@ -256,7 +259,7 @@ def test_metrics_of_an_engine_that_agrees_with_the_trainer() -> None:
     assert report["tokens"] == np.count_nonzero(m.loss_weight) > report["fresh_tokens"] > 0
 
 
-@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("name", PER_TOKEN)
 def test_clips_and_caps_are_idle_where_all_policies_agree(name: str) -> None:
     (m,) = microbatches(ObjectiveConfig(), Layout(256))
     m = m.with_logprobs(proximal=m.behavior_logprobs)

@@ -19,6 +19,7 @@ from neox_rl.batch.packing import Layout
 from neox_rl.config.run import RunConfig
 from neox_rl.config.schema import ObjectiveConfig, StalenessConfig
 from neox_rl.config.schema_search import SearchConfig
+from neox_rl.errors import DeadlineError
 from neox_rl.metacot import BACK
 from neox_rl.queue.history import Tally
 from neox_rl.queue.state import TicketQueue
@@ -29,7 +30,6 @@ from neox_rl.run.scoreboard import Scoreboard
 from neox_rl.run.search_groups import SearchGroups, search_groups
 from neox_rl.run.searched import books, laid_out
 from neox_rl.search.arithmetic_domain import ArithmeticDomain
-from neox_rl.search.credit import step_advantages
 from neox_rl.search.demonstrations import TraceStyle
 from neox_rl.search.growth import Budget
 from neox_rl.search.linearize import Mask
@@ -38,11 +38,12 @@ from neox_rl.search.rollouts import Baseline, Remembering, Sample, advantages, a
 from neox_rl.search.search import Search
 from neox_rl.search.strategies import STRATEGIES
 from neox_rl.search.strategy import Options
-from neox_rl.search.values import HeuristicValue, OracleValue
+from neox_rl.search.text_domain import TextDomain, TextState
+from neox_rl.search.values import HeuristicValue, NoValue, OracleValue
 from neox_rl.telemetry.events import EventLog
 from neox_rl.telemetry.jsonl import read_jsonl
 from neox_rl.telemetry.metrics import MetricsWriter
-from neox_rl.types import NO_NODE, NO_VERSION, Completion, Finish, Problem, Role, SamplingParams, Trace, Tree, Verdict, VersionSpan
+from neox_rl.types import NO_NODE, NO_VERSION, Completion, End, Finish, Problem, Role, SamplingParams, Trace, Tree, Verdict, VersionSpan
 from tests.unit.search_worlds import MAX_VALUE, TOKENIZER, RandomPlayer, countdown, policy
 from tests.unit.small_run import small_config, small_paths
 
@@ -78,8 +79,8 @@ def grown(strategy: str, nodes: int = 24, task: Problem = TASK) -> tuple[Tree, l
     player = Sloppy()
     remembering = Remembering(policy(player))
     search = Search(strategy, ArithmeticDomain, Options(4), 0)
-    tree = asyncio.run(search.run(task, remembering, HeuristicValue(), Budget(nodes)))
-    return tree, all_samples(tree, ArithmeticDomain(task), remembering.asked), player
+    found = asyncio.run(search.grown(task, remembering, HeuristicValue(), Budget(nodes)))
+    return found.tree, all_samples(found, ArithmeticDomain(task), remembering.asked), player
 
 
 @settings(deadline=None, max_examples=30)
@@ -155,11 +156,36 @@ def test_whole_attempts_keep_to_the_budget(nodes: int, tokens: int, width: int) 
 def test_credit_of_nodes_alone_is_that_of_the_tree_and_siblings_add_up_to_nothing() -> None:
     tree, samples, _ = grown("mcts")
     nodes = node_samples(tree)
-    assert dict(zip((s.node for s in nodes), advantages(tree, nodes, Baseline.PARENT), strict=True)) == pytest.approx(step_advantages(tree))
+    gained = dict(zip((s.node for s in nodes), advantages(tree, nodes, Baseline.PARENT), strict=True))
+    first = [n.value for n in tree.nodes if n.parent == 0]
+    for node in tree.nodes[1:]:
+        along = sum(gained[step.id] for step in tree.path(node.id))
+        assert along == pytest.approx(node.value - sum(first) / len(first)), "v(end) - v(root) along every path"
     below: Counter[int] = Counter()
     for sample, advantage in zip(samples, advantages(tree, samples, Baseline.SIBLINGS), strict=True):
         below[sample.parent] += advantage  # type: ignore[assignment]  # a sum of floats
     assert len(below) > 3 and all(total == pytest.approx(0.0) for total in below.values())
+
+
+def test_a_verifier_that_is_lost_costs_no_step_and_no_rollout() -> None:
+    """The last step of a text may be its end token alone: without its verdict the text says nothing of the end."""
+
+    class Ends:
+        async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> tuple[Completion, ...]:
+            ids = (TOKENIZER.eos_id,) if len(prompt_ids) > 1 else TOKENIZER.encode("3 *5 =15")
+            return (Completion(ids, (-1.0,) * len(ids), (VersionSpan(2, 0, len(ids)),), Finish.STOP),) * n
+
+    class Lost:
+        async def check(self, problem: Problem, text: str) -> Verdict:
+            raise DeadlineError("the verifier", 1.0)
+
+    problem = Problem("text", "math", "search", "4", "")
+    domain, asked = TextDomain(problem, Lost()), Remembering(policy(Ends()))  # type: ignore[arg-type]  # a generator is enough
+    search = Search("dfs", lambda _: domain, Options(1), max_retries=0)
+    grown = asyncio.run(search.grown(problem, asked, NoValue(), Budget(9)))
+    assert (grown.tree.end, [n.text for n in grown.tree.nodes]) == (End.FAILED, ["", "3 *5 =15", ""])
+    assert grown.tree.nodes[2].verdict is None and grown.states[2] == TextState(("3 *5 =15", ""), True)
+    assert [s.node for s in all_samples(grown, domain, asked.asked)] == [1, 2]
 
 
 def test_giving_up_has_the_value_0_and_a_step_that_came_again_that_of_its_node() -> None:
@@ -250,10 +276,10 @@ def test_a_tree_is_computed_once_however_many_paths_it_has() -> None:
     assert shared.loss_tokens == flat.loss_tokens == books([group])["tokens_trained"]
 
 
-@pytest.mark.parametrize("trains", ["steps", "traces"])
+@pytest.mark.parametrize("trains", ["steps", "traces", "preferences"])
 def test_a_reader_sees_the_tree_or_the_telling_and_a_row_what_it_cost(tmp_path: Path, trains: str) -> None:
     group = asyncio.run(maker(Sloppy(), trains=trains, strategy="dfs").group(EASY, 0, SamplingParams(8), 2))
-    objective = {"loss": "sft" if trains == "traces" else "tis"}
+    objective = {"steps": {}, "traces": {"loss": "sft"}, "preferences": {"loss": "dpo", "aggregation": "sequence_mean"}}[trains]
     config = small_config(tmp_path, rollout={"method": "search", "record_every": 1}, search={"trains": trains}, objective=objective)
     paths, events = small_paths(config), EventLog(tmp_path / "events.jsonl", "orchestrator")
     writer = MetricsWriter(paths, config.metarl.logging)
@@ -267,6 +293,20 @@ def test_a_reader_sees_the_tree_or_the_telling_and_a_row_what_it_cost(tmp_path: 
     (rollout,) = read_jsonl(paths.rollouts)
     kinds = {line["kind"] for line in rollout["lines"]}
     assert ("solution" in kinds) == (trains == "traces") and kinds & {"goal", "dead_end"}
+
+
+def test_preferences_of_searches_are_pairs_of_steps_that_they_sampled() -> None:
+    player = Sloppy()
+    group = asyncio.run(maker(player, trains="preferences", value="heuristic", margin=0.1, nodes=60).group(TASK, 3, SamplingParams(8), 2))
+    assert len(group.traces) % 2 == 0 and books([group])["tokens_trained"] + group.unshown == player.num_tokens
+    steps = [[s for s in t.segments if s.mask] for t in group.traces]
+    assert all((s.advantage or 0.0) * (-1) ** i >= 0.1 for i, some in enumerate(steps) for s in some)
+    assert any(TOKENIZER.decode(some[0].ids) == BACK for some in steps[1::2] if some), "a step that was refused is a worse one"
+    objective = ObjectiveConfig(loss="dpo", aggregation="sequence_mean")
+    staleness, layout = StalenessConfig(admission_slack=20), Layout(2048, share_prefixes=True)
+    batch = pack_rl([group], 30, staleness=staleness, objective=objective, max_new_tokens=8, layout=layout).stats
+    unique = {ids[:n] for t in group.traces for ids in [tuple(i for s in t.segments for i in s.ids)] for n in range(1, len(ids) + 1)}
+    assert batch.num_rows <= 1.2 * len(unique) < batch.num_tokens / 2
 
 
 def test_told_searches_make_one_trace_each() -> None:

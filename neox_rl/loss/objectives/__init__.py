@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from neox_rl.loss.inputs import Objective
-from neox_rl.loss.objectives import cispo, decoupled_ppo, gspo, ppo, reinforce, sft, tis
+from neox_rl.loss.objectives import cispo, decoupled_ppo, dpo, gspo, ppo, reinforce, sft, tis
 
 OBJECTIVES: dict[str, Objective] = {
     "sft": sft.loss,
@@ -13,4 +13,5 @@ OBJECTIVES: dict[str, Objective] = {
     "tis": tis.loss,
     "cispo": cispo.loss,
     "gspo": gspo.loss,
+    "dpo": dpo.loss,
 }
