@@ -183,6 +183,8 @@ class Program:
 
 async def search_file(args: argparse.Namespace) -> int:
     """Raises ConfigError for arguments or a file that cannot be used."""
+    if args.trees:
+        _check_writable(args.trees)
     verifiers = Verifiers()
     async with AsyncExitStack() as stack:
         stack.callback(verifiers.close)
@@ -204,6 +206,15 @@ async def search_file(args: argparse.Namespace) -> int:
             summary["prefix_cache_hit_rate"] = round((after.hits - before.hits) / asked, 4) if before and after and asked else None
         print(json.dumps({"summary": summary}), file=sys.stderr)
         return 1 if program.tally.failed else 0
+
+
+def _check_writable(path: Path) -> None:
+    """Before a server is asked for anything. What the file holds is kept until the search begins. Raises ConfigError."""
+    try:
+        with path.open("ab"):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--trees {path}: {error.strerror}; give a file that can be written") from error
 
 
 def _template(path: Path | None) -> str:

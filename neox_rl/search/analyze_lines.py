@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -34,7 +35,9 @@ class LinesAnalysis:
 def analyze_lines(text: str) -> LinesAnalysis:
     """A step that came to an end is left by itself, as in ``linearize``."""
     search, _, _ = f"{text}\n".partition(f"{SOLUTION_LINE}\n")
-    lines = [line.strip() for line in search.split("\n") if line.strip()]
+    stripped = [line.strip() for line in search.split("\n")]
+    # An empty line that is marked is an end without more words.
+    lines = [line for line, after in itertools.pairwise((*stripped, "")) if line or after in (RIGHT_LINE, WRONG_LINE)]
     path: list[str] = []
     told: set[tuple[str, ...]] = set()
     backtracks = illegal = misplaced = repeated = 0

@@ -63,23 +63,29 @@ _UP = Told(None)
 def moves(tree: Tree, restart: bool = False) -> Iterator[Told]:
     """The moves that tell ``tree``. ``restart``: whatever follows an end or another branch begins at the root, as a new attempt does.
 
-    Raises ValueError for a tree whose nodes are not numbered in their order, and where two siblings have the same text.
+    Raises ValueError for a tree whose nodes are not numbered in their order, and where two siblings say the same (``said``).
     """
     path = [0]
-    told: set[tuple[int, str]] = set()
+    told: set[tuple[int, str, bool | None]] = set()
     over = False
     for node in tree.nodes[1:]:
         if node.order != node.id:
             raise ValueError(f"node {node.id} of {tree.problem_id} has order {node.order}; number nodes in their order")
-        if (node.parent, node.text) in told:
+        if (node.parent, *said(node)) in told:
             raise ValueError(f"node {node.id} of {tree.problem_id} is told as {node.text!r}, as one of its siblings is; merge them")
-        told.add((node.parent, node.text))
+        told.add((node.parent, *said(node)))
         if path[-1] != node.parent or (restart and over):
             yield from _jump(tree, path, node.parent, restart)
         yield Told(node)
         over = node.verdict is not None
         if not over:
             path.append(node.id)
+
+
+def said(node: Node) -> tuple[str, bool | None]:
+    """What a told step says: its words without the space around them and, of an end, whether it is right. A path may go on behind the
+    words with which another ends."""
+    return node.text.strip(), None if node.verdict is None else node.verdict.correct
 
 
 def _jump(tree: Tree, path: list[int], to: int, restart: bool) -> Iterator[Told]:

@@ -45,6 +45,9 @@ class Options:
             if not 0.0 <= number < float("inf"):
                 raise ConfigError(f"{name} {number} must be a finite number of at least 0")
 
+        if self.prune is not None and not abs(self.prune) < float("inf"):
+            raise ConfigError(f"prune {self.prune} must be a finite number: it is compared with values in [0, 1]")
+
     def hopeful(self, leaf: Leaf) -> bool:
         """Whether the search goes on below ``leaf``."""
         return not leaf.ended and (self.prune is None or leaf.value > self.prune)

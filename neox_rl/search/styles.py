@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import NamedTuple, TypeAlias
 
 from neox_rl.search.dfs import new_tree
-from neox_rl.search.linearize import solution_of
+from neox_rl.search.linearize import said, solution_of
 from neox_rl.types import Tree
 
 MAX_ATTEMPTS = 8
@@ -38,18 +38,18 @@ Style: TypeAlias = Callable[[Tree, random.Random], Telling]
 
 
 def selected(tree: Tree, ids: Iterable[int]) -> Tree:
-    """The nodes ``ids`` with all their ancestors, the root first, in that order. Siblings of the same text become one."""
+    """The nodes ``ids`` with all their ancestors, the root first, in that order. Siblings that say the same become one."""
     new_id = {0: 0}
-    children: dict[tuple[int, str], int] = {}
+    children: dict[tuple[int, str, bool | None], int] = {}
     nodes = [replace(tree.nodes[0], order=0)]
     for wanted in ids:
         for node in tree.path(wanted):
             if node.id in new_id:
                 continue
             parent = new_id[node.parent]
-            known = children.get((parent, node.text))
+            known = children.get((parent, *said(node)))
             if known is None:
-                known = children[parent, node.text] = len(nodes)
+                known = children[(parent, *said(node))] = len(nodes)
                 nodes.append(replace(node, id=known, parent=parent, order=known))
             new_id[node.id] = known
     return replace(new_tree(tree.problem_id, tuple(nodes)), num_tokens=tree.num_tokens, counts=tree.counts)

@@ -46,6 +46,8 @@ class TextDomain:
             return Rejection.TOO_LONG
         if not MARKER_LINES.isdisjoint(part.strip() for part in line.splitlines()):
             return Rejection.ILLEGAL
+        if "\n" in line:
+            return Rejection.UNPARSABLE  # a token with more behind its newline: no text could tell such a step from two
         if line in state.lines:
             return Rejection.CYCLE
         return Stepped(text, TextState((*state.lines, line), ended))

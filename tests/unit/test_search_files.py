@@ -237,7 +237,10 @@ def test_every_value_that_needs_no_model_works_without_one(value: str, problems:
         (["--value", "judge"], "--server"),
         (["--value", "prm"], "--prm-server"),
         (["--server", "http://127.0.0.1:1"], "--model"),
-        (["--trees", "missing/trees.jsonl"], "missing/trees.jsonl"),
+        (["--trees", "missing/trees.jsonl"], "--trees missing/trees.jsonl: No such file or directory; give a file"),
+        (["--trees", "."], "--trees .: Is a directory; give a file"),
+        (["--trees", ".", "--server", "http://127.0.0.1:1", "--model", "missing"], "--trees .: Is a directory"),
+        (["--prune", "nan"], "prune nan"),
         (["--exploration", "nan"], "exploration nan"),
     ],
 )

@@ -13,17 +13,21 @@ from hypothesis import strategies as st
 from neox_rl import metacot
 from neox_rl.metacot import BACK, GOAL, SOLUTION
 from neox_rl.search.analyze import analyze
+from neox_rl.search.analyze_lines import analyze_lines
 from neox_rl.search.arithmetic_domain import ArithmeticDomain
+from neox_rl.search.demonstrations import TraceStyle
 from neox_rl.search.domain import BACK_LINE, MARKER_LINES, RIGHT_LINE, SOLUTION_LINE, WRONG_LINE
 from neox_rl.search.growth import Budget
 from neox_rl.search.linearize import Mask, bare, demonstration, glue_of, linearize, solution_of, text_of, tree_of
-from neox_rl.search.proposers import ExhaustiveProposer
+from neox_rl.search.proposers import ExhaustiveProposer, Position, Proposal
+from neox_rl.search.rollouts import told_trace
 from neox_rl.search.search import Search
 from neox_rl.search.strategies import STRATEGIES
 from neox_rl.search.strategy import Options
 from neox_rl.search.styles import MAX_ATTEMPTS, STYLES, backtrack, pruned, revision, selected, stream, taken
-from neox_rl.search.values import HeuristicValue
-from neox_rl.types import Node, Problem, Reason, Role, Tree, Verdict
+from neox_rl.search.text_domain import TextDomain
+from neox_rl.search.values import HeuristicValue, NoValue
+from neox_rl.types import Node, Problem, Reason, Role, Tree, Verdict, VersionSpan
 from neox_rl.verify.verifier import ArithmeticVerifier
 from tests.unit.search_worlds import TOKENIZER, countdown
 
@@ -79,6 +83,43 @@ def test_a_told_tree_reads_back_whatever_the_search_and_the_style(made: tuple[Pr
 def test_a_tree_of_any_lines_reads_back(tree: Tree, restart: bool) -> None:
     task = Problem("text", "math", "", "", "")
     assert tree_of(task, text_of(linearize(tree, task, restart), glue_of(task))) == bare(tree, task)
+
+
+class Babbler:
+    """Writes lines with space around them, markers, nothing, and the same words as an end and as a step that goes on."""
+
+    words = ("a", " a", "b", "b\t", "", BACK_LINE, f" {WRONG_LINE}", SOLUTION_LINE, "a\vb", "[EPISODE 2]", "<eos>", "c\rd", "e\nf")
+
+    @property
+    def step_tokens(self) -> int:
+        return 1
+
+    async def propose(self, position: Position, n: int, max_tokens: int) -> list[Proposal]:
+        rng = random.Random(position.seed)
+        drawn = [(rng.choice(self.words), rng.random() < 0.4) for _ in range(n)]
+        return [Proposal(word if ended else f"{word}\n", 1, (i,), (-1.0,), (VersionSpan(0, 0, 1),), True, ended) for i, (word, ended) in enumerate(drawn)]
+
+
+class Coin:
+    async def check(self, problem: Problem, text: str) -> Verdict:
+        correct = len(text) % 3 == 0
+        return Verdict(correct, "", Reason.MATCH if correct else Reason.MISMATCH, 0.0)
+
+
+@settings(deadline=None)
+@given(st.sampled_from(sorted(STRATEGIES)), st.sampled_from(sorted(STYLES)), st.sampled_from(Mask), st.integers(0, 1 << 16), st.floats(0, 1))
+def test_whatever_a_policy_writes_is_told_and_reads_back(strategy: str, style: str, mask: Mask, seed: int, p: float) -> None:
+    task = Problem("text", "math", "question", "", "")
+    search = Search(strategy, lambda problem: TextDomain(problem, Coin()), Options(3), seed)
+    tree = asyncio.run(search.run(task, Babbler(), NoValue(), Budget(30)))
+    telling = STYLES[style](pruned(tree, random.Random(seed), p), random.Random(seed))
+    text = text_of(linearize(telling.tree, task, telling.restart), glue_of(task))
+    assert tree_of(task, text) == bare(telling.tree, task)
+    assert bool(solution_of(telling.tree)) == bool(solution_of(tree)) == (SOLUTION_LINE in text.split("\n"))
+    trace = told_trace(tree, task, TraceStyle(style, mask, p), TOKENIZER, random.Random(seed), 10_000, lambda *_: 1.0)
+    assert any(s.mask for s in trace.segments) == bool(solution_of(tree))
+    counted = analyze_lines(text)
+    assert (counted.num_illegal_backtracks, counted.num_misplaced) == (0, 0), "its own telling holds no flaw"
 
 
 def test_lines_are_told_with_markers() -> None:
