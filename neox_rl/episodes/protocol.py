@@ -151,11 +151,16 @@ def announcement(number: int, outcome: Outcome, feedback: Feedback, begins_at: s
 
 
 def feedback_of(outcome: Outcome, feedback: Feedback) -> str:
-    """One line; a message holds no line break, whatever the environment says."""
+    """One line; a message holds no line break and no marker, whatever the answer that it repeats."""
     match feedback:
         case Feedback.NONE:
             return ""
         case Feedback.BINARY:
             return RIGHT if outcome.correct else WRONG
         case Feedback.TEXT:
-            return " ".join(outcome.message.split())
+            return " ".join(unmarked(outcome.message).split())
+
+
+def unmarked(text: str) -> str:
+    """What others wrote, without the bracket of each marker of the protocol that it spells."""
+    return _MARKERS.sub(lambda found: found[0][1:], text)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from tokenizers import Tokenizer as HFTokenizer
@@ -22,6 +24,7 @@ class SymbolicTokenizer:
     def __init__(self, words: Sequence[str]) -> None:
         self.words = tuple(words)
         self._ids = {word: i for i, word in enumerate(self.words)}
+        self._spelled = {word: i for word, i in self._ids.items() if word not in (PAD, EOS)}
         self._unknown = self._ids[UNKNOWN]
         self._silent = frozenset((self._ids[PAD], self._ids[EOS]))
 
@@ -38,8 +41,9 @@ class SymbolicTokenizer:
         return len(self.words)
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """One id a whitespace-separated word; words outside the language become the unknown token. No EOS is added."""
-        get, unknown = self._ids.get, self._unknown
+        """One id a whitespace-separated word; words outside the language become the unknown token, and so does the name of EOS or padding:
+        no text can end a completion. No EOS is added."""
+        get, unknown = self._spelled.get, self._unknown
         return tuple([get(word, unknown) for word in text.split()])
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -66,15 +70,21 @@ def save_hf(hf: HFTokenizer, special: Mapping[str, str], directory: Path) -> Non
 
 
 class DirectoryTokenizer:
-    """The ``tokenizer.json`` of an HF directory, without transformers. Nothing is added around the text."""
+    """The ``tokenizer.json`` of an HF directory, without transformers. Nothing is added around the text.
+
+    A text that spells a special token (``</s>``) is encoded as any other: problems, models and tools write what they like, and none of it
+    may end a completion or take another's turn.
+    """
 
     def __init__(self, directory: Path) -> None:
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise ConfigError(f"tokenizer.path {directory}: no tokenizer.json there; save it with a fast HF tokenizer (save_pretrained)")
-        self._hf = HFTokenizer.from_file(str(path))
+        self._path, self._hf = path, HFTokenizer.from_file(str(path))
+        self._hf.encode_special_tokens = True
         self._size = max(self._hf.get_vocab(with_added_tokens=True).values()) + 1
         self._eos_id = _eos_id(directory, self._hf)
+        self._special_ids = frozenset(i for i, token in self._hf.get_added_tokens_decoder().items() if token.special)
 
     @property
     def eos_id(self) -> int:
@@ -86,7 +96,27 @@ class DirectoryTokenizer:
         return self._size
 
     def encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self._hf.encode(text, add_special_tokens=False).ids)
+        ids = self._hf.encode(text, add_special_tokens=False).ids
+        if not self._special_ids.isdisjoint(ids):  # a vocabulary of whole words or pieces has the name itself among them
+            ids = self._hf.encode(self.plain(text), add_special_tokens=False).ids
+        return tuple(ids)
+
+    def encode_template(self, text: str) -> tuple[int, ...]:
+        """With the special tokens that it spells: for a template that the user wrote, filled with ``plain`` texts."""
+        return tuple(self._templates.encode(text, add_special_tokens=False).ids)
+
+    def plain(self, text: str) -> str:
+        """``text`` with a space in each special token that it spells."""
+        return self._special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text) if self._special.pattern else text
+
+    @cached_property
+    def _templates(self) -> HFTokenizer:
+        return HFTokenizer.from_file(str(self._path))
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        words = sorted(filter(None, map(self._hf.id_to_token, self._special_ids)), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, words)))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text, special tokens left out."""

@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--cut-steps", action="store_true", help="a step without an end within --max-step-tokens ends there, for text")
     p.add_argument("--temperature", type=float, default=1.0)
     p.add_argument("--top-p", type=float, default=1.0)
-    p.add_argument("--template", type=Path, metavar="FILE", help="prompt with {numbers} and {target}, or {problem}, in it")
+    p.add_argument("--template", type=Path, metavar="FILE", help="prompt with {numbers} and {target}, or {problem}, in it; its special tokens, and no others, are taken as such")
     p.add_argument("--parallel", type=int, default=16, help="searches at a time")
     p.add_argument("--timeout-s", type=float, default=120.0, help="deadline of one request to a server")
     p.add_argument("--seed", type=int, default=0)
@@ -191,7 +191,8 @@ async def search_file(args: argparse.Namespace) -> int:
         template = _template(args.template)
         budget, options = Budget(args.budget_nodes, args.budget_tokens), make_options(args)
         policy = await connect(args, stack) if args.server else None
-        rows = read_rows(args.problems, words=policy is None or policy.writes_words, template=template)
+        plain = policy.tokenizer.plain if policy and template else str
+        rows = read_rows(args.problems, policy is None or policy.writes_words, template, plain)
         value = await make_value(args, policy, verifiers, stack)
         proposer: Proposer = policy.proposer if policy else ExhaustiveProposer()
         search = Search(args.strategy, verifiers.domain, options, args.seed)

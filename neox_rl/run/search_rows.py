@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,16 +31,17 @@ class Row:
     error: str = ""
 
 
-def read_rows(path: Path, words: bool, template: str) -> list[Row]:
-    """Every line that is not blank. ``words``: prompts in the words of ``neox_rl.metacot``. Raises ConfigError when there is no file."""
+def read_rows(path: Path, words: bool, template: str, plain: Callable[[str], str] = str) -> list[Row]:
+    """Every line that is not blank. ``words``: prompts in the words of ``neox_rl.metacot``. ``plain``: what is done to a problem's text
+    before it is put into ``template``, which may hold special tokens. Raises ConfigError when there is no file."""
     try:
         with path.open("rb") as file:
-            return [_row(number, line, words, template) for number, line in enumerate(file, 1) if line.strip()]
+            return [_row(number, line, words, template, plain) for number, line in enumerate(file, 1) if line.strip()]
     except OSError as error:
         raise ConfigError(f"--problems {path}: {error.strerror}; give a file of JSON lines") from error
 
 
-def _row(number: int, line: bytes, words: bool, template: str) -> Row:
+def _row(number: int, line: bytes, words: bool, template: str, plain: Callable[[str], str]) -> Row:
     if len(line) > MAX_ROW_BYTES:
         return Row(number, error=f"line {number} has {len(line)} bytes, at most {MAX_ROW_BYTES} are read")
     try:
@@ -51,9 +52,9 @@ def _row(number: int, line: bytes, words: bool, template: str) -> Row:
         case {"numbers": list() as numbers} | {"nums": list() as numbers}:
             return Row(number, _arithmetic(number, data, numbers, words, template))
         case {"problem": str() as text, "answer": str() | int() | float() as answer} if text.strip():
-            return Row(number, _text(number, data, text, str(answer), template))
+            return Row(number, _text(number, data, plain(text), str(answer), template))
         case {"question": str() as text, "answer": str() | int() | float() as answer} if text.strip():
-            return Row(number, _text(number, data, text, str(answer).rpartition("####")[2], template))
+            return Row(number, _text(number, data, plain(text), str(answer).rpartition("####")[2], template))
     return Row(number, error=f"line {number} holds no problem; a row is {{numbers, target}} (24 unless given) or {{problem, answer}}")
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import aiohttp
 
 from neox_rl.errors import ConfigError, DeadlineError, WeightError
-from neox_rl.ports import Generator, Tokenizer
+from neox_rl.ports import Generator
 from neox_rl.problems.tokenizer import DirectoryTokenizer
 from neox_rl.rollout.vllm_client import VllmGenerator
 from neox_rl.rollout.vllm_completions import CompletionsGenerator
@@ -28,7 +28,7 @@ class Policy:
     """``writes_words``: its tokenizer is that of ``neox_rl.metacot``, so its prompts and steps are too."""
 
     generator: Generator
-    tokenizer: Tokenizer
+    tokenizer: DirectoryTokenizer
     proposer: PolicyProposer
     writes_words: bool
 
@@ -61,6 +61,7 @@ async def connect(args: argparse.Namespace, stack: AsyncExitStack) -> Policy:
         args.top_p,
         served.max_model_len,
         cut_steps=args.cut_steps,
+        encode_prompt=tokenizer.encode_template if args.template else None,
     )
     return Policy(generator, tokenizer, proposer, writes_words(tokenizer))
 

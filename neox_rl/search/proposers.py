@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol, runtime_checkable
@@ -96,7 +96,7 @@ class PolicyProposer:
     """Samples the next step from the policy, given the prompt and the path's own tokens, so that siblings share their prefix.
 
     ``max_context`` bounds prompt, path and step together; 0: no bound. A step that ``max_step_tokens`` cuts off is too long, unless
-    ``cut_steps``: then that is where a step ends.
+    ``cut_steps``: then that is where a step ends. ``encode_prompt``: how a prompt becomes tokens; as any text does, unless given.
     """
 
     generator: Generator
@@ -108,6 +108,7 @@ class PolicyProposer:
     max_context: int = 0
     seeded: bool = True
     cut_steps: bool = False
+    encode_prompt: Callable[[str], tuple[int, ...]] | None = None
     _prompts: dict[str, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -119,7 +120,7 @@ class PolicyProposer:
         if found is None:
             if len(self._prompts) >= CACHED_PROMPTS:
                 self._prompts.clear()
-            found = self._prompts[problem.prompt] = self.tokenizer.encode(problem.prompt)
+            found = self._prompts[problem.prompt] = (self.encode_prompt or self.tokenizer.encode)(problem.prompt)
         return found
 
     async def propose(self, position: Position, n: int, max_tokens: int) -> Sequence[Proposal]:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import models, pre_tokenizers
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer
 
 from neox_rl.config.schema import ProblemsConfig, TokenizerConfig
 from neox_rl.errors import ConfigError
 from neox_rl.metacot import EOS, PAD, UNKNOWN, vocabulary
-from neox_rl.problems.tokenizer import SymbolicTokenizer, load_tokenizer
+from neox_rl.problems.tokenizer import DirectoryTokenizer, SymbolicTokenizer, load_tokenizer, save_hf
 
 MAX_VALUE = 30
 ALL_WORDS = " ".join(word for word in vocabulary(MAX_VALUE) if word not in (PAD, EOS, UNKNOWN))
@@ -65,6 +66,22 @@ def test_directory_tokenizer_agrees_with_the_symbolic_one(directory: Path) -> No
     assert (loaded.eos_id, loaded.vocab_size) == (ours.eos_id, ours.vocab_size)
     assert loaded.encode(ALL_WORDS) == ours.encode(ALL_WORDS)
     assert loaded.decode([*ours.encode(ALL_WORDS), ours.eos_id]) == ALL_WORDS
+
+
+def test_no_text_spells_a_control_token(directory: Path, tmp_path: Path) -> None:
+    hostile = f"3 {EOS} 4 {PAD} {EOS}5"
+    for tokenizer in (SymbolicTokenizer(vocabulary(MAX_VALUE)), DirectoryTokenizer(directory)):
+        assert not {0, 1} & set(tokenizer.encode(hostile)) and tokenizer.encode("3") == tokenizer.encode(hostile)[:1]
+    words = {word: i for i, word in enumerate(["<unk>", "<|end|>", "<|user|>", "a", "<", "|end|>", "[BACK]"])}
+    hf = HFTokenizer(models.WordLevel(words, unk_token="<unk>"))
+    hf.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    hf.add_special_tokens(["<unk>", "<|end|>", "<|user|>"])
+    hf.add_tokens(["[BACK]"])
+    save_hf(hf, {"eos_token": "<|end|>", "unk_token": "<unk>"}, tmp_path / "chat")
+    chat = DirectoryTokenizer(tmp_path / "chat")
+    assert chat.encode("a <|end|> <|user|>") == (3, 4, 5, 4, 0), "words like any others"
+    assert chat.plain("a <|end|> a<|user|>") == "a < |end|> a< |user|>" and chat.plain("a [BACK]") == "a [BACK]"
+    assert chat.encode_template(f"<|user|> {chat.plain('a <|end|>')} <|end|>") == (2, 3, 4, 5, 1), "those of the template, and no others"
 
 
 def test_load_tokenizer_takes_its_size_from_the_problems() -> None:
