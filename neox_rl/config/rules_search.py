@@ -32,7 +32,10 @@ def objective_suits_what_is_trained(config: RunConfig, machine: Machine) -> Iter
         )
     paired = method == "search" and trains == "preferences"
     if paired and loss != PREFERENCE:
-        yield f"metarl.objective.loss = {loss}: knows no pairs, and search.trains is preferences; set loss: {PREFERENCE}, or search.trains: steps"
+        yield (
+            f"metarl.objective.loss = {loss}: knows no pairs, and search.trains is preferences; set loss: {PREFERENCE}, or search.trains:"
+            " steps"
+        )
     if loss == PREFERENCE and not paired:
         yield (
             f"metarl.objective.loss = {PREFERENCE}: needs pairs of a better and a worse step; set rollout.method: search with"
@@ -60,7 +63,6 @@ def pairs_are_whole(config: RunConfig, machine: Machine) -> Iterator[str]:
             f"metarl.pack_tokens = {m.pack_tokens}: must hold the two sequences of a pair, of seq_length = {seq} each; set pack_tokens:"
             f" {2 * seq} or more"
         )
-
 
 
 def searches_have_room(config: RunConfig, machine: Machine) -> Iterator[str]:

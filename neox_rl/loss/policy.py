@@ -11,7 +11,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-from neox_rl.config.derived import keeps_reference
 from neox_rl.config.own import found
 from neox_rl.config.schema import IMITATION, ObjectiveConfig
 from neox_rl.loss.inputs import Objective, TokenArrays, TokenInputs, token_inputs

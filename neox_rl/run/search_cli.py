@@ -77,7 +77,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--cut-steps", action="store_true", help="a step without an end within --max-step-tokens ends there, for text")
     p.add_argument("--temperature", type=float, default=1.0)
     p.add_argument("--top-p", type=float, default=1.0)
-    p.add_argument("--template", type=Path, metavar="FILE", help="prompt with {numbers} and {target}, or {problem}, in it; its special tokens, and no others, are taken as such")
+    p.add_argument(
+        "--template",
+        type=Path,
+        metavar="FILE",
+        help="prompt with {numbers} and {target}, or {problem}, in it; its special tokens, and no others, are taken as such",
+    )
     p.add_argument("--parallel", type=int, default=16, help="searches at a time")
     p.add_argument("--timeout-s", type=float, default=120.0, help="deadline of one request to a server")
     p.add_argument("--seed", type=int, default=0)

@@ -67,4 +67,5 @@ VERDICT = Verdict(True, "", Reason.MATCH, 0.1)
 def batch(objective: str, share: bool, layout: Layout) -> StepBatch:
     layout = Layout(layout.pack_tokens, layout.data_parallel, layout.tensor_parallel, layout.min_microbatches, share)
     staleness = StalenessConfig(admission_slack=1, delivery_slack=1)
-    return pack_rl(pairs() if objective == "dpo" else groups(), STEP, staleness=staleness, objective=OBJECTIVES[objective], max_new_tokens=64, layout=layout)
+    found = pairs() if objective == "dpo" else groups()
+    return pack_rl(found, STEP, staleness=staleness, objective=OBJECTIVES[objective], max_new_tokens=64, layout=layout)

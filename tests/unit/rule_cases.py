@@ -314,7 +314,7 @@ CASES = (
         "would weigh a pair by the length",
         "metarl.objective.aggregation=sequence_mean",
     ),
-    Case("pairs_are_whole", f"{PAIRS} metarl.staleness.stale_tokens=truncate", "has no importance ratio", "metarl.staleness.stale_tokens=mask"),
+    Case("pairs_are_whole", f"{PAIRS} metarl.staleness.stale_tokens=truncate", "no importance ratio", "metarl.staleness.stale_tokens=mask"),
     Case("pairs_are_whole", f"{PAIRS} metarl.pack_tokens=300", "must hold the two sequences of a pair", "metarl.pack_tokens=1024"),
     Case(
         "searches_have_room",

@@ -76,7 +76,8 @@ def by_microbatches(batch: StepBatch) -> tuple[float, Counter[tuple[object, ...]
         keys = [(context(micro, int(row)), int(target)) for row, target in zip(micro.rows, micro.targets, strict=True)]
         table = torch.tensor([entry(0, *key) for key in keys], dtype=torch.float64, requires_grad=True)
         reference = np.array([entry(1, *key) for key in keys], np.float64)[micro.terms]
-        value, found = loss_fn(table[torch.from_numpy(micro.terms)], torch.zeros(len(micro.terms)), replace(micro, reference_logprobs=reference))
+        terms, against = table[torch.from_numpy(micro.terms)], replace(micro, reference_logprobs=reference)
+        value, found = loss_fn(terms, torch.zeros(len(terms)), against)
         value.backward()
         total += value.item()
         assert table.grad is not None
@@ -162,7 +163,7 @@ def test_half_of_the_pairs_metrics_is_what_the_policy_prefers() -> None:
     ids=["one", "two places", "both better", "worse first", "half", "equal"],
 )
 def test_what_is_no_pair_is_refused(traces: tuple[Trace, ...]) -> None:
-    with pytest.raises(ValueError, match="pair|better and worse"):
+    with pytest.raises(ValueError, match=r"pair|better and worse"):
         pack([Group(0, "p", traces)])
 
 

@@ -97,7 +97,8 @@ class Babbler:
     async def propose(self, position: Position, n: int, max_tokens: int) -> list[Proposal]:
         rng = random.Random(position.seed)
         drawn = [(rng.choice(self.words), rng.random() < 0.4) for _ in range(n)]
-        return [Proposal(word if ended else f"{word}\n", 1, (i,), (-1.0,), (VersionSpan(0, 0, 1),), True, ended) for i, (word, ended) in enumerate(drawn)]
+        texts = [(word if ended else f"{word}\n", ended) for word, ended in drawn]
+        return [Proposal(text, 1, (i,), (-1.0,), (VersionSpan(0, 0, 1),), True, ended) for i, (text, ended) in enumerate(texts)]
 
 
 class Coin:
@@ -107,7 +108,9 @@ class Coin:
 
 
 @settings(deadline=None)
-@given(st.sampled_from(sorted(STRATEGIES)), st.sampled_from(sorted(STYLES)), st.sampled_from(Mask), st.integers(0, 1 << 16), st.floats(0, 1))
+@given(
+    st.sampled_from(sorted(STRATEGIES)), st.sampled_from(sorted(STYLES)), st.sampled_from(Mask), st.integers(0, 1 << 16), st.floats(0, 1)
+)
 def test_whatever_a_policy_writes_is_told_and_reads_back(strategy: str, style: str, mask: Mask, seed: int, p: float) -> None:
     task = Problem("text", "math", "question", "", "")
     search = Search(strategy, lambda problem: TextDomain(problem, Coin()), Options(3), seed)
