@@ -82,6 +82,7 @@ class WarmstartConfig:
     )
     prune: float = key(0.0, "each step off the solution path is left out with this chance, and what came of it", low=0.0, high=1.0)
     choice_weight: float = key(1.0, "loss weight of tokens that choose the next step at random", low=0.0, high=1.0)
+    sees_earlier: bool = key(False, "style values: the model is told what the search did before, and trained as a meta-critic (8.3.4)")
     from_checkpoint: bool = key(False, "the warm start trains the policy of hf_checkpoint or load further, instead of being skipped")
     hf_checkpoint: str = key("", "HF directory to start from instead of a random model; a relative path is from the working directory")
 

@@ -20,6 +20,11 @@ class SearchConfig:
     )
     prm_server: str = key("", "value prm: http://host:port of a server that you started for the reward model")
     prm_model: str = key("", "value prm: directory with its tokenizer.json (configs/prm.yml), or the name of a served sequence classifier")
+    sees_earlier: bool = key(
+        False,
+        "the value sees what the search did before: a judge or reward model is told it (the meta-critic, 8.3.4), others think less of steps"
+        " that were tried",
+    )
     nodes: int = key(32, "most nodes of a tree, its root left out", low=1)
     tokens: int = key(0, "most tokens of a search, refused steps and those of its value included; 0: what its nodes take", low=0)
     width: int = key(4, "steps sampled at a node; best-of-n: attempts", low=1)

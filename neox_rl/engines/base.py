@@ -210,7 +210,6 @@ class RankEngine(ABC):
             return
         if self._reference is None:
             raise NeoxRLError("there is no reference policy: call set_reference() first (dpo keeps one, others with kl_coef > 0)")
-            raise NeoxRLError("there is no reference policy: call set_reference() first (dpo keeps one, others with kl_coef > 0)")
         current = [tensor.data for tensor in self._held()]
         try:
             for tensor, frozen in zip(self._held(), self._reference, strict=True):

@@ -29,7 +29,7 @@ def demonstration_source(config: RunConfig, problems: Sequence[Problem], tokeniz
         case "trees":
             return trees(of_problems(_trees(w.path), problems), style, tokenizer)
         case "values":
-            return values(of_problems(_trees(w.path), problems), tokenizer)
+            return values(of_problems(_trees(w.path), problems), tokenizer, w.sees_earlier, config.neox.seq_length)
         case "episodes":
             return episode_demonstrations(config, problems, tokenizer)
         case "attempts":

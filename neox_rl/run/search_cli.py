@@ -61,7 +61,11 @@ def parser() -> argparse.ArgumentParser:
         help="directory with the tokenizer.json of a reward model of this project (configs/prm.yml); or the name under which a sequence"
         " classifier is served (/classify)",
     )
-    p.add_argument("--sees-earlier", action="store_true", help="the value sees the attempts that ended before (the meta-critic, 8.3.4)")
+    p.add_argument(
+        "--sees-earlier",
+        action="store_true",
+        help="the value sees what the search did before: a judge or reward model is told it (the meta-critic, 8.3.4)",
+    )
     p.add_argument(
         "--width", type=int, help="steps proposed at a node; best-of-n: attempts (default: 4, best-of-n 16, all without a server)"
     )

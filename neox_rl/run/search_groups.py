@@ -108,7 +108,7 @@ async def reward_model(config: RunConfig, stack: AsyncExitStack) -> Value | None
     block = config.metarl.search
     if config.metarl.rollout.method != "search" or block.value != "prm":
         return None
-    return await prm_value(block.prm_server, block.prm_model, config.metarl.servers.request_timeout_s, stack)
+    return await prm_value(block.prm_server, block.prm_model, config.metarl.servers.request_timeout_s, stack, block.sees_earlier)
 
 
 def search_groups(config: RunConfig, attempts: Attempts, prm: Value | None = None) -> SearchGroups:
@@ -125,7 +125,8 @@ def search_groups(config: RunConfig, attempts: Attempts, prm: Value | None = Non
         seeded=False,
         cut_steps=block.cut_steps,
     )
-    value = prm or own_value(block.value, proposer, attempts.verifier, block.playouts, block.playout_tokens, block.votes)
+    plays = (block.playouts, block.playout_tokens, block.votes, block.sees_earlier)
+    value = prm or own_value(block.value, proposer, attempts.verifier, *plays)
     prune = 0.0 if block.value == "oracle" and block.prune else None
     options = Options(block.width, block.batch, block.beam, prune, exploration=block.exploration)
     search = Search(block.strategy, lambda problem: domain_of(problem, attempts.verifier), options, metarl.seed)

@@ -32,8 +32,7 @@ async def prm_value(server: str, model: str, timeout_s: float, stack: AsyncExitS
     classifier of that name. Raises what a server that does not answer raises."""
     if Path(model, TOKENIZER).is_file():
         served = await stack.enter_async_context(CompletionsGenerator(server, timeout_s))
-        value = WordValue(served, DirectoryTokenizer(Path(model)))
-        return Discouraged(value) if sees_earlier else value
+        return WordValue(served, DirectoryTokenizer(Path(model)), sees_earlier, served.max_model_len)
     return PrmValue(ServedScorer(server.rstrip("/"), model, timeout_s), sees_earlier)
 
 
@@ -54,5 +53,5 @@ def own_value(
         case _:
             if policy is None:
                 raise ConfigError("--value judge needs --server URL: the policy itself votes")
-            return JudgeValue(policy.generator, policy.tokenizer, votes, sees_earlier=sees_earlier)
+            return JudgeValue(policy.generator, policy.tokenizer, votes, sees_earlier=sees_earlier, max_context=policy.max_context)
     return Discouraged(value) if sees_earlier else value

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 
-from neox_rl.types import Node, Reason, Tree, Verdict
+from neox_rl.types import NO_NODE, Node, Reason, Tree, Verdict
 
 UNFINISHED = Verdict(correct=False, extracted="", reason=Reason.NO_ANSWER, ms=0.0)
 
@@ -21,3 +22,10 @@ def value_labels(tree: Tree) -> Iterator[tuple[tuple[Node, ...], float]]:
     """Every path and the value of its end: what a process reward model v(q, S_t) is trained on, with Monte-Carlo values (11)."""
     for node in tree.nodes[1:]:
         yield tree.path(node.id), node.value
+
+
+def before(tree: Tree, node: Node, verdicts: bool) -> Tree:
+    """The tree as a value saw it that was asked for ``node``: what was made before the first of its siblings. ``verdicts``: those of ends
+    are known without the gold answer."""
+    made = tree.nodes[: min(n.id for n in tree.nodes if n.parent == node.parent)]
+    return replace(tree, nodes=made if verdicts else tuple(replace(n, verdict=None) for n in made), answer=NO_NODE)

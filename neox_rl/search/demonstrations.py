@@ -20,12 +20,13 @@ from typing import TypeAlias
 
 from neox_rl.errors import ConfigError
 from neox_rl.ports import Tokenizer
-from neox_rl.search.credit import value_labels
+from neox_rl.search.credit import before, value_labels
 from neox_rl.search.dfs import MIXED, dfs, solution_path
-from neox_rl.search.linearize import Mask, Span, demonstration, glue_of, linearize, solution_of
+from neox_rl.search.earlier import told_before_path, told_earlier
+from neox_rl.search.linearize import Mask, Span, demonstration, glue_of, is_arithmetic, linearize, solution_of
 from neox_rl.search.reward_model import value_trace
 from neox_rl.search.styles import STYLES, pruned
-from neox_rl.types import NO_VERSION, Group, Problem, Role, Segment, Trace, Tree
+from neox_rl.types import NO_VERSION, Group, Node, Problem, Role, Segment, Trace, Tree
 
 Searcher: TypeAlias = Callable[[Problem, random.Random], Tree]
 Drawer: TypeAlias = Callable[[random.Random, str], Trace]
@@ -146,22 +147,32 @@ def imitated(trace: Trace) -> Trace:
     return replace(trace, segments=tuple(segments), reward=1.0)
 
 
-def values(found: Sequence[tuple[Tree, Problem]], tokenizer: Tokenizer) -> Source:
+def values(found: Sequence[tuple[Tree, Problem]], tokenizer: Tokenizer, sees_earlier: bool = False, max_tokens: int = 0) -> Source:
     """A tree, and all of its steps, or MAX_LABELS of them: siblings are what a search compares, and share their path. Each word is drawn
     anew each time, hopeful with the chance of the step's value, so that the expected loss is the cross-entropy against the value itself.
+    ``sees_earlier``: what the search did before is told too (the meta-critic, 8.3.4), as far as it fits in ``max_tokens``.
     Raises ConfigError without a step."""
-    grown = [(list(value_labels(tree)), problem) for tree, problem in found if len(tree.nodes) > 1]
+    grown = [(tree, list(value_labels(tree)), problem) for tree, problem in found if len(tree.nodes) > 1]
     if not grown:
         raise ConfigError(
             f"warmstart.style values: none of {len(found)} trees of training problems has a step to judge; search over rows that"
             " python -m neox_rl.problems.make_rows wrote for this config"
         )
 
+    def told(tree: Tree, node: Node, problem: Problem) -> tuple[str, ...]:
+        if not sees_earlier:
+            return ()
+        return told_before_path(told_earlier(before(tree, node, verdicts=is_arithmetic(problem)), problem), problem)
+
     def draw(rng: random.Random, name: str) -> tuple[Trace, ...]:
-        labels, problem = rng.choice(grown)
+        tree, labels, problem = rng.choice(grown)
         some = enumerate(rng.sample(labels, min(len(labels), MAX_LABELS)))
         return tuple(
-            value_trace(problem, [node.text for node in path], rng.random() < value, tokenizer, f"{name}/r{i}") for i, (path, value) in some
+            value_trace(
+                *(problem, [node.text for node in path], rng.random() < value, tokenizer, f"{name}/r{i}"),
+                *(told(tree, path[-1], problem), max_tokens),
+            )
+            for i, (path, value) in some
         )
 
     return draw

@@ -6,8 +6,9 @@ import asyncio
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 
 from neox_rl.errors import ConfigError
 from neox_rl.search.domain import Domain, Rejection, State
@@ -180,12 +181,18 @@ class Growth:
         unknown = [i for i in ids if not (self.nodes[i].ended and self.domain.checkable)]
         if not unknown:
             return
-        scores = await value.score([self.position(i, "value") for i in unknown], self.tokens_left)
+        visited = partial(self._visited, ids[0])
+        scores = await value.score([replace(self.position(i, "value"), visited=visited) for i in unknown], self.tokens_left)
         self.num_tokens += scores.num_tokens
         for i, score in zip(unknown, scores.values, strict=True):
             good = math.isfinite(score) and 0.0 <= score <= 1.0
             self.counts[BAD_VALUE] += not good
             self.nodes[i].value = float(score) if good else 0.0
+
+    def _visited(self, count: int) -> Tree:
+        """The first ``count`` nodes; without their verdicts where only the gold answer tells them, which no value may see."""
+        leaves = self.nodes[:count] if self.domain.checkable else [replace(leaf, verdict=None) for leaf in self.nodes[:count]]
+        return Tree(self.problem.id, tuple(map(_node, leaves)))
 
     @property
     def goal(self) -> int:

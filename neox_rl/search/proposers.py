@@ -13,7 +13,7 @@ from neox_rl import metacot
 from neox_rl.errors import ConfigError
 from neox_rl.ports import Generator, Tokenizer
 from neox_rl.search.domain import Domain, State
-from neox_rl.types import Completion, Finish, Problem, SamplingParams, VersionSpan
+from neox_rl.types import Completion, Finish, Problem, SamplingParams, Tree, VersionSpan
 
 WORD_STEP = "3 *5 =15"
 CACHED_PROMPTS = 4096
@@ -24,8 +24,8 @@ MARKS = (metacot.LOW, metacot.HIGH, metacot.GOAL, metacot.BACK)
 class Position:
     """A node as proposers and values see it: its state, and the path that leads there.
 
-    ``ids``: the path's tokens, prompt left out. ``earlier``: the steps of every path that the search has ended so far, for values that
-    see earlier attempts; it grows with the search.
+    ``ids``: the path's tokens, prompt left out. For values that see earlier attempts: ``earlier``, the steps of every path that the search
+    has ended so far, which grows with the search, and ``visited``, the tree before the round that made the node.
     """
 
     problem: Problem
@@ -35,6 +35,7 @@ class Position:
     ids: tuple[int, ...]
     seed: int
     earlier: Sequence[tuple[str, ...]] = ()
+    visited: Callable[[], Tree] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from typing import Protocol
 from neox_rl import metacot
 from neox_rl.errors import ConfigError
 from neox_rl.ports import Tokenizer
+from neox_rl.search.earlier import earlier_of, told_before_path
 from neox_rl.search.linearize import DEMONSTRATED, glue_of
 from neox_rl.search.proposers import Position
 from neox_rl.search.values import Scores
@@ -39,32 +40,57 @@ def value_ids(tokenizer: Tokenizer) -> tuple[int, int]:
     return found[0][0], found[1][0]
 
 
-def value_context(problem: Problem, texts: Sequence[str], tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Prompt and path as the model reads them, in training and when it is asked: step by step, so that no token spans two steps."""
+def value_context(
+    problem: Problem, texts: Sequence[str], tokenizer: Tokenizer, before: Sequence[str] = (), max_tokens: int = 0
+) -> tuple[int, ...]:
+    """Prompt and path as the model reads them, in training and when it is asked: step by step, so that no token spans two steps.
+
+    ``before``: what the search did before (``earlier``), for a meta-critic: as many of its latest moves as fit in ``max_tokens``, 0: all.
+    """
     glue = glue_of(problem)
-    return (*tokenizer.encode(problem.prompt), *(i for text in texts for i in tokenizer.encode(glue + text)))
+    prompt, moves = tokenizer.encode(problem.prompt), [tokenizer.encode(glue + text) for text in before]
+    path = [i for text in texts for i in tokenizer.encode(glue + text)]
+    room, start = max_tokens - len(prompt) - len(path), len(moves)
+    while start and (not max_tokens or len(moves[start - 1]) <= room):
+        start -= 1
+        room -= len(moves[start])
+    return (*prompt, *(i for ids in moves[start:] for i in ids), *path)
 
 
-def value_trace(problem: Problem, texts: Sequence[str], hopeful: bool, tokenizer: Tokenizer, id: str) -> Trace:
+def value_trace(
+    problem: Problem, texts: Sequence[str], hopeful: bool, tokenizer: Tokenizer, id: str, before: Sequence[str] = (), max_tokens: int = 0
+) -> Trace:
     """A path as context, and the one word about it, which alone is trained on."""
     word = value_ids(tokenizer)[0 if hopeful else 1]
-    segments = (Segment(value_context(problem, texts, tokenizer), Role.PROMPT), Segment((word,), Role.VERIFY, mask=1.0))
+    segments = (
+        Segment(value_context(problem, texts, tokenizer, before, max_tokens - 1 if max_tokens else 0), Role.PROMPT),
+        Segment((word,), Role.VERIFY, mask=1.0),
+    )
     return Trace(id, problem.id, segments, reward=1.0, finish=Finish.STOP, verdict=DEMONSTRATED)
 
 
 @dataclass(frozen=True)
 class WordValue:
-    """The value of a position by a served model of this kind; it writes one token a position. NaN where it says neither word."""
+    """The value of a position by a served model of this kind; it writes one token a position. NaN where it says neither word.
+
+    ``sees_earlier``: the model was trained as a meta-critic, and what the search did before is told to it.
+    """
 
     model: NextToken
     tokenizer: Tokenizer
+    sees_earlier: bool = False
+    max_context: int = 0
 
     async def score(self, positions: Sequence[Position], max_tokens: int | None) -> Scores:
         if max_tokens is not None and max_tokens < len(positions):
             return Scores([0.0] * len(positions))
-        prompts = [value_context(p.problem, p.texts, self.tokenizer) for p in positions]
+        room = max(0, self.max_context - 1)
+        prompts = [value_context(p.problem, p.texts, self.tokenizer, self._before(p), room) for p in positions]
         found = await self.model.next_token(prompts, value_ids(self.tokenizer))
         return Scores([_share(*map(math.exp, pair)) for pair in found], len(positions))
+
+    def _before(self, position: Position) -> tuple[str, ...]:
+        return told_before_path(earlier_of(position), position.problem) if self.sees_earlier else ()
 
 
 def _share(hopeful: float, hopeless: float) -> float:

@@ -12,12 +12,11 @@ import msgspec
 
 from neox_rl.errors import DeadlineError, NeoxRLError, WireError
 from neox_rl.ports import Generator, Tokenizer
+from neox_rl.search.earlier import MAX_EARLIER_CHARS, earlier_of, text_before
 from neox_rl.search.proposers import Position
 from neox_rl.search.values import Scores, Value
 from neox_rl.types import SamplingParams
 
-MAX_EARLIER = 8
-"""Most earlier attempts that are shown to a model, the latest ones."""
 JUDGE_PROMPT = "{path}\n\nCan this be continued to a right answer? Answer with one word: sure, likely or impossible.\nAnswer:"
 VOTES: Mapping[str, float] = {"sure": 1.0, "likely": 0.5, "impossible": 0.0}
 """The three words of Tree of Thoughts (arXiv 2305.10601), as values."""
@@ -33,12 +32,12 @@ class ScorerFailedError(NeoxRLError):
     """A served scorer that did not answer, or answered with an error."""
 
 
-def path_text(position: Position, sees_earlier: bool) -> str:
-    """The question and the path; with ``sees_earlier`` the attempts that ended before stand between them: v(Z, S, q) (8.3.4)."""
+def path_text(position: Position, earlier_chars: int = 0) -> str:
+    """The question and the path; between them so much of what the search did before: v(Z, S, q) (8.3.4)."""
     path = "\n".join(text.strip() for text in position.texts)
-    shown = position.earlier[-MAX_EARLIER:] if sees_earlier else ()
-    attempts = "".join("Earlier attempt:\n" + "\n".join(text.strip() for text in texts) + "\n\n" for texts in shown)
-    return f"{position.problem.prompt.rstrip()}\n{attempts}{path}\n"
+    before = text_before(earlier_of(position, earlier_chars), position.problem)
+    told = f"The search so far:\n{before}\n\nNow:\n" if before else ""
+    return f"{position.problem.prompt.rstrip()}\n{told}{path}\n"
 
 
 @dataclass(frozen=True)
@@ -49,14 +48,15 @@ class PrmValue:
     sees_earlier: bool = False
 
     async def score(self, positions: Sequence[Position], max_tokens: int | None) -> Scores:
-        return Scores(await self.scorer.score([path_text(p, self.sees_earlier) for p in positions]))
+        chars = MAX_EARLIER_CHARS if self.sees_earlier else 0
+        return Scores(await self.scorer.score([path_text(p, chars) for p in positions]))
 
 
 @dataclass(frozen=True)
 class JudgeValue:
     """The mean of ``votes`` sampled verdicts of a language model. A vote that names no word of VOTES is not counted; with none left: 0.
 
-    Only what the judge writes costs tokens, as with the policy.
+    Only what the judge writes costs tokens, as with the policy. ``max_context`` bounds prompt and answer; 0: no bound.
     """
 
     generator: Generator
@@ -65,6 +65,7 @@ class JudgeValue:
     max_tokens: int = 8
     prompt: str = JUDGE_PROMPT
     sees_earlier: bool = False
+    max_context: int = 0
     words: Mapping[str, float] = field(default_factory=lambda: VOTES)
 
     async def score(self, positions: Sequence[Position], max_tokens: int | None) -> Scores:
@@ -75,11 +76,19 @@ class JudgeValue:
         return Scores([value for value, _ in asked], sum(tokens for _, tokens in asked))
 
     async def _ask(self, position: Position, cap: int) -> tuple[float, int]:
-        prompt = self.prompt.replace("{path}", path_text(position, self.sees_earlier))
         params = SamplingParams(cap, seed=position.seed)
-        completions = await self.generator.sample(self.tokenizer.encode(prompt), params, self.votes, f"{position.problem.id}/judge")
+        completions = await self.generator.sample(self._prompt(position, cap), params, self.votes, f"{position.problem.id}/judge")
         votes = [vote for c in completions if (vote := self._vote(self.tokenizer.decode(c.ids))) is not None]
         return (sum(votes) / len(votes) if votes else 0.0), sum(len(c.ids) for c in completions)
+
+    def _prompt(self, position: Position, cap: int) -> tuple[int, ...]:
+        """As much of what the search did before as leaves room for an answer."""
+        chars = MAX_EARLIER_CHARS if self.sees_earlier else 0
+        while True:
+            ids = self.tokenizer.encode(self.prompt.replace("{path}", path_text(position, chars)))
+            if not chars or not self.max_context or len(ids) + cap <= self.max_context:
+                return ids
+            chars //= 2
 
     def _vote(self, text: str) -> float | None:
         said = text.lower()

@@ -152,7 +152,7 @@ def test_each_prediction_is_made_once_and_only_where_something_is_trained(groups
 @pytest.mark.parametrize("loss", [n for n in ObjectiveConfig.__dataclass_fields__["loss"].metadata["choices"] if n != "dpo"])
 @given(groups=GROUPS, seed=st.integers(0, 9))
 def test_every_objective_has_the_same_loss_gradient_and_metrics(loss: str, groups: list[Group], seed: int) -> None:
-    """A policy that is a table, context x target: the gradient with respect to its entries, from either layout. Pairs: ``test_preferences``."""
+    """A policy that is a table, context x target: the gradient of its entries, from either layout. Pairs: ``test_preferences``."""
     cfg = ObjectiveConfig(loss=loss, ratio_cap=1.4, kl_coef=0.1, entropy_coef=0.1)
     results = [run(pack(groups, share, loss=loss), cfg, seed) for share in (False, True)]
     (loss_flat, gradient_flat, sums_flat), (loss_shared, gradient_shared, sums_shared) = results

@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,14 +18,16 @@ from neox_rl.rollout.vllm_completions import CompletionsGenerator
 from neox_rl.search.analyze_lines import analyze_lines, equations_of
 from neox_rl.search.arithmetic_domain import ArithmeticDomain
 from neox_rl.search.domain import BACK_LINE, SOLUTION_LINE, WRONG_LINE, Rejection
+from neox_rl.search.earlier import told_before_path, told_earlier
 from neox_rl.search.growth import Budget
 from neox_rl.search.proposers import ExhaustiveProposer, PolicyProposer, Position, step_ends
+from neox_rl.search.reward_model import WordValue, value_trace
 from neox_rl.search.scorers import Discouraged, JudgeValue, PrmValue, ScorerFailedError, ServedScorer
 from neox_rl.search.search import Search
 from neox_rl.search.strategy import Options
 from neox_rl.search.text_domain import TextDomain, TextState
 from neox_rl.search.values import HeuristicValue, MonteCarloValue, NoValue, OracleValue, PolicyPlayouts, Scores, StepPlayouts, Value
-from neox_rl.types import Completion, End, Finish, Problem, Reason, SamplingParams, Tree, Verdict
+from neox_rl.types import Completion, End, Finish, Node, Problem, Reason, SamplingParams, Tree, Verdict
 from neox_rl.verify.verifier import ArithmeticVerifier
 from tests.unit.search_worlds import GRAPH_PROBLEM, TOKENIZER, Graph, RandomPlayer, countdown, policy
 
@@ -95,11 +98,55 @@ def test_a_process_reward_model_sees_the_path_and_the_meta_critic_earlier_attemp
             seen.extend(texts)
             return [0.25] * len(texts)
 
-    tried = position("7 *3 =21", earlier=[("7 +5 =12", "12 +3 =15")])
+    tried = replace(position("7 *3 =21"), visited=lambda: BEFORE)
     assert score(PrmValue(Scorer()), tried).values == [0.25]
     assert score(PrmValue(Scorer(), sees_earlier=True), tried).values == [0.25]
     assert seen[0] == f"{TASK.prompt}\n7 *3 =21\n"
-    assert seen[1] == f"{TASK.prompt}\nEarlier attempt:\n7 +5 =12\n12 +3 =15\n\n7 *3 =21\n"
+    assert seen[1] == f"{TASK.prompt}\nThe search so far:\n7 +5 =12 12 +3 =15 low back 7 -5 =2\n\nNow:\n7 *3 =21\n"
+
+
+WRONG = Verdict(False, "15", Reason.MISMATCH, 0.0)
+BEFORE = Tree(TASK.id, (Node(0, -1, "", 0), Node(1, 0, "7 +5 =12", 1), Node(2, 1, "12 +3 =15", 2, verdict=WRONG), Node(3, 0, "7 -5 =2", 3)))
+"""Two steps down to a wrong end, and another one from the root."""
+
+
+def test_a_meta_critic_is_told_the_search_so_far_and_the_way_back_as_far_as_it_fits() -> None:
+    here = replace(position("7 *3 =21"), visited=lambda: BEFORE)
+    told = told_earlier(BEFORE, TASK)
+    assert told.texts == ("7 +5 =12", "12 +3 =15 low", "back", "7 -5 =2") and told.depth == 1
+    assert told_earlier(BEFORE, TASK, 25).texts == ("back", "7 -5 =2") and told_earlier(BEFORE, TASK, 0).texts == ()
+    asked: list[str] = []
+
+    class Model:
+        async def next_token(self, prompts: Sequence[Sequence[int]], ids: Sequence[int]) -> Sequence[Sequence[float]]:
+            asked.extend(map(TOKENIZER.decode, prompts))
+            return [(-1.0, -1.0)] * len(prompts)
+
+    for room in (0, 19, 100):
+        assert score(WordValue(Model(), TOKENIZER, sees_earlier=True, max_context=room), here).values == [0.5]
+    whole = f"{TASK.prompt} 7 +5 =12 12 +3 =15 low back 7 -5 =2 back 7 *3 =21"
+    assert asked == [whole, f"{TASK.prompt} back 7 -5 =2 back 7 *3 =21", whole]
+    trained = value_trace(TASK, ["7 *3 =21"], True, TOKENIZER, "", told_before_path(told, TASK))
+    assert TOKENIZER.decode(trained.segments[0].ids) == whole, "in training as when it is asked"
+    judge = Says("sure", "sure", "sure")
+    assert score(JudgeValue(judge, judge, sees_earlier=True), here).values == [1.0] and "12 +3 =15 low" in judge.asked
+    assert score(JudgeValue(judge, judge, sees_earlier=True, max_context=4), here).values == [1.0] and "12 +3" not in judge.asked
+
+
+def test_a_value_sees_what_was_visited_before_its_round_and_no_verdict_of_the_gold_answer() -> None:
+    seen: list[Tree] = []
+
+    class Watches:
+        async def score(self, positions: Sequence[Position], max_tokens: int | None) -> Scores:
+            seen.append(positions[0].visited())  # type: ignore[misc]  # a search sets it
+            return Scores([0.5] * len(positions))
+
+    search = Search("bfs", ArithmeticDomain, Options(3))
+    tree = asyncio.run(search.run(countdown([2, 4, 9, 1], 17), ExhaustiveProposer(), Watches(), Budget(30)))
+    first = {p.parent: min(n.id for n in tree.nodes if n.parent == p.parent) for p in tree.nodes[1:] if p.verdict is None}
+    assert [len(t.nodes) for t in seen] == sorted(first.values()) and len(first) > 2
+    text_search("0", lambda text: 0.5, value=Watches())
+    assert any(len(t.nodes) > 3 for t in seen) and all(n.verdict is None for t in seen if t.problem_id == "p" for n in t.nodes)
 
 
 class Says:
@@ -186,7 +233,7 @@ class LineModel:
         return tuple(Completion(i, (-0.5,) * len(i), (), Finish.STOP) for i in ids)
 
 
-def text_search(right: str, scorer: Callable[[str], float], strategy: str = "bfs") -> Tree:
+def text_search(right: str, scorer: Callable[[str], float], strategy: str = "bfs", value: Value | None = None) -> Tree:
     class Verifies:
         async def check(self, problem: Problem, text: str) -> Verdict:
             return Verdict(text.endswith(right), text.rsplit("\n", 1)[-1], Reason.MATCH, 1.0)
@@ -199,7 +246,7 @@ def text_search(right: str, scorer: Callable[[str], float], strategy: str = "bfs
     assert step_ends(model) == (10,)
     proposer = PolicyProposer(model, model, (10,), 60)
     made = Search(strategy, lambda problem: TextDomain(problem, Verifies()), Options(2))
-    return asyncio.run(made.run(Problem("p", "math", "question\n", "", ""), proposer, PrmValue(Scores_()), Budget(20)))
+    return asyncio.run(made.run(Problem("p", "math", "question\n", "", ""), proposer, value or PrmValue(Scores_()), Budget(20)))
 
 
 def test_a_search_over_lines_ends_with_the_text_of_the_highest_value() -> None:
