@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from neox_rl.arithmetic import ARITHMETIC_TASKS
 from neox_rl.config.derived import num_episodes
 from neox_rl.config.placement import num_servers
 from neox_rl.config.run import RunConfig
@@ -21,7 +20,7 @@ from neox_rl.ports import Tokenizer
 from neox_rl.rollout.groups import sampled_ids
 from neox_rl.rollout.vllm_client import ServerFailedError
 from neox_rl.run.pump import MAX_FAILURES, RETRY_S
-from neox_rl.search.analyze import analyze, summarize
+from neox_rl.search.quality import analysis_of, summary
 from neox_rl.telemetry.rows import EpisodeRow, EvaluationRow
 from neox_rl.telemetry.stats import cluster_mean_ci
 from neox_rl.types import NO_VERSION, Problem, SamplingParams, Trace
@@ -141,6 +140,6 @@ def as_attempt(problem: Problem, trace: Trace, attempts: Attempting) -> Attempt:
 
 
 def search_quality(attempts: Sequence[Attempt]) -> dict[str, float]:
-    """Rates of the search inside the outputs; empty where the problems are no arithmetic searches."""
-    analyses = [analyze(a.problem, a.text, a.num_tokens) for a in attempts if a.problem.task in ARITHMETIC_TASKS]
-    return summarize(analyses) if analyses else {}
+    """Rates of the search inside the outputs; empty where they are no searches."""
+    found = (analysis_of(a.problem, a.text, a.num_tokens) for a in attempts)
+    return summary([analysis for analysis in found if analysis is not None])

@@ -23,7 +23,7 @@ from neox_rl.run.pace import Pace
 from neox_rl.run.searched import books as search_books
 from neox_rl.run.searched import laid_out, written_ids
 from neox_rl.run.solution_groups import rewards_solutions
-from neox_rl.search.analyze import SearchAnalysis, analyze, summarize
+from neox_rl.search.quality import Analysis, analysis_of, summary
 from neox_rl.search.render import render
 from neox_rl.telemetry.events import EventLog
 from neox_rl.telemetry.metrics import MetricsWriter
@@ -72,8 +72,8 @@ class Scoreboard:
         self._tokens_trained = 0.0
         self._pace = Pace(config)
         self._since, self._counted = time.monotonic(), 0.0
-        self._searches: dict[int, list[SearchAnalysis]] = {}
-        self._delivered: list[SearchAnalysis] = []
+        self._searches: dict[int, list[Analysis]] = {}
+        self._delivered: list[Analysis] = []
         self._searched: dict[str, float] = {}
         self._made_by_search = config.metarl.rollout.method == "search"
         self._made_of_episodes = config.metarl.rollout.method == "episodes"
@@ -140,7 +140,7 @@ class Scoreboard:
             "queue_inflight": queue.num_in_flight,
         }
         if self._delivered:
-            books["search"] = {**summarize(self._delivered)}
+            books["search"] = {**summary(self._delivered)}
         if self._searched:
             books["searched"] = {**self._searched}
         return books
@@ -177,9 +177,10 @@ class Scoreboard:
     def recovered(self, group: Group, problem: Problem) -> None:
         """A group that was ready before this process began."""
         # A path is no search of its own, and several episodes are more than one.
-        if problem.task in ARITHMETIC_TASKS and not self._made_by_search and not self._made_of_episodes:
+        if not self._made_by_search and not self._made_of_episodes:
             written = [sampled_ids(trace) for trace in group.traces]
-            self._searches[group.ticket] = [analyze(problem, self._tokenizer.decode(ids), len(ids)) for ids in written]
+            found = (analysis_of(problem, self._tokenizer.decode(ids), len(ids)) for ids in written)
+            self._searches[group.ticket] = [analysis for analysis in found if analysis is not None]
 
     def delivered(self, groups: Sequence[Group]) -> None:
         """A step took these groups."""

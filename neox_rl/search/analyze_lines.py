@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -67,6 +68,23 @@ def analyze_lines(text: str) -> LinesAnalysis:
         num_repeated=repeated,
         search_frac=min(1.0, len(search) / len(text)) if text else 0.0,
     )
+
+
+def summarize_lines(analyses: Sequence[LinesAnalysis]) -> dict[str, float]:
+    """Rates over many outputs, by the names of ``analyze.summarize``: a wrong step is an equation that is false. What speaks of moves is
+    left out where no output makes one, and a share of nothing too."""
+    outputs, steps, equations = len(analyses), sum(a.num_steps for a in analyses), sum(a.num_equations for a in analyses)
+    false = sum(a.num_false_equations for a in analyses)
+    rates = {"outputs": float(outputs), "wrong_nodes_per_output": false / outputs, "mean_nodes": steps / outputs}
+    if equations:
+        rates["wrong_nodes_frac"] = false / equations
+    if steps:
+        rates["repeated_nodes_frac"] = sum(a.num_repeated for a in analyses) / steps
+    if any(a.num_backtracks or a.num_misplaced or a.search_frac < 1.0 for a in analyses):
+        rates["illegal_backtracks_per_output"] = sum(a.num_illegal_backtracks for a in analyses) / outputs
+        rates["misplaced_per_output"] = sum(a.num_misplaced for a in analyses) / outputs
+        rates["search_words_frac"] = sum(a.search_frac for a in analyses) / outputs
+    return rates
 
 
 def equations_of(line: str) -> list[bool]:

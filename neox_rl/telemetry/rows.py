@@ -198,6 +198,7 @@ SEARCH_METRICS: Final[dict[str, SearchMetric]] = {
     "early_backtracks_per_output": _M("Early ways back", "returns before every legal step was tried, an attempt; may be skill", "", ""),
     "misplaced_per_output": _M("Misplaced comparisons", "comparisons where no leaf was reached, an attempt", "lower", ""),
     "junk_words_per_output": _M("Unreadable words", "words outside the search language, an attempt", "lower", ""),
+    "search_words_frac": _M("Share of search", "of what an attempt writes, what comes before its solution", ""),
     "answer_frac": _M("Gave an answer", "attempts that end in a solution, right or wrong", "higher"),
     "mean_nodes": _M("Steps an attempt", "search steps written, dead ends included", "", "count"),
     "mean_dead_ends": _M("Dead ends an attempt", "leaves that are not the target", "", "count"),

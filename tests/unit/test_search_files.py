@@ -29,7 +29,7 @@ from neox_rl.search.strategies import STRATEGIES
 from neox_rl.search.strategy import Options
 from neox_rl.search.trees import read_tree, read_trees, tree_line, write_trees
 from neox_rl.search.values import HeuristicValue
-from neox_rl.types import NO_NODE, End, Node, Tree, VersionSpan
+from neox_rl.types import NO_NODE, End, Node, Reason, Tree, Verdict, VersionSpan
 from neox_rl.verify.verifier import ArithmeticVerifier
 from tests.unit.search_worlds import RandomPlayer, countdown, policy
 from tests.unit.test_search_values import server
@@ -139,9 +139,27 @@ def test_the_text_view_shows_every_node_its_statistics_and_the_path(capsys: pyte
     head, *lines = capsys.readouterr().out.splitlines()
     assert tree.problem_id in head and "solved" in head and len(lines) == len(tree.nodes) - 1
     starred = [line for line in lines if line.startswith("*")]
-    assert [node.text in line for node, line in zip(tree.path(tree.answer), starred, strict=True)] and "right" in starred[-1]
+    assert all(view_tree.worded(node.text) in line for node, line in zip(tree.path(tree.answer), starred, strict=True))
+    assert "right" in starred[-1]
     assert view_tree.main([str(tmp_path / "t.jsonl"), "--list"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_a_picture_gathers_the_wrong_ends_of_a_step_and_words_fractions() -> None:
+    wrong, right = Verdict(False, "1", Reason.MISMATCH, 0.0), Verdict(True, "24", Reason.MATCH, 0.0)
+    ends = [Node(i, 1, f"2 +{i} ={i + 2}", i, value=0.0, visits=1, verdict=wrong) for i in range(2, 7)]
+    nodes = (
+        Node(0, -1, "", 0),
+        Node(1, 0, "11 /5/4 =44/5", 1),
+        *ends,
+        Node(7, 1, "12 *2 =24", 7, verdict=right),
+        Node(8, 0, "a", 8, verdict=wrong),
+    )
+    tree = Tree("hand", nodes, End.SOLVED, answer=7)
+    boxes = view_tree.layout(tree, 100)
+    assert [box.text for box in boxes] == ["hand", "11 / (5/4) = 44/5", "5 wrong ends", "12 * 2 = 24", "a"]
+    assert boxes[2].hover.split("\n") == [f"2 + {i} = {i + 2}" for i in range(2, 7)] and boxes[2].numbers.endswith("#2 to #6")
+    assert len(view_tree.layout(tree, 100, every_end=True)) == len(nodes)
 
 
 def test_pictures_of_a_hostile_tree_are_pictures(tmp_path: Path) -> None:

@@ -15,9 +15,8 @@ from aiohttp import web
 from neox_rl.errors import ConfigError, DeadlineError, NeoxRLError, WireError
 from neox_rl.rollout.vllm_client import ServerFailedError
 from neox_rl.rollout.vllm_completions import CompletionsGenerator
-from neox_rl.search.analyze_lines import analyze_lines, equations_of
 from neox_rl.search.arithmetic_domain import ArithmeticDomain
-from neox_rl.search.domain import BACK_LINE, SOLUTION_LINE, WRONG_LINE, Rejection
+from neox_rl.search.domain import SOLUTION_LINE, Rejection
 from neox_rl.search.earlier import told_before_path, told_earlier
 from neox_rl.search.growth import Budget
 from neox_rl.search.proposers import ExhaustiveProposer, PolicyProposer, Position, step_ends
@@ -364,28 +363,3 @@ def test_random_play_in_a_graph_stops_at_its_tokens() -> None:
 def test_a_random_player_is_a_policy() -> None:
     played = asyncio.run(policy(RandomPlayer()).propose(GOOD, 3, 100))
     assert len(played) == 3 and all(p.text in DOMAIN.legal(GOOD.state) and p.complete and not p.ended for p in played)
-
-
-def test_lines_are_analyzed_move_by_move() -> None:
-    text = f"2+2=4\n2 + 3 = 6\n{WRONG_LINE}\n{WRONG_LINE}\n2 + 3 = 6\n{BACK_LINE}\n{BACK_LINE}\n{BACK_LINE}\n2+2=4\n{SOLUTION_LINE}\n2+2=4"
-    seen = analyze_lines(text)
-    assert (seen.num_steps, seen.num_backtracks, seen.num_illegal_backtracks, seen.num_misplaced) == (4, 3, 1, 1)
-    assert (seen.num_equations, seen.num_false_equations, seen.num_repeated) == (4, 2, 2)
-    assert seen.search_frac == pytest.approx((text.index(SOLUTION_LINE)) / len(text))
-    assert analyze_lines("").num_steps == 0
-
-
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("so 3 * 5 = 15.", [True]),
-        ("3*5=16 and 4-5=-1", [False, True]),
-        ("0.5 + 0.25 = 0.75", [True]),
-        ("1 + 2 * 3 = 7", []),
-        ("7 / 0 = 7", [False]),
-        ("x1 + 2 = 4", []),
-        ("6/4 = 1.5", [True]),
-    ],
-)
-def test_only_plain_equations_are_judged(line: str, expected: list[bool]) -> None:
-    assert equations_of(line) == expected
