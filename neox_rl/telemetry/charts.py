@@ -68,6 +68,7 @@ def charts(run: RunData) -> list[Chart]:
     """Every plot that the run has data for, in the order of the report."""
     kept = [
         _chart("Reward and training accuracy", REWARD, _reward, run) if _has(run.rl, "reward_mean") else None,
+        _chart("What searches found", SEARCHED, _searched, run) if _has(run.rl, "searched") else None,
         _chart("Held-out accuracy", HELDOUT, _heldout, run) if run.evaluations else None,
         _chart("Found by each episode", EPISODES, _episodes, run) if _has(run.evaluations, "found_by") else None,
         _chart("Warm start", WARMSTART, _warmstart, run) if _has(run.sft, "loss") else None,
@@ -81,6 +82,7 @@ def charts(run: RunData) -> list[Chart]:
 
 
 REWARD = "What the policy earned on the problems it practiced on, per optimizer step (faint) and smoothed."
+SEARCHED = "Problems that a step's searches solved; generated tokens that are trained. Preferred: pairs that the policy ranks right."
 HELDOUT = "Share of never-trained problems solved, with 95 % intervals that respect problems sharing their numbers."
 EPISODES = "Share of never-trained problems that a sampled rollout got right in one of its first k attempts, with 95 % intervals."
 WARMSTART = "Loss per token while the model imitated demonstrations, before any RL."
@@ -156,6 +158,24 @@ def _reward(axes: Axes, run: RunData) -> None:
     _line(axes, run.rl, "reward_mean", "blue", "reward (1 for a correct answer)" if same else "reward")
     if not same:
         _line(axes, run.rl, "accuracy", "green", "correct answers")
+    _finish(axes, "RL step")
+
+
+def _searched(axes: Axes, run: RunData) -> None:
+    rows = [
+        {
+            "step": row["step"],
+            "solved": found["solved_frac"],
+            "preferred": row.get("preferred_frac"),
+            "trained": found["tokens_trained"] / found["tokens_paid"] if found["tokens_paid"] else None,
+        }
+        for row in run.rl
+        if (found := row.get("searched"))
+    ]
+    for key, color in (("solved", "green"), ("trained", "muted"), ("preferred", "blue")):
+        _line(axes, rows, key, color, key)
+    axes.set_ylim(0, 1.02)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     _finish(axes, "RL step")
 
 

@@ -90,7 +90,8 @@ def _lead(run: RunData, summary: Mapping[str, Any]) -> str:
     if run.sft:
         parts.append(f"The model imitated demonstrations for {run.sft[-1]['step']:,} steps.")
     if run.rl:
-        parts.append(f"It then practiced on its own attempts for {run.rl[-1]['step']:,} steps of asynchronous RL.")
+        made = "searches under its own steps" if any(row.get("searched") for row in run.rl) else "its own attempts"
+        parts.append(f"It then practiced on {made} for {run.rl[-1]['step']:,} steps of asynchronous RL.")
     before, after = summary["heldout_accuracy_warmstart"], summary["heldout_accuracy_final"]
     if before and after:
         parts.append(f"Of held-out problems it solved {_pct(before)} before RL, and solves {_pct(after)} now.")

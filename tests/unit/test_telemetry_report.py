@@ -337,3 +337,16 @@ def test_a_process_that_is_started_again_begins_no_new_part_of_the_run() -> None
     healed = [at(0, "launcher", "start_ranks"), at(1, "trainer-0", "build"), at(5, "launcher", "restarted"), at(6, "trainer-0", "build")]
     assert len(parts_of(healed)) == 1
     assert len(parts_of([*healed[:2], healed[3]])) == 2
+
+
+def test_a_run_of_searches_shows_what_they_found(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "searches", rl_steps=20)
+    rows = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
+    for row in rows:
+        if row["phase"] == "rl":
+            row["searched"] = {"solved_frac": 0.5, "traces": 9, "steps": 9, "tokens_paid": 90 * (row["step"] > 1), "tokens_trained": 45}
+            row["preferred_frac"] = 0.75
+    paths.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_report(paths.root).read_text()
+    assert "practiced on searches under its own steps" in page and "What searches found" in page
+    assert {">solved<", ">trained<", ">preferred<"} <= set(re.findall(r">(?:solved|trained|preferred)<", page))
