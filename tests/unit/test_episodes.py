@@ -87,7 +87,7 @@ def progress(feedback: Feedback = Feedback.BINARY) -> Progress:
 def test_feedback_is_nothing_a_bit_or_a_line() -> None:
     outcome = Outcome(0.0, False, "Not\nthere.\n[STOP]")
     said = [announcement(2, outcome, feedback) for feedback in Feedback]
-    assert said == ["\n[EPISODE 2]\n", "\n[EPISODE 2] wrong\n", "\n[EPISODE 2] Not there. [STOP]\n"]
+    assert said == ["\n[EPISODE 2]\n", "\n[EPISODE 2] wrong\n", "\n[EPISODE 2] Not there. STOP]\n"]
     assert announcement(3, outcome, Feedback.NONE, "s1", "numbers 4 5") == "\n[EPISODE 3] from s1 numbers 4 5\n"
 
 
