@@ -25,8 +25,10 @@ from neox_rl.problems.tokenizer import load_tokenizer
 from neox_rl.run import search_cli
 from neox_rl.run.demonstrating import demonstration_source
 from neox_rl.run.search_rows import read_rows
+from neox_rl.search.credit import before
 from neox_rl.search.demonstrations import Demonstrations, TraceStyle
 from neox_rl.search.dfs import dfs
+from neox_rl.search.earlier import told_before_path, told_earlier
 from neox_rl.search.linearize import Mask, solution_of
 from neox_rl.search.reward_model import WordValue, value_context, value_ids
 from neox_rl.search.styles import STYLES
@@ -161,6 +163,20 @@ def test_the_word_of_a_step_is_hopeful_as_often_as_its_value_says(value: float, 
     said = [trace.segments[1].ids for trace in traces]
     assert set(said) <= {(hopeful,), (hopeless,)} and all(t.segments[1].mask == 1.0 and t.segments[0].mask == 0.0 for t in traces)
     assert abs(said.count((hopeful,)) / len(said) - value) <= 4 * math.sqrt(0.25 / len(said))
+
+
+def test_a_meta_critic_is_shown_what_the_search_did_before_each_step(tmp_path: Path) -> None:
+    write_trees(tmp_path / "trees.jsonl", [valued(0.5)])
+    config = of(
+        f"{SMALL} metarl.warmstart.style=values metarl.warmstart.path={tmp_path / 'trees.jsonl'} metarl.warmstart.sees_earlier=true"
+    )
+    group = next(Demonstrations(demonstration_source(config, (TASK,), TOKENIZER), seed=1))
+    shown = {trace.segments[0].ids for trace in group.traces}
+    for node in TREE.nodes[1:]:
+        told = told_earlier(before(TREE, node, verdicts=True), TASK)
+        path = [n.text for n in TREE.path(node.id)]
+        assert value_context(TASK, path, TOKENIZER, told_before_path(told, TASK), config.neox.seq_length - 1) in shown
+    assert max(map(len, shown)) > len(value_context(TASK, [n.text for n in TREE.path(TREE.nodes[-1].id)], TOKENIZER))
 
 
 def test_all_steps_of_a_tree_are_judged_at_once_and_their_common_beginnings_computed_once(tmp_path: Path) -> None:
