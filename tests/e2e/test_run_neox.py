@@ -37,11 +37,12 @@ def batches(runs: Path) -> Path:
     """What a run on the checkout trained on; the run itself is looked at here, and then goes on."""
     run = Run(runs, "whole", NEOX, *SHORT, f"metarl.debug.record_batches={runs}/batches")
     assert run.wait() == 0, run.said()
-    assert run.steps() == STEPS and (run.paths.checkpoints / "latest").read_text().strip() == "global_step8"
+    assert run.steps() == STEPS and (run.paths.checkpoints / "latest").read_text().strip() == f"global_step{len(STEPS)}"
     assert (run.paths.root / "model" / "model.safetensors").is_file()
-    again = Run(runs, "whole", NEOX, *SHORT, "train_iters=6", flags=("--resume",))
+    last = STEPS[-1][1]
+    again = Run(runs, "whole", NEOX, *SHORT, f"train_iters={last + 2}", flags=("--resume",))
     assert again.wait() == 0, again.said()
-    assert again.steps() == [*STEPS, ("rl", 5), ("rl", 6)]
+    assert again.steps() == [*STEPS, ("rl", last + 1), ("rl", last + 2)]
     return runs / "batches"
 
 
