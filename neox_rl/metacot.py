@@ -18,9 +18,10 @@ This is the stream-of-search style of Meta-CoT (arXiv 2501.04682, section 4.1): 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 OPERATORS = "+-*/"
 NUMBERS, TARGET, SEARCH = "numbers", "target", "search"
@@ -34,8 +35,7 @@ NAMED_STATES = tuple(f"s{i}" for i in range(1, 10))
 """Names of the states that a rollout of several episodes may go back to, in the order in which it reached them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """``left operator right = result``; two numbers of the state are replaced by ``result``."""
 
     left: int
@@ -66,6 +66,7 @@ class Junk:
 
 
 Event = Step | Mark | Answer | Junk
+_MARKS = {word: Mark(word) for word in (LOW, HIGH, GOAL, BACK)}
 CACHED_STEPS = 1 << 14
 """A policy writes the same few thousand steps again and again."""
 
@@ -109,32 +110,38 @@ def episode_words(num_episodes: int) -> tuple[str, ...]:
     return (EPISODE, *(f"{i}]" for i in range(2, num_episodes + 1)), RIGHT, WRONG, STOP, *resets, *tags)
 
 
-def parse(text: str) -> Iterator[Event]:
+def parse(text: str) -> list[Event]:
     """The events of a search, in order. Never raises: what does not parse comes as Junk, one event a run of such words."""
-    words = text.split()
+    return parse_words(text.split())
+
+
+def parse_words(words: Sequence[str]) -> list[Event]:
+    """As ``parse``, of the words of a text."""
+    events: list[Event] = []
     junk: list[str] = []
-    i = 0
-    while i < len(words):
-        event, used = _event(words, i)
+    at, end = 0, len(words)
+    while at < end:
+        event, used = _event(words, at)
         if event is None:
-            junk.append(words[i])
+            junk.append(words[at])
         else:
             if junk:
-                yield Junk(tuple(junk))
+                events.append(Junk(tuple(junk)))
                 junk = []
-            yield event
-        i += used
+            events.append(event)
+        at += used
     if junk:
-        yield Junk(tuple(junk))
+        events.append(Junk(tuple(junk)))
+    return events
 
 
-def _event(words: Sequence[str], i: int) -> tuple[Event | None, int]:
-    word = words[i]
-    if word in (LOW, HIGH, GOAL, BACK):
-        return Mark(word), 1
+def _event(words: Sequence[str], at: int) -> tuple[Event | None, int]:
+    word = words[at]
+    if (mark := _MARKS.get(word)) is not None:
+        return mark, 1
     if word == SOLUTION:
-        return Answer(" ".join(w for w in words[i + 1 :] if w != EOS)), len(words) - i
-    step = _step(*words[i : i + 3]) if i + 3 <= len(words) else None
+        return Answer(" ".join([w for w in words[at + 1 :] if w != EOS])), len(words) - at
+    step = _step(*words[at : at + 3]) if at + 3 <= len(words) else None
     return (step, 3) if step is not None else (None, 1)
 
 

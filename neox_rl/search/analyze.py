@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import lru_cache
 
-from neox_rl.arithmetic import legal_moves, solvable
-from neox_rl.metacot import EOS, GOAL, PAD, SOLUTION
+import msgspec
+
+from neox_rl.arithmetic import State, legal_moves, solvable
+from neox_rl.metacot import GOAL, SOLUTION
 from neox_rl.search.dfs import expected_nodes, rules
-from neox_rl.search.replay import STEP_FLAWS, Flaw, Kind, Played, replay
+from neox_rl.search.replay import SILENT, STEP_FLAWS, Flaw, Kind, Played, replay
 from neox_rl.types import Problem
 
+CACHED_GAMES = 1 << 14
+_STEP, _LEAF, _COMPARE, _BACK, _ANSWER, _JUNK = Kind  # to look a member up in its enum costs more than to compare it
+_COMPARISON, _FALSE_GOAL, _MISPLACED, _BACKTRACK = Flaw.COMPARISON, Flaw.FALSE_GOAL, Flaw.MISPLACED, Flaw.BACKTRACK
 
-@dataclass(frozen=True, slots=True)
-class SearchAnalysis:
+
+class SearchAnalysis(msgspec.Struct, frozen=True):
     """Counts of one output. ``num_`` fields count events.
 
     ``reached_goal``: a true goal at the end of a path without a wrong step. ``nodes_to_goal``: steps up to the first
@@ -52,36 +56,45 @@ def analyze(problem: Problem, text: str, num_tokens: int | None = None) -> Searc
 
     A back is early when a legal step of the state it leaves was not tried; the root's is not counted among them.
     """
-    root, target, max_value = rules(problem)
+    _, target, max_value = game = rules(problem)
     played = replay(problem, text)
-    flaws = Counter(p.flaw for p in played if p.flaw is not None)
-    nodes = [p for p in played if p.kind in (Kind.STEP, Kind.LEAF)]
-    leaves = [p for p in nodes if p.kind is Kind.LEAF]
+    kinds, flaws = [p.kind for p in played], [p.flaw for p in played if p.flaw is not None]
+    nodes = [p for p in played if p.kind is _STEP or p.kind is _LEAF]
     goal = _first_goal(played)
-    words = [word for word in text.split() if word not in (EOS, PAD)]
-    hopeful = [move.after for move in legal_moves(root, max_value) if solvable(move.after, target, max_value)]
+    written = text.split()
+    words = [word for word in written if word not in SILENT]
+    hopeful, chance, expected = _outlook(game)
     return SearchAnalysis(
         num_nodes=len(nodes),
-        num_wrong=sum(flaws[flaw] for flaw in STEP_FLAWS),
-        num_repeated=sum(p.repeated for p in nodes),
-        num_leaves=len(leaves),
-        num_dead_ends=sum(p.after != (target,) for p in leaves),
-        num_wrong_comparisons=flaws[Flaw.COMPARISON],
-        num_false_goals=flaws[Flaw.FALSE_GOAL],
-        num_misplaced=flaws[Flaw.MISPLACED],
-        num_illegal_backtracks=flaws[Flaw.BACKTRACK],
-        num_early_backtracks=_early_backtracks(played, max_value),
-        num_junk_words=sum(len(p.text.split()) for p in played if p.kind is Kind.JUNK),
-        num_tokens=len(text.split()) if num_tokens is None else num_tokens,
+        num_wrong=sum([flaw in STEP_FLAWS for flaw in flaws]),
+        num_repeated=sum([p.repeated for p in nodes]),
+        num_leaves=kinds.count(_LEAF),
+        num_dead_ends=sum([p.kind is _LEAF and p.after != (target,) for p in nodes]),
+        num_wrong_comparisons=flaws.count(_COMPARISON),
+        num_false_goals=flaws.count(_FALSE_GOAL),
+        num_misplaced=flaws.count(_MISPLACED),
+        num_illegal_backtracks=flaws.count(_BACKTRACK),
+        num_early_backtracks=_early_backtracks(played, max_value) if _BACK in kinds else 0,
+        num_junk_words=sum([len(p.text.split()) for p in played if p.kind is _JUNK]) if _JUNK in kinds else 0,
+        num_tokens=len(written) if num_tokens is None else num_tokens,
         num_words=len(words),
         num_search_words=words.index(SOLUTION) if SOLUTION in words else len(words),
-        has_answer=any(p.kind is Kind.ANSWER and p.text for p in played),
+        has_answer=bool(kinds) and kinds[-1] is _ANSWER and played[-1].text != "",
         reached_goal=goal is not None,
-        nodes_to_goal=None if goal is None else sum(p.kind in (Kind.STEP, Kind.LEAF) for p in played[:goal]),
-        expected_nodes=expected_nodes(root, target, max_value),
+        nodes_to_goal=None if goal is None else kinds[:goal].count(_STEP) + kinds[:goal].count(_LEAF),
+        expected_nodes=expected,
         first_on_path=bool(nodes) and nodes[0].sound and nodes[0].after in hopeful,
-        first_on_path_chance=len(hopeful) / len(legal_moves(root, max_value)),
+        first_on_path_chance=chance,
     )
+
+
+@lru_cache(CACHED_GAMES)
+def _outlook(game: tuple[State, int, int]) -> tuple[frozenset[State], float, float]:
+    """Of a game: the states after a first step that still hold a solution, the chance of one, ``expected_nodes``."""
+    root, target, max_value = game
+    moves = legal_moves(root, max_value)
+    hopeful = frozenset(move.after for move in moves if solvable(move.after, target, max_value))
+    return hopeful, len(hopeful) / len(moves), expected_nodes(root, target, max_value)
 
 
 def summarize(analyses: Sequence[SearchAnalysis]) -> dict[str, float]:
@@ -90,7 +103,7 @@ def summarize(analyses: Sequence[SearchAnalysis]) -> dict[str, float]:
     ``search_effort``: steps to the goal over the expected number, summed over the outputs that reached it. Below 1
     may mean better order or only that hard problems fail; compare it between policies on the same problems.
     """
-    total = {name: sum(getattr(a, name) for a in analyses) for name in SearchAnalysis.__slots__ if name.startswith("num_")}
+    total = {name: sum(getattr(a, name) for a in analyses) for name in SearchAnalysis.__struct_fields__ if name.startswith("num_")}
     reached = [a for a in analyses if a.nodes_to_goal is not None]
     outputs, nodes = len(analyses), total["num_nodes"]
     rates = {
@@ -120,18 +133,27 @@ def summarize(analyses: Sequence[SearchAnalysis]) -> dict[str, float]:
 
 def _first_goal(played: Sequence[Played]) -> int | None:
     """Index of the first true claim of a goal on a sound path."""
-    return next((i for i, p in enumerate(played) if p.kind is Kind.COMPARE and p.text == GOAL and p.flaw is None and p.sound), None)
+    for i, p in enumerate(played):
+        if p.kind is _COMPARE and p.text == GOAL and p.flaw is None and p.sound:
+            return i
+    return None
 
 
 def _early_backtracks(played: Sequence[Played], max_value: int) -> int:
-    tried: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
+    tried: dict[State, set[State]] = {}
     early = 0
     for p in played:
-        if p.kind in (Kind.STEP, Kind.LEAF):
+        if p.kind is _STEP or p.kind is _LEAF:
             tried.setdefault(p.before, set()).add(p.after)
-        elif p.kind is Kind.BACK and p.flaw is None:
-            early += any(move.after not in tried.get(p.before, set()) for move in legal_moves(p.before, max_value))
+        elif p.kind is _BACK and p.flaw is None:
+            early += not tried.get(p.before, set()) >= _after(p.before, max_value)
     return early
+
+
+@lru_cache(CACHED_GAMES)
+def _after(state: State, max_value: int) -> frozenset[State]:
+    """The states that legal steps lead to."""
+    return frozenset(move.after for move in legal_moves(state, max_value))
 
 
 def _ratio(count: float, base: float) -> float:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
 
+import msgspec
+
 from neox_rl.arithmetic import State, compute, state_of, without
-from neox_rl.metacot import BACK, EOS, GOAL, PAD, Answer, Junk, Mark, Step, compare_word, parse, step_text
+from neox_rl.metacot import BACK, EOS, GOAL, PAD, Answer, Event, Junk, Mark, Step, compare_word, parse_words, step_text
 from neox_rl.search.dfs import rules
 from neox_rl.types import Problem
 
@@ -39,12 +39,17 @@ class Flaw(StrEnum):
 
 STEP_FLAWS = frozenset((Flaw.OPERAND, Flaw.ARITHMETIC, Flaw.ILLEGAL))
 CHARGED_FLAWS = STEP_FLAWS | {Flaw.COMPARISON, Flaw.FALSE_GOAL}
+# Under names of their own: to look a member up in its enum costs more than the rest of an event.
+_STEP, _LEAF, _COMPARE, _BACK, _ANSWER, _JUNK = Kind
+_FALSE_GOAL, _MISPLACED, _COMPARISON = Flaw.FALSE_GOAL, Flaw.MISPLACED, Flaw.COMPARISON
 CACHED_TEXTS = 1 << 10
 """The reward and the analysis read the same text within seconds of one another, and a group holds it more than once."""
+CACHED_STEPS = 1 << 15
+"""The rollouts of a group take the same steps from the same states again and again."""
+SILENT = frozenset((EOS, PAD))
 
 
-@dataclass(frozen=True, slots=True)
-class Played:
+class Played(msgspec.Struct, frozen=True):
     """One event: its text, the depth of the state it acts in (0: the root, and the answer), that state, and the state after it.
 
     ``repeated``: a step that leads from a state to one it was led to before. ``sound``: the path from the root to
@@ -61,15 +66,9 @@ class Played:
     sound: bool = True
 
 
-@dataclass(slots=True)
-class _Frame:
-    state: State
-    sound: bool
-
-
 def num_wrong_steps(problem: Problem, text: str) -> int:
     """Steps whose arithmetic is false, whose numbers are not at hand, or that the rules forbid, and leaves compared falsely."""
-    return sum(played.flaw in CHARGED_FLAWS for played in replay(problem, text))
+    return sum([played.flaw in CHARGED_FLAWS for played in replay(problem, text) if played.flaw is not None])
 
 
 def replay(problem: Problem, text: str) -> tuple[Played, ...]:
@@ -84,83 +83,80 @@ def replay(problem: Problem, text: str) -> tuple[Played, ...]:
 
 @lru_cache(CACHED_TEXTS)
 def _replayed(game: tuple[State, int, int], text: str) -> tuple[Played, ...]:
-    return tuple(_events(_Player(*game), text))
-
-
-def _events(player: _Player, text: str) -> Iterator[Played]:
-    for event in parse(" ".join(word for word in text.split() if word not in (EOS, PAD))):
-        match event:
-            case Step():
-                yield player.step(event)
-            case Mark(word) if word == BACK:
-                yield player.back()
-            case Mark(word):
-                yield player.compare(word)
-            case Answer(expression):
-                yield player.other(Kind.ANSWER, expression)
-            case Junk(words):
-                yield player.other(Kind.JUNK, " ".join(words), Flaw.JUNK)
+    player = _Player(*game)
+    return tuple([player.play(event) for event in parse_words([word for word in text.split() if word not in SILENT])])
 
 
 class _Player:
+    """``path``: the states from the root to where the search is, each with whether the way there is sound."""
+
     def __init__(self, root: State, target: int, max_value: int) -> None:
         self.target, self.max_value = target, max_value
-        self.path = [_Frame(root, sound=True)]
+        self.path = [(root, True)]
         self.tried: set[tuple[State, State]] = set()
 
-    def step(self, step: Step) -> Played:
+    def play(self, event: Event) -> Played:
+        match event:
+            case Step():
+                return self._step(event)
+            case Mark():
+                return self._back() if event.word == BACK else self._compare(event.word)
+            case Answer():
+                return self._other(_ANSWER, event.expression)
+            case Junk():
+                return self._other(_JUNK, " ".join(event.words), Flaw.JUNK)
+
+    def _step(self, step: Step) -> Played:
         self._leave_leaf()
-        frame = self.path[-1]
-        rest = without(frame.state, step.left, step.right)
-        flaw = Flaw.OPERAND if rest is None else self._flaw(step)
-        after = state_of((*(frame.state[:-2] if rest is None else rest), step.result))
-        repeated = (frame.state, after) in self.tried
-        self.tried.add((frame.state, after))
-        played = Played(
-            Kind.LEAF if len(after) == 1 else Kind.STEP,
-            step_text(step),
-            len(self.path) - 1,
-            frame.state,
-            after,
-            flaw,
-            repeated,
-            frame.sound and flaw is None,
-        )
-        self.path.append(_Frame(after, played.sound))
-        return played
+        before, sound = self.path[-1]
+        kind, text, after, flaw = _taken(before, step, self.max_value)
+        move = (before, after)
+        repeated, sound = move in self.tried, sound and flaw is None
+        self.tried.add(move)
+        self.path.append((after, sound))
+        return Played(kind, text, len(self.path) - 2, before, after, flaw, repeated, sound)
 
-    def _flaw(self, step: Step) -> Flaw | None:
-        result = compute(step.left, step.operator, step.right)
-        if result is None or result > self.max_value:
-            return Flaw.ILLEGAL
-        return None if result == step.result else Flaw.ARITHMETIC
-
-    def compare(self, word: str) -> Played:
-        frame, depth = self.path[-1], len(self.path) - 1
-        true_word = compare_word(frame.state[0], self.target) if len(frame.state) == 1 else None
+    def _compare(self, word: str) -> Played:
+        (state, sound), depth = self.path[-1], len(self.path) - 1
+        true_word = compare_word(state[0], self.target) if len(state) == 1 else None
         if word == true_word:
             flaw = None
         elif word == GOAL:
-            flaw = Flaw.FALSE_GOAL
+            flaw = _FALSE_GOAL
         else:
-            flaw = Flaw.MISPLACED if true_word is None else Flaw.COMPARISON
+            flaw = _MISPLACED if true_word is None else _COMPARISON
         self._leave_leaf()
-        return Played(Kind.COMPARE, word, depth, frame.state, self.path[-1].state, flaw, sound=frame.sound)
+        return Played(_COMPARE, word, depth, state, self.path[-1][0], flaw, False, sound)
 
-    def back(self) -> Played:
+    def _back(self) -> Played:
         self._leave_leaf()
-        frame, depth = self.path[-1], len(self.path) - 1
+        (state, sound), depth = self.path[-1], len(self.path) - 1
         if depth == 0:
-            return Played(Kind.BACK, BACK, 0, frame.state, frame.state, Flaw.BACKTRACK)
+            return Played(_BACK, BACK, 0, state, state, Flaw.BACKTRACK)
         self.path.pop()
-        return Played(Kind.BACK, BACK, depth, frame.state, self.path[-1].state, sound=frame.sound)
+        return Played(_BACK, BACK, depth, state, self.path[-1][0], None, False, sound)
 
-    def other(self, kind: Kind, text: str, flaw: Flaw | None = None) -> Played:
-        frame = self.path[-1]
-        depth = 0 if kind is Kind.ANSWER else len(self.path) - 1
-        return Played(kind, text, depth, frame.state, frame.state, flaw, sound=frame.sound)
+    def _other(self, kind: Kind, text: str, flaw: Flaw | None = None) -> Played:
+        state, sound = self.path[-1]
+        depth = 0 if kind is _ANSWER else len(self.path) - 1
+        return Played(kind, text, depth, state, state, flaw, False, sound)
 
     def _leave_leaf(self) -> None:
         """A leaf, compared or not, is left as soon as the search goes on."""
-        if len(self.path) > 1 and len(self.path[-1].state) == 1:
+        if len(self.path) > 1 and len(self.path[-1][0]) == 1:
             self.path.pop()
+
+
+@lru_cache(CACHED_STEPS)
+def _taken(before: State, step: Step, max_value: int) -> tuple[Kind, str, State, Flaw | None]:
+    """What a step is, its text, the state it leads to, and what is wrong with it."""
+    rest = without(before, step.left, step.right)
+    after = state_of((*(before[:-2] if rest is None else rest), step.result))
+    return _LEAF if len(after) == 1 else _STEP, step_text(step), after, Flaw.OPERAND if rest is None else _flaw(step, max_value)
+
+
+def _flaw(step: Step, max_value: int) -> Flaw | None:
+    result = compute(step.left, step.operator, step.right)
+    if result is None or result > max_value:
+        return Flaw.ILLEGAL
+    return None if result == step.result else Flaw.ARITHMETIC

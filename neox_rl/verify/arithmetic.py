@@ -18,6 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from functools import lru_cache
 from typing import NamedTuple
 
 from neox_rl.metacot import EOS, PAD, SOLUTION
@@ -30,6 +31,8 @@ MAX_DEPTH = 24
 MAX_SIDES = 6
 MAX_NUMBERS = 16
 GAME24_TARGET = 24
+CACHED_ANSWERS = 1 << 10
+"""The rollouts of a group find the same few answers. None is longer than MAX_TAIL_CHARS."""
 
 _SYMBOLS = {**dict.fromkeys("\u00d7\u22c5\u00b7\u2217xX", "*"), **dict.fromkeys("\u00f7\u2215", "/"), **dict.fromkeys("\u2212\u2013", "-")}
 _COMMANDS = {r"\times": "*", r"\cdot": "*", r"\div": "/", r"\dfrac": r"\frac", r"\tfrac": r"\frac"}
@@ -229,7 +232,11 @@ def check_game(game: Game, text: str, use_all: bool = True) -> Finding:
 
     In ``a = b = target`` every side must have the value of the target and one side must use the numbers.
     """
-    answer = final_expression(text)
+    return _judged(game, final_expression(text), use_all)
+
+
+@lru_cache(CACHED_ANSWERS)
+def _judged(game: Game, answer: str, use_all: bool) -> Finding:
     if not any(c.isdigit() for c in answer):
         return Finding(Reason.NO_ANSWER, answer)
     try:
