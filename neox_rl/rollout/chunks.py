@@ -95,6 +95,8 @@ class ChunkedGenerator:
 
 def merged(chunks: Sequence[Completion]) -> Completion:
     """One completion; spans of one version that touch become one."""
+    if len(chunks) == 1 and len(chunks[0].spans) == 1:
+        return chunks[0]
     spans: list[VersionSpan] = []
     start = 0
     for chunk in chunks:

@@ -291,7 +291,7 @@ def _check_finite(logprobs: Sequence[float], server: str, what: str) -> None:
 def _completion(choice: _Choice, server: str) -> Completion:
     ids = tuple(choice.token_ids)
     logprobs = tuple([token.logprob for token in choice.logprobs.content])
-    if len(logprobs) != len(ids) or any(token.token_id != id_ for token, id_ in zip(choice.logprobs.content, ids, strict=False)):
+    if [token.token_id for token in choice.logprobs.content] != choice.token_ids:
         raise WireError(f"{server}: {len(logprobs)} log-probs that do not belong to the {len(ids)} tokens")
     if ids and not 0 <= min(ids) <= max(ids) < 1 << 31:
         raise WireError(f"{server}: tokens {min(ids)}..{max(ids)}, which no vocabulary has")

@@ -104,6 +104,15 @@ def test_a_score_that_cannot_be_is_refused(raw: bytes, complaint: str) -> None:
         (answer(choice(0, weight_versions=[{"version": "3", "start": 0, "end": 2}])), "do not cover 3 tokens"),
         (answer(choice(0, weight_versions=[{"version": "3", "start": 1, "end": 3}])), "do not cover 3 tokens"),
         (
+            answer(choice(0, weight_versions=[{"version": "3", "start": 0, "end": 3}, {"version": "3", "start": 3, "end": 3}])),
+            "do not cover",
+        ),
+        (
+            answer(choice(0, weight_versions=[{"version": "3", "start": 0, "end": 3}, {"version": "3", "start": 0, "end": 3}])),
+            "do not cover",
+        ),
+        (answer(choice(0, logprobs={"content": [{"token_id": t, "logprob": -9999.0 * (t == 6)} for t in (5, 6, 2)]})), "not finite"),
+        (
             answer(choice(0, weight_versions=[{"version": "3", "start": 0, "end": 2}, {"version": "2", "start": 2, "end": 3}])),
             "versions fall",
         ),
