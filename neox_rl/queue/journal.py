@@ -164,8 +164,6 @@ class Journal:
             seq = self._take_seq()
             self._buffer.append((seq, payload))
             self._appended += 1
-            if len(self._buffer) == 1:
-                self._wake.notify()
         return seq
 
     async def durable(self) -> None:
@@ -189,7 +187,6 @@ class Journal:
             self._seq += 1 + len(payloads)
             self._buffer.append(_Rotation(first, payloads))
             self._appended += 1
-            self._wake.notify()
 
     def close(self) -> None:
         """Writes what is buffered and lets the journal go. A second call does nothing."""
@@ -222,9 +219,8 @@ class Journal:
 
     def _round(self) -> bool:
         with self._wake:
-            self._wake.wait_for(lambda: self._buffer or self._closing)
-            if not self._closing:
-                self._wake.wait_for(lambda: self._urgent or self._closing, timeout=self._flush_s)
+            # Nobody wakes this thread for what is not urgent: it would take the interpreter from who appends, ten times a second.
+            self._wake.wait_for(lambda: self._urgent or self._closing, timeout=self._flush_s)
             batch, self._buffer, self._urgent = self._buffer, [], False
         start = 0
         for i, item in enumerate(batch):
