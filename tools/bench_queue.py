@@ -1,6 +1,6 @@
 """The queue against what it is made of: batches a second against raw ZeroMQ, groups a second on the disk against bare fsync, recovery.
 
-    .venv/bin/python tools/bench_queue.py            a minute, two cores
+    .venv/bin/python tools/bench_queue.py            a minute, two cores; --quick: does it run?
 
 Raw ZeroMQ: a DEALER asks, a ROUTER in another process answers, one request at a time, with the very bytes of the queue's own messages, made
 beforehand; nobody looks at them, or, decoded, they are only made into ``Group`` objects. Each: the same groups, one a message, sixteen
@@ -11,14 +11,15 @@ one fdatasync a group, equally large, on the same file system. The sides run in 
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import multiprocessing
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -38,8 +39,7 @@ from neox_rl.queue.wire_client import ExperienceClient
 from neox_rl.queue.wire_messages import Phase
 from neox_rl.types import Finish, Group, Json, Reason, Role, Segment, Trace, Verdict
 
-B, ROLLOUTS, ROUNDS, SECONDS, IN_FLIGHT = 16, 8, 5, 1.0, 256
-RECOVERED = 10_000
+B, ROLLOUTS, IN_FLIGHT = 16, 8, 256
 DISTINCT = 16 * B
 
 
@@ -170,12 +170,24 @@ def ask_queue(port: int, decode: bool = False) -> float:
     return rate
 
 
-def rate_of(work: Callable[[], object], seconds: float = SECONDS) -> float:
+@dataclass
+class Effort:
+    """How long and how often each side is measured, and the groups of the journal that is recovered."""
+
+    rounds: int = 5
+    seconds: float = 1.0
+    recovered: int = 10_000
+
+
+EFFORT = Effort()
+
+
+def rate_of(work: Callable[[], object]) -> float:
     """Calls a second, after a few that do not count."""
     for _ in range(3):
         work()
     begin, count = time.perf_counter(), 0
-    while (took := time.perf_counter() - begin) < seconds:
+    while (took := time.perf_counter() - begin) < EFFORT.seconds:
         work()
         count += 1
     return count / took
@@ -208,7 +220,7 @@ def journal_rate(directory: Path, body: bytes) -> float:
                 written += 1
 
         begin = time.perf_counter()
-        end = begin + SECONDS
+        end = begin + EFFORT.seconds
         await asyncio.gather(*(writer() for _ in range(IN_FLIGHT)))
         took = time.perf_counter() - begin
         book.close()
@@ -232,13 +244,13 @@ def fsync_rate(directory: Path, body: bytes) -> float:
 
 
 def recovery_s(directory: Path) -> tuple[float, float]:
-    """(seconds to read and add up a journal of ``RECOVERED`` groups, its MiB)."""
+    """(seconds to read and add up a journal of ``EFFORT.recovered`` groups, its MiB)."""
     group = make_group(0, 40)
 
     async def main() -> None:
         book = Book.open(directory, 0, 0.1, 60.0)
         body = encode_group(group)
-        for ticket in range(RECOVERED):
+        for ticket in range(EFFORT.recovered):
             book.add("issued", ticket=ticket, position=ticket, live=0)
             book.add("group", body, ticket=ticket, digests={"0": "d"}, tokens=8 * 40, rollouts=8)
         await book.durable()
@@ -248,13 +260,13 @@ def recovery_s(directory: Path) -> tuple[float, float]:
     begin = time.perf_counter()
     history = fold(read_journal(directory).records)
     took = time.perf_counter() - begin
-    assert len(history.groups) == RECOVERED
+    assert len(history.groups) == EFFORT.recovered
     return took, sum(path.stat().st_size for path in directory.iterdir()) / 2**20
 
 
 def rounds_of(*sides: Callable[[], float]) -> list[tuple[float, ...]]:
     """Of each side, its rate in every round; the sides in turn."""
-    return list(zip(*([side() for side in sides] for _ in range(ROUNDS)), strict=True))
+    return list(zip(*([side() for side in sides] for _ in range(EFFORT.rounds)), strict=True))
 
 
 def spread(ours: Sequence[float], theirs: Sequence[float]) -> str:
@@ -286,10 +298,16 @@ def report_journal(tokens: int, directory: Callable[[], Path]) -> list[str]:
     return [str(tokens), median(bare), median(grouped), spread(grouped, bare)]
 
 
-def main(argv: Sequence[str]) -> int:
-    from benching import describe_machine, table
+def main() -> int:
+    from benching import describe_machine, table  # here: the other processes, which import this file, need no torch
 
-    work = Path(argv[0]) if argv else Path.cwd() / "runs"
+    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    options.add_argument("work", type=Path, nargs="?", default=Path.cwd() / "runs", help="directory on the disk that is measured")
+    options.add_argument("--quick", action="store_true", help="a smoke test: short, figures without meaning")
+    args = options.parse_args()
+    if args.quick:
+        EFFORT.rounds, EFFORT.seconds, EFFORT.recovered = 1, 0.1, 200
+    work: Path = args.work
     work.mkdir(parents=True, exist_ok=True)
     describe_machine("pyzmq", "xxhash")
     with tempfile.TemporaryDirectory(dir=work) as name:
@@ -300,16 +318,16 @@ def main(argv: Sequence[str]) -> int:
             path.mkdir()
             return path
 
-        print(f"{B} groups a batch, {ROLLOUTS} rollouts a group, groups/s, medians of {ROUNDS} rounds; ratios round by round\n")
+        print(f"{B} groups a batch, {ROLLOUTS} rollouts a group, groups/s, medians of {EFFORT.rounds} rounds; ratios round by round\n")
         header = ["tokens a rollout", "KiB a batch", "raw", "raw, each", "queue", "to raw", "to raw, each"]
         table(
             [*header, "raw, decoded", "queue, decoded", "ratio", "with journal"], [report_wire(tokens, directory) for tokens in (40, 512)]
         )
         table(["tokens a rollout", "bare fsync", "journal", "ratio"], [report_journal(tokens, directory) for tokens in (40, 512)])
         took, size = recovery_s(directory())
-        print(f"Recovery of a journal of {RECOVERED} groups, {size:.0f} MiB: {took:.2f} s")
+        print(f"Recovery of a journal of {EFFORT.recovered} groups, {size:.0f} MiB: {took:.2f} s")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(main())

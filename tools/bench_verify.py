@@ -10,12 +10,12 @@ import argparse
 import asyncio
 import json
 import logging
-import os
 import random
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
+
+from benching import describe_machine
 
 from neox_rl.types import Problem, Verdict
 from neox_rl.verify.pool import VerifierPool
@@ -118,13 +118,16 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="a smoke test: short, figures without meaning")
     parser.add_argument("--deadline-s", type=float, default=5.0, help="of one check; math-verify's own is 5 s too")
     args = parser.parse_args()
+    if args.quick:
+        args.rows = BLOCK
+    describe_machine("math-verify", "sympy")
     logging.disable(logging.ERROR)
     rng = random.Random(args.seed)
     sets = {"file": read_rows(args.file)} if args.file else {"plain": plain_rows(args.rows, rng), "mixed": mixed_rows(args.rows, rng)}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    print(f"math-verify {version('math-verify')}, sympy {version('sympy')}; {args.workers} workers, {cores} cores; checks a second\n")
+    print(f"{args.workers} workers; checks a second\n")
     print(f"{'rows':<12}{'':>6}{'math-verify':>16}{'pool':>16}{'ratio':>10}{'other verdicts':>18}")
     loop_with_math_verify([*plain_rows(16, random.Random(0)), *mixed_rows(64, random.Random(0))])  # its parser tables are made once
     with VerifierPool(args.workers, args.deadline_s) as pool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import hashlib
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -17,10 +17,12 @@ from pathlib import Path
 
 import torch
 
+from neox_rl.config.dump import dump
 from neox_rl.config.load import load_config
 from neox_rl.config.run import RunConfig
 from neox_rl.engines.hf_files import hf_reader
 from neox_rl.guard import stop
+from neox_rl.run.endpoints import free_port
 from neox_rl.run.launch import prepared
 from neox_rl.run.parts import Parts, build_parts
 from neox_rl.run.processes import ORCHESTRATOR, RANKS
@@ -44,9 +46,7 @@ def be_one_rank() -> None:
     """This process is all ranks of its engine: one core, one thread, a free port to meet at."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    os.environ["MASTER_PORT"] = str(free_port("127.0.0.1"))
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
@@ -91,7 +91,7 @@ def at_most(name: str, found: float, wanted: float, unit: str) -> None:
     print(f"{name}: {found:.3g} {unit}; wanted <= {wanted:.3g} {unit}: {'reached' if found <= wanted else 'MISSED'}\n", flush=True)
 
 
-def run_job(work: Path, name: str, settings: Sequence[str], deadline_s: float = 1500.0) -> RunData:
+def run_job(work: Path, name: str, settings: Sequence[str], deadline_s: float = 3600.0) -> RunData:
     """One whole run of the main config as a user starts it. Its output goes to ``<work>/<name>.out``."""
     work.mkdir(parents=True, exist_ok=True)
     argv = [sys.executable, "deepy.py", "train.py", str(CONFIG), "--name", name, "--set", f"metarl.runs_dir={work}"]
@@ -107,15 +107,24 @@ def run_job(work: Path, name: str, settings: Sequence[str], deadline_s: float = 
 
 
 def policy(work: Path, quick: bool) -> Path:
-    """An HF directory with the main config's policy after its warm start; trained once (some minutes), then kept in ``work``."""
-    name = "warm-quick" if quick and not (work / "warm/model/model.safetensors").is_file() else "warm"
-    final = work / name / "model"
-    if not (final / "model.safetensors").is_file():
-        print(f"making {final}: the warm start of {CONFIG.name}", flush=True)
-        # One step of RL belongs to every run. Without rollouts of its own and with a learning rate of 0, it changes nothing.
-        without_rl = ["metarl.rollout.generator=scripted", "train_iters=1", "min_lr=0", "metarl.rollout.groups_per_step=1"]
-        run_job(work, name, [*NO_EVALUATION, NO_CHECKPOINT, *without_rl, *["metarl.warmstart.steps=3"] * quick])
-    return final
+    """An HF directory with the main config's policy after its warm start; trained once (some minutes), then kept in ``work`` under a digest
+    of the resolved config that made it: another config makes another one."""
+    # One step of RL belongs to every run. Without rollouts of its own and with a learning rate of 0, it changes nothing.
+    without_rl = ["metarl.rollout.generator=scripted", "train_iters=1", "min_lr=0", "metarl.rollout.groups_per_step=1"]
+    whole = [*NO_EVALUATION, NO_CHECKPOINT, *without_rl]
+    short = [*whole, "metarl.warmstart.steps=3"]
+    settings = short if quick and not _made(work, whole).is_file() else whole
+    made = _made(work, settings)
+    if not made.is_file():
+        print(f"making {made.parent}: the warm start of {CONFIG.name}", flush=True)
+        run_job(work, made.parent.parent.name, settings)
+    return made.parent
+
+
+def _made(work: Path, settings: Sequence[str]) -> Path:
+    """The weights that a run with these settings leaves."""
+    digest = hashlib.blake2s(dump(load_config([CONFIG], settings)).encode(), digest_size=4).hexdigest()
+    return work / f"warm-{digest}/model/model.safetensors"
 
 
 def tensors(model: Path) -> list[tuple[str, torch.Tensor]]:
