@@ -34,6 +34,7 @@ from neox_rl.search.trees import read_trees
 from neox_rl.types import Problem
 
 LABELS = ("monte-carlo", "oracle")
+FROM_POLICY = ("metarl.warmstart.from_checkpoint=true", "metarl.warmstart.lr=1.0e-3")
 BATCH = 256
 
 
@@ -61,7 +62,8 @@ def trees(args: argparse.Namespace, label: str, part: str, problems: Sequence[Pr
 
 
 def job(args: argparse.Namespace, label: str, path: Path) -> Job:
-    settings = (*MODEL, *QUIET, f"metarl.warmstart.path={path}", f"metarl.warmstart.steps={args.steps}")
+    size = MODEL if args.policy is None else (*FROM_POLICY, f"metarl.warmstart.hf_checkpoint={args.policy.resolve()}")
+    settings = (*size, *QUIET, f"metarl.warmstart.path={path}", f"metarl.warmstart.steps={args.steps}")
     return Job(f"prm-{label}-{args.steps}", (*settings, "metarl.warmstart.tokens_per_step=1024"), "prm")
 
 
@@ -132,6 +134,9 @@ def best_accuracy(scores: Sequence[float], labels: Sequence[bool]) -> tuple[floa
 def main() -> None:
     p = parser(__doc__, "prm")
     p.add_argument("--steps", type=int, default=400, help="optimizer steps of 1,024 tokens")
+    p.add_argument(
+        "--policy", type=Path, metavar="DIR", help="an HF directory of the main job to begin from (runs/metarl/model), not random weights"
+    )
     p.add_argument("--train", type=int, default=900, help="training problems that are searched")
     p.add_argument("--heldout", type=int, default=120)
     p.add_argument("--playouts", type=int, default=8)
