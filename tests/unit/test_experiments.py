@@ -12,7 +12,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from neox_rl.telemetry.paths import RunPaths
 from neox_rl.telemetry.stats import Interval
+from neox_rl.telemetry.status import Status, write_status
 from neox_rl.types import Problem
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools/experiments"
@@ -41,6 +43,16 @@ def test_other_settings_make_another_run(experiment) -> None:
     job = experiment("common").Job
     assert job("a", ("train_iters=1",)).name == job("a", ("train_iters=1",)).name
     assert len({job("a", ("train_iters=1",)).name, job("a", ("train_iters=2",)).name, job("a", ("train_iters=1",), "rl2").name}) == 3
+
+
+def test_a_run_that_was_stopped_is_made_again(experiment, tmp_path: Path) -> None:
+    job = experiment("common").Job("a", ())
+    paths = RunPaths.of(tmp_path / job.name)
+    paths.root.mkdir()
+    paths.summary.write_text("{}")
+    for steps, finished in ((83, False), (650, True)):
+        write_status(paths.status, Status(phase="done", step=steps, total_steps=650))
+        assert job.finished(tmp_path) is finished
 
 
 def test_a_job_that_fails_gives_its_core_to_the_next(experiment, tmp_path: Path) -> None:

@@ -98,8 +98,11 @@ class Job:
         return f"{self.title}-{digest((ROOT / 'configs' / f'{self.config}.yml').read_text(), *self.settings)}"
 
     def finished(self, work: Path) -> bool:
-        directory = work / self.name
-        return (directory / "summary.json").is_file() and load_run(directory).status.phase == "done"
+        """A run that was stopped is done too, and leaves a summary, but not all of its steps."""
+        if not (work / self.name / "summary.json").is_file():
+            return False
+        status = load_run(work / self.name).status
+        return status.phase == "done" and status.step == status.total_steps
 
     def run(self, work: Path, core: int | None) -> None:
         """With ``core`` everything that computes is on that core, so that another run can have the next one."""
