@@ -101,7 +101,7 @@ def main() -> None:
         greedy, sampled = ([row for run in found for row in _rows(run, mode)] for mode in ("greedy", "sampled"))
         tokens, seconds = np.mean([trained(run) for run in found], axis=0)
         accuracy, length = mean_of(greedy)
-        within = mean_of([[*row[:2], bool(row[2]) and float(str(row[3])) <= BUDGET, row[3]] for row in greedy])[0]
+        within = mean_of([[*row[:2], float(bool(row[2]) and float(str(row[3])) <= BUDGET), row[3]] for row in greedy])[0]
         seeds = ", ".join(f"{100 * mean_of(_rows(run, 'greedy'))[0].mean:.1f}" for run in found)
         shown = [percent(accuracy), seeds, percent(within), percent(mean_of(sampled)[0]), f"{length:.0f}"]
         rows.append([task, style, str(steps), f"{tokens / 1e6:.2f} M", f"{seconds:.0f}", *shown])
