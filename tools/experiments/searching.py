@@ -182,12 +182,15 @@ async def _attempts(policy: str, model: Path, problems: Sequence[Problem], count
 async def measure(args: argparse.Namespace, checkpoint: Checkpoint, full: bool) -> dict[str, list[Spent]]:
     """Tokens until solved, by way of searching. What is on the disk is not made again. Raises SystemExit when time is up."""
     problems, wanted = heldout(args), commands(args, full)
-    facts = (checkpoint.model.resolve(), _tensors(checkpoint.model), args.prm, [p.id for p in problems])
+    facts = (checkpoint.model.resolve(), _tensors(checkpoint.model), [p.id for p in problems])
     home = args.work / "searching" / f"{checkpoint.name.replace(' ', '-')}-{digest(*facts)}"
     home.mkdir(parents=True, exist_ok=True)
     rows = home / "rows.jsonl"
     write_rows(rows, problems)
-    files = {name: home / f"{name.replace(', ', '-').replace(' ', '-')}-{digest(*chosen)}.jsonl" for name, chosen in wanted.items()}
+    files = {
+        name: home / f"{name.replace(', ', '-').replace(' ', '-')}-{digest(*chosen, *([args.prm] if 'prm' in chosen else []))}.jsonl"
+        for name, chosen in wanted.items()
+    }
     context = home / f"in-context-{args.attempts}-{ONE_CONTEXT}.json"
     todo = [name for name, file in files.items() if not file.is_file()]
     if todo or not context.is_file():
