@@ -185,8 +185,8 @@ class Node:
     """One node of a search tree: one step. ``order`` is when it was made: all that a linearizer needs.
 
     ``parent`` is the parent's ``id``, NO_NODE for the root, whose ``text`` is empty. ``ids`` are the step's own tokens, with
-    ``logprobs`` and ``spans`` (which policy version made which) where a policy sampled them. ``value`` in [0, 1] and ``visits``
-    are the search's statistics. ``verdict`` is None for a node from which the path goes on.
+    ``logprobs`` and ``spans`` (which policy version made which) where a policy sampled them. ``value`` in [0, 1], None where
+    the search has none, and ``visits`` are its statistics. ``verdict`` is None for a node from which the path goes on.
     """
 
     id: int
@@ -196,7 +196,7 @@ class Node:
     ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
     spans: tuple[VersionSpan, ...] = ()
-    value: float = 0.0
+    value: float | None = None
     visits: int = 0
     verdict: Verdict | None = None
 

@@ -74,6 +74,10 @@ def title(tree: Tree, shown: int) -> str:
     return f"{printable(tree.problem_id, 60)}: {tree.end.value}, {size}{counts}{failed}"
 
 
+def value_of(node: Node) -> str:
+    return "-" if node.value is None else f"{node.value:.2f}"
+
+
 def mark(node: Node) -> str:
     return "" if node.verdict is None else "right" if node.verdict.correct else "wrong"
 
@@ -89,7 +93,7 @@ def as_text(tree: Tree, most: int) -> str:
         versions = f" v{node.versions[0]}..{node.versions[1]}" if node.spans else ""
         lead = f"{indent}{'└─ ' if last else '├─ '}{printable(worded(node.text), MAX_CHARS) or '(end)'}"
         star = "*" if node.id in path else " "
-        lines.append(f"{star} {lead:<64} v={node.value:.2f} n={node.visits} #{node.order}{versions} {mark(node)}".rstrip())
+        lines.append(f"{star} {lead:<64} v={value_of(node)} n={node.visits} #{node.order}{versions} {mark(node)}".rstrip())
         deeper = indent + ("   " if last else "│  ")
         stack += [(child, deeper, i == 0) for i, child in enumerate(reversed(below[node.id]))]
     return "\n".join(lines)
@@ -119,12 +123,12 @@ class Box:
     @property
     def numbers(self) -> str:
         if self.alike:
-            return f"best v {max(n.value for n in self.alike):.2f}  #{self.alike[0].order} to #{self.alike[-1].order}"
-        return f"v {self.node.value:.2f}  n {self.node.visits}  #{self.node.order} {mark(self.node)}"
+            return f"best v {value_of(max(self.alike, key=lambda n: n.value or 0.0))}  #{self.alike[0].order} to #{self.alike[-1].order}"
+        return f"v {value_of(self.node)}  n {self.node.visits}  #{self.node.order} {mark(self.node)}"
 
     @property
     def fill(self) -> str:
-        share = self.node.value
+        share = self.node.value or 0.0
         return "#" + "".join(f"{round(low + (high - low) * share):02x}" for low, high in zip(LOW_COLOR, HIGH_COLOR, strict=True))
 
     @property

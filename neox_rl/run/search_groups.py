@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,10 +38,10 @@ from neox_rl.search.rollouts import (
     step_traces,
     told_trace,
 )
-from neox_rl.search.search import Search
+from neox_rl.search.search import Grown, Search
 from neox_rl.search.strategy import Options
-from neox_rl.search.values import Value
-from neox_rl.types import NO_VERSION, End, Group, Problem, SamplingParams, Trace, Tree, Verdict
+from neox_rl.search.values import Value, ValueFailedError
+from neox_rl.types import NO_VERSION, End, Finish, Group, Problem, SamplingParams, Trace, Tree, Verdict
 
 TRACES, PREFERENCES = "traces", "preferences"
 
@@ -60,7 +60,7 @@ class SearchGroups:
     async def group(self, problem: Problem, ticket: int, params: SamplingParams, size: int) -> Group:
         """``size`` searches of ``problem``. ``params`` are those of whole attempts: a search samples by its own.
 
-        Raises ServerFailedError where a search could not take a single step.
+        Raises ServerFailedError where a search could not take a single step, and where its value failed: what is not scored is not trained.
         """
         searches = [asyncio.ensure_future(self._rollout(problem, ticket, index)) for index in range(size)]
         try:
@@ -83,21 +83,24 @@ class SearchGroups:
         proposer = Remembering(self.proposer)
         budget = Budget(self.config.nodes, self.config.tokens or None)
         grown = await replace(self.search, seed=seed).grown(problem, proposer, self.value, budget)
-        tree = grown.tree
-        if tree.end is End.FAILED and len(tree.nodes) == 1:
+        tree, failed = grown.tree, grown.tree.end is End.FAILED
+        if failed and (len(tree.nodes) == 1 or isinstance(grown.error, ValueFailedError)):
             raise ServerFailedError(f"search g{ticket:06d}/{index}: {tree.error}")
-        rewarder = partial(self._reward, problem)
+        traces = self._traces(problem, grown, proposer, random.Random(seed))
+        return tree, [replace(trace, finish=Finish.ABORT) if failed else trace for trace in traces]
+
+    def _traces(self, problem: Problem, grown: Grown, proposer: Remembering, rng: random.Random) -> Iterator[Trace]:
+        tree, rewarder = grown.tree, partial(self._reward, problem)
         if self.config.trains == TRACES:
             style = TraceStyle(self.config.telling, Mask(self.config.mask), self.config.thin)
-            rng = random.Random(seed)
-            return tree, [told_trace(tree, problem, style, self.attempts.tokenizer, rng, self.max_tokens, rewarder)]
+            return iter((told_trace(tree, problem, style, self.attempts.tokenizer, rng, self.max_tokens, rewarder),))
         every = self.config.samples == "all"
         samples = all_samples(grown, self.search.domain(problem), proposer.asked) if every else node_samples(tree)
         prompt = self.proposer.prompt_ids(problem)
         if self.config.trains == PREFERENCES:
-            return tree, list(pair_traces(tree, problem, prompt, preferences(samples, self.config.margin), rewarder))
+            return pair_traces(tree, problem, prompt, preferences(samples, self.config.margin), rewarder)
         credit = advantages(tree, samples, Baseline(self.config.baseline))
-        return tree, list(step_traces(tree, problem, prompt, samples, credit, rewarder))
+        return step_traces(tree, problem, prompt, samples, credit, rewarder)
 
     def _reward(self, problem: Problem, verdict: Verdict, text: str, num_tokens: int) -> float:
         return self.attempts.reward(problem, verdict, text, num_tokens)

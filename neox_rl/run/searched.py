@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from neox_rl.ports import Tokenizer
 from neox_rl.queue.book import version_tokens
 from neox_rl.telemetry.rows import LineRow
-from neox_rl.types import Group, Reason, Role, Segment, Trace
+from neox_rl.types import Finish, Group, Reason, Role, Segment, Trace
 
 _END = {Reason.MATCH: "goal", Reason.MISMATCH: "dead_end"}
 
@@ -19,6 +19,7 @@ def books(groups: Sequence[Group]) -> dict[str, float]:
     trained = sum(len(s.ids) for trace in traces for s in trace.segments if s.mask > 0)
     return {
         "solved_frac": sum(any(t.verdict.correct for t in group.traces) for group in groups) / len(groups),
+        "failed_frac": sum(any(t.finish is Finish.ABORT for t in group.traces) for group in groups) / len(groups),
         "traces": len(traces),
         "steps": sum(len({path for trace in group.traces for path, _ in _steps(trace)}) for group in groups),
         "tokens_paid": paid,

@@ -19,9 +19,10 @@ def children_of(tree: Tree) -> dict[int, list[Node]]:
 
 
 def value_labels(tree: Tree) -> Iterator[tuple[tuple[Node, ...], float]]:
-    """Every path and the value of its end: what a process reward model v(q, S_t) is trained on, with Monte-Carlo values (11)."""
+    """Every path to a node with a value, and that value: what a process reward model v(q, S_t) learns, with Monte-Carlo values (11)."""
     for node in tree.nodes[1:]:
-        yield tree.path(node.id), node.value
+        if node.value is not None:
+            yield tree.path(node.id), node.value
 
 
 def before(tree: Tree, node: Node, verdicts: bool) -> Tree:

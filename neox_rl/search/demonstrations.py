@@ -152,11 +152,11 @@ def values(found: Sequence[tuple[Tree, Problem]], tokenizer: Tokenizer, sees_ear
     anew each time, hopeful with the chance of the step's value, so that the expected loss is the cross-entropy against the value itself.
     ``sees_earlier``: what the search did before is told too (the meta-critic, 8.3.4), as far as it fits in ``max_tokens``.
     Raises ConfigError without a step."""
-    grown = [(tree, list(value_labels(tree)), problem) for tree, problem in found if len(tree.nodes) > 1]
+    grown = [(tree, labels, problem) for tree, problem in found if (labels := list(value_labels(tree)))]
     if not grown:
         raise ConfigError(
-            f"warmstart.style values: none of {len(found)} trees of training problems has a step to judge; search over rows that"
-            " python -m neox_rl.problems.make_rows wrote for this config"
+            f"warmstart.style values: none of {len(found)} trees of training problems has a step with a value; search with one, over"
+            " rows that python -m neox_rl.problems.make_rows wrote for this config"
         )
 
     def told(tree: Tree, node: Node, problem: Problem) -> tuple[str, ...]:

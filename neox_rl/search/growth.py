@@ -42,7 +42,8 @@ class Budget:
 
 @dataclass(slots=True)
 class Leaf:
-    """A node in growth. ``value`` and ``visits`` belong to the strategy once the node was scored."""
+    """A node in growth. ``value`` and ``visits`` belong to the strategy once the node was scored; until then it counts as hopeless, and
+    what is trained must leave it out."""
 
     id: int
     parent: int
@@ -51,6 +52,7 @@ class Leaf:
     proposal: Proposal
     text: str
     value: float = 0.0
+    scored: bool = False
     visits: int = 1
     verdict: Verdict | None = None
     ended: bool = False
@@ -169,14 +171,15 @@ class Growth:
         paths = [[leaf.text for leaf in self.path(end.id)] for end in ends]
         verdicts = await asyncio.gather(*(self.domain.judge(path, end.state) for path, end in zip(paths, ends, strict=True)))
         for end, verdict in zip(ends, verdicts, strict=True):
-            end.verdict, end.value = verdict, float(verdict.correct and self.domain.checkable)
+            end.verdict, end.scored = verdict, self.domain.checkable
+            end.value = float(verdict.correct and end.scored)
         self.ends += [end.id for end in ends]
         self.earlier += map(tuple, paths)
 
     async def score(self, ids: Sequence[int], value: Value) -> None:
         """Scores the nodes of ``ids``, those left out that a verdict has valued already. Raises what ``value`` raises.
 
-        A value that is not in [0, 1] counts as ``bad_value``, and as 0: the search goes elsewhere first.
+        A value that is not in [0, 1] counts as ``bad_value`` and leaves its node unscored, as one that cannot be paid does.
         """
         unknown = [i for i in ids if not (self.nodes[i].ended and self.domain.checkable)]
         if not unknown:
@@ -184,10 +187,12 @@ class Growth:
         visited = partial(self._visited, ids[0])
         scores = await value.score([replace(self.position(i, "value"), visited=visited) for i in unknown], self.tokens_left)
         self.num_tokens += scores.num_tokens
+        if not scores.values:
+            return
         for i, score in zip(unknown, scores.values, strict=True):
             good = math.isfinite(score) and 0.0 <= score <= 1.0
             self.counts[BAD_VALUE] += not good
-            self.nodes[i].value = float(score) if good else 0.0
+            self.nodes[i].value, self.nodes[i].scored = float(score) if good else 0.0, good
 
     def _visited(self, count: int) -> Tree:
         """The first ``count`` nodes; without their verdicts where only the gold answer tells them, which no value may see."""
@@ -216,4 +221,5 @@ class Growth:
 def _node(leaf: Leaf) -> Node:
     spans: tuple[VersionSpan, ...] = leaf.proposal.spans
     ids, logprobs = leaf.proposal.ids, leaf.proposal.logprobs
-    return Node(leaf.id, leaf.parent, leaf.text, leaf.id, ids, logprobs, spans, leaf.value, leaf.visits, leaf.verdict)
+    value = leaf.value if leaf.scored else None
+    return Node(leaf.id, leaf.parent, leaf.text, leaf.id, ids, logprobs, spans, value, leaf.visits, leaf.verdict)

@@ -73,7 +73,8 @@ class Mcts(Strategy):
         self._busy.clear()
         self._expanded.add(node)
         for child in children:
-            self._back_up(tree, node, tree.nodes[child].value)
+            if tree.nodes[child].scored:
+                self._back_up(tree, node, tree.nodes[child].value)
             if not self.options.hopeful(tree.nodes[child]):
                 self._closed.add(child)
         if all(c in self._closed for c in tree.nodes[node].children):
@@ -84,4 +85,5 @@ class Mcts(Strategy):
             leaf = tree.nodes[node]
             leaf.visits += 1
             leaf.value += (value - leaf.value) / leaf.visits
+            leaf.scored |= node == 0  # it is the mean of what is below it
             node = leaf.parent

@@ -83,7 +83,7 @@ class WordValue:
 
     async def score(self, positions: Sequence[Position], max_tokens: int | None) -> Scores:
         if max_tokens is not None and max_tokens < len(positions):
-            return Scores([0.0] * len(positions))
+            return Scores(())
         room = max(0, self.max_context - 1)
         prompts = [value_context(p.problem, p.texts, self.tokenizer, self._before(p), room) for p in positions]
         found = await self.model.next_token(prompts, value_ids(self.tokenizer))

@@ -89,26 +89,27 @@ class Sample(NamedTuple):
 
 
 def node_samples(tree: Tree) -> list[Sample]:
-    """Each node of the tree, once."""
-    return [Sample(n.parent, n.id, n.value, n.ids, n.logprobs, n.spans) for n in tree.nodes[1:] if n.spans]
+    """Each node of the tree that has a value, once."""
+    return [Sample(n.parent, n.id, n.value, n.ids, n.logprobs, n.spans) for n in tree.nodes[1:] if n.spans and n.value is not None]
 
 
 def all_samples(grown: Grown, domain: Domain, asked: Sequence[tuple[Position, Sequence[Proposal]]]) -> list[Sample]:
     """Every step as often as the policy sampled it: an unbiased sum over what it does at a node.
 
     A step that was refused, or that gave up, leads nowhere: its value is 0. One that was sampled again has the value of the node that it
-    leads to. Steps that the budget did not reach are left out.
+    leads to. Steps that the budget did not reach are left out, and those that nobody knows the value of.
     """
-    tree, states = grown
+    tree, states = grown.tree, grown.states
     found = node_samples(tree)
     values = dict[tuple[int, State], float]()
     """Of each state below a node and, under NO_NODE, of the first anywhere."""
     for node, state in zip(tree.nodes[1:], states[1:], strict=True):
-        values.setdefault((node.parent, state), node.value)
-        values.setdefault((NO_NODE, state), node.value)
+        if node.value is not None:
+            values.setdefault((node.parent, state), node.value)
+            values.setdefault((NO_NODE, state), node.value)
     written = [tuple(i for step in tree.path(node.id) for i in step.ids) for node in tree.nodes]
     places = {ids: node for node, ids in reversed(list(enumerate(written)))}
-    nodes = Counter((written[s.parent], s.ids) for s in found)
+    nodes = Counter((written[n.parent], n.ids) for n in tree.nodes[1:] if n.spans)
     for position, proposals in asked:
         parent = places.get(position.ids, NO_NODE)
         for proposal in proposals:
@@ -132,14 +133,15 @@ def _value(parent: int, state: State, proposal: Proposal, domain: Domain, values
 
 
 def advantages(tree: Tree, samples: Sequence[Sample], baseline: Baseline) -> list[float]:
-    """One a sample. A search does not score its root: its value is the mean of what was sampled there."""
+    """One a sample. A search does not score its root: its value, like that of any unscored place, is the mean of what was sampled there."""
     below: dict[int, list[float]] = {}
     for sample in samples:
         below.setdefault(sample.parent, []).append(sample.value)
     means = {parent: sum(values) / len(values) for parent, values in below.items()}
     if baseline is Baseline.SIBLINGS:
         return [s.value - means[s.parent] for s in samples]
-    return [s.value - (means[0] if s.parent == 0 else tree.nodes[s.parent].value) for s in samples]
+    scored = {node.id: node.value for node in tree.nodes[1:] if node.value is not None}
+    return [s.value - scored.get(s.parent, means[s.parent]) for s in samples]
 
 
 def step_traces(

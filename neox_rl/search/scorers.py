@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -54,7 +55,7 @@ class PrmValue:
 
 @dataclass(frozen=True)
 class JudgeValue:
-    """The mean of ``votes`` sampled verdicts of a language model. A vote that names no word of VOTES is not counted; with none left: 0.
+    """The mean of ``votes`` sampled verdicts of a language model. A vote that names no word of VOTES is not counted; with none left: NaN.
 
     Only what the judge writes costs tokens, as with the policy. ``max_context`` bounds prompt and answer; 0: no bound.
     """
@@ -71,7 +72,7 @@ class JudgeValue:
     async def score(self, positions: Sequence[Position], max_tokens: int | None) -> Scores:
         cap = self.max_tokens if max_tokens is None else min(self.max_tokens, max_tokens // (self.votes * len(positions)))
         if cap < 1:
-            return Scores([0.0] * len(positions))
+            return Scores(())
         asked = await asyncio.gather(*(self._ask(position, cap) for position in positions))
         return Scores([value for value, _ in asked], sum(tokens for _, tokens in asked))
 
@@ -79,7 +80,7 @@ class JudgeValue:
         params = SamplingParams(cap, seed=position.seed)
         completions = await self.generator.sample(self._prompt(position, cap), params, self.votes, f"{position.problem.id}/judge")
         votes = [vote for c in completions if (vote := self._vote(self.tokenizer.decode(c.ids))) is not None]
-        return (sum(votes) / len(votes) if votes else 0.0), sum(len(c.ids) for c in completions)
+        return (sum(votes) / len(votes) if votes else math.nan), sum(len(c.ids) for c in completions)
 
     def _prompt(self, position: Position, cap: int) -> tuple[int, ...]:
         """As much of what the search did before as leaves room for an answer."""
@@ -105,6 +106,8 @@ class Discouraged:
 
     async def score(self, positions: Sequence[Position], max_tokens: int | None) -> Scores:
         scores = await self.value.score(positions, max_tokens)
+        if not scores.values:
+            return scores
         tried = [sum(p.texts[-1] in attempt for attempt in p.earlier) if p.texts else 0 for p in positions]
         return scores._replace(values=[v * self.decay**n for v, n in zip(scores.values, tried, strict=True)])
 

@@ -21,7 +21,7 @@ from neox_rl.search.growth import Budget, Growth
 from neox_rl.search.proposers import Attempter, Proposal, Proposer
 from neox_rl.search.strategies import make_strategy
 from neox_rl.search.strategy import Ask, Options, Strategy
-from neox_rl.search.values import Value
+from neox_rl.search.values import Value, ValueFailedError
 from neox_rl.types import NO_NODE, End, Problem, Tree
 
 T = TypeVar("T")
@@ -31,10 +31,12 @@ AHEAD = 4
 
 
 class Grown(NamedTuple):
-    """A tree, and the state of each of its nodes: its texts alone do not always tell it, a verdict that failed among them."""
+    """A tree, and the state of each of its nodes: its texts alone do not always tell it, a verdict that failed among them. ``error``: what
+    it FAILED of."""
 
     tree: Tree
     states: tuple[State, ...]
+    error: Exception | None = None
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,14 @@ class Search:
         """As ``run``."""
         strategy = make_strategy(self.strategy, self.options)
         growth = Growth(problem, self.domain(problem), budget, strategy.distinct, self.seed)
+        failed: Exception | None = None
         try:
             tree = growth.tree(await self._grow(growth, strategy, proposer, value))
         except ConfigError:
             raise
         except (NeoxRLError, OSError) as error:
-            tree = growth.tree(End.FAILED, str(error) or repr(error))
-        return Grown(tree, tuple(leaf.state for leaf in growth.nodes))
+            failed, tree = error, growth.tree(End.FAILED, str(error) or repr(error))
+        return Grown(tree, tuple(leaf.state for leaf in growth.nodes), failed)
 
     async def _grow(self, growth: Growth, strategy: Strategy, proposer: Proposer, value: Value) -> End:
         waiting: deque[Ask] = deque()
@@ -92,7 +95,12 @@ class Search:
                 added.append((ask, attempts_admitted(growth, ask.node, answer) if ask.whole else growth.admit(ask.node, _flat(answer))))
         new = range(before, len(growth.nodes))
         await self._persist(growth, lambda: growth.judge(new))
-        await self._persist(growth, lambda: growth.score(new, value))
+        try:
+            await self._persist(growth, lambda: growth.score(new, value))
+        except ConfigError:
+            raise
+        except (NeoxRLError, OSError) as error:
+            raise ValueFailedError(f"the search's value: {error or repr(error)}") from error
         for ask, children in added:
             strategy.add(growth, ask.node, children)
         for answer in answers:

@@ -1,7 +1,7 @@
 """Trees as JSON lines: one tree a line, every node with its tokens, log-probs, version spans, value, visits, order and verdict.
 
 A line is ``{problem_id, end, answer, num_tokens, counts, error, nodes: [{id, parent, text, order, ids, logprobs, spans: [[version, start,
-end]], value, visits, verdict: {correct, extracted, reason, ms} | null}]}``. The reader takes nothing else: a file of trees may come
+end]], value | null, visits, verdict: {correct, extracted, reason, ms} | null}]}``. The reader takes nothing else: a file of trees may come
 from anywhere, and what reads it walks parents without looking twice.
 """
 
@@ -37,7 +37,7 @@ class _Node(msgspec.Struct, forbid_unknown_fields=True):
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     spans: tuple[tuple[int, int, int], ...]
-    value: float
+    value: float | None
     visits: int
     verdict: _Verdict | None
 
@@ -144,7 +144,7 @@ def _node_flaw(node: Node, index: int) -> str:
         return f"has id {node.id}: nodes are numbered 0, 1, 2 ..."
     if index and not 0 <= node.parent < index:
         return f"parent {node.parent} does not come before it"
-    if node.order < 0 or node.visits < 0 or not 0.0 <= node.value <= 1.0:
+    if node.order < 0 or node.visits < 0 or not 0.0 <= (node.value or 0.0) <= 1.0:
         return f"order {node.order}, visits {node.visits} and value {node.value} must be at least 0, the value at most 1"
     if len(node.logprobs) not in (0, len(node.ids)) or not all(map(math.isfinite, node.logprobs)):
         return f"{len(node.logprobs)} log-probs for {len(node.ids)} tokens; each token has a finite one, or none has one"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
+from neox_rl.errors import NeoxRLError
 from neox_rl.ports import Verifier
 from neox_rl.search.domain import Rejection
 from neox_rl.search.proposers import PolicyProposer, Position, Proposer, derived_seed
@@ -14,7 +15,7 @@ from neox_rl.types import Completion, Finish, SamplingParams
 
 
 class Scores(NamedTuple):
-    """One value a position, and the tokens that all of them cost."""
+    """One value a position, NaN where there is none, and the tokens they cost. No values at all: what is left cannot pay for them."""
 
     values: Sequence[float]
     num_tokens: int = 0
@@ -24,6 +25,10 @@ class Value(Protocol):
     async def score(self, positions: Sequence[Position], max_tokens: int | None) -> Scores:
         """The values of ``positions``, for at most ``max_tokens`` tokens (None: any number)."""
         ...
+
+
+class ValueFailedError(NeoxRLError):
+    """The value of a search gave no answer: nobody knows what the steps of its last round are worth."""
 
 
 class NoValue:
@@ -64,7 +69,7 @@ class MonteCarloValue:
     async def score(self, positions: Sequence[Position], max_tokens: int | None) -> Scores:
         cap = self.max_tokens if max_tokens is None else min(self.max_tokens, max_tokens // (self.k * len(positions)))
         if cap < 1:
-            return Scores([0.0] * len(positions))
+            return Scores(())
         played = await asyncio.gather(*(self.playouts.play(position, self.k, cap) for position in positions))
         return Scores([right / self.k for right, _ in played], sum(tokens for _, tokens in played))
 

@@ -87,8 +87,9 @@ class MetricsRow(TypedDict, total=False):
     search: dict[str, float]
     """Search quality of the step's rollouts; the keys are those of ``SEARCH_METRICS``."""
     searched: dict[str, float]
-    """Where rollouts are made by search: ``solved_frac`` of the problems, ``steps`` that the trees hold, ``traces`` made of them, and the
-    tokens that were generated for them (``tokens_paid``) and that have a loss (``tokens_trained``, before masking for staleness)."""
+    """Where rollouts are made by search: ``solved_frac`` of the problems, ``failed_frac`` of them with a search that lost its server and
+    broke off, ``steps`` that the trees hold, ``traces`` made of them, and the tokens that were generated for them (``tokens_paid``) and
+    that have a loss (``tokens_trained``, before masking for staleness)."""
 
 
 class IntervalRow(TypedDict):

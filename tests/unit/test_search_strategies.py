@@ -245,11 +245,11 @@ def test_cycles_and_states_met_before_are_not_entered_again() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -0.1, 1.1])
-def test_a_value_that_cannot_be_is_counted_and_taken_as_zero(bad: float) -> None:
+def test_a_value_that_cannot_be_is_counted_and_taken_as_none(bad: float) -> None:
     for strategy in STRATEGIES:
         tree = search(strategy, OPEN, value=Table({"A": bad, "B": 0.4}))
         assert tree.counts["bad_value"] == sum(node.text == "A" for node in tree.nodes) > 0
-        assert all(0.0 <= node.value <= 1.0 for node in tree.nodes)
+        assert all((node.value is None) == (node.text == "A") for node in tree.nodes[1:] if node.verdict is None)
 
 
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))
@@ -301,7 +301,12 @@ def test_a_value_lost_for_good_keeps_the_nodes_too() -> None:
             raise NeoxRLError("the scorer is gone")
 
     tree = search("bfs", OPEN, value=Gone())
-    assert (tree.end, steps(tree), tree.counts, tree.error) == (End.FAILED, ["A", "B"], {"retries": 2}, "the scorer is gone")
+    assert (tree.end, steps(tree), tree.counts, tree.error) == (
+        End.FAILED,
+        ["A", "B"],
+        {"retries": 2},
+        "the search's value: the scorer is gone",
+    )
 
 
 def test_a_path_that_fills_the_context_is_left() -> None:

@@ -64,7 +64,7 @@ def test_monte_carlo_is_the_mean_of_random_play_and_pays_for_it() -> None:
     assert abs(scores.values[0] - 1 / len(DOMAIN.legal(GOOD.state))) < 4 * math.sqrt(1 / 4 / 400)
     assert scores.values[1] == 0.0 and scores.num_tokens == 2 * 400 * 3
     assert score(value, GOOD) == score(value, GOOD), "by seed"
-    assert score(value, GOOD, max_tokens=399) == Scores([0.0]), "what it cannot pay it does not ask"
+    assert score(value, GOOD, max_tokens=399) == Scores(()), "what it cannot pay it does not ask"
 
 
 class Writes:
@@ -168,11 +168,11 @@ class Says:
 
 
 def test_the_judge_is_the_mean_of_the_votes_that_can_be_read() -> None:
-    for votes, expected in ((("Sure.", "likely", "impossible"), 0.5), (("sure", "what?", "sure"), 1.0), (("?", "!", ""), 0.0)):
+    for votes, expected in ((("Sure.", "likely", "impossible"), 0.5), (("sure", "what?", "sure"), 1.0), (("?", "!", ""), math.nan)):
         judge = Says(*votes)
         assert score(JudgeValue(judge, judge, votes=3), GOOD) == Scores([expected], 3)
         assert "7 *3 =21" in judge.asked
-    assert score(JudgeValue(judge, judge, votes=3), GOOD, max_tokens=2) == Scores([0.0])
+    assert score(JudgeValue(judge, judge, votes=3), GOOD, max_tokens=2) == Scores(())
 
 
 def test_a_step_that_earlier_attempts_took_is_discouraged() -> None:

@@ -73,7 +73,7 @@ def steps_of(path: Path, problems: Sequence[Problem]) -> list[Step]:
         problem = known[tree.problem_id]
         domain = ArithmeticDomain(problem)
         for node in tree.nodes[1:]:
-            if node.verdict is not None:
+            if node.verdict is not None or node.value is None:
                 continue  # an end needs no model
             texts, state = tuple(n.text for n in tree.path(node.id)), domain.root
             for text in texts:
