@@ -8,7 +8,7 @@ from neox_rl.config.derived import prompt_tokens, staleness_bound, starts_from_c
 from neox_rl.config.machine import Machine
 from neox_rl.config.own import is_own
 from neox_rl.config.run import RunConfig
-from neox_rl.config.schema import IMITATION, NEOX_ENGINE
+from neox_rl.config.schema import IMITATION, NEOX_ENGINE, PLACE
 
 RECORDED = ("trees", "attempts", "values")
 """Styles of demonstrations that are read from ``warmstart.path``."""
@@ -96,6 +96,18 @@ def jsonl_is_complete(config: RunConfig, machine: Machine) -> Iterator[str]:
             f"metarl.warmstart.style = {m.warmstart.style}: needs a solver for its searches, and source"
             f" {m.problems.source} has none; set style: written (the rows' own"
             " solutions), or steps: 0 and start from metarl.warmstart.hf_checkpoint or load"
+        )
+
+
+def template_has_a_place(config: RunConfig, machine: Machine) -> Iterator[str]:
+    """Without one every problem would be the same question; and the games' own words are the only ones that the symbolic tokenizer has."""
+    m = config.metarl
+    if m.problems.template and PLACE not in m.problems.template:
+        yield f"metarl.problems.template = {m.problems.template!r}: has no place for the problem; write {PLACE} where its text goes"
+    if m.problems.template and not m.tokenizer.path:
+        yield (
+            "metarl.tokenizer.path is empty: the symbolic tokenizer cannot spell metarl.problems.template ="
+            f" {m.problems.template!r}; set it to the directory of an HF tokenizer, or remove template"
         )
 
 
@@ -280,6 +292,7 @@ RL_RULES = (
     game24_has_cards,
     heldout_problems_exist,
     jsonl_is_complete,
+    template_has_a_place,
     demonstrations_have_a_source,
     demonstrations_are_trained_on,
     reward_model_is_trained_alone,

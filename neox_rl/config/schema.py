@@ -18,6 +18,10 @@ IMITATION, PREFERENCE = "sft", "dpo"
 """The objective that reads no behavior log-probs and no advantages: it makes what it is shown more likely."""
 
 
+PLACE = "{problem}"
+"""Where the problem's text goes in ``problems.template``."""
+
+
 @dataclass(frozen=True)
 class ProblemsConfig:
     """Where problems come from."""
@@ -33,6 +37,11 @@ class ProblemsConfig:
     max_value: int = key(60, "largest intermediate value; steps beyond it are not legal", low=1)
     heldout_frac: float = key(0.25, "share of the clusters (number multisets) that is held out", low=0.0, high=0.9)
     limit: int = key(0, "keep at most this many training problems; 0: all", low=0)
+    template: str = key(
+        "",
+        "text that the policy is asked in, with {problem} where the problem's own goes, as the --template of a search: its special tokens,"
+        " and no others, are taken as such; empty: the problem's text, that of a file followed by an instruction to reason and box",
+    )
 
     @property
     def free_text(self) -> bool:

@@ -40,7 +40,7 @@ class Episodes:
     async def roll_out(self, problem: Problem, environment: Environment, params: SamplingParams, name: str, gamma: float = 1.0) -> Rollout:
         """The trace ``name``; rewards under the discount ``gamma`` a token (21). Raises what generator and environment raise."""
         progress = Progress(self.rules)
-        context = _Context([Segment(self.tokenizer.encode(problem.prompt), Role.PROMPT)])
+        context = _Context([Segment(self.tokenizer.encode_prompt(problem.prompt), Role.PROMPT)])
         environment.reset(None)
         finish = Finish.LENGTH
         while not progress.done:

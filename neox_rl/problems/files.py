@@ -42,9 +42,9 @@ def from_files(cfg: ProblemsConfig, seed: int) -> ProblemSet:
     """
     if not cfg.path:
         raise ConfigError("problems.source jsonl needs problems.path: a JSONL or parquet file of problems")
-    train, counts = read_problems(Path(cfg.path), cfg.task)
+    train, counts = read_problems(Path(cfg.path), cfg.task, cfg.template)
     if cfg.heldout_path:
-        heldout, heldout_counts = read_problems(Path(cfg.heldout_path), cfg.task)
+        heldout, heldout_counts = read_problems(Path(cfg.heldout_path), cfg.task, cfg.template)
         held = {p.id for p in heldout}
         counts |= {f"heldout_{name}": n for name, n in heldout_counts.items()}
         counts["also_heldout"] = sum(p.id in held for p in train)
@@ -57,8 +57,11 @@ def from_files(cfg: ProblemsConfig, seed: int) -> ProblemSet:
     return ProblemSet(kept, tuple(heldout), counts)
 
 
-def read_problems(path: Path, task: str) -> tuple[list[Problem], dict[str, int]]:
-    """The problems of one file in its order, and ``{rows, empty_answers, duplicates}``. Raises ConfigError."""
+def read_problems(path: Path, task: str, template: str = "") -> tuple[list[Problem], dict[str, int]]:
+    """The problems of one file in its order, and ``{rows, empty_answers, duplicates}``. Raises ConfigError.
+
+    A ``template`` says all that is said to the policy beside the problem; without one INSTRUCTION does.
+    """
     problems: dict[str, Problem] = {}
     counts = {"rows": 0, "empty_answers": 0, "duplicates": 0}
     for where, row in _rows(path):
@@ -67,7 +70,7 @@ def read_problems(path: Path, task: str) -> tuple[list[Problem], dict[str, int]]
         if not answer:
             counts["empty_answers"] += 1
             continue
-        problem = _problem(task, text, answer)
+        problem = _problem(task, text if template else f"{text}\n{INSTRUCTION}\n", text, answer)
         if problem.id in problems:
             counts["duplicates"] += 1
             continue
@@ -106,9 +109,9 @@ def last_boxed(text: str) -> str:
     return ""
 
 
-def _problem(task: str, text: str, answer: str) -> Problem:
+def _problem(task: str, prompt: str, text: str, answer: str) -> Problem:
     digest = hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:16]
-    return Problem(id=f"{task}/{digest}", task=task, prompt=f"{text}\n{INSTRUCTION}\n", answer=answer, cluster=digest)
+    return Problem(id=f"{task}/{digest}", task=task, prompt=prompt, answer=answer, cluster=digest)
 
 
 def _fraction(digest: str) -> float:

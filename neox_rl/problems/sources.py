@@ -47,7 +47,9 @@ def problems_of_run(config: RunConfig, tokenizer: Tokenizer) -> ProblemSet:
     if not config.metarl.problems.free_text:
         return problems
     room = config.neox.seq_length - config.metarl.rollout.max_new_tokens
-    train, heldout = (tuple(p for p in part if len(tokenizer.encode(p.prompt)) <= room) for part in (problems.train, problems.heldout))
+    train, heldout = (
+        tuple(p for p in part if len(tokenizer.encode_prompt(p.prompt)) <= room) for part in (problems.train, problems.heldout)
+    )
     too_long = len(problems.train) + len(problems.heldout) - len(train) - len(heldout)
     if not train or (problems.heldout and not heldout):
         raise ConfigError(

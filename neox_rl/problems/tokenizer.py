@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import models, pre_tokenizers
 
 from neox_rl.config.derived import symbolic_words
-from neox_rl.config.schema import ProblemsConfig, TokenizerConfig
+from neox_rl.config.schema import PLACE, ProblemsConfig, TokenizerConfig
 from neox_rl.errors import ConfigError
 from neox_rl.metacot import EOS, PAD, UNKNOWN
 from neox_rl.ports import Tokenizer
@@ -46,6 +46,9 @@ class SymbolicTokenizer:
         get, unknown = self._spelled.get, self._unknown
         return tuple([get(word, unknown) for word in text.split()])
 
+    def encode_prompt(self, text: str) -> tuple[int, ...]:
+        return self.encode(text)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The words joined by spaces, padding and EOS left out; an id of the model's padded vocabulary reads as unknown."""
         size = len(self.words)
@@ -73,14 +76,15 @@ class DirectoryTokenizer:
     """The ``tokenizer.json`` of an HF directory, without transformers. Nothing is added around the text.
 
     A text that spells a special token (``</s>``) is encoded as any other: problems, models and tools write what they like, and none of it
-    may end a completion or take another's turn.
+    may end a completion or take another's turn. Those of ``template``, into whose PLACE prompts are put, are taken as such: it is the
+    user's.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, template: str = "") -> None:
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise ConfigError(f"tokenizer.path {directory}: no tokenizer.json there; save it with a fast HF tokenizer (save_pretrained)")
-        self._path, self._hf = path, HFTokenizer.from_file(str(path))
+        self._template, self._path, self._hf = template, path, HFTokenizer.from_file(str(path))
         self._hf.encode_special_tokens = True
         self._size = max(self._hf.get_vocab(with_added_tokens=True).values()) + 1
         self._eos_id = _eos_id(directory, self._hf)
@@ -98,14 +102,16 @@ class DirectoryTokenizer:
     def encode(self, text: str) -> tuple[int, ...]:
         ids = self._hf.encode(text, add_special_tokens=False).ids
         if not self._special_ids.isdisjoint(ids):  # a vocabulary of whole words or pieces has the name itself among them
-            ids = self._hf.encode(self.plain(text), add_special_tokens=False).ids
+            ids = self._hf.encode(self._plain(text), add_special_tokens=False).ids
         return tuple(ids)
 
-    def encode_template(self, text: str) -> tuple[int, ...]:
-        """With the special tokens that it spells: for a template that the user wrote, filled with ``plain`` texts."""
-        return tuple(self._templates.encode(text, add_special_tokens=False).ids)
+    def encode_prompt(self, text: str) -> tuple[int, ...]:
+        if not self._template:
+            return self.encode(text)
+        filled = self._template.replace(PLACE, self._plain(text.strip()))
+        return tuple(self._templates.encode(filled, add_special_tokens=False).ids)
 
-    def plain(self, text: str) -> str:
+    def _plain(self, text: str) -> str:
         """``text`` with a space in each special token that it spells."""
         return self._special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text) if self._special.pattern else text
 
@@ -127,7 +133,7 @@ def load_tokenizer(cfg: TokenizerConfig, problems: ProblemsConfig, episodes: int
     """The tokenizer of ``tokenizer.path``; when that is empty the symbolic one, which knows the games alone, and the words around
     at most so many ``episodes`` of a rollout."""
     if cfg.path:
-        return DirectoryTokenizer(Path(cfg.path))
+        return DirectoryTokenizer(Path(cfg.path), problems.template)
     if problems.free_text:
         raise ConfigError(f"problems.source {problems.source} needs tokenizer.path: the symbolic tokenizer has words for the games only")
     return SymbolicTokenizer(symbolic_words(problems, episodes))

@@ -55,7 +55,7 @@ class Attempts:
 
     async def attempt(self, problem: Problem, name: str, params: SamplingParams, size: int) -> tuple[Trace, ...]:
         """``size`` verified rollouts of ``problem``, ids ``<name>/r<i>``. Raises what the generator raises."""
-        prompt = self.tokenizer.encode(problem.prompt)
+        prompt = self.tokenizer.encode_prompt(problem.prompt)
         completions = await Patient(self.generator).sample(prompt, params, size, name)
         texts = [self.tokenizer.decode(completion.ids) for completion in completions]
         verdicts = await asyncio.gather(*(self._verdict(problem, c, text) for c, text in zip(completions, texts, strict=True)))

@@ -58,7 +58,7 @@ class _Shower:
 
     def draw(self, problem: Problem, rng: random.Random, id: str) -> Trace:
         environment = environment_of(problem, self._verifier, _no_reward)
-        segments = [Segment(self._tokenizer.encode(tagged(problem.prompt, rng.choice(self._tags))), Role.PROMPT)]
+        segments = [Segment(self._tokenizer.encode_prompt(tagged(problem.prompt, rng.choice(self._tags))), Role.PROMPT)]
         last = self._num_episodes - 1 if self._guesses else rng.randrange(self._num_episodes)
         for episode in range(last + 1):
             attempt = self._attempt(environment.game, rng, episode == last)

@@ -164,7 +164,7 @@ def scripts_of(config: RunConfig) -> Scripts:
     tags, anew = [""], None
     if config.metarl.rollout.method == "episodes":
         tags, anew = list(tags_of(metarl.episodes.gammas).values()), tokenizer.encode(EPISODE)[0]
-    by_prompt = {tokenizer.encode(tagged(p.prompt, tag)): p for p in (*problems.train, *problems.heldout) for tag in tags}
+    by_prompt = {tokenizer.encode_prompt(tagged(p.prompt, tag)): p for p in (*problems.train, *problems.heldout) for tag in tags}
     return Scripts(by_prompt.keys(), lambda prompt, n: _script(by_prompt[prompt], n, tokenizer, metarl.scripted, metarl.seed), anew)
 
 

@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 from neox_rl.config.schema import VerifyConfig
 from neox_rl.errors import ConfigError, NeoxRLError
 from neox_rl.run.search_parts import domain_of, own_value, prm_value
-from neox_rl.run.search_rows import Row, error_line, read_rows, result_line
+from neox_rl.run.search_rows import Asking, Row, error_line, read_rows, result_line
 from neox_rl.run.search_server import Policy, cache_counters, connect
 from neox_rl.search.domain import Domain
 from neox_rl.search.growth import Budget
@@ -85,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
         "--template",
         type=Path,
         metavar="FILE",
-        help="prompt with {numbers} and {target}, or {problem}, in it; its special tokens, and no others, are taken as such",
+        help="prompt with {numbers} and {target}, or {problem}, in it; special tokens around what is filled in are taken as such",
     )
     p.add_argument("--parallel", type=int, default=16, help="searches at a time")
     p.add_argument("--timeout-s", type=float, default=120.0, help="deadline of one request to a server")
@@ -142,14 +142,14 @@ class Verifiers:
             verifier.close()
 
 
-async def make_value(args: argparse.Namespace, policy: Policy | None, verifiers: Verifiers, stack: AsyncExitStack) -> Value:
+async def make_value(args: argparse.Namespace, template: str, policy: Policy | None, verifiers: Verifiers, stack: AsyncExitStack) -> Value:
     """The value of ``--value``. Raises ConfigError when it needs a server that was not given."""
     if args.value != "prm":
         proposer = policy.proposer if policy else None
         return own_value(args.value, proposer, verifiers, args.playouts, args.playout_tokens, args.votes, args.sees_earlier)
     if not args.prm_server or not args.prm_model:
         raise ConfigError("--value prm needs --prm-server URL and --prm-model DIR or NAME: the served process reward model")
-    return await prm_value(args.prm_server, args.prm_model, args.timeout_s, stack, args.sees_earlier)
+    return await prm_value(args.prm_server, args.prm_model, args.timeout_s, stack, args.sees_earlier, template)
 
 
 def make_options(args: argparse.Namespace) -> Options:
@@ -197,12 +197,11 @@ async def search_file(args: argparse.Namespace) -> int:
     verifiers = Verifiers()
     async with AsyncExitStack() as stack:
         stack.callback(verifiers.close)
-        template = _template(args.template)
+        asking = _asking(args.template)
         budget, options = Budget(args.budget_nodes, args.budget_tokens), make_options(args)
-        policy = await connect(args, stack) if args.server else None
-        plain = policy.tokenizer.plain if policy and template else str
-        rows = read_rows(args.problems, policy is None or policy.writes_words, template, plain)
-        value = await make_value(args, policy, verifiers, stack)
+        policy = await connect(args, asking.frame, stack) if args.server else None
+        rows = read_rows(args.problems, policy is None or policy.writes_words, asking)
+        value = await make_value(args, asking.frame, policy, verifiers, stack)
         proposer: Proposer = policy.proposer if policy else ExhaustiveProposer()
         search = Search(args.strategy, verifiers.domain, options, args.seed)
         trees = stack.enter_context(args.trees.open("wb")) if args.trees else None
@@ -227,11 +226,11 @@ def _check_writable(path: Path) -> None:
         raise ConfigError(f"--trees {path}: {error.strerror}; give a file that can be written") from error
 
 
-def _template(path: Path | None) -> str:
+def _asking(path: Path | None) -> Asking:
     if path is None:
-        return ""
+        return Asking()
     try:
-        return path.read_text(encoding="utf-8")
+        return Asking.of(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--template {path}: {error}; give a text file") from error
 

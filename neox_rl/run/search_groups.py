@@ -111,7 +111,8 @@ async def reward_model(config: RunConfig, stack: AsyncExitStack) -> Value | None
     block = config.metarl.search
     if config.metarl.rollout.method != "search" or block.value != "prm":
         return None
-    return await prm_value(block.prm_server, block.prm_model, config.metarl.servers.request_timeout_s, stack, block.sees_earlier)
+    timeout_s, template = config.metarl.servers.request_timeout_s, config.metarl.problems.template
+    return await prm_value(block.prm_server, block.prm_model, timeout_s, stack, block.sees_earlier, template)
 
 
 def search_groups(config: RunConfig, attempts: Attempts, prm: Value | None = None) -> SearchGroups:

@@ -27,12 +27,14 @@ def domain_of(problem: Problem, verifier: Verifier) -> Domain:
     return ArithmeticDomain(problem) if problem.task in ARITHMETIC_TASKS else TextDomain(problem, verifier)
 
 
-async def prm_value(server: str, model: str, timeout_s: float, stack: AsyncExitStack, sees_earlier: bool = False) -> Value:
+async def prm_value(
+    server: str, model: str, timeout_s: float, stack: AsyncExitStack, sees_earlier: bool = False, template: str = ""
+) -> Value:
     """The process reward model that ``server`` serves: one of this project, whose tokenizer is in the directory ``model``, or a sequence
-    classifier of that name. Raises what a server that does not answer raises."""
+    classifier of that name, which sees the problem without the ``template``. Raises what a server that does not answer raises."""
     if Path(model, TOKENIZER).is_file():
         served = await stack.enter_async_context(CompletionsGenerator(server, timeout_s))
-        return WordValue(served, DirectoryTokenizer(Path(model)), sees_earlier, served.max_model_len)
+        return WordValue(served, DirectoryTokenizer(Path(model), template), sees_earlier, served.max_model_len)
     return PrmValue(ServedScorer(server.rstrip("/"), model, timeout_s), sees_earlier)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from neox_rl.config.schema import PLACE
 from neox_rl.errors import ConfigError
 from neox_rl.metacot import SOLUTION, prompt_text
 from neox_rl.search.domain import Domain
@@ -15,11 +17,12 @@ from neox_rl.types import NO_NODE, Json, Problem, Tree
 
 TARGET = 24
 MAX_ROW_BYTES = 1 << 20
-ARITHMETIC_TEMPLATE = (
+ARITHMETIC_PROMPT = (
     "Use each of the numbers {numbers} once, with + - * and /, to make {target}. Write one operation a line, as in 3 * 5 = 15; "
     "its result takes the place of its two numbers.\n"
 )
-TEXT_TEMPLATE = "{problem}\nReason step by step, one step a line, and put the final answer within \\boxed{}.\n"
+TEXT_PROMPT = PLACE + "\nReason step by step, one step a line, and put the final answer within \\boxed{}.\n"
+_PLACES = re.compile(r"\{(?:problem|numbers|target)\}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,17 +34,37 @@ class Row:
     error: str = ""
 
 
-def read_rows(path: Path, words: bool, template: str, plain: Callable[[str], str] = str) -> list[Row]:
-    """Every line that is not blank. ``words``: prompts in the words of ``neox_rl.metacot``. ``plain``: what is done to a problem's text
-    before it is put into ``template``, which may hold special tokens. Raises ConfigError when there is no file."""
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """A ``--template`` in two: ``frame``, with PLACE for all from its first place to its last; and that part, with the places that
+    ``arithmetic`` rows fill in, empty where it is PLACE itself. Both are empty without a template."""
+
+    frame: str = ""
+    arithmetic: str = ""
+
+    @classmethod
+    def of(cls, template: str) -> Self:
+        """Raises ConfigError for a template without a place."""
+        places = list(_PLACES.finditer(template))
+        if not places:
+            raise ConfigError("--template has no place for a problem; write {problem} in it, or {numbers} and {target}")
+        if PLACE in template:
+            return cls(template)
+        start, end = places[0].start(), places[-1].end()
+        return cls(template[:start] + PLACE + template[end:], template[start:end])
+
+
+def read_rows(path: Path, words: bool, asking: Asking) -> list[Row]:
+    """Every line that is not blank. ``words``: prompts in the words of ``neox_rl.metacot``. Prompts are without the frame of ``asking``,
+    which is the tokenizer's. Raises ConfigError when there is no file."""
     try:
         with path.open("rb") as file:
-            return [_row(number, line, words, template, plain) for number, line in enumerate(file, 1) if line.strip()]
+            return [_row(number, line, words, asking) for number, line in enumerate(file, 1) if line.strip()]
     except OSError as error:
         raise ConfigError(f"--problems {path}: {error.strerror}; give a file of JSON lines") from error
 
 
-def _row(number: int, line: bytes, words: bool, template: str, plain: Callable[[str], str]) -> Row:
+def _row(number: int, line: bytes, words: bool, asking: Asking) -> Row:
     if len(line) > MAX_ROW_BYTES:
         return Row(number, error=f"line {number} has {len(line)} bytes, at most {MAX_ROW_BYTES} are read")
     try:
@@ -50,28 +73,29 @@ def _row(number: int, line: bytes, words: bool, template: str, plain: Callable[[
         return Row(number, error=f"line {number} is not JSON: {error}")
     match data:
         case {"numbers": list() as numbers} | {"nums": list() as numbers}:
-            return Row(number, _arithmetic(number, data, numbers, words, template))
+            return Row(number, _arithmetic(number, data, numbers, words, asking.arithmetic))
         case {"problem": str() as text, "answer": str() | int() | float() as answer} if text.strip():
-            return Row(number, _text(number, data, plain(text), str(answer), template))
+            return Row(number, _text(number, data, text, str(answer), asking))
         case {"question": str() as text, "answer": str() | int() | float() as answer} if text.strip():
-            return Row(number, _text(number, data, plain(text), str(answer).rpartition("####")[2], template))
+            return Row(number, _text(number, data, text, str(answer).rpartition("####")[2], asking))
     return Row(number, error=f"line {number} holds no problem; a row is {{numbers, target}} (24 unless given) or {{problem, answer}}")
 
 
-def _arithmetic(number: int, data: Mapping[str, Any], numbers: list[Any], words: bool, template: str) -> Problem:
+def _arithmetic(number: int, data: Mapping[str, Any], numbers: list[Any], words: bool, asked: str) -> Problem:
     target = data.get("target", TARGET)
     meta: dict[str, Json] = {"numbers": numbers, "target": target}
     if data.get("max_value") is not None:
         meta["max_value"] = data["max_value"]
     listed = ", ".join(map(str, numbers))
-    filled = (template or ARITHMETIC_TEMPLATE).replace("{numbers}", listed).replace("{target}", str(target))
-    prompt = prompt_text(numbers, target) if words and not template else filled
+    filled = (asked or ARITHMETIC_PROMPT).replace("{numbers}", listed).replace("{target}", str(target))
+    prompt = prompt_text(numbers, target) if words and not asked else filled
     task = "game24" if target == TARGET else "countdown"
     return Problem(_id(number, data), task, prompt, str(target), listed, meta)
 
 
-def _text(number: int, data: Mapping[str, Any], text: str, answer: str, template: str) -> Problem:
-    return Problem(_id(number, data), "math", (template or TEXT_TEMPLATE).replace("{problem}", text.strip()), answer.strip(), text)
+def _text(number: int, data: Mapping[str, Any], text: str, answer: str, asking: Asking) -> Problem:
+    prompt = (PLACE if asking.frame else TEXT_PROMPT).replace(PLACE, text.strip())
+    return Problem(_id(number, data), "math", prompt, answer.strip(), text)
 
 
 def _id(number: int, data: Mapping[str, Any]) -> str:

@@ -41,11 +41,12 @@ class CacheCounters:
     hits: float
 
 
-async def connect(args: argparse.Namespace, stack: AsyncExitStack) -> Policy:
-    """The policy behind ``--server``. Raises ConfigError without ``--model``, and what a server that does not answer raises."""
+async def connect(args: argparse.Namespace, template: str, stack: AsyncExitStack) -> Policy:
+    """The policy behind ``--server``, asked in ``template``. Raises ConfigError without ``--model``, and what a server raises that
+    does not answer."""
     if args.model is None:
         raise ConfigError("--server needs --model DIR: the directory with the tokenizer.json of the policy that it serves")
-    tokenizer = DirectoryTokenizer(args.model)
+    tokenizer = DirectoryTokenizer(args.model, template)
     address = args.server.rstrip("/")
     served = await stack.enter_async_context(CompletionsGenerator(address, args.timeout_s))
     generator: Generator = served
@@ -61,7 +62,6 @@ async def connect(args: argparse.Namespace, stack: AsyncExitStack) -> Policy:
         args.top_p,
         served.max_model_len,
         cut_steps=args.cut_steps,
-        encode_prompt=tokenizer.encode_template if args.template else None,
     )
     return Policy(generator, tokenizer, proposer, writes_words(tokenizer))
 

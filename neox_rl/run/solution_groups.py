@@ -69,7 +69,7 @@ def with_references(config: RunConfig, problems: ProblemSet, tokenizer: Tokenize
     def fits(problem: Problem) -> bool:
         found = reference(problem, tokenizer)
         # One more: a request to score samples a token.
-        return found is not None and len(tokenizer.encode(problem.prompt)) + new + len(found.begin) + len(found.ids) < seq
+        return found is not None and len(tokenizer.encode_prompt(problem.prompt)) + new + len(found.begin) + len(found.ids) < seq
 
     kept = tuple(problem for problem in problems.train if fits(problem))
     if not kept:
@@ -99,7 +99,7 @@ class SolutionGroups:
         given = reference(problem, a.tokenizer)
         if given is None:
             raise ConfigError(f"problem {problem.id} has no worked solution: metarl.reward.kind needs one")
-        prompt = a.tokenizer.encode(problem.prompt)
+        prompt = a.tokenizer.encode_prompt(problem.prompt)
         stops = params.stop_token_ids if a.solution_id is None else (*params.stop_token_ids, a.solution_id)
         searches = await Patient(a.generator).sample(prompt, replace(params, stop_token_ids=stops), size, name)
         asked = [(*prompt, *search.ids, *_words_before(search, given)) for search in searches]

@@ -267,7 +267,7 @@ def demonstration(
 
     Spans are encoded one by one, so that masks end at word ends with any tokenizer. Reward 1: a demonstration is right.
     """
-    segments = [Segment(tokenizer.encode(problem.prompt), Role.PROMPT)]
+    segments = [Segment(tokenizer.encode_prompt(problem.prompt), Role.PROMPT)]
     parts = itertools.groupby(spans, key=lambda span: (span.role, weight(span, mask, choice_weight)))
     for (role, loss_weight), group in parts:
         ids = [i for span in group for i in tokenizer.encode(glue + span.text)]

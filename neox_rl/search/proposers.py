@@ -97,7 +97,7 @@ class PolicyProposer:
     """Samples the next step from the policy, given the prompt and the path's own tokens, so that siblings share their prefix.
 
     ``max_context`` bounds prompt, path and step together; 0: no bound. A step that ``max_step_tokens`` cuts off is too long, unless
-    ``cut_steps``: then that is where a step ends. ``encode_prompt``: how a prompt becomes tokens; as any text does, unless given.
+    ``cut_steps``: then that is where a step ends.
     """
 
     generator: Generator
@@ -109,7 +109,6 @@ class PolicyProposer:
     max_context: int = 0
     seeded: bool = True
     cut_steps: bool = False
-    encode_prompt: Callable[[str], tuple[int, ...]] | None = None
     _prompts: dict[str, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -121,7 +120,7 @@ class PolicyProposer:
         if found is None:
             if len(self._prompts) >= CACHED_PROMPTS:
                 self._prompts.clear()
-            found = self._prompts[problem.prompt] = (self.encode_prompt or self.tokenizer.encode)(problem.prompt)
+            found = self._prompts[problem.prompt] = self.tokenizer.encode_prompt(problem.prompt)
         return found
 
     async def propose(self, position: Position, n: int, max_tokens: int) -> Sequence[Proposal]:

@@ -48,7 +48,7 @@ def value_context(
     ``before``: what the search did before (``earlier``), for a meta-critic: as many of its latest moves as fit in ``max_tokens``, 0: all.
     """
     glue = glue_of(problem)
-    prompt, moves = tokenizer.encode(problem.prompt), [tokenizer.encode(glue + text) for text in before]
+    prompt, moves = tokenizer.encode_prompt(problem.prompt), [tokenizer.encode(glue + text) for text in before]
     path = [i for text in texts for i in tokenizer.encode(glue + text)]
     room, start = max_tokens - len(prompt) - len(path), len(moves)
     while start and (not max_tokens or len(moves[start - 1]) <= room):

@@ -229,7 +229,7 @@ def told_trace(
     Else, and where the telling is longer than ``max_tokens``, the path of its answer as context alone: nothing of it is trained. What is
     told has the oldest version that made a step of the tree, the one by which its staleness is bounded.
     """
-    prompt = Segment(tokenizer.encode(problem.prompt), Role.PROMPT)
+    prompt = Segment(tokenizer.encode_prompt(problem.prompt), Role.PROMPT)
     solution = solution_of(tree)
     if solution:
         told = style.trace(tree, problem, tokenizer, rng, "")

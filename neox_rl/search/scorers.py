@@ -86,7 +86,7 @@ class JudgeValue:
         """As much of what the search did before as leaves room for an answer."""
         chars = MAX_EARLIER_CHARS if self.sees_earlier else 0
         while True:
-            ids = self.tokenizer.encode(self.prompt.replace("{path}", path_text(position, chars)))
+            ids = self.tokenizer.encode_prompt(self.prompt.replace("{path}", path_text(position, chars)))
             if not chars or not self.max_context or len(ids) + cap <= self.max_context:
                 return ids
             chars //= 2

@@ -238,6 +238,18 @@ CASES = (
         "needs a solver for its searches",
         "metarl.warmstart.hf_checkpoint=here",
     ),
+    Case(
+        "template_has_a_place",
+        "metarl.tokenizer.path=here metarl.problems.template=<user>problem",
+        "metarl.problems.template = '<user>problem': has no place for the problem; write {problem} where",
+        "metarl.problems.template=<user>{problem}",
+    ),
+    Case(
+        "template_has_a_place",
+        "metarl.problems.template=<user>{problem}",
+        "the symbolic tokenizer cannot spell metarl.problems.template = '<user>{problem}'; set it to the directory",
+        "metarl.tokenizer.path=here",
+    ),
     Case("one_start", "load=here metarl.warmstart.hf_checkpoint=here", "both give initial weights; keep one", "load=''"),
     Case(
         "samples_are_the_policys",

@@ -24,7 +24,7 @@ from neox_rl.problems.sources import problems_of_run
 from neox_rl.problems.tokenizer import load_tokenizer
 from neox_rl.run import search_cli
 from neox_rl.run.demonstrating import demonstration_source
-from neox_rl.run.search_rows import read_rows
+from neox_rl.run.search_rows import Asking, read_rows
 from neox_rl.search.credit import before
 from neox_rl.search.demonstrations import Demonstrations, TraceStyle
 from neox_rl.search.dfs import dfs
@@ -85,7 +85,7 @@ def test_searches_over_a_configs_rows_are_its_demonstrations(tmp_path: Path, cap
     problems = problems_of_run(config, tokenizer)
     make_rows.write_rows(rows, [*problems.heldout[:40], *problems.train[:60]])
     by_id = {p.id: p for p in (*problems.train, *problems.heldout)}
-    for read in read_rows(rows, words=True, template=""):
+    for read in read_rows(rows, words=True, asking=Asking()):
         assert read.problem is not None
         expected = by_id[read.problem.id]
         assert (read.problem.prompt, read.problem.meta["target"]) == (expected.prompt, expected.meta["target"])
@@ -214,6 +214,9 @@ def test_words_that_begin_alike_make_no_reward_model() -> None:
         eos_id, vocab_size = 0, 2
 
         def encode(self, text: str) -> tuple[int, ...]:
+            return (1,)
+
+        def encode_prompt(self, text: str) -> tuple[int, ...]:
             return (1,)
 
         def decode(self, ids: Sequence[int]) -> str:

@@ -135,6 +135,9 @@ class Letters:
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(map(ord, text))
 
+    def encode_prompt(self, text: str) -> tuple[int, ...]:
+        return self.encode(text)
+
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(map(chr, ids))
 

@@ -164,6 +164,9 @@ class Words:
     def encode(self, text: str) -> tuple[int, ...]:
         return cast("tuple[int, ...]", self._tokenizer.encode(text))
 
+    def encode_prompt(self, text: str) -> tuple[int, ...]:
+        return self.encode(text)
+
     def decode(self, ids: Sequence[int]) -> str:
         return "x"
 

@@ -32,6 +32,9 @@ class Words:
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(map(ord, text))
 
+    def encode_prompt(self, text: str) -> tuple[int, ...]:
+        return self.encode(text)
+
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(map(chr, ids))
 

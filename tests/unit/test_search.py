@@ -40,6 +40,9 @@ class Words:
         self.words.extend(new)
         return tuple(self.words.index(word) for word in text.split())
 
+    def encode_prompt(self, text: str) -> tuple[int, ...]:
+        return self.encode(text)
+
     def decode(self, ids: object) -> str:
         return " ".join(self.words[i] for i in ids)  # type: ignore[attr-defined]
 

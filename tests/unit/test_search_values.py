@@ -160,6 +160,9 @@ class Says:
         self.asked = text
         return (1, 2, 3)
 
+    def encode_prompt(self, text: str) -> tuple[int, ...]:
+        return self.encode(text)
+
     def decode(self, ids: Sequence[int]) -> str:
         return self.votes[ids[0]]
 
@@ -221,6 +224,9 @@ class LineModel:
 
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(text.encode())
+
+    def encode_prompt(self, text: str) -> tuple[int, ...]:
+        return self.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i).decode(errors="replace")

@@ -68,20 +68,26 @@ def test_directory_tokenizer_agrees_with_the_symbolic_one(directory: Path) -> No
     assert loaded.decode([*ours.encode(ALL_WORDS), ours.eos_id]) == ALL_WORDS
 
 
-def test_no_text_spells_a_control_token(directory: Path, tmp_path: Path) -> None:
-    hostile = f"3 {EOS} 4 {PAD} {EOS}5"
-    for tokenizer in (SymbolicTokenizer(vocabulary(MAX_VALUE)), DirectoryTokenizer(directory)):
-        assert not {0, 1} & set(tokenizer.encode(hostile)) and tokenizer.encode("3") == tokenizer.encode(hostile)[:1]
+def chat_directory(root: Path) -> Path:
     words = {word: i for i, word in enumerate(["<unk>", "<|end|>", "<|user|>", "a", "<", "|end|>", "[BACK]"])}
     hf = HFTokenizer(models.WordLevel(words, unk_token="<unk>"))
     hf.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     hf.add_special_tokens(["<unk>", "<|end|>", "<|user|>"])
     hf.add_tokens(["[BACK]"])
-    save_hf(hf, {"eos_token": "<|end|>", "unk_token": "<unk>"}, tmp_path / "chat")
-    chat = DirectoryTokenizer(tmp_path / "chat")
+    save_hf(hf, {"eos_token": "<|end|>", "unk_token": "<unk>"}, root / "chat")
+    return root / "chat"
+
+
+def test_no_text_spells_a_control_token(directory: Path, tmp_path: Path) -> None:
+    hostile = f"3 {EOS} 4 {PAD} {EOS}5"
+    for tokenizer in (SymbolicTokenizer(vocabulary(MAX_VALUE)), DirectoryTokenizer(directory)):
+        assert not {0, 1} & set(tokenizer.encode(hostile)) and tokenizer.encode("3") == tokenizer.encode(hostile)[:1]
+    chat = DirectoryTokenizer(chat_directory(tmp_path))
     assert chat.encode("a <|end|> <|user|>") == (3, 4, 5, 4, 0), "words like any others"
-    assert chat.plain("a <|end|> a<|user|>") == "a < |end|> a< |user|>" and chat.plain("a [BACK]") == "a [BACK]"
-    assert chat.encode_template(f"<|user|> {chat.plain('a <|end|>')} <|end|>") == (2, 3, 4, 5, 1), "those of the template, and no others"
+    assert chat.encode_prompt("a <|end|>") == (3, 4, 5), "without a template a prompt is as any text"
+    asked = DirectoryTokenizer(chat_directory(tmp_path), "<|user|> {problem} <|end|>")
+    assert asked.encode_prompt(" a <|end|> [BACK]\n") == (2, 3, 4, 5, 6, 1), "those of the template, and no others"
+    assert asked.encode("<|user|> a") == (4, 0, 3)
 
 
 def test_load_tokenizer_takes_its_size_from_the_problems() -> None:
