@@ -61,7 +61,7 @@ class WarmstartConfig:
     """Supervised training on demonstrations, before RL. Skipped when ``load`` or ``hf_checkpoint`` is given."""
 
     steps: int = key(0, "optimizer steps; 0: no warm start", low=0)
-    tokens_per_step: int = key(2048, "tokens a step, over all ranks", low=1)
+    tokens_per_step: int = key(2048, "tokens a step, over all ranks; beginnings that are computed once (share_prefixes) count once", low=1)
     lr: float = key(3e-3, "peak learning rate", low=0.0)
     min_lr_frac: float = key(0.05, "final learning rate as a share of the peak (cosine)", low=0.0, high=1.0)
     warmup_frac: float = key(0.03, "share of the steps with linear warm-up", low=0.0, high=1.0)

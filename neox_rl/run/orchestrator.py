@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from neox_rl.codec import encode_group
+from neox_rl.config.derived import shares_prefixes
 from neox_rl.config.load import load_resolved
 from neox_rl.config.run import RunConfig
 from neox_rl.errors import ConfigError, JournalError, NeoxRLError, exit_status
@@ -84,7 +85,9 @@ class Orchestrator:
         self._evaluated = 0
 
     def _new_demonstrations(self, draws: int, ticket: int) -> Demonstrations:
-        return Demonstrations(self._shown, self._config.metarl.seed, self._config.neox.seq_length, draws, ticket)
+        metarl, seq = self._config.metarl, self._config.neox.seq_length
+        per_step, shared = metarl.warmstart.tokens_per_step, shares_prefixes(self._config)
+        return Demonstrations(self._shown, metarl.seed, seq, draws, ticket, per_step, shared)
 
     def stop(self) -> None:
         """The user asks to end: whatever the trainer waits for ends now, and it saves and ends after its step."""
@@ -236,13 +239,8 @@ class Orchestrator:
         return Delivery([encode_group(group) for group in groups], state)
 
     def _batch(self, demonstrations: Demonstrations) -> Sequence[Group]:
-        groups: list[Group] = []
-        tokens = 0
         with self._parts.events.span("demonstrate"):
-            while tokens < self._config.metarl.warmstart.tokens_per_step:
-                groups.append(next(demonstrations))
-                tokens += sum(trace.num_tokens for trace in groups[-1].traces)
-        return groups
+            return demonstrations.step()
 
     async def evaluate(self, id: int, label: str, version: int) -> Mapping[str, Json]:
         """Accuracy by mode; nothing where the user asked to stop before it was known."""

@@ -178,27 +178,80 @@ def values(found: Sequence[tuple[Tree, Problem]], tokenizer: Tokenizer, sees_ear
     return draw
 
 
+class _Begun(dict[int, "_Begun"]):
+    """Token -> what follows it: the beginnings of the traces so far."""
+
+
 class Demonstrations(Iterator[Group]):
     """Demonstrations as groups of traces of at most ``max_tokens`` tokens each, EOS included; ids ``g000000/r0``, ``g000001/r0``, ...
 
     Draw number d depends on ``(seed, d)`` alone: to continue a stream, pass the ``draws`` and ``ticket`` it had come to.
-    One with a longer trace is skipped and counted in ``skipped``, never cut: a cut trace would teach to stop before the goal.
+    A longer trace is left out, never cut: a cut trace would teach to stop before the goal. So are traces of a demonstration that alone is
+    more than a step: ``step_tokens``, of which beginnings in common count once where they are computed once (``shared``).
+    A demonstration of which nothing is left is skipped and counted in ``skipped``.
     """
 
-    def __init__(self, source: Source, seed: int, max_tokens: int = 1 << 30, draws: int = 0, ticket: int = 0) -> None:
-        self.source, self.seed, self.max_tokens = source, seed, max_tokens
+    def __init__(
+        self,
+        source: Source,
+        seed: int,
+        max_tokens: int = 1 << 30,
+        draws: int = 0,
+        ticket: int = 0,
+        step_tokens: int = 1 << 30,
+        shared: bool = False,
+    ) -> None:
+        self.source, self.seed, self.max_tokens, self.step_tokens, self.shared = source, seed, max_tokens, step_tokens, shared
         self.draws, self.ticket, self.skipped = draws, ticket, 0
 
     def __next__(self) -> Group:
         """Raises ConfigError when MAX_SKIPS demonstrations in a row do not fit."""
+        return self._next()[0]
+
+    def step(self) -> list[Group]:
+        """As many as make ``step_tokens`` tokens, the last of them whole. Raises as ``next``."""
+        groups, tokens = list[Group](), 0
+        while tokens < self.step_tokens:
+            group, computed = self._next()
+            groups.append(group)
+            tokens += computed
+        return groups
+
+    def _next(self) -> tuple[Group, int]:
         for _ in range(MAX_SKIPS):
             rng = random.Random(f"demonstration/{self.seed}/{self.draws}")
             self.draws += 1
-            traces = self.source(rng, f"g{self.ticket:06d}")
-            if max(trace.num_tokens for trace in traces) <= self.max_tokens:
+            traces, computed = self._fitting(self.source(rng, f"g{self.ticket:06d}"))
+            if traces:
                 self.ticket += 1
-                return Group(self.ticket - 1, traces[0].problem_id, traces)
+                return Group(self.ticket - 1, traces[0].problem_id, traces), computed
             self.skipped += 1
         raise ConfigError(
             f"{MAX_SKIPS} demonstrations in a row are longer than {self.max_tokens} tokens: raise seq_length or use smaller problems"
         )
+
+    def _fitting(self, traces: Sequence[Trace]) -> tuple[tuple[Trace, ...], int]:
+        """The first that is not too long in any case, and the tokens that are computed."""
+        kept, computed, begun = list[Trace](), 0, _Begun()
+        for trace in traces:
+            if trace.num_tokens > self.max_tokens:
+                continue
+            ids = [i for segment in trace.segments for i in segment.ids]
+            new = len(ids) - (_known(begun, ids) if self.shared else 0)
+            if kept and computed + new > self.step_tokens:
+                continue
+            kept.append(trace)
+            computed += new
+            at = begun
+            for i in ids if self.shared else ():
+                at = at.setdefault(i, _Begun())
+        return tuple(kept), computed
+
+
+def _known(begun: _Begun, ids: Sequence[int]) -> int:
+    """How many tokens ``ids`` has in common with any trace before it."""
+    for count, i in enumerate(ids):
+        if i not in begun:
+            return count
+        begun = begun[i]
+    return len(ids)

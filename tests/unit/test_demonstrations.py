@@ -26,7 +26,7 @@ from neox_rl.run import search_cli
 from neox_rl.run.demonstrating import demonstration_source
 from neox_rl.run.search_rows import Asking, read_rows
 from neox_rl.search.credit import before
-from neox_rl.search.demonstrations import Demonstrations, TraceStyle
+from neox_rl.search.demonstrations import Demonstrations, TraceStyle, values
 from neox_rl.search.dfs import dfs
 from neox_rl.search.earlier import told_before_path, told_earlier
 from neox_rl.search.linearize import Mask, solution_of
@@ -191,6 +191,42 @@ def test_all_steps_of_a_tree_are_judged_at_once_and_their_common_beginnings_comp
     stats = pack_sft([group], 1, layout=Layout(2048, share_prefixes=True)).stats
     own = len(TOKENIZER.encode(TASK.prompt)) + sum(len(TOKENIZER.encode(node.text)) for node in TREE.nodes[1:])
     assert stats.loss_tokens == steps and stats.num_rows <= own + steps < stats.num_tokens
+
+
+def of_values(tree: Tree, **given: object) -> Demonstrations:
+    return Demonstrations(values([(tree, TASK)], TOKENIZER), 1, **given)  # type: ignore[arg-type]
+
+
+def rows_of(groups: Sequence[Group], shared: bool) -> int:
+    return pack_sft(groups, 1, layout=Layout(1 << 16, share_prefixes=shared)).stats.num_rows
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_step_holds_as_many_trees_as_are_computed_for_its_tokens(shared: bool) -> None:
+    tree = valued(0.5)
+    (alone,) = of_values(tree, step_tokens=1, max_tokens=1 << 20, shared=shared).step()
+    assert len(alone.traces) == 1, "one label, however little a step may hold"
+    whole = next(of_values(tree))
+    one = rows_of([whole], shared)
+    groups = of_values(tree, step_tokens=10 * one, shared=shared).step()
+    assert 10 * one <= rows_of(groups, shared) < 12 * one, "which word a step gets is drawn, so trees differ in their last tokens"
+    assert all(len(group.traces) == len(tree.nodes) - 1 for group in groups) and len({t.id for g in groups for t in g.traces}) == len(
+        groups
+    ) * len(whole.traces)
+    part = of_values(tree, step_tokens=one // 2, shared=shared)
+    for group in (next(part) for _ in range(5)):
+        assert 1 < len(group.traces) < len(tree.nodes) - 1 and rows_of([group], shared) <= one // 2, "a step holds one demonstration"
+
+
+def test_a_label_that_is_too_long_does_not_cost_its_tree() -> None:
+    whole = next(of_values(valued(0.5)))
+    lengths = sorted(t.num_tokens for t in whole.traces)
+    shown = of_values(valued(0.5), max_tokens=lengths[-1] - 1)
+    part = next(shown)
+    assert len(part.traces) == sum(n < lengths[-1] for n in lengths) > 0 and shown.skipped == 0
+    nothing = of_values(valued(0.5), max_tokens=lengths[0] - 1)
+    with pytest.raises(ConfigError, match="raise seq_length"):
+        next(nothing)
 
 
 class Says:
