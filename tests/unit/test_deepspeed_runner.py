@@ -19,7 +19,8 @@ RECORDER = '#!/bin/sh\nprintf "%s\\n" "$@" >> "$RECORD"\n'
 # What pdsh does for each host: a shell there, by ssh, whose standard input is open as long as pdsh lives.
 PDSH = f"""#!{sys.executable}
 import os, subprocess, sys
-host = subprocess.Popen(["sh", "-c", " ".join(sys.argv[6:]).replace("%n", "0")], stdin=subprocess.PIPE, start_new_session=True)
+words = "%".join(part.replace("%n", "0") for part in " ".join(sys.argv[6:]).split("%%"))
+host = subprocess.Popen(["sh", "-c", words], stdin=subprocess.PIPE, start_new_session=True)
 open(os.environ["RECORD"], "w").write(str(os.getpid()))
 host.wait()
 """
@@ -36,21 +37,35 @@ def started(tmp_path: Path, launcher: str, scripts: Mapping[str, str], told: Map
     return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def test_pdsh_is_told_the_variables_of_the_run(tmp_path: Path) -> None:
+def test_pdsh_is_told_the_variables_of_the_run_but_no_token_or_key(tmp_path: Path) -> None:
+    """All users of a host may read its command lines, and the runner writes them to its log."""
     told = {
         "GPT_NEOX_PATH": "/share/gpt-neox",
         "NEOX_RL_ATTEMPT": "3",
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
-        "WANDB_API_KEY": "k",
+        "WANDB_PROJECT": "p",
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
         "GLOO_SOCKET_IFNAME": "ib0",
     }
-    out = started(tmp_path, "pdsh", {"pdsh": RECORDER, "ssh": RECORDER}, told).communicate(timeout=180)[0]
+    secrets = {"HF_TOKEN": "hidden", "WANDB_API_KEY": "hidden", "WANDB_BASE_URL": "https://me:hidden@wandb.example"}
+    out = started(tmp_path, "pdsh", {"pdsh": RECORDER, "ssh": RECORDER}, told | secrets).communicate(timeout=180)[0]
     said = (tmp_path / "record").read_text() if (tmp_path / "record").exists() else ""
     assert "first,second" in said, out
     for name, value in told.items():
         assert f"export {name}={value};" in said
-    assert "UNRELATED" not in said
+    assert "UNRELATED" not in said and "hidden" not in said + out
+    assert "warning: HF_TOKEN is not handed to other hosts" in out
+
+
+def test_a_value_reaches_a_host_as_it_is(tmp_path: Path) -> None:
+    """No shell there runs what is in it."""
+    value = f"a  \"b\" 'c' $(touch {tmp_path / 'run'}) `touch {tmp_path / 'run'}` $HOME; %h %n 100% \\"
+    (tmp_path / "train.py").write_text(f"import os\nprint(os.environ['WANDB_NOTES'], end='', file=open({str(tmp_path / 'said')!r}, 'w'))")
+    runner = started(tmp_path, "pdsh", {"pdsh": PDSH, "ssh": "#!/bin/sh\n"}, {"WANDB_NOTES": value, "DS_ACCELERATOR": "cpu"})
+    out = runner.communicate(timeout=180)[0]
+    assert (tmp_path / "said").exists() and (tmp_path / "said").read_text() == value, out
+    assert not (tmp_path / "run").exists()
 
 
 def test_mpirun_is_called_by_its_whole_path_and_binds_no_rank(tmp_path: Path) -> None:
