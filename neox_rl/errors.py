@@ -40,6 +40,10 @@ class DiskFullError(NeoxRLError):
     """Files could not be written whole for lack of room, and what was there before is as it was: with room it may be done again."""
 
 
+class DiskStaysFullError(DiskFullError):
+    """There was no room in the time that the config gives: a new start would only wait again."""
+
+
 class ProcessDiedError(NeoxRLError):
     """A process of the run ended when it should not have. Names the process, its exit status and its log."""
 
@@ -58,4 +62,4 @@ GIVES_UP = 3
 
 def exit_status(error: NeoxRLError) -> int:
     """Of a process that ends with this error."""
-    return GIVES_UP if isinstance(error, ConfigError | StalenessError | JournalFullError) else 1
+    return GIVES_UP if isinstance(error, ConfigError | StalenessError | JournalFullError | DiskStaysFullError) else 1

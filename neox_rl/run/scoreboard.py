@@ -12,7 +12,7 @@ from typing import cast
 from neox_rl.arithmetic import ARITHMETIC_TASKS
 from neox_rl.config.derived import staleness_bound
 from neox_rl.config.run import RunConfig
-from neox_rl.errors import DeadlineError
+from neox_rl.errors import DiskStaysFullError
 from neox_rl.ports import Tokenizer
 from neox_rl.queue.history import Tally
 from neox_rl.queue.state import TicketQueue
@@ -95,7 +95,7 @@ class Scoreboard:
         self._show(message=message)
 
     async def step(self, phase: Phase, step: int, metrics: Mapping[str, Json]) -> None:
-        """A step was trained. Its row is on the disk when this returns; raises DeadlineError where a full disk does not take it in time."""
+        """A step was trained. Its row is on the disk when this returns; raises DiskStaysFullError where there is no room for it in time."""
         now = time.monotonic()
         row: dict[str, Json] = {"phase": phase.value, "step": step, "version": 0 if phase is Phase.SFT else step - 1, "time": time.time()}
         row |= metrics
@@ -120,10 +120,11 @@ class Scoreboard:
         await self._written()
 
     async def _written(self) -> None:
-        end = time.monotonic() + (limit_s := self._config.metarl.queue.disk_full_s)
+        begin, limit_s = time.monotonic(), self._config.metarl.queue.disk_full_s
         while not self._writer.written():
-            if time.monotonic() > end:
-                raise DeadlineError(f"room for {self._paths.metrics}", limit_s, "make room there; the run goes on with --resume")
+            if (waited_s := time.monotonic() - begin) > limit_s:
+                where = f"the disk of {self._paths.metrics}"
+                raise DiskStaysFullError(f"waited {waited_s:.0f} s for room on {where}: make room there; the run goes on with --resume")
             await asyncio.sleep(DISK_S)
 
     def _books(self) -> dict[str, Json]:

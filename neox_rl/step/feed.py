@@ -13,7 +13,7 @@ from typing import Protocol, cast
 from neox_rl.batch.record import read_batch, record_batch, recorded_steps
 from neox_rl.config.derived import staleness_bound
 from neox_rl.config.run import RunConfig
-from neox_rl.errors import DiskFullError
+from neox_rl.errors import DiskStaysFullError
 from neox_rl.queue.wire_client import ExperienceClient
 from neox_rl.queue.wire_messages import Phase
 from neox_rl.step.position import Position
@@ -120,11 +120,11 @@ class RecordedFeed:
         write_status(self._paths.status, Status("warmstart" if sft else "rl", step, total, bound=bound, loss=loss))
 
     def _wait_for_room(self) -> None:
-        """One row waits at most: what a full disk does not take would fill the memory. Raises DiskFullError."""
+        """One row waits at most: what a full disk does not take would fill the memory. Raises DiskStaysFullError."""
         begin, limit_s = time.monotonic(), self._config.metarl.queue.disk_full_s
         while not self._writer.written():
             if (waited_s := time.monotonic() - begin) > limit_s:
-                raise DiskFullError(f"waited {waited_s:.0f} s for room on the disk of {self._paths.metrics}: make room there")
+                raise DiskStaysFullError(f"waited {waited_s:.0f} s for room on the disk of {self._paths.metrics}: make room there")
             time.sleep(DISK_S)
 
     def published(self, version: int, digest: str) -> None:

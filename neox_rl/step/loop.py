@@ -27,7 +27,7 @@ from neox_rl.codec import decode_groups, encode_groups
 from neox_rl.config.derived import keeps_reference, makes_policy, max_policy_tokens, shares_prefixes, warmstart_skipped
 from neox_rl.config.run import RunConfig
 from neox_rl.engines.port import Engine, StepReport
-from neox_rl.errors import DiskFullError
+from neox_rl.errors import DiskFullError, DiskStaysFullError
 from neox_rl.loss.policy import make_loss_fn, make_sft_loss_fn, needs_proximal
 from neox_rl.queue.wire import Phase
 from neox_rl.step.feed import Feed
@@ -233,7 +233,7 @@ class TrainingLoop:
                 self.leader.feed.saved(self.position)
 
     def _when_room(self, write: Callable[[], object]) -> None:
-        """A full disk is waited for as the journal waits; rank 0's clock decides. Raises DiskFullError after ``queue.disk_full_s``."""
+        """A full disk is waited for as the journal waits; rank 0's clock decides. Raises DiskStaysFullError after ``queue.disk_full_s``."""
         limit_s, begin = self.config.metarl.queue.disk_full_s, time.monotonic()
         for tries in count():
             try:
@@ -242,7 +242,7 @@ class TrainingLoop:
             except DiskFullError as error:
                 waited_s = time.monotonic() - begin
                 if self.engine.broadcast_bytes(b"\x01" if waited_s < limit_s else b"\x00") == b"\x00":
-                    raise DiskFullError(
+                    raise DiskStaysFullError(
                         f"waited {waited_s:.0f} s for room to save: {error}; the run goes on from its last checkpoint"
                     ) from error
                 if tries == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import random
 import time
@@ -13,9 +14,14 @@ import pytest
 from synthetic_run import evaluation_rows, rl_row
 
 from neox_rl.config.schema import LoggingConfig
-from neox_rl.errors import DiskFullError
+from neox_rl.errors import GIVES_UP, DiskStaysFullError, exit_status
+from neox_rl.metacot import vocabulary
+from neox_rl.problems.tokenizer import SymbolicTokenizer
+from neox_rl.queue.history import Tally
+from neox_rl.queue.state import TicketQueue
 from neox_rl.queue.wire_messages import Phase
 from neox_rl.run.resume import next_attempt
+from neox_rl.run.scoreboard import Scoreboard
 from neox_rl.step.feed import RecordedFeed
 from neox_rl.telemetry import events as events_module
 from neox_rl.telemetry import jsonl
@@ -116,8 +122,23 @@ def test_training_on_recorded_batches_waits_for_room_and_keeps_one_row(tmp_path:
     monkeypatch.undo()
     full = Disk(monkeypatch)
     full.left = 10
-    with pytest.raises(DiskFullError, match=r"for room on the disk of .*metrics\.jsonl: make room there"):
+    with pytest.raises(DiskStaysFullError, match=r"for room on the disk of .*metrics\.jsonl: make room there"):
         feed.report(Phase.RL, 2, {"loss": 1.0})
+
+
+def test_an_orchestrator_without_room_for_a_row_is_not_started_again_to_wait_once_more(tmp_path: Path, disk: Disk) -> None:
+    """Also where its journal, on another disk, has room."""
+    config = small_config(tmp_path, queue={"disk_full_s": 0.0})
+    paths = small_paths(config)
+    writer, events = MetricsWriter(paths, LoggingConfig()), EventLog(paths.event_log("orchestrator"), "orchestrator")
+    board = Scoreboard(config, paths, writer, TicketQueue(2, 1, 1, "token", 3), Tally(), SymbolicTokenizer(vocabulary(9)), events)
+    disk.left = 10
+    with pytest.raises(DiskStaysFullError, match=r"for room on the disk of .*metrics\.jsonl: make room there; .*--resume") as raised:
+        asyncio.run(board.step(Phase.SFT, 1, {"loss": 1.0}))
+    assert exit_status(raised.value) == GIVES_UP
+    disk.left = 1 << 20
+    board.close()
+    events.close()
 
 
 def test_events_wait_for_room_and_those_beyond_a_bound_are_counted(tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import torch
 from neox_rl.batch.record import record_batch
 from neox_rl.config.run import RunConfig
 from neox_rl.engines.port import StepReport, Topology
-from neox_rl.errors import ConfigError, DiskFullError
+from neox_rl.errors import GIVES_UP, ConfigError, DiskFullError, DiskStaysFullError, exit_status
 from neox_rl.queue.wire import Phase
 from neox_rl.step import loop as loop_module
 from neox_rl.step.feed import RecordedFeed
@@ -184,8 +184,9 @@ def test_a_full_disk_is_waited_for_and_no_checkpoint_is_told_before_it_is_there(
 
 def test_a_disk_that_stays_full_ends_the_ranks_with_a_word(tmp_path: Path) -> None:
     story = Story()
-    with pytest.raises(DiskFullError, match=r"waited 0 s for room to save: no room on the disk of d; the run goes on from its last"):
+    with pytest.raises(DiskStaysFullError, match=r"waited 0 s for room to save: no room on the disk of d; the run goes on from") as raised:
         run(small_config(tmp_path, train_iters=1, queue={"disk_full_s": 0.0}), story, full=1)
+    assert exit_status(raised.value) == GIVES_UP, "a new start would wait again"
     assert not [said for said in story.said if said.startswith(("saved", "done"))]
 
 
