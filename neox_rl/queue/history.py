@@ -40,6 +40,7 @@ from typing import Any
 import numpy as np
 
 from neox_rl.codec import IDS, LOGPROBS, narrowed
+from neox_rl.errors import JournalError
 from neox_rl.queue.records import Record
 from neox_rl.types import Completion, Finish, Json, VersionSpan
 
@@ -375,9 +376,14 @@ def chunk_body(completion: Completion) -> bytes:
 
 
 def chunk_of(meta: Mapping[str, Any], body: bytes | memoryview) -> Completion:
-    """The chunk of a ``span`` record; ``spans`` and ``finish`` are in its meta."""
-    of_ids, of_logprobs = IDS[body[0]], LOGPROBS[body[1]]
-    count = (len(body) - 2) // (of_ids.itemsize + of_logprobs.itemsize)
+    """The chunk of a ``span`` record; ``spans`` and ``finish`` are in its meta. Raises JournalError where the body is none."""
+    widths, said = bytes(body[:2]), f"ticket {meta.get('ticket')}: a chunk of {len(body)} bytes"
+    if len(widths) < 2 or max(widths) > 1:
+        raise JournalError(f"{said} begins with {list(widths)}: must be two bytes, each 0 or 1")
+    of_ids, of_logprobs = IDS[widths[0]], LOGPROBS[widths[1]]
+    count, rest = divmod(len(body) - 2, of_ids.itemsize + of_logprobs.itemsize)
+    if rest:
+        raise JournalError(f"{said} is not whole: {rest} are left behind {count} tokens")
     ids = np.frombuffer(body, of_ids, count, 2)
     logprobs = np.frombuffer(body, of_logprobs, count, 2 + ids.nbytes)
     spans = tuple(VersionSpan(*map(int, span)) for span in meta["spans"])
