@@ -21,7 +21,7 @@ from pathlib import Path
 from neox_rl.config.run import RunConfig
 from neox_rl.errors import ConfigError
 from neox_rl.run.endpoints import Endpoints
-from neox_rl.run.preflight import listen
+from neox_rl.run.preflight import TOLD, listen
 
 BY_SSH = {"pdsh": ("ssh", "pdsh"), "openmpi": ("ssh", "mpirun", "ompi_info")}
 """Launchers that reach the hosts by ssh, and what each needs on the head."""
@@ -131,14 +131,16 @@ async def _check(host: str, script: str, written: str) -> str:
     except TimeoutError:
         process.kill()
         await process.wait()
-        return f"{host}: ssh {host} leads there, but Python did not answer within {HOST_S:g} s; is its file system slow?"
-    status, last = process.returncode, (said.splitlines() or [""])[-1]
+        return f"{host}: ssh {host} brought no answer within {HOST_S:g} s; does it log in there, and is the file system of Python fast?"
+    status, last = process.returncode, (said.splitlines() or ["no word"])[-1]
+    cannot_run = f"{host}: cannot run {sys.executable} there (exit status {status}): {last}"
+    told = [line.removeprefix(TOLD) for line in said.splitlines() if line.startswith(TOLD)]  # not ssh's banners, nor a traceback
     shared = "repository, Python and metarl.runs_dir must be at the same path on every host, on a file system that they share"
     return {
         0: "",
-        1: said.replace("preflight: ", ""),
+        1: "\n".join(told) or cannot_run,
         _NO_REPOSITORY: f"{host}: has no directory {os.getcwd()}; {shared}",
         _NO_FILE: f"{host}: does not see what this machine writes in {Path(written).parent}; {shared}",
         _NO_PYTHON: f"{host}: has no {sys.executable}; {shared}",
-        _SSH_FAILED: f"{host}: ssh {host} failed: {last or 'no word'}; it must lead there without a question, by a key, to a known host",
-    }.get(status or 0, f"{host}: cannot run {sys.executable} there (exit status {status}): {last}")
+        _SSH_FAILED: f"{host}: ssh {host} failed: {last}; it must lead there without a question, by a key, to a known host",
+    }.get(status or 0, cannot_run)

@@ -37,6 +37,8 @@ FIRST_SERVER = 4
 COLLECTIVES = "collectives"
 POLL_S = 0.1
 CONNECT_S = 5.0
+TOLD = "preflight: "
+"""What a line that it says begins with: other lines are of ssh, or of a Python that breaks."""
 _HELLO = "neox-rl preflight "
 _SOCKET = re.compile(r"(\w+)=([^\s:=]+):(\d{1,5})")
 
@@ -230,9 +232,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ConfigError(f"--node {options.node!r} is not among --nodes {', '.join(plan.nodes)}; name it as there")
             failed = asyncio.run(check_node(plan, options.node, options.dir, options.timeout))
     except NeoxRLError as error:
-        sys.stderr.write(f"preflight: {error}\n")
+        sys.stderr.write(f"{TOLD}{error}\n")
         return 2
-    sys.stderr.write("".join(f"preflight: {line}\n" for line in failed))
+    sys.stderr.write("".join(f"{TOLD}{line}\n" for line in failed))
     return 1 if failed else 0
 
 

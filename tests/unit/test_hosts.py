@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,14 +12,19 @@ import pytest
 
 from neox_rl.config.run import RunConfig
 from neox_rl.errors import ConfigError
+from neox_rl.run import hosts as hosts_module
 from neox_rl.run.endpoints import Endpoints, choose_endpoints
 from neox_rl.run.hosts import check_hosts, parse_hostfile, read_hosts
 from tests.unit.small_run import small_config
 
 SSH = """#!/bin/sh
 # ssh -o A -o B HOST COMMAND
+echo "Welcome to $5" >&2
 case "$5" in
     *gone) echo "ssh: connect to host $5 port 22: No route to host" >&2; exit 255 ;;
+    *broken) echo "ModuleNotFoundError: No module named 'numpy'" >&2; exit 1 ;;
+    *silent) exit 1 ;;
+    *hangs) exec sleep 60 ;;
     *other) cd / && exec sh -c "$(echo "$6" | sed 's/\\.neox-rl-/.elsewhere-/')" ;;
 esac
 exec sh -c "$6"
@@ -53,6 +59,20 @@ def test_each_host_that_cannot_be_used_is_named(config: RunConfig) -> None:
     gone, other = tried(config, "localhost", "n2.gone", "n3.other").splitlines()
     assert gone.startswith("n2.gone: ssh n2.gone failed: ssh: connect to host n2.gone port 22: No route to host; it must lead there")
     assert other.startswith(f"n3.other: does not see what this machine writes in {config.metarl.runs_dir}; repository, Python and")
+
+
+def test_a_host_whose_python_breaks_is_named(config: RunConfig) -> None:
+    """Its exit status is that of connections that fail."""
+    broken, silent = tried(config, "localhost", "n2.broken", "n3.silent").splitlines()
+    assert broken == f"n2.broken: cannot run {sys.executable} there (exit status 1): ModuleNotFoundError: No module named 'numpy'"
+    assert silent.startswith(f"n3.silent: cannot run {sys.executable} there (exit status 1): ")
+
+
+def test_an_ssh_that_does_not_end_is_named(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it logs in for ever or leads to a Python that is slow cannot be told from here."""
+    monkeypatch.setattr(hosts_module, "HOST_S", 1.0)
+    said = tried(config, "localhost", "n2.hangs").splitlines()[-1]
+    assert said == "n2.hangs: ssh n2.hangs brought no answer within 1 s; does it log in there, and is the file system of Python fast?"
 
 
 def test_the_port_that_another_host_cannot_use_is_named(config: RunConfig) -> None:
