@@ -1,7 +1,7 @@
 """Whether the nodes of a run reach one another, before anything starts: names the node and the port that cannot be reached.
 
     python -m neox_rl.run.preflight --nodes n1=10.0.0.1,n2=10.0.0.2,n3=10.0.0.3 --num-train 2 --base-port 15000 --dir DIR      on every node
-    python -m neox_rl.run.preflight --join runs/NAME                  on a machine that is to add servers to a run that goes on
+    python -m neox_rl.run.preflight --join runs/NAME                  on a machine that is to add servers to a run
 
 The first node is the head: launcher, orchestrator and rank 0 are there. DIR is empty, and on a file system that all nodes share.
 
@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 from neox_rl.config.network import is_loopback
 from neox_rl.errors import ConfigError, DeadlineError, NeoxRLError
-from neox_rl.run.endpoints import read_endpoints
+from neox_rl.run.endpoints import Endpoints, read_endpoints
 from neox_rl.telemetry.jsonl import read_json, write_json
 from neox_rl.telemetry.paths import RunPaths
 
@@ -35,7 +35,7 @@ HEAD_PORTS = {"experience": 0, "weights": 1, "join": 2, "master": 3}
 """Of the head node: what the port is for, and its place after the base port."""
 FIRST_SERVER = 4
 COLLECTIVES = "collectives"
-POLL_S = 0.1
+POLL_S, RUN_POLL_S = 0.1, 1.0
 CONNECT_S = 5.0
 TOLD = "preflight: "
 """What a line that it says begins with: other lines are of ssh, or of a Python that breaks."""
@@ -167,11 +167,23 @@ async def _all_there(directory: Path, suffix: str, nodes: Collection[str], timeo
         await asyncio.sleep(POLL_S)
 
 
-async def check_run(node: str, run_dir: Path) -> list[str]:
-    """Which sockets of a run that goes on a server on ``node`` could not reach. Raises ConfigError where there is no run."""
-    found = read_endpoints(RunPaths.of(run_dir).endpoints)
-    ports = {"join": found.join_port, "weights": found.weights_port}
-    lines = await asyncio.gather(*(_try(node, "the run", found.host, port, what, named=False) for what, port in ports.items()))
+async def check_run(node: str, run_dir: Path, timeout_s: float) -> list[str]:
+    """Which sockets of a run a server on ``node`` could not reach within ``timeout_s``: it may be yet to start, and its directory that of
+    an earlier start. Raises ConfigError where there is no run."""
+    end, endpoints = time.monotonic() + timeout_s, RunPaths.of(run_dir).endpoints
+    while True:
+        lines = await _unreached(node, read_endpoints(endpoints)) if endpoints.is_file() else [f"{endpoints} is not there"]
+        if not lines:
+            return []
+        if (left := end - time.monotonic()) <= 0:
+            read_endpoints(endpoints)
+            return lines
+        await asyncio.sleep(min(left, RUN_POLL_S))
+
+
+async def _unreached(node: str, run: Endpoints) -> list[str]:
+    ports = {"join": run.join_port, "weights": run.weights_port}
+    lines = await asyncio.gather(*(_try(node, "the run", run.host, port, what, named=False) for what, port in ports.items()))
     return [line for line in lines if line]
 
 
@@ -207,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0; 1 after a line for each connection that fails; 2 for what cannot be tried."""
     parser = argparse.ArgumentParser(prog="python -m neox_rl.run.preflight", description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--node", default=os.environ.get("SLURMD_NODENAME") or socket.gethostname(), help="name of this node")
-    parser.add_argument("--join", type=Path, metavar="RUN_DIR", help="try the sockets of this run, which goes on, and nothing else")
+    parser.add_argument("--join", type=Path, metavar="RUN_DIR", help="try the sockets of this run, and nothing else")
     parser.add_argument("--reach", default="", metavar="WHAT=ADDRESS:PORT,...", help="try these alone")
     parser.add_argument("--head", default="", help="the node that listens at those of --reach")
     parser.add_argument("--nodes", default="", metavar="NODE=ADDRESS,...", help="all nodes, those of the training ranks first")
@@ -215,14 +227,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--servers", type=int, default=1, help="servers on each of the others")
     parser.add_argument("--base-port", type=int, default=15000, help="experience, weights, join, master, then the servers' ports")
     parser.add_argument("--dir", type=Path, default=Path("."), help="an empty directory that all nodes share")
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds for all nodes to come")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds for all nodes, or the run, to come")
     parser.add_argument("--settings", action="store_true", help="try nothing; print the arguments with which deepy.py uses these ports")
     options = parser.parse_args(argv)
     try:
         if options.reach:
             failed = asyncio.run(check_sockets(options.node, options.head, options.reach))
         elif options.join is not None:
-            failed = asyncio.run(check_run(options.node, options.join))
+            failed = asyncio.run(check_run(options.node, options.join, options.timeout))
         else:
             plan = Plan(parse_nodes(options.nodes), options.num_train, options.base_port, options.servers)
             if options.settings:

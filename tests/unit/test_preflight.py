@@ -13,11 +13,13 @@ import pytest
 
 from neox_rl.errors import ConfigError, DeadlineError
 from neox_rl.keys import Keys
+from neox_rl.run import preflight
 from neox_rl.run.endpoints import Endpoints, free_port, write_endpoints
-from neox_rl.run.preflight import Plan, check_node, check_servers, main, parse_nodes
+from neox_rl.run.preflight import Plan, check_node, check_run, check_servers, main, parse_nodes
 from neox_rl.run.serve import find_run
 from neox_rl.telemetry.paths import RunPaths
 
+SOON_S = 60.0
 NODES = {"n1": "10.0.0.1", "n2": "10.0.0.2", "n3": "10.0.0.3"}
 
 
@@ -111,8 +113,29 @@ def test_a_closed_port_of_a_run_is_named_before_a_server_starts(tmp_path: Path, 
     paths, closed = RunPaths.of(tmp_path / "run").create(), free_base()
     with taken() as join:
         write_endpoints(paths, Endpoints("127.0.0.1", 1, closed, 1, join, (), 99))
-        assert main(["--node", "n7", "--join", str(paths.root)]) == 1
+        assert main(["--node", "n7", "--join", str(paths.root), "--timeout", "0"]) == 1
     assert capsys.readouterr().err == (f"preflight: n7 cannot reach the run (127.0.0.1) at port {closed} (weights): Connection refused\n")
+
+
+def test_a_run_that_starts_later_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the directory has the addresses of an earlier start, at which nobody listens."""
+    monkeypatch.setattr(preflight, "RUN_POLL_S", 0.01)
+    root = tmp_path / "run"
+    assert main(["--join", str(root), "--timeout", "0"]) == 2
+    assert f"{root}/endpoints.json is not there: start the run" in capsys.readouterr().err
+
+    async def story(join: int) -> list[str]:
+        looking = asyncio.create_task(check_run("n7", root, SOON_S))
+        await asyncio.sleep(0.05)
+        paths, closed = RunPaths.of(root).create(), free_base()
+        for port in (closed, join):
+            assert not looking.done()
+            write_endpoints(paths, Endpoints("127.0.0.1", 1, port, 1, port, (), 99))
+            await asyncio.sleep(0.05)
+        return await looking
+
+    with taken() as join:
+        assert asyncio.run(story(join)) == []
 
 
 def test_a_run_directory_says_where_to_join_and_with_which_keys_once_the_run_starts(tmp_path: Path) -> None:
