@@ -9,13 +9,30 @@ from contextlib import contextmanager
 
 import torch
 
-from megatron_patches import collectives, deepspeed_fp16, deepspeed_shm, neox_layers, neox_package, neox_pkg_resources, optimizers, pipeline
+from megatron_patches import (
+    collectives,
+    deepspeed_fp16,
+    deepspeed_scale,
+    deepspeed_shm,
+    neox_layers,
+    neox_package,
+    neox_pkg_resources,
+    optimizers,
+    pipeline,
+)
 from megatron_patches.registry import Patch, PatchError, check, resolve
 
 __all__ = ["GPT_NEOX", "MEGATRON_CORE", "PATCHES", "Patch", "PatchError", "add_own", "apply", "quiet"]
 
 MEGATRON_CORE: tuple[Patch, ...] = (collectives.PATCH, pipeline.PATCH, optimizers.PATCH)
-GPT_NEOX: tuple[Patch, ...] = (neox_pkg_resources.PATCH, neox_package.PATCH, neox_layers.PATCH, deepspeed_shm.PATCH, deepspeed_fp16.PATCH)
+GPT_NEOX: tuple[Patch, ...] = (
+    neox_pkg_resources.PATCH,
+    neox_package.PATCH,
+    neox_layers.PATCH,
+    deepspeed_shm.PATCH,
+    deepspeed_fp16.PATCH,
+    deepspeed_scale.PATCH,
+)
 PATCHES: tuple[Patch, ...] = MEGATRON_CORE + GPT_NEOX
 
 _applied: set[str] = set()

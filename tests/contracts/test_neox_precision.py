@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from neox_rl.config.schema import MetaRLConfig
 from neox_rl.engines.gpt_neox import GptNeoXEngine
 from neox_rl.engines.registry import build_engine
 from neox_rl.errors import NeoxRLError
+from neox_rl.run.endpoints import free_port
 from tests.invariance.engine_batches import VOCAB, loss_fn, sequences, split
 
 pytestmark = pytest.mark.neox
@@ -23,17 +24,18 @@ NEOX = NeoXConfig(hidden_size=32, num_attention_heads=2, num_layers=2, seq_lengt
 
 
 @contextmanager
-def engine_of(scaling: dict[str, Any]) -> Iterator[GptNeoXEngine]:
+def engine_of(scaling: dict[str, Any], **keys: Any) -> Iterator[GptNeoXEngine]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "MASTER_ADDR"):
             patch.delenv(name, raising=False)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            patch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
-        built = build_engine(RunConfig(NEOX, MetaRLConfig(engine="gpt-neox"), {"fp16": scaling}), VOCAB)
+        patch.setenv("MASTER_PORT", str(free_port("127.0.0.1")))
+        neox = replace(NEOX, **keys)
+        built = build_engine(RunConfig(neox, MetaRLConfig(engine="gpt-neox"), {"fp16": scaling}), VOCAB)
         assert isinstance(built, GptNeoXEngine)
-        yield built
-        built.close()
+        try:
+            yield built
+        finally:
+            built.close()  # the next engine would find a world of ranks already there
 
 
 def test_a_step_that_overflows_is_taken_again_and_counted_once() -> None:
@@ -51,3 +53,23 @@ def test_a_loss_scale_that_cannot_be_lowered_ends_the_run_with_the_weights_as_th
         with pytest.raises(NeoxRLError, match=r"optimizer step 1: .* overflow fp16 at loss scale .*precision bfloat16 or fp32"):
             engine.step(split(sequences(), 2), loss_fn, 1e-3)
         assert all(torch.equal(tensor, before[name]) for name, tensor in engine.named_tensors())
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_step_that_grows_the_loss_scale_takes_the_gradient_whole(stage: int) -> None:
+    """The gradient is read from Adam's first moment. Another scale rounds another way where numbers are tiny, and that is all."""
+    found = {}
+    for name, scaling in {"static": {"loss_scale": 1024}, "growing": {"initial_scale_power": 10, "loss_scale_window": 1}}.items():
+        with engine_of(scaling, pipe_parallel_size=0, zero_optimization={"stage": stage}, gradient_clipping=0.5) as engine:
+            scales = []
+            for step in range(3):
+                report = engine.step(split(sequences(step), 2), loss_fn, 1e-3)
+                assert report.grad_norm > 0.5, "it is clipped"
+                scales.append(engine._engine.optimizer.loss_scale)
+            states = engine._engine.optimizer.optimizer.state.values()
+            found[name] = scales, [state["exp_avg"].clone() for state in states], dict(engine.named_tensors())
+    assert found["static"][0] == [1024, 1024, 1024] and found["growing"][0] == [1024, 2048, 4096]
+    for one, other in zip(found["static"][1], found["growing"][1], strict=True):
+        assert (one - other).norm() < 1e-3 * one.norm()
+    for key, tensor in found["static"][2].items():
+        torch.testing.assert_close(tensor, found["growing"][2][key], rtol=1e-2, atol=1e-4)
