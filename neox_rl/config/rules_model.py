@@ -17,9 +17,14 @@ VLLM_CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head sizes that vLLM's CPU attention kernels are built for; any other dies when the server loads the model."""
 LLAMA, GPT_NEOX = "llama", "gpt_neox"
 ADAM_PARAMS = frozenset({"lr", "betas", "eps"})
-LOSS_SCALING = frozenset(
-    {"loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "consecutive_hysteresis", "min_loss_scale"}
-)
+LOSS_SCALE_LIMITS: dict[str, tuple[int, float]] = {
+    "initial_scale_power": (0, 32),
+    "hysteresis": (1, 32),
+    "loss_scale_window": (1, math.inf),
+    "min_loss_scale": (1, math.inf),
+}
+"""Integers of the block fp16. DeepSpeed never lowers a scale with hysteresis 0, and refuses others of these only at the ranks."""
+LOSS_SCALING = frozenset({"loss_scale", "consecutive_hysteresis", *LOSS_SCALE_LIMITS})
 ZERO_TUNING = frozenset(
     {
         "stage",
@@ -204,9 +209,16 @@ def half_precision_is_scaled(config: RunConfig, machine: Machine) -> Iterator[st
     for key in sorted(set(block) - LOSS_SCALING):
         close = difflib.get_close_matches(key, LOSS_SCALING, n=1)
         yield f"fp16.{key} = {block[key]!r}: is no key of loss scaling; " + (f"did you mean {close[0]}?" if close else "remove it")
-    for key in sorted(set(block) & (LOSS_SCALING - {"consecutive_hysteresis"})):
-        if not _number(block[key]) or block[key] < 0:
-            yield f"fp16.{key} = {block[key]!r}: must be a number >= 0; remove it for DeepSpeed's own"
+    for key in sorted(set(block) & LOSS_SCALING):
+        value, (low, high) = block[key], LOSS_SCALE_LIMITS.get(key, (0, math.inf))
+        if key == "consecutive_hysteresis":
+            fits, rule = isinstance(value, bool), "true or false"
+        else:
+            fits = _number(value) and low <= value <= high and (key == "loss_scale" or isinstance(value, int))
+            kind = "a number" if key == "loss_scale" else "an integer"
+            rule = f"{kind} >= {low}" if high == math.inf else f"{kind} from {low} to {high:g}"
+        if not fits:
+            yield f"fp16.{key} = {value!r}: must be {rule}; remove it for DeepSpeed's own"
 
 
 def optimizer_known(config: RunConfig, machine: Machine) -> Iterator[str]:

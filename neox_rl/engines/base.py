@@ -37,6 +37,12 @@ from neox_rl.loss.vocab_parallel import token_logprobs_and_entropy
 from neox_rl.types import Json
 
 _COUNTED = ("loss", "tokens")
+MAX_TRIES = 100
+"""Of one optimizer step: a loss scale of 2^32 falls to 1 in 32 tries and those that hysteresis grants, 32 at most."""
+AS_BEFORE = (
+    "the weights are as before: turn the last checkpoint into an HF one (tools/neox_checkpoint.py) and start another run from it"
+    " (metarl.warmstart.hf_checkpoint) with precision bfloat16 or fp32"
+)
 OnLogits = Callable[[Tensor, MicroBatch, Tensor], Tensor]
 """(logits [T, V/tp], micro-batch, targets [Q]) -> a scalar to take the gradient of. Called on the last stage, once a micro-batch."""
 
@@ -95,10 +101,13 @@ class RankEngine(ABC):
             return value
 
         self._check_lengths(microbatches)
-        grad_norm = None
-        while grad_norm is None:
+        for _ in range(MAX_TRIES):
             sums.clear()
             grad_norm = self._train(microbatches, loss, lr)
+            if grad_norm is not None:
+                break
+        else:
+            raise NeoxRLError(f"optimizer step {self._steps + 1}: loss or gradient overflowed in each of {MAX_TRIES} tries; {AS_BEFORE}")
         totals = self._reduce(sums)
         if not (math.isfinite(grad_norm) and math.isfinite(totals["loss"])):
             what = f"optimizer step {self._steps + 1}: loss {totals['loss']}, gradient norm {grad_norm}, learning rate {lr}"

@@ -23,7 +23,7 @@ import megatron_patches
 from neox_rl.batch.types import MicroBatch
 from neox_rl.config.run import RunConfig
 from neox_rl.engines import checkpoint_files
-from neox_rl.engines.base import OnLogits, RankEngine
+from neox_rl.engines.base import AS_BEFORE, OnLogits, RankEngine
 from neox_rl.engines.gpt_neox_mapping import neox_places
 from neox_rl.engines.mcore_state import layout_of
 from neox_rl.engines.packed import ToRows
@@ -109,9 +109,10 @@ class GptNeoXEngine(RankEngine):
         """Another try helps where the scale can be lowered: every step here makes a version, so none is left out."""
         scaler = self._engine.optimizer.loss_scaler
         if not scaler.dynamic or scale <= scaler.min_scale:
+            lower = "fp16.min_loss_scale: 1" if scaler.dynamic else "fp16.loss_scale: 0 (dynamic)"
             raise NeoxRLError(
                 f"optimizer step {self._steps + 1}: loss or gradient overflow fp16 at loss scale {scale:g}, the lowest that the block fp16"
-                " allows; the weights are as before: resume with precision bfloat16 or fp32, a lower learning rate or more clipping"
+                f" allows; {AS_BEFORE}" + (f"; or resume with {lower}" if scale > 1 else "")
             )
 
     def _forward(self, microbatches: Sequence[MicroBatch], on_logits: OnLogits) -> None:

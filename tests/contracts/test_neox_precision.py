@@ -13,6 +13,7 @@ import torch
 from neox_rl.config.neox import NeoXConfig
 from neox_rl.config.run import RunConfig
 from neox_rl.config.schema import MetaRLConfig
+from neox_rl.engines.base import MAX_TRIES
 from neox_rl.engines.gpt_neox import GptNeoXEngine
 from neox_rl.engines.registry import build_engine
 from neox_rl.errors import NeoxRLError
@@ -46,13 +47,28 @@ def test_a_step_that_overflows_is_taken_again_and_counted_once() -> None:
         assert 0.0 < report.grad_norm < 100.0
 
 
-@pytest.mark.parametrize("scaling", [{"loss_scale": 2**30}, {"initial_scale_power": 30, "min_loss_scale": 2**29, "hysteresis": 1}])
-def test_a_loss_scale_that_cannot_be_lowered_ends_the_run_with_the_weights_as_they_were(scaling: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("scaling", "fix"),
+    [
+        ({"loss_scale": 2**30}, r"fp16.loss_scale: 0 \(dynamic\)"),
+        ({"initial_scale_power": 30, "min_loss_scale": 2**29, "hysteresis": 1}, "fp16.min_loss_scale: 1"),
+    ],
+)
+def test_a_loss_scale_that_cannot_be_lowered_ends_the_run_with_the_weights_as_they_were(scaling: dict[str, Any], fix: str) -> None:
     with engine_of(scaling) as engine:
         before = {name: tensor.clone() for name, tensor in engine.named_tensors()}
-        with pytest.raises(NeoxRLError, match=r"optimizer step 1: .* overflow fp16 at loss scale .*precision bfloat16 or fp32"):
+        with pytest.raises(
+            NeoxRLError, match=rf"optimizer step 1: .* overflow fp16 at loss scale .*warmstart.hf_checkpoint.*or resume with {fix}"
+        ):
             engine.step(split(sequences(), 2), loss_fn, 1e-3)
         assert all(torch.equal(tensor, before[name]) for name, tensor in engine.named_tensors())
+
+
+def test_a_step_that_never_stops_overflowing_ends_the_run() -> None:
+    """The rules refuse such a block; whatever else keeps DeepSpeed from lowering the scale ends in the same way."""
+    never = pytest.raises(NeoxRLError, match=f"optimizer step 1: .*overflowed in each of {MAX_TRIES} tries")
+    with engine_of({"initial_scale_power": 30, "hysteresis": 0}) as engine, never:
+        engine.step(split(sequences(), 2), loss_fn, 1e-3)
 
 
 @pytest.mark.parametrize("stage", [1, 3])

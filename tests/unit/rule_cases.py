@@ -14,6 +14,7 @@ NEOX = replace(CPU, gpt_neox_path=str(Path(__file__).parent / "checkout_stub"))
 LLAMA = "norm=rmsnorm activation=swiglu use_bias_in_attn_linear=false use_bias_in_mlp=false intermediate_size=1536 "
 JSONL = "metarl.problems.source=jsonl metarl.problems.path=here.jsonl metarl.tokenizer.path=here "
 PAIRS = "metarl.rollout.method=search metarl.search.trains=preferences metarl.objective.loss=dpo metarl.objective.aggregation=sequence_mean"
+FP16 = "metarl.engine=gpt-neox precision=fp16 "
 FAR = "launcher=slurm hostfile=here master_addr=10.0.0.1 metarl.network.bind_host=10.0.0.1 "
 
 
@@ -116,12 +117,17 @@ CASES = (
         "fp16={'min_loss_scale':1}",
         NEOX,
     ),
-    Case(
-        "half_precision_is_scaled",
-        "metarl.engine=gpt-neox precision=fp16 fp16={'hysteresis':-1}",
-        "fp16.hysteresis = -1: must be a number >= 0",
-        "fp16={'hysteresis':2}",
-        NEOX,
+    *(
+        Case("half_precision_is_scaled", FP16 + f"fp16={{'{key}':{value}}}", f"fp16.{key} = {value.title()}: must be {rule}", fix, NEOX)
+        for key, value, rule, fix in (
+            ("loss_scale", "-1", "a number >= 0", "fp16={'loss_scale':0.5}"),
+            ("hysteresis", "0", "an integer from 1 to 32", "fp16={'hysteresis':2}"),
+            ("initial_scale_power", "1.5", "an integer from 0 to 32", "fp16={'initial_scale_power':16}"),
+            ("loss_scale_window", "0", "an integer >= 1", "fp16={'loss_scale_window':1}"),
+            ("min_loss_scale", "0", "an integer >= 1", "fp16={'min_loss_scale':1}"),
+            ("min_loss_scale", "true", "an integer >= 1", "fp16={'min_loss_scale':1}"),
+            ("consecutive_hysteresis", "1", "true or false", "fp16={'consecutive_hysteresis':true}"),
+        )
     ),
     Case("zero_stage", "zero_optimization.stage=true", "stage = True: must be 0, 1 (", "zero_optimization.stage=1"),
     Case("zero_stage", "zero_optimization.stages=1", "stages: is no key", "zero_optimization={}"),
