@@ -34,6 +34,9 @@ from neox_rl.engines.world import device_index
 from neox_rl.errors import NeoxRLError, WeightError
 from neox_rl.types import Json
 
+_CONFIGURED = ("loss_scaler", "dynamic_loss_scale", "clip_grad")
+"""What DeepSpeed's ZeRO optimizers take from a checkpoint although the run's keys say it, and these may change on a resume."""
+
 
 class GptNeoXEngine(RankEngine):
     """:class:`neox_rl.engines.port.Engine` on GPT-NeoX. Joins the world of ranks when built. Raises ConfigError without a checkout."""
@@ -230,9 +233,15 @@ class GptNeoXEngine(RankEngine):
         checkpoint = checkpoint_files.find(directory)
         meta: dict[str, Any] = checkpoint_files.read_meta(checkpoint, self._layout())
         # The learning rate is given with each step; GPT-NeoX's schedule refuses a run that asks for more steps than it was saved with.
+        optimizer = self._engine.optimizer
+        configured = {name: getattr(optimizer, name) for name in _CONFIGURED if hasattr(optimizer, name)}
         path, _ = self._engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_lr_scheduler_states=False)
         if path is None:
             raise WeightError(f"{checkpoint} was not loaded by DeepSpeed: see the log of rank {self.topology.rank}")
+        if "loss_scaler" in configured:
+            _go_on(configured["loss_scaler"], optimizer.loss_scaler)
+        for name, value in configured.items():
+            setattr(optimizer, name, value)
         reference = self._reference_file(checkpoint)
         self._reference = None
         if reference.is_file():
@@ -272,3 +281,12 @@ class GptNeoXEngine(RankEngine):
 
     def close(self) -> None:
         self._setup.leave_world()
+
+
+def _go_on(scaler: Any, saved: Any) -> None:
+    """``scaler``, with the limits of the run's block fp16, goes on where the ``saved`` one was. A static scale has only the block's."""
+    if not (scaler.dynamic and saved.dynamic):
+        return
+    scaler.cur_scale = max(saved.cur_scale, scaler.min_scale)
+    scaler.cur_iter, scaler.last_overflow_iter = saved.cur_iter, saved.last_overflow_iter
+    scaler.cur_hysteresis = min(saved.cur_hysteresis, scaler.delayed_shift)

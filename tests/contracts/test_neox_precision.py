@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -89,3 +90,22 @@ def test_the_step_that_grows_the_loss_scale_takes_the_gradient_whole(stage: int)
         assert (one - other).norm() < 1e-3 * one.norm()
     for key, tensor in found["static"][2].items():
         torch.testing.assert_close(tensor, found["growing"][2][key], rtol=1e-2, atol=1e-4)
+
+
+def test_a_resume_goes_on_at_the_loss_scale_that_was_saved_and_keeps_to_the_keys_of_its_own_run(tmp_path: Path) -> None:
+    with engine_of({"initial_scale_power": 30, "hysteresis": 1}) as engine:
+        engine.step(split(sequences(), 2), loss_fn, 1e-3)
+        scale = engine._engine.optimizer.loss_scale
+        engine.save(tmp_path, {})
+    blocks: list[tuple[dict[str, Any], float]] = [
+        ({"loss_scale_window": 7}, scale),
+        ({"min_loss_scale": 2 * int(scale)}, 2 * scale),
+        ({"loss_scale": 8}, 8),
+    ]
+    for block, expected in blocks:
+        with engine_of(block, gradient_clipping=0.25) as engine:
+            engine.load(tmp_path)
+            optimizer = engine._engine.optimizer
+            assert optimizer.loss_scale == expected and optimizer.clip_grad == 0.25
+            assert not optimizer.loss_scaler.dynamic or optimizer.loss_scaler.scale_window == block.get("loss_scale_window", 1000)
+            engine.step(split(sequences(), 2), loss_fn, 1e-3)

@@ -113,6 +113,10 @@ def first_step(case: dict[str, Any], out: Path) -> None:
     engine.close()
 
 
+def loss_scale(engine: RankEngine) -> float:
+    return float(getattr(getattr(getattr(engine, "_engine", None), "optimizer", None), "loss_scale", 1.0))
+
+
 def resume(case: dict[str, Any], out: Path) -> None:
     """Four steps in one go, against two steps, save, another process state, load, two steps."""
     engine = build(case, out)
@@ -120,18 +124,19 @@ def resume(case: dict[str, Any], out: Path) -> None:
     engine.set_reference()
     kept = engine.logprobs(split(sequences(), 2))
     engine.save(out / "ckpt", {"cursor": 17, "note": "é"})
+    scales = [loss_scale(engine)]
     whole = train(engine, case, range(2, 4))
     tensors = {f"w.{name}": tensor.float().numpy() for name, tensor in engine.named_tensors()}
     engine.close()
     engine = build(case, out, 1)
     client = engine.load(out / "ckpt")
+    scales.append(loss_scale(engine))
     continued = train(engine, case, range(2, 4))
     again = {f"r.{name}": tensor.float().numpy() for name, tensor in engine.named_tensors()}
     reference = engine.logprobs(split(sequences(), 2), "reference")
     ok = client == {"cursor": 17, "note": "é"}
     policies = {"kept": kept, "reference": reference}
-    scale = getattr(getattr(getattr(engine, "_engine", None), "optimizer", None), "loss_scale", 1.0)
-    found = {"whole": whole, "continued": continued, "client": ok, "scale": scale, **policies}
+    found = {"whole": whole, "continued": continued, "client": ok, "scales": scales, **policies}
     np.savez(out / f"rank{engine.topology.rank}.npz", **found, **tensors, **again)
     engine.close()
 
