@@ -11,11 +11,11 @@ from typing import Any, get_type_hints
 from neox_rl.config.leaves import BLOCK, blocks, convert, leaves, nearest
 from neox_rl.config.machine import Machine
 from neox_rl.config.neox import NeoXConfig
-from neox_rl.config.neox_compat import precision_blocks, sort_out
+from neox_rl.config.neox_compat import PRECISION_BLOCKS, precision_blocks, sort_out
 from neox_rl.config.rules import check
 from neox_rl.config.run import RunConfig
 from neox_rl.config.schema import NEOX_ENGINE, MetaRLConfig
-from neox_rl.config.source import SETTING, Entry, override, read_files
+from neox_rl.config.source import SETTING, Entry, override, reach_into, read_files
 from neox_rl.errors import ConfigError
 
 OPTIMIZER_DEFAULTS: Mapping[str, Any] = {"lr": 2e-4, "betas": [0.9, 0.95], "eps": 1e-8}
@@ -48,7 +48,7 @@ def load_resolved(path: str | Path) -> RunConfig:
 
 def parse(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Parsed:
     """Merge, convert and build, without the rules between keys."""
-    merged = precision_blocks(override(read_files(paths), overrides))
+    merged = precision_blocks(_with_settings_within(override(read_files(paths), overrides)))
     gpt_neox = f"{BLOCK}.engine" in merged and merged[f"{BLOCK}.engine"].value == NEOX_ENGINE
     table, extra, notes = sort_out(merged, {*leaves(), *blocks()}, gpt_neox)
     values = {leaf.path: copy.deepcopy(leaf.default) for leaf in leaves().values()}
@@ -71,17 +71,28 @@ def parse(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Parsed:
     return Parsed(config, tuple(notes), frozenset(written))
 
 
+def _with_settings_within(table: Mapping[str, Entry]) -> dict[str, Entry]:
+    """``--set fp16.hysteresis=1`` put into the block ``fp16``, and so for each block that is GPT-NeoX's and not of this project."""
+    result: dict[str, Entry] = {}
+    for path, entry in table.items():
+        head, _, inner = path.partition(".")
+        before = result.get(head, Entry(None, entry.where))
+        block = {} if before.value is None and head in PRECISION_BLOCKS else copy.deepcopy(before.value)
+        if inner and entry.where == SETTING and head not in leaves() and isinstance(block, dict):
+            reach_into(block, path, entry.value)
+            result[head] = Entry(block, before.where)
+        else:
+            result[path] = entry
+    return result
+
+
 def _reach_into(values: dict[str, Any], path: str, entry: Entry) -> None:
     """Apply a setting like ``optimizer.params.lr=...``; any other path that is no leaf is unknown."""
-    head, *inner = path.split(".")
+    head, _, inner = path.partition(".")
     target = values.get(head)
     if not inner or not isinstance(target, dict) or entry.where != SETTING:
         raise _unknown(path, entry)
-    for name in inner[:-1]:
-        target = target.setdefault(name, {})
-        if not isinstance(target, dict):
-            raise ConfigError(f"--set {path}: {name} in {head} is the value {target!r}, not a block of keys; set {name} itself")
-    target[inner[-1]] = entry.value
+    reach_into(target, path, entry.value)
     values[head] = convert(leaves()[head], values[head], entry.where)
 
 

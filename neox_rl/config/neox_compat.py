@@ -130,7 +130,7 @@ ELSEWHERE: Mapping[str, str] = {
 }
 """Keys that GPT-NeoX takes and that have another name here: handed on, they would be passed over without a word."""
 
-
+PRECISION_BLOCKS = ("fp16", "bf16")
 TOKENIZER = ("tokenizer_type", "vocab_file", "merge_file")
 """What checkpoints for GPT-NeoX's own training name."""
 HANDED_ON = (KERNEL, MEMORY, DATA)
@@ -195,10 +195,11 @@ def precision_blocks(table: Mapping[str, Entry]) -> dict[str, Entry]:
     ``--set precision=...`` has the last word, so that a NeoX file with an fp16 block can be used as it is. What an fp16 block says of
     loss scaling stays, without the words that DeepSpeed does not know in it.
     """
-    result = {key: entry for key, entry in table.items() if key not in ("fp16", "bf16")}
-    blocks = [] if "precision" in table and table["precision"].where == SETTING else [b for b in ("fp16", "bf16") if b in table]
-    asked = {name: _precision_of(name, table[name]) for name in blocks}
-    asked = {name: precision for name, precision in asked.items() if precision}
+    result = {key: entry for key, entry in table.items() if key not in PRECISION_BLOCKS}
+    blocks = {name: table[name] for name in PRECISION_BLOCKS if name in table and table[name].value is not None}
+    asked = {name: precision for name, entry in blocks.items() if (precision := _precision_of(name, entry))}
+    if "precision" in table and table["precision"].where == SETTING:
+        asked = {}
     if "precision" in result and result["precision"].value is not None:
         asked["precision"] = result["precision"].value
     if len(set(asked.values())) > 1:
@@ -206,8 +207,8 @@ def precision_blocks(table: Mapping[str, Entry]) -> dict[str, Entry]:
         raise ConfigError(f"precision is given in ways that disagree: {places}; keep one")
     for name, precision in asked.items():
         result["precision"] = Entry(precision, table[name].where)
-    if "precision" in result and result["precision"].value == "fp16" and "fp16" in table:
-        scaling = {key: value for key, value in table["fp16"].value.items() if key not in ("enabled", "type", "fp16")}
+    if "precision" in result and result["precision"].value == "fp16" and "fp16" in blocks:
+        scaling = {key: value for key, value in blocks["fp16"].value.items() if key not in ("enabled", "type", "fp16")}
         if scaling:
             result["fp16"] = Entry(scaling, table["fp16"].where)
     return result

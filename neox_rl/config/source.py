@@ -58,6 +58,16 @@ def override(table: Mapping[str, Entry], settings: Sequence[str]) -> dict[str, E
     return result
 
 
+def reach_into(block: dict[str, Any], path: str, value: Any) -> None:
+    """Sets ``path``, as ``optimizer.params.lr``, in the block that its first name stands for. Raises ConfigError."""
+    head, *inner, last = path.split(".")
+    for name in inner:
+        block = block.setdefault(name, {})
+        if not isinstance(block, dict):
+            raise ConfigError(f"--set {path}: {name} in {head} is the value {block!r}, not a block of keys; set {name} itself")
+    block[last] = value
+
+
 def _leaves_of(path: Path) -> Iterator[tuple[str, Entry]]:
     try:
         loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))

@@ -141,6 +141,7 @@ def test_null_is_the_default_and_an_empty_file_is_all_defaults(tmp_path: Path) -
         ("fp16: {enabled: true, type: bfloat16}\nprecision: bfloat16", "bfloat16"),
         ("fp16: {enabled: true, type: fp16, fp16: true}", "fp16"),
         ("precision: fp16", "fp16"),
+        ("fp16: null", "fp32"),
     ],
 )
 def test_every_neox_spelling_of_precision(tmp_path: Path, text: str, precision: str) -> None:
@@ -161,6 +162,22 @@ def test_contradicting_precisions_are_refused(tmp_path: Path, text: str, says: s
 
 def test_a_setting_has_the_last_word_on_precision(tmp_path: Path) -> None:
     assert of(tmp_path, "fp16: {enabled: true}", "precision=fp32").config.neox.precision == "fp32"
+
+
+@pytest.mark.parametrize("block", ["true", "[1]", "{enabled: 1}"])
+def test_a_setting_of_precision_does_not_hide_a_broken_block(tmp_path: Path, block: str) -> None:
+    assert "must be a block" in refusal(tmp_path, f"fp16: {block}", "precision=fp16")
+
+
+def test_a_setting_reaches_into_a_block_of_gpt_neox(tmp_path: Path) -> None:
+    engine, block = "metarl: {engine: gpt-neox}\n", {"initial_scale_power": 12}
+    for text in ("", "fp16: null", "fp16: {initial_scale_power: 16}"):
+        assert of(tmp_path, engine + text, "precision=fp16", "fp16.initial_scale_power=12").config.extra == {"fp16": block}
+    parsed = of(tmp_path, engine + "flops_profiler: {enabled: true}", "flops_profiler.profile_step=3", "fp16.enabled=true")
+    assert parsed.config.extra == {"flops_profiler": {"enabled": True, "profile_step": 3}} and parsed.config.neox.precision == "fp16"
+    assert "enabled in flops_profiler is the value True, not a block" in refusal(
+        tmp_path, engine + "flops_profiler: {enabled: true}", "flops_profiler.enabled.x=3"
+    )
 
 
 def test_a_file_of_gpt_neox_is_taken_as_it_is_with_a_note_on_what_is_not_read(tmp_path: Path) -> None:
