@@ -1,6 +1,6 @@
 """Groups of q-STaR (arXiv 2501.04682, (18)-(20)): a search is worth what it says of a given solution, and nobody verifies anything.
 
-    prompt q -> Z, up to the word before a solution or EOS       the policy, group_size times
+    prompt q -> Z, up to the word or line before a solution, or EOS   the policy, group_size times
              -> log pi(S | Z, q) of the problem's solution S      a server, by its live version: one request, S as part of the prompt
 
 The reward of Z is that log-prob, less log pi(S | q) without a search where the config says so: what the search adds. S is part of the
@@ -11,7 +11,9 @@ E_Z[log pi(S | Z, q)], with both of its terms; the importance ratio corrects eit
 from __future__ import annotations
 
 import asyncio
+import bisect
 import random
+import re
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -28,7 +30,8 @@ from neox_rl.rollout.vllm_client import NobodyServesError
 from neox_rl.search.dfs import solution_path
 from neox_rl.search.domain import SOLUTION_LINE
 from neox_rl.search.linearize import glue_of, linearize, text_of
-from neox_rl.types import Completion, Group, Problem, Reason, Role, SamplingParams, Segment, Trace, Verdict
+from neox_rl.search.proposers import piece
+from neox_rl.types import Completion, Finish, Group, Problem, Reason, Role, SamplingParams, Segment, Trace, Verdict
 
 UNVERIFIED = Verdict(correct=False, extracted="", reason=Reason.NO_ANSWER, ms=0.0)
 """Of a search that is worth what it says of a given solution: it has no answer of its own."""
@@ -39,12 +42,21 @@ def rewards_solutions(config: RunConfig) -> bool:
     return config.metarl.reward.kind != "verdict"
 
 
+_WORD = re.compile(rf"(?<!\S){SOLUTION}(?!\S)")
+_LINE = re.compile(rf"^[ \t]*{re.escape(SOLUTION_LINE)}[ \t]*(?:\n|\Z)", re.MULTILINE)
+
+
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A given solution in tokens: the word or line before it, and S itself with EOS."""
+    """A given solution in tokens: the word or line before it, and S itself with EOS.
+
+    ``mark`` finds that word or line where a search writes it, and it ends in ``end``.
+    """
 
     begin: tuple[int, ...]
     ids: tuple[int, ...]
+    mark: re.Pattern[str]
+    end: str
 
 
 def reference(problem: Problem, tokenizer: Tokenizer) -> Reference | None:
@@ -52,12 +64,45 @@ def reference(problem: Problem, tokenizer: Tokenizer) -> Reference | None:
     if problem.task in ARITHMETIC_TASKS:
         tree = solution_path(problem, random.Random(f"reference/{problem.id}"))
         text = text_of([span for span in linearize(tree, problem) if span.role is Role.SOLUTION])
-        begin, text = glue_of(problem) + SOLUTION, text.removeprefix(SOLUTION)
+        begin, text, mark, end = glue_of(problem) + SOLUTION, text.removeprefix(SOLUTION), _WORD, ""
     elif "solution" in problem.meta:
-        begin, text = f"{SOLUTION_LINE}\n", str(problem.meta["solution"])
+        begin, text, mark, end = f"{SOLUTION_LINE}\n", str(problem.meta["solution"]), _LINE, "\n"
     else:
         return None
-    return Reference(tokenizer.encode(begin), (*tokenizer.encode(text), tokenizer.eos_id))
+    return Reference(tokenizer.encode(begin), (*tokenizer.encode(text), tokenizer.eos_id), mark, end)
+
+
+@dataclass(frozen=True, slots=True)
+class Searched:
+    """Z alone, and what is said between it and S: nothing where Z ends in the word or line before a solution."""
+
+    search: Completion
+    between: tuple[int, ...]
+
+
+def searched(written: Completion, given: Reference, tokenizer: Tokenizer) -> Searched:
+    """What was written up to a solution, without that: after one of its own the policy would find S likely whatever the search was worth.
+    EOS is left out too: S follows, and nothing was trained to follow EOS."""
+    ids = written.ids[:-1] if written.ids[-1:] == (tokenizer.eos_id,) else written.ids
+    mark = given.mark.search(tokenizer.decode(ids))
+    if mark is None:
+        return Searched(piece(written, 0, len(ids), written.finish), given.begin)
+
+    def text(num_tokens: int) -> str:
+        return tokenizer.decode(ids[:num_tokens])
+
+    def tokens_of(num_chars: int) -> int:
+        """The fewest that spell so many."""
+        return bisect.bisect_left(range(len(ids)), num_chars, key=lambda n: len(text(n)))
+
+    end = tokens_of(mark.end())
+    said = text(end)[mark.start() :]
+    if said.strip() == mark[0].strip():
+        between = () if said.endswith(given.end) else tokenizer.encode(given.end)
+    else:  # a token that holds the end of the line and the beginning of the next
+        end, between = tokens_of(mark.start()), given.begin
+        end -= len(text(end)) > mark.start()
+    return Searched(piece(written, 0, end, Finish.STOP), between)
 
 
 def with_references(config: RunConfig, problems: ProblemSet, tokenizer: Tokenizer) -> ProblemSet:
@@ -101,16 +146,16 @@ class SolutionGroups:
             raise ConfigError(f"problem {problem.id} has no worked solution: metarl.reward.kind needs one")
         prompt = a.tokenizer.encode_prompt(problem.prompt)
         stops = params.stop_token_ids if a.solution_id is None else (*params.stop_token_ids, a.solution_id)
-        searches = await Patient(a.generator).sample(prompt, replace(params, stop_token_ids=stops), size, name)
-        asked = [(*prompt, *search.ids, *_words_before(search, given)) for search in searches]
+        written = await Patient(a.generator).sample(prompt, replace(params, stop_token_ids=stops), size, name)
+        found = [searched(each, given, a.tokenizer) for each in written]
+        asked = [(*prompt, *each.search.ids, *each.between) for each in found]
         if self.gain:
             asked.append((*prompt, *given.begin))
         scores = await _together([self._score(ids, given, f"{name}/r{i}") for i, ids in enumerate(asked)])
         plain = scores.pop().logprobs if self.gain else ()
-        rows = zip(searches, scores, strict=True)
-        return Group(
-            ticket, problem.id, tuple(self._trace(f"{name}/r{i}", problem, prompt, given, plain, *row) for i, row in enumerate(rows))
-        )
+        rows = zip(found, scores, strict=True)
+        traces = tuple(self._trace(f"{name}/r{i}", problem, prompt, given, plain, *row) for i, row in enumerate(rows))
+        return Group(ticket, problem.id, traces, sum(len(w.ids) - len(f.search.ids) for w, f in zip(written, found, strict=True)))
 
     def chunked(self, chunks: Callable[[Generator], Generator]) -> Self:
         """See ``ports.GroupMaker``: searches are made in chunks; what scores them is asked again after a crash."""
@@ -130,19 +175,13 @@ class SolutionGroups:
         prompt: tuple[int, ...],
         given: Reference,
         plain: Sequence[float],
-        search: Completion,
+        found: Searched,
         score: Completion,
     ) -> Trace:
-        before, version = _words_before(search, given), score.spans[0].version
-        parts = [Segment(prompt, Role.PROMPT), *(replace(s, role=Role.THINK) for s in segments(search, None))]
-        parts += [Segment(before, Role.ENV)] if before else []
-        parts.append(Segment(given.ids, Role.SOLUTION, score.logprobs, version, mask=self.weight, advantage=1.0))
-        return Trace(id, problem.id, tuple(parts), qstar_reward(score.logprobs, plain), search.finish, UNVERIFIED)
-
-
-def _words_before(search: Completion, given: Reference) -> tuple[int, ...]:
-    """What is said between a search and the solution: nothing where the search ended in those words itself."""
-    return () if search.ids[-len(given.begin) :] == given.begin else given.begin
+        parts = [Segment(prompt, Role.PROMPT), *(replace(s, role=Role.THINK) for s in segments(found.search, None))]
+        parts += [Segment(found.between, Role.ENV)] if found.between else []
+        parts.append(Segment(given.ids, Role.SOLUTION, score.logprobs, score.spans[0].version, mask=self.weight, advantage=1.0))
+        return Trace(id, problem.id, tuple(parts), qstar_reward(score.logprobs, plain), found.search.finish, UNVERIFIED)
 
 
 async def _together(work: Sequence[Coroutine[Any, Any, Completion]]) -> list[Completion]:

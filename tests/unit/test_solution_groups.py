@@ -25,11 +25,12 @@ from neox_rl.rollout.vllm_client import NobodyServesError, VllmGenerator
 from neox_rl.run.endpoints import free_port
 from neox_rl.run.makers import make_maker
 from neox_rl.run.parts import solution_id
-from neox_rl.run.solution_groups import SolutionGroups, reference, with_references
+from neox_rl.run.solution_groups import SolutionGroups, reference, searched, with_references
 from neox_rl.search.domain import SOLUTION_LINE
 from neox_rl.types import Completion, Finish, Problem, Role, SamplingParams, VersionSpan
 from neox_rl.verify.verifier import make_verifier
 from tests.unit.small_run import scripted_server, small_config
+from tests.unit.test_episodes import Letters
 
 PARAMS = SamplingParams(96, stop_token_ids=(1,))
 
@@ -120,6 +121,61 @@ def test_the_search_gets_its_advantage_and_the_solution_the_gradient_of_its_like
     expected = sorted([own] * 4 + [-own] + [1.0] * (2 * size if weight else 0))
     assert sorted(micro.advantages[trained].tolist()) == pytest.approx(expected)
     assert set(np.unique(micro.versions[trained]).tolist()) == ({4, 5} if weight else {4})
+
+
+TEXT = Problem("math/1", "math", "1 + 1?", "2", "1", {"solution": "1 + 1 is \\boxed{2}"})
+
+
+def written_by(tokenizer: Letters | SymbolicTokenizer, text: str) -> Completion:
+    """As v4 to its second token, then as v5, with EOS."""
+    ids = (*tokenizer.encode(text), tokenizer.eos_id)
+    return Completion(ids, (-1.0,) * len(ids), (VersionSpan(4, 0, 2), VersionSpan(5, 2, len(ids))), Finish.STOP)
+
+
+@pytest.mark.parametrize(
+    ("text", "search", "between"),
+    [
+        ("1+1=2\n[SOLUTION]\nthe answer is \\boxed{4}\n", "1+1=2\n[SOLUTION]\n", ""),
+        ("1+1=2\n [SOLUTION]", "1+1=2\n [SOLUTION]", "\n"),
+        ("[SOLUTION]\n2\n[SOLUTION]\n", "[SOLUTION]\n", ""),
+        ("1+1=2\n", "1+1=2\n", "[SOLUTION]\n"),
+        ("no [SOLUTION] line", "no [SOLUTION] line", "[SOLUTION]\n"),
+        ("", "", "[SOLUTION]\n"),
+    ],
+)
+def test_a_solution_of_the_policys_own_is_no_part_of_its_search(text: str, search: str, between: str) -> None:
+    letters = Letters()
+    given = reference(TEXT, letters)
+    assert given is not None
+    written = written_by(letters, text)
+    found = searched(written, given, letters)
+    assert (letters.decode(found.search.ids), letters.decode(found.between)) == (search, between)
+    assert found.search.ids == written.ids[: len(search)] and max((s.end for s in found.search.spans), default=0) == len(search)
+
+
+def test_a_token_that_goes_on_behind_the_line_is_no_part_of_the_search_either() -> None:
+    class Pairs(Letters):
+        """Two characters a token where it decodes: as a tokenizer with merges across a line's end."""
+
+        def decode(self, ids: Sequence[int]) -> str:
+            return "".join(chr(i >> 8) + chr(i & 255) for i in ids if i)
+
+    pairs, text = Pairs(), "1+1=2.\n\n[SOLUTION]\n4"
+    given = reference(TEXT, pairs)
+    assert given is not None
+    ids = (*(ord(a) << 8 | ord(b) for a, b in zip(text[::2], text[1::2], strict=True)), 0)
+    found = searched(Completion(ids, (-1.0,) * len(ids), (VersionSpan(4, 0, len(ids)),), Finish.STOP), given, pairs)
+    assert (pairs.decode(found.search.ids), found.between) == (text[:8], given.begin)
+
+
+def test_a_word_of_the_policys_own_solution_ends_the_search_with_any_tokenizer(tmp_path: Path) -> None:
+    problem = load_problems(config_of(tmp_path).metarl.problems, 1).train[0]
+    letters = Letters()
+    given = reference(problem, letters)
+    assert given is not None
+    found = searched(written_by(letters, "1 +2 =3 low solution ( 1 + 2 )"), given, letters)
+    assert letters.decode(found.search.ids) == "1 +2 =3 low solution" and found.between == ()
+    assert letters.decode(given.ids).startswith(" "), "S goes on as the policy would"
 
 
 def test_problems_without_a_solution_or_room_for_it_are_not_trained_on(tmp_path: Path) -> None:
