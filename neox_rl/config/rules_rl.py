@@ -8,7 +8,7 @@ from neox_rl.config.derived import prompt_tokens, staleness_bound, starts_from_c
 from neox_rl.config.machine import Machine
 from neox_rl.config.own import is_own
 from neox_rl.config.run import RunConfig
-from neox_rl.config.schema import IMITATION, NEOX_ENGINE, PLACE
+from neox_rl.config.schema import IMITATION, NEOX_ENGINE, PLACE, RewardConfig
 
 RECORDED = ("trees", "attempts", "values")
 """Styles of demonstrations that are read from ``warmstart.path``."""
@@ -264,6 +264,15 @@ def solutions_are_scored(config: RunConfig, machine: Machine) -> Iterator[str]:
     if r.wrong_step_cost or r.token_cost:
         costs = f"metarl.reward.wrong_step_cost = {r.wrong_step_cost:g}, token_cost = {r.token_cost:g}"
         yield f"{costs}: are taken off a verdict's reward, and kind is {r.kind}; set them to 0"
+    if (r.correct, r.wrong) != (RewardConfig.correct, RewardConfig.wrong):
+        worth = f"metarl.reward.correct = {r.correct:g}, wrong = {r.wrong:g}"
+        yield f"{worth}: are a verdict's reward, and kind is {r.kind}; remove them, or set kind: verdict"
+    if m.objective.baseline == "grpo" and r.solution_weight:
+        yield (
+            f"metarl.objective.baseline = grpo: divides the search's advantage by the group's standard deviation, and with {name} the"
+            " solution's stays 1, so the two terms of the gradient are out of proportion; set baseline: mean, or"
+            " metarl.reward.solution_weight: 0"
+        )
     if m.objective.loss in ("gspo", IMITATION):
         yield (
             f"metarl.objective.loss = {m.objective.loss}: has one advantage a sequence or none, and with {name} the search and the solution"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.unit.rule_cases import FAR, GPU, NEOX, Case
 
+SCORED = "metarl.reward.kind=gain metarl.objective.baseline=mean "
 RUN_CASES = (
     Case("name_is_a_file_name", "metarl.name=../x", "metarl.name = '../x'", "metarl.name=x-1.2_b"),
     Case("name_is_a_file_name", "metarl.name=''", "metarl.name = ''", "metarl.name=x"),
@@ -140,19 +141,32 @@ RUN_CASES = (
     ),
     Case(
         "solutions_are_scored",
-        "metarl.reward.kind=gain metarl.problems.source=goal_finding",
+        "metarl.reward.kind=solution",
+        "so the two terms of the gradient are out of proportion; set baseline: mean",
+        "metarl.objective.baseline=mean",
+    ),
+    Case("solutions_are_scored", "metarl.reward.kind=gain", "or metarl.reward.solution_weight: 0", "metarl.reward.solution_weight=0"),
+    Case(
+        "solutions_are_scored",
+        SCORED + "metarl.reward.wrong=-1",
+        "metarl.reward.correct = 1, wrong = -1: are a verdict's reward, and kind is gain; remove them",
+        "metarl.reward.wrong=0",
+    ),
+    Case(
+        "solutions_are_scored",
+        SCORED + "metarl.problems.source=goal_finding",
         "goal_finding has no worked solutions",
         "metarl.problems.source=countdown",
     ),
     Case(
         "solutions_are_scored",
-        "metarl.reward.kind=solution metarl.rollout.method=search",
+        SCORED + "metarl.rollout.method=search",
         "one sampled search",
         "metarl.rollout.method=sample",
     ),
-    Case("solutions_are_scored", "metarl.reward.kind=gain metarl.rollout.temperature=0.7", "temperature 1", "metarl.rollout.temperature=1"),
-    Case("solutions_are_scored", "metarl.reward.kind=gain metarl.reward.token_cost=0.1", "and kind is gain", "metarl.reward.token_cost=0"),
-    Case("solutions_are_scored", "metarl.reward.kind=gain metarl.objective.loss=gspo", "have each their own", "metarl.objective.loss=tis"),
+    Case("solutions_are_scored", SCORED + "metarl.rollout.temperature=0.7", "temperature 1", "metarl.rollout.temperature=1"),
+    Case("solutions_are_scored", SCORED + "metarl.reward.token_cost=0.1", "and kind is gain", "metarl.reward.token_cost=0"),
+    Case("solutions_are_scored", SCORED + "metarl.objective.loss=gspo", "have each their own", "metarl.objective.loss=tis"),
     Case(
         "credits_need_tokens",
         "metarl.rollout.method=episodes metarl.objective.loss=gspo",
