@@ -16,6 +16,7 @@ import random
 import re
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Self
 
 from neox_rl.arithmetic import ARITHMETIC_TASKS
@@ -42,6 +43,7 @@ def rewards_solutions(config: RunConfig) -> bool:
     return config.metarl.reward.kind != "verdict"
 
 
+ASKED_AGAIN = 3
 _WORD = re.compile(rf"(?<!\S){SOLUTION}(?!\S)")
 _LINE = re.compile(rf"^[ \t]*{re.escape(SOLUTION_LINE)}[ \t]*(?:\n|\Z)", re.MULTILINE)
 
@@ -151,7 +153,7 @@ class SolutionGroups:
         asked = [(*prompt, *each.search.ids, *each.between) for each in found]
         if self.gain:
             asked.append((*prompt, *given.begin))
-        scores = await _together([self._score(ids, given, f"{name}/r{i}") for i, ids in enumerate(asked)])
+        scores = await self._scores(asked, given, name)
         plain = scores.pop().logprobs if self.gain else ()
         rows = zip(found, scores, strict=True)
         traces = tuple(self._trace(f"{name}/r{i}", problem, prompt, given, plain, *row) for i, row in enumerate(rows))
@@ -160,6 +162,18 @@ class SolutionGroups:
     def chunked(self, chunks: Callable[[Generator], Generator]) -> Self:
         """See ``ports.GroupMaker``: searches are made in chunks; what scores them is asked again after a crash."""
         return replace(self, attempts=self.attempts.chunked(chunks))
+
+    async def _scores(self, asked: Sequence[Sequence[int]], given: Reference, name: str) -> list[Completion]:
+        """One a prompt. For a gain, those of older versions are asked again: the difference between two policies is none. A version that
+        comes while the last of ASKED_AGAIN rounds is under way leaves some a version apart."""
+        work = [partial(self._score, ids, given, f"{name}/r{i}") for i, ids in enumerate(asked)]
+        scores = await _together([ask() for ask in work])
+        for _ in range(ASKED_AGAIN if self.gain else 0):
+            newest = max(score.spans[0].version for score in scores)
+            old = [i for i, score in enumerate(scores) if score.spans[0].version < newest]
+            for i, score in zip(old, await _together([work[i]() for i in old]), strict=True):
+                scores[i] = score
+        return scores
 
     async def _score(self, prompt: Sequence[int], given: Reference, name: str) -> Completion:
         while True:

@@ -40,13 +40,15 @@ def config_of(root: Path, kind: str = "gain", **blocks: dict[str, object]) -> Ru
 
 
 class Policy:
-    """Writes ``script`` as v4, and as v5 says that each token of a solution has log-prob -1, or -3 straight after the prompt."""
+    """Writes ``script`` as v4, and as v5 says that each token of a solution has log-prob -1, or -3 straight after the prompt.
+    ``later``: the versions that score, a request each, before it is v5 again."""
 
     def __init__(self, tokenizer: SymbolicTokenizer, prompt: str, script: Sequence[str]) -> None:
         self.tokenizer, self.prompt, self.script = tokenizer, tokenizer.encode(prompt), script
         self.stops: tuple[int, ...] = ()
         self.asked: list[str] = []
         self.absent = 2
+        self.later: list[int] = []
 
     async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> tuple[Completion, ...]:
         self.stops = params.stop_token_ids
@@ -62,7 +64,12 @@ class Policy:
             raise NobodyServesError(f"rollout {rollout_id}", 0.1)
         self.asked.append(self.tokenizer.decode([*prompt_ids, *ids]))
         bare = len(prompt_ids) == len(self.prompt) + 1
-        return Completion(tuple(ids), (-3.0 if bare else -1.0,) * len(ids), (VersionSpan(5, 0, len(ids)),), Finish.STOP)
+        return Completion(
+            tuple(ids),
+            (-3.0 if bare else -1.0,) * len(ids),
+            (VersionSpan(self.later.pop(0) if self.later else 5, 0, len(ids)),),
+            Finish.STOP,
+        )
 
 
 def story(config: RunConfig, script: Sequence[str]) -> tuple[SolutionGroups, Policy, Problem]:
@@ -95,6 +102,20 @@ def test_a_search_is_worth_the_log_probs_of_the_solution_after_it(tmp_path: Path
         assert (last.ids, last.version, last.mask, last.advantage) == (given.ids, 5, 1.0, 1.0) and last.logprobs == (-1.0,) * size
         assert trace.segments[1].advantage is None and trace.segments[1].version == 4
     assert decode_group(encode_group(group)) == group
+
+
+def test_a_gain_is_between_log_probs_of_one_version(tmp_path: Path) -> None:
+    made, policy, problem = story(config_of(tmp_path), ("1 +2 =3 low solution", "1 +2 =3 low"))
+    policy.later = [5, 6, 5, 6, 6]
+    group = asyncio.run(made.group(problem, 7, PARAMS, 2))
+    assert [trace.segments[-1].version for trace in group.traces] == [6, 6] and len(policy.asked) == 5, "the older two were asked again"
+    policy.later = [5, 6, 7, 8, 9, 9, 9]
+    again = asyncio.run(made.group(problem, 8, PARAMS, 2))
+    assert {trace.segments[-1].version for trace in again.traces} == {9} and not policy.later
+    alone, policy, _ = story(config_of(tmp_path, "solution"), ("1 +2 =3 low", "solution"))
+    policy.later = [5, 6]
+    mixed = asyncio.run(alone.group(problem, 7, PARAMS, 2))
+    assert sorted(trace.segments[-1].version for trace in mixed.traces) == [5, 6], "a likelihood is of its own version"
 
 
 def test_without_the_second_term_the_reward_is_the_likelihood_alone(tmp_path: Path) -> None:
