@@ -85,11 +85,21 @@ def test_fits_find_the_curve_that_made_the_points(experiment) -> None:
     true = (0.8, 1.2, 5.0)
     points = [Interval(float(test_time.sigmoid(np.log2(b), *true)), 0.0, 1.0, 80) for b in test_time.BUDGETS]
     assert np.allclose(test_time.fitted(points), true, rtol=0.1)
-    assert test_time.half_at(points) == pytest.approx(2 ** (5.0 + np.log(0.5 / 0.3) / 1.2), rel=0.05)  # where top / (1 + e^..) is 1/2
+    assert test_time.between(points) == pytest.approx(2 ** (5.0 + np.log(0.5 / 0.3) / 1.2), rel=0.05)  # where top / (1 + e^..) is 1/2
     slope, reach, _, fit = test_time.line([(1e6, 100.0), (2e6, 50.0), (4e6, 25.0), (8e6, 12.5)])
     assert slope == pytest.approx(-1.0)
     assert reach == pytest.approx(0.0, abs=1e-6)
     assert fit == pytest.approx(1.0)
+
+
+def test_half_is_the_median_of_what_each_problem_took(experiment) -> None:
+    """Two of four at 40 tokens: half are solved within 40, and a line from 32 to 64 would say 64."""
+    test_time, spent = experiment("test_time"), experiment("searching").Spent
+    found = {"tree": [spent(str(i), str(i), tokens) for i, tokens in enumerate((np.inf, 40.0, np.inf, 40.0))]}
+    assert test_time.half_at(found, "tree") == 40.0
+    assert test_time.half_at({"tree": found["tree"][:3]}, "tree") == np.inf
+    found |= {"like it": list(found["tree"]), "other": found["tree"][::-1]}
+    assert test_time.alike(found, ["tree", "other", "like it"]) == [["tree", "like it"], ["other"]]
 
 
 def test_the_interval_over_seeds_is_that_of_their_mean(experiment) -> None:

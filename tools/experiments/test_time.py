@@ -50,8 +50,19 @@ def fitted(found: Sequence[Interval]) -> tuple[float, float, float]:
     return best
 
 
-def half_at(found: Sequence[Interval]) -> float:
-    """The budget at which half of the problems are solved, between two measured ones on the log axis; infinite beyond the last."""
+def half_at(found: Mapping[str, Sequence[Spent]], name: str) -> float:
+    """Tokens within which half of the problems are solved, infinite where fewer are: the lower median of what each took.
+
+    Best-of-n has a run for each budget instead of one that goes on: between two of them."""
+    if name == BEST_OF_N:
+        return between(searching.curve(found, name))
+    spent = sorted(s.tokens for s in found[name])
+    return spent[(len(spent) - 1) // 2]
+
+
+def between(found: Sequence[Interval]) -> float:
+    """Where a curve over BUDGETS comes to half, on the log axis between two of them; infinite beyond the last. A tree pays in steps as
+    wide as its nodes: it has no such line between two budgets."""
     y = [i.mean for i in found]
     for (b0, y0), (b1, y1) in zip(zip(BUDGETS, y, strict=True), list(zip(BUDGETS, y, strict=True))[1:], strict=False):
         if y0 < 0.5 <= y1:
@@ -74,11 +85,19 @@ def main() -> None:
             measured = searching.curve(found[checkpoint.name], name)
             top, slope, middle = fitted(measured)
             at = [percent(measured[BUDGETS.index(budget)]) for budget in SHOWN]
-            half = half_at(measured)
+            half = half_at(found[checkpoint.name], name)
             fit = f"{100 * top:.0f} %, {slope:.2f}, {2**middle:.0f}"
             rows.append([checkpoint.name, name, *at, f"{half:.0f}" if np.isfinite(half) else "beyond", fit])
     table(["checkpoint", "search", *(f"{b} tokens %" for b in SHOWN), "tokens to 50 %", "sigmoid: top, slope, middle"], rows)
     _plot(known, found, args, args.picture)
+
+
+def alike(found: Mapping[str, Sequence[Spent]], names: Sequence[str]) -> list[list[str]]:
+    """Searches that spent the same on every problem, together: they are one curve."""
+    same: dict[tuple[float, ...], list[str]] = {}
+    for name in names:
+        same.setdefault(tuple(s.tokens for s in found[name]), []).append(name)
+    return list(same.values())
 
 
 def line(points: Sequence[tuple[float, float]]) -> tuple[float, float, float, float]:
@@ -94,7 +113,7 @@ def line(points: Sequence[tuple[float, float]]) -> tuple[float, float, float, fl
 def _trade(known: Sequence[Checkpoint], found: Found, axes: Axes) -> None:
     """Test tokens to 50 % over training tokens, of the checkpoints that get there."""
     for color, name in zip(COLORS, WAYS, strict=False):
-        points = [(c.tokens, half_at(searching.curve(found[c.name], name))) for c in known]
+        points = [(c.tokens, half_at(found[c.name], name)) for c in known]
         points = [point for point in points if BUDGETS[0] < point[1] < np.inf]
         shown = ", ".join(f"{train / 1e6:.2f} M: {test:.0f}" for train, test in points)
         if len(points) < 2:
@@ -137,9 +156,8 @@ def _plot(known: Sequence[Checkpoint], found: Found, args: argparse.Namespace, p
     for color, value in zip(COLORS, searching.values(args), strict=False):
         error_bars(axes[4], BUDGETS, searching.curve(most, tree(WIDTH, value)), value, color)
     axes[4].set_title(f"values for best-first of {WIDTH}, {known[-1].name}")
-    for number, (color, strategy) in enumerate(zip(COLORS, args.strategies, strict=False)):
-        x_of = [budget * 1.03**number for budget in BUDGETS]  # beside one another: most of them are the same
-        error_bars(axes[5], x_of, searching.curve(most, strategy), strategy, color)
+    for color, names in zip(COLORS, alike(most, args.strategies), strict=False):
+        error_bars(axes[5], BUDGETS, searching.curve(most, names[0]), ", ".join(names), color)
     axes[5].set_title(f"trees of {WIDTH} by the heuristic, {known[-1].name}")
     for each in (*axes[:2], *axes[3:]):
         each.set(ylabel="solved, %", ylim=(0, 102))
