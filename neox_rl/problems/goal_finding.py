@@ -6,6 +6,9 @@ A policy without memory finds it in k episodes with chance 1 - (1 - 1/N)^k; one 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import zip_longest
 
 from neox_rl.config.schema import ProblemsConfig
 from neox_rl.metacot import goal_prompt
@@ -28,8 +31,20 @@ def meta_success(num_goals: int, episodes: int) -> float:
 
 
 def goal_finding(cfg: ProblemsConfig, seed: int) -> ProblemSet:
-    """NUM_PROBLEMS problems, the goal even among 1..``cfg.num_goals``; number i depends on ``(cfg.num_goals, seed, i)`` alone."""
-    return split_by_cluster([goal_problem(cfg.num_goals, seed, i) for i in range(NUM_PROBLEMS)], cfg.heldout_frac, seed)
+    """NUM_PROBLEMS problems, the goal even among 1..``cfg.num_goals``; number i depends on ``(cfg.num_goals, seed, i)`` alone.
+
+    Held out, every door has its turn: where one had more problems, a policy that only names that one would look better than 1/N.
+    """
+    parted = split_by_cluster([goal_problem(cfg.num_goals, seed, i) for i in range(NUM_PROBLEMS)], cfg.heldout_frac, seed)
+    return replace(parted, heldout=_doors_in_turn(parted.heldout), heldout_ordered=True)
+
+
+def _doors_in_turn(problems: Sequence[Problem]) -> tuple[Problem, ...]:
+    """Of the first n as many behind each door, to within one, until a door has no more."""
+    doors: dict[str, list[Problem]] = {}
+    for problem in sorted(problems, key=lambda p: int(p.answer)):
+        doors.setdefault(problem.answer, []).append(problem)
+    return tuple(problem for turn in zip_longest(*doors.values()) for problem in turn if problem is not None)
 
 
 def goal_problem(num_goals: int, seed: int, number: int) -> Problem:

@@ -30,11 +30,12 @@ SOURCES: Mapping[str, Callable[[ProblemsConfig, int], ProblemSet]] = {
 def load_problems(cfg: ProblemsConfig, seed: int) -> ProblemSet:
     """The problems of ``cfg.source``; with ``cfg.limit``, a seeded sample of that many training problems. Raises ConfigError.
 
-    Held-out problems come in a seeded random order, so that the first n of them are a fair sample over the clusters.
+    Held-out problems come in a seeded random order, or in the source's own, so that the first n of them are a fair sample.
     """
     problems = found(SOURCES, cfg.source, "metarl.problems.source")(cfg, seed)
-    heldout = random.Random(f"heldout/{seed}").sample(problems.heldout, len(problems.heldout))
-    problems = replace(problems, heldout=tuple(heldout))
+    if not problems.heldout_ordered:
+        heldout = random.Random(f"heldout/{seed}").sample(problems.heldout, len(problems.heldout))
+        problems = replace(problems, heldout=tuple(heldout))
     if 0 < cfg.limit < len(problems.train):
         chosen = sorted(random.Random(f"limit/{seed}").sample(range(len(problems.train)), cfg.limit))
         problems = replace(problems, train=tuple(problems.train[i] for i in chosen))

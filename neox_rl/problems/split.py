@@ -12,11 +12,15 @@ from neox_rl.types import Problem
 
 @dataclass(frozen=True, slots=True)
 class ProblemSet:
-    """Problems to train on and problems to measure on. ``counts`` is what the source has to report: rows, duplicates and the like."""
+    """Problems to train on and problems to measure on. ``counts`` is what the source has to report: rows, duplicates and the like.
+
+    ``heldout_ordered``: the first n of ``heldout`` are a fair sample as they stand, and a shuffle would undo it.
+    """
 
     train: tuple[Problem, ...]
     heldout: tuple[Problem, ...]
     counts: dict[str, int] = field(default_factory=dict)
+    heldout_ordered: bool = False
 
 
 def split_by_cluster(problems: Sequence[Problem], heldout_frac: float, seed: int) -> ProblemSet:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
 import pytest
 
@@ -31,6 +32,15 @@ def test_countdown_holds_every_solvable_problem_once(countdown: ProblemSet) -> N
         assert next(solutions(tuple(numbers), target, 60), None) is not None, problem.id
         assert sorted(problem.prompt.split()) == sorted(prompt_text(numbers, target).split()) and problem.answer == str(target)
     assert "countdown/3,5,7->26" in ids
+
+
+def test_as_many_heldout_problems_are_behind_each_door() -> None:
+    """A policy that only names one door is right 1/N of the time then, whichever it names."""
+    doors = ProblemsConfig(source="goal_finding", num_goals=4)
+    for seed in (1, 2):
+        heldout = load_problems(doors, seed).heldout
+        assert set(Counter(p.answer for p in heldout[:300]).values()) == {75}
+        assert {p.cluster for p in heldout}.isdisjoint(p.cluster for p in load_problems(doors, seed).train)
 
 
 @pytest.mark.parametrize("cfg", [ProblemsConfig(), GAME24])
