@@ -42,7 +42,8 @@ def test_a_mean_that_rounding_put_outside_its_interval_is_drawn(experiment) -> N
 def test_other_settings_make_another_run(experiment) -> None:
     job = experiment("common").Job
     assert job("a", ("train_iters=1",)).name == job("a", ("train_iters=1",)).name
-    assert len({job("a", ("train_iters=1",)).name, job("a", ("train_iters=2",)).name, job("a", ("train_iters=1",), "rl2").name}) == 3
+    others = (job("a", ("train_iters=2",)), job("a", ("train_iters=1",), "rl2"), job("a", ("train_iters=1",), data="other"))
+    assert len({job("a", ("train_iters=1",)).name, *(other.name for other in others)}) == 4
 
 
 def test_a_run_that_was_stopped_is_made_again(experiment, tmp_path: Path) -> None:

@@ -86,16 +86,19 @@ def digest(*facts: object) -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """One run of ``deepy.py`` with ``configs/<config>.yml``; ``settings`` as for ``--set``."""
+    """One run of ``deepy.py`` with ``configs/<config>.yml``; ``settings`` as for ``--set``. ``data``: a digest of what the program makes
+    of them to train or to measure on, where a run that another version of it made is not to pass for this one."""
 
     title: str
     settings: tuple[str, ...]
     config: str = "metarl"
+    data: str = ""
 
     @property
     def name(self) -> str:
-        """Of the run: with a digest of the settings and the config file."""
-        return f"{self.title}-{digest((ROOT / 'configs' / f'{self.config}.yml').read_text(), *self.settings)}"
+        """Of the run: with a digest of the settings, the config file and the data."""
+        facts = (*self.settings, *([self.data] if self.data else []))
+        return f"{self.title}-{digest((ROOT / 'configs' / f'{self.config}.yml').read_text(), *facts)}"
 
     def finished(self, work: Path) -> bool:
         """A run that was stopped is done too, and leaves a summary, but not all of its steps."""

@@ -10,12 +10,13 @@ from __future__ import annotations
 import argparse
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
-from common import COLORS, Job, arguments, error_bars, panels, parser, percent, run_jobs, save, table
+from common import COLORS, ROOT, Job, arguments, digest, error_bars, panels, parser, percent, run_jobs, save, table
 
+from neox_rl.config.load import load_config
 from neox_rl.problems.goal_finding import memoryless_success, meta_success
+from neox_rl.problems.sources import load_problems
 from neox_rl.telemetry.rundata import FIRST, LAST, RunData
 from neox_rl.telemetry.stats import Interval, cluster_mean_ci, t975
 
@@ -30,7 +31,7 @@ METHODS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
 }
 """Title -> run name, config, settings."""
 EPISODES = list(range(1, DOORS + 1))
-SHOWN: Mapping[str, tuple[str, dict[str, Any]]] = {FIRST: ("before RL", {"linestyle": ":", "alpha": 0.6}), LAST: ("after RL", {})}
+SHOWN: Mapping[str, str] = {FIRST: "before RL", LAST: "after RL"}
 PANELS = {"found_by": "found by episode k", "right_in": "right in episode k"}
 BEST = [meta_success(DOORS, k) for k in EPISODES]
 FORMS = {
@@ -57,8 +58,15 @@ def jobs(args: argparse.Namespace) -> dict[str, list[Job]]:
         "checkpoint_factor=0",
         *(QUICK if args.quick else ()),
     )
+
+    def job(name: str, config: str, settings: Sequence[str], seed: int) -> Job:
+        settings = (*common, *settings, f"metarl.seed={seed}")
+        known = load_config([ROOT / f"configs/{config}.yml"], settings).metarl
+        heldout = load_problems(known.problems, seed).heldout[: known.evaluation.num_problems]
+        return Job(f"{name}-s{seed}", settings, config, digest(*(problem.id for problem in heldout)))
+
     return {
-        title: [Job(f"{name}-s{seed}", (*common, *settings, f"metarl.seed={seed}"), config) for seed in range(1, args.seeds + 1)]
+        title: [job(name, config, settings, seed) for seed in range(1, args.seeds + 1)]
         for title, (name, config, settings) in METHODS.items()
         if title in args.methods
     }
@@ -99,16 +107,20 @@ def main() -> None:
     args = arguments(p)
     wanted = jobs(args)
     runs = run_jobs([job for seed in zip(*wanted.values(), strict=True) for job in seed], args)  # seed 1 of every method first
+    start = max(wanted, key=lambda title: METHODS[title][0] != "rl")  # drawn once: all begin alike, RL^2 and E-RL^2 with the very same
     figure, axes = panels(2)
     for each, (key, name) in zip(axes, PANELS.items(), strict=True):
         rows = []
         for (title, some), color in zip(wanted.items(), COLORS, strict=False):
-            for label, (when, style) in SHOWN.items():
+            for label, when in SHOWN.items():
                 curves = [curve(runs[job.name], label, key) for job in some]
                 rows.append([f"{title}, {when}", *map(percent, over_seeds(curves))])
-                error_bars(each, EPISODES, over_seeds(curves), f"{title}, {when}" if label == LAST else "", color, **style)
-                for seed in curves if label == LAST else ():
-                    each.plot(EPISODES, [100 * i.mean for i in seed], color=color, linewidth=0.6, alpha=0.5)
+                if label == LAST:
+                    error_bars(each, EPISODES, over_seeds(curves), f"{title}, {when}", color)
+                    for seed in curves:
+                        each.plot(EPISODES, [100 * i.mean for i in seed], color=color, linewidth=0.6, alpha=0.5)
+                elif title == start:
+                    error_bars(each, EPISODES, over_seeds(curves), f"{title}, {when}", "dimgray", linestyle=":")
         for label, dashes, color in (("no memory", "--", "gray"), ("no repetition", "-.", "black")):
             form, values = FORMS[key][label]
             each.plot(EPISODES, [100 * v for v in values], dashes, color=color, label=f"{label}: {form}", zorder=5)
@@ -117,7 +129,7 @@ def main() -> None:
         print(f"{name}, %; seeds: {args.seeds}")
         table(["", *(f"k = {k}" for k in EPISODES)], rows)
     bars = "one seed, 95 % over problems" if args.seeds == 1 else f"{args.seeds} seeds (thin), their mean with 95 %"
-    figure.suptitle(f"goal finding, {DOORS} doors; {bars}; dotted: before RL", fontsize=10)
+    figure.suptitle(f"goal finding, {DOORS} doors; {bars}", fontsize=10)
     axes[0].legend(frameon=False, fontsize=8, loc="upper left")
     save(figure, args.picture)
 
