@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
-from common import COLORS, MODEL, QUIET, ROOT, Job, arguments, digest, panels, parser, run_jobs, save, served, table
+from common import COLORS, CORES, MODEL, QUIET, ROOT, Job, arguments, digest, panels, parser, run_jobs, save, served, table
 
 from neox_rl.config.load import load_config
 from neox_rl.problems.make_rows import write_rows
@@ -86,7 +86,7 @@ def steps_of(path: Path, problems: Sequence[Problem]) -> list[Step]:
 
 async def all_judged(args: argparse.Namespace, names: Sequence[str], steps: Sequence[Step]) -> list[list[float]]:
     """One server each, side by side."""
-    return await asyncio.gather(*(judged(args, name, steps, core) for core, name in enumerate(names)))
+    return await asyncio.gather(*(judged(args, name, steps, CORES[i % len(CORES)]) for i, name in enumerate(names)))
 
 
 async def judged(args: argparse.Namespace, name: str, steps: Sequence[Step], core: int) -> list[float]:
