@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -22,10 +24,12 @@ import numpy as np
 from common import COLORS, CORES, MODEL, QUIET, ROOT, Job, arguments, digest, panels, parser, run_jobs, save, served, table
 
 from neox_rl.config.load import load_config
+from neox_rl.ports import Tokenizer
 from neox_rl.problems.make_rows import write_rows
 from neox_rl.problems.sources import load_problems
-from neox_rl.problems.tokenizer import DirectoryTokenizer
+from neox_rl.problems.tokenizer import DirectoryTokenizer, load_tokenizer
 from neox_rl.rollout.vllm_completions import CompletionsGenerator
+from neox_rl.search import demonstrations
 from neox_rl.search.arithmetic_domain import ArithmeticDomain
 from neox_rl.search.domain import Rejection
 from neox_rl.search.proposers import Position
@@ -36,6 +40,8 @@ from neox_rl.types import Problem
 LABELS = ("monte-carlo", "oracle")
 FROM_POLICY = ("metarl.warmstart.from_checkpoint=true", "metarl.warmstart.lr=1.0e-3")
 BATCH = 256
+SHOWN = 8
+"""Trees that are told for the name of a run."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +67,17 @@ def trees(args: argparse.Namespace, label: str, part: str, problems: Sequence[Pr
     return path
 
 
-def job(args: argparse.Namespace, label: str, path: Path) -> Job:
+def shown(path: Path, problems: Sequence[Problem], tokenizer: Tokenizer) -> str:
+    """A digest of what the warm start makes of the first trees: a model that was shown them in another form is another model."""
+    known, first = {p.id: p for p in problems}, list(islice(read_trees(path), SHOWN))
+    draw = demonstrations.values([(tree, known[tree.problem_id]) for tree in first], tokenizer)
+    return digest(*draw(random.Random(0), "shown"))
+
+
+def job(args: argparse.Namespace, label: str, path: Path, data: str) -> Job:
     size = MODEL if args.policy is None else (*FROM_POLICY, f"metarl.warmstart.hf_checkpoint={args.policy.resolve()}")
     settings = (*size, *QUIET, f"metarl.warmstart.path={path}", f"metarl.warmstart.steps={args.steps}")
-    return Job(f"prm-{label}-{args.steps}", (*settings, "metarl.warmstart.tokens_per_step=1024"), "prm")
+    return Job(f"prm-{label}-{args.steps}", (*settings, "metarl.warmstart.tokens_per_step=1024"), "prm", data)
 
 
 def steps_of(path: Path, problems: Sequence[Problem]) -> list[Step]:
@@ -146,7 +159,9 @@ def main() -> None:
     config = load_config([ROOT / "configs/metarl.yml"]).metarl
     problems = load_problems(config.problems, config.seed)
     train = problems.train[:: max(1, len(problems.train) // args.train)][: args.train]
-    jobs = {label: job(args, label, trees(args, label, "train", train)) for label in LABELS}
+    searched = {label: trees(args, label, "train", train) for label in LABELS}
+    tokenizer = load_tokenizer(config.tokenizer, config.problems)
+    jobs = {label: job(args, label, path, shown(path, train, tokenizer)) for label, path in searched.items()}
     heldout = trees(args, "monte-carlo", "heldout", problems.heldout[: args.heldout])
     run_jobs(list(jobs.values()), args)
     steps = steps_of(heldout, problems.heldout)
