@@ -35,6 +35,7 @@ from common import (
 
 from neox_rl.config.load import load_resolved
 from neox_rl.problems.sources import load_problems
+from neox_rl.telemetry.paths import RunPaths
 from neox_rl.telemetry.rundata import FIRST, LAST, RunData, load_run
 from neox_rl.telemetry.stats import paired_difference_ci
 
@@ -89,6 +90,13 @@ def main() -> None:
         help="levels of the Game of 24 by human solve rate (princeton-nlp/tree-of-thought-llm)",
     )
     args = arguments(p)
+    if args.only_main and not args.main:
+        p.error("--only-main looks at the runs of --main: name at least one")
+    tasks = {} if args.only_main else {f"--task {args.task}": args.task}
+    tasks |= {f"--main {each}": load_resolved(RunPaths.of(each).config).metarl.problems.source for each in args.main}
+    for name, task in tasks.items() if args.human_rates else ():
+        if task != "game24":
+            p.error(f"--human-rates knows hands of the Game of 24, and {name} is {task}: leave one of them out, or take --task game24")
     if args.quick:
         args.steps, args.iterations, args.seeds, args.starts = 10, 2, [1], ["mixed"]
     found = {} if args.only_main else runs_of(args)
@@ -152,6 +160,8 @@ def _plot(found: dict[str, list[RunData]], rates: Path | None, path: Path) -> No
         each.set_xlabel(f"difficulty: quarters by {'human solve rate' if rates else 'the steps of a blind search'}")
         each.set_xticks(range(1, LEVELS + 1))
         each.set_ylim(bottom=0)
+    seeds = max(map(len, found.values()))
+    figure.suptitle(f"{'one seed' if seeds == 1 else f'{seeds} seeds pooled'}; 95 % over number multisets", fontsize=10)
     axes[0].legend(frameon=False, fontsize=8)
     save(figure, path)
 
