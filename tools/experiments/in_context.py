@@ -18,7 +18,7 @@ import searching
 from common import COLORS, LEVELS, arguments, budget_axis, error_bars, levels, panels, parser, percent, save, table
 from searching import BEST_OF_N, BUDGETS, IN_CONTEXT, WIDTHS, Checkpoint, Spent, tree
 
-from neox_rl.telemetry.stats import Interval, paired_difference_ci
+from neox_rl.telemetry.stats import Interval
 
 EXPLICIT = (BEST_OF_N, *(tree(width, value) for value in ("none", "oracle") for width in (WIDTHS[0], WIDTHS[-1])))
 SHOWN = (16, 32, 64, 128, 256, 512)
@@ -46,9 +46,9 @@ def main() -> None:
         for number in range(LEVELS):
             keep = {id for id, each in level.items() if each == number}
             cells = [percent(searching.at(last, name, budget, keep)) for name in (IN_CONTEXT, *EXPLICIT)]
-            rows.append([str(budget), str(number + 1), *cells])
+            rows.append([str(budget), str(number + 1), *cells, percent(_lead(last, EXPLICIT[-1], budget, keep))])
     print(f"{known[-1].name}, by difficulty:\n")
-    table(["tokens", "level", IN_CONTEXT, *EXPLICIT], rows)
+    table(["tokens", "level", IN_CONTEXT, *EXPLICIT, f"in context minus {EXPLICIT[-1]}, points"], rows)
     _plot(known, found, level, args.picture)
 
 
@@ -72,11 +72,10 @@ def _plot(known: Sequence[Checkpoint], found: Mapping[str, Mapping[str, Sequence
     save(figure, path)
 
 
-def _lead(measured: dict[str, list[Spent]], name: str, budget: int) -> Interval:
-    """Solved in context minus solved by explicit search, problem by problem."""
-    both = (measured[IN_CONTEXT], searching.run_of(measured, name, budget))
-    ours, theirs = ([[s.problem, s.cluster, s.tokens <= budget] for s in spent] for spent in both)
-    return paired_difference_ci(theirs, ours)
+def _lead(measured: Mapping[str, Sequence[Spent]], name: str, budget: int, keep: set[str] | None = None) -> Interval:
+    """Solved in context minus solved by explicit search."""
+    kept = [s for s in measured[IN_CONTEXT] if keep is None or s.problem in keep]
+    return searching.paired(kept, searching.run_of(measured, name, budget), budget)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from neox_rl.run.search_cli import parser as search_parser
 from neox_rl.run.search_cli import search_file
 from neox_rl.search.proposers import derived_seed
 from neox_rl.telemetry.rundata import load_run
-from neox_rl.telemetry.stats import Interval, cluster_mean_ci
+from neox_rl.telemetry.stats import Interval, cluster_mean_ci, paired_difference_ci
 from neox_rl.types import Finish, Problem, SamplingParams
 from neox_rl.verify.verifier import ArithmeticVerifier
 
@@ -251,6 +251,12 @@ def curve(found: Mapping[str, Sequence[Spent]], name: str) -> list[Interval]:
 
 def at(found: Mapping[str, Sequence[Spent]], name: str, budget: int, keep: set[str]) -> Interval:
     return within([s for s in run_of(found, name, budget) if s.problem in keep], budget)
+
+
+def paired(one: Sequence[Spent], other: Sequence[Spent], budget: float) -> Interval:
+    """Solved by ``one`` within the budget minus solved by ``other``, problem by problem over those of ``one``."""
+    ours, theirs = ([[s.problem, s.cluster, s.tokens <= budget] for s in spent] for spent in (one, other))
+    return paired_difference_ci(theirs, ours)
 
 
 def options(p: argparse.ArgumentParser) -> None:

@@ -89,6 +89,12 @@ def main() -> None:
             fit = f"{100 * top:.0f} %, {slope:.2f}, {2**middle:.0f}"
             rows.append([checkpoint.name, name, *at, f"{half:.0f}" if np.isfinite(half) else "beyond", fit])
     table(["checkpoint", "search", *(f"{b} tokens %" for b in SHOWN), "tokens to 50 %", "sigmoid: top, slope, middle"], rows)
+    for before in [c for c in known if c.name.startswith("SFT")][-1:]:
+        last, first, rows = found[most.name], found[before.name], []
+        for name in WAYS:
+            of = [(searching.run_of(last, name, budget), searching.run_of(first, name, budget), budget) for budget in SHOWN]
+            rows.append([name, *(percent(searching.paired(*each)) for each in of)])
+        table([f"{most.name} minus {before.name}, points", *(f"{b} tokens" for b in SHOWN)], rows)
     _plot(known, found, args, args.picture)
 
 
