@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import random
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -23,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 from common import COLORS, CORES, MODEL, QUIET, ROOT, Job, arguments, digest, panels, parser, run_jobs, save, served, table
 
+from neox_rl.config.derived import shares_prefixes
 from neox_rl.config.load import load_config
-from neox_rl.ports import Tokenizer
 from neox_rl.problems.make_rows import write_rows
 from neox_rl.problems.sources import load_problems
 from neox_rl.problems.tokenizer import DirectoryTokenizer, load_tokenizer
@@ -67,17 +66,22 @@ def trees(args: argparse.Namespace, label: str, part: str, problems: Sequence[Pr
     return path
 
 
-def shown(path: Path, problems: Sequence[Problem], tokenizer: Tokenizer) -> str:
-    """A digest of what the warm start makes of the first trees: a model that was shown them in another form is another model."""
-    known, first = {p.id: p for p in problems}, list(islice(read_trees(path), SHOWN))
-    draw = demonstrations.values([(tree, known[tree.problem_id]) for tree in first], tokenizer)
-    return digest(*draw(random.Random(0), "shown"))
+def shown(settings: Sequence[str], path: Path, problems: Sequence[Problem]) -> str:
+    """A digest of a step that the warm start makes of the first trees: a model that was shown them in another form is another model."""
+    config, known = load_config([ROOT / "configs/prm.yml"], settings), {p.id: p for p in problems}
+    metarl = config.metarl
+    first = [(tree, known[tree.problem_id]) for tree in islice(read_trees(path), SHOWN)]
+    told = demonstrations.values(first, load_tokenizer(metarl.tokenizer, metarl.problems))
+    per_step, shared = metarl.warmstart.tokens_per_step, shares_prefixes(config)
+    made = demonstrations.Demonstrations(told, metarl.seed, config.neox.seq_length, step_tokens=per_step, shared=shared)
+    return digest(*made.step())
 
 
-def job(args: argparse.Namespace, label: str, path: Path, data: str) -> Job:
+def job(args: argparse.Namespace, label: str, path: Path, problems: Sequence[Problem]) -> Job:
     size = MODEL if args.policy is None else (*FROM_POLICY, f"metarl.warmstart.hf_checkpoint={args.policy.resolve()}")
-    settings = (*size, *QUIET, f"metarl.warmstart.path={path}", f"metarl.warmstart.steps={args.steps}")
-    return Job(f"prm-{label}-{args.steps}", (*settings, "metarl.warmstart.tokens_per_step=1024"), "prm", data)
+    shape = (f"metarl.warmstart.steps={args.steps}", "metarl.warmstart.tokens_per_step=1024")
+    settings = (*size, *QUIET, f"metarl.warmstart.path={path}", *shape)
+    return Job(f"prm-{label}-{args.steps}", settings, "prm", shown(settings, path, problems))
 
 
 def steps_of(path: Path, problems: Sequence[Problem]) -> list[Step]:
@@ -159,9 +163,7 @@ def main() -> None:
     config = load_config([ROOT / "configs/metarl.yml"]).metarl
     problems = load_problems(config.problems, config.seed)
     train = problems.train[:: max(1, len(problems.train) // args.train)][: args.train]
-    searched = {label: trees(args, label, "train", train) for label in LABELS}
-    tokenizer = load_tokenizer(config.tokenizer, config.problems)
-    jobs = {label: job(args, label, path, shown(path, train, tokenizer)) for label, path in searched.items()}
+    jobs = {label: job(args, label, trees(args, label, "train", train), train) for label in LABELS}
     heldout = trees(args, "monte-carlo", "heldout", problems.heldout[: args.heldout])
     run_jobs(list(jobs.values()), args)
     steps = steps_of(heldout, problems.heldout)
