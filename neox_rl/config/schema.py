@@ -12,10 +12,10 @@ from neox_rl.config.schema_search import EpisodesConfig, SearchConfig
 
 MEGATRON_ENGINE, NEOX_ENGINE = ENGINES = ("megatron-core", "gpt-neox")
 """The trainer engines that come with this project."""
-
-
-IMITATION, PREFERENCE = "sft", "dpo"
+IMITATION = "sft"
 """The objective that reads no behavior log-probs and no advantages: it makes what it is shown more likely."""
+PREFERENCE = "dpo"
+"""The objective that compares two steps of one place, the better with an advantage above 0, the worse with its opposite."""
 
 
 PLACE = "{problem}"
