@@ -221,6 +221,8 @@ def demonstrations_have_a_source(config: RunConfig, machine: Machine) -> Iterato
         yield f"metarl.warmstart.path is empty: style {w.style} shows what was recorded; set path to {source}"
     if w.path and not recorded:
         yield f"metarl.warmstart.path = {w.path!r}: is read with style {', '.join(RECORDED)} only, and style is {w.style}; remove it"
+    if w.sees_earlier and w.style != "values":
+        yield f"metarl.warmstart.sees_earlier = true: is of a reward model, and style is {w.style}; set style: values, or remove it"
     for path in w.path.split(",") if w.path else ():
         if not machine.exists(path):
             yield f"metarl.warmstart.path names {path!r}, which does not exist; relative paths are from the working directory"

@@ -190,6 +190,12 @@ CASES = (
     Case("heldout_problems_exist", "metarl.problems.heldout_frac=0", "leaves nothing to evaluate on", "metarl.problems.heldout_frac=0.25"),
     Case(
         "demonstrations_have_a_source",
+        "metarl.warmstart.sees_earlier=true metarl.warmstart.style=mixed",
+        "is of a reward model, and style is mixed",
+        "metarl.warmstart.style=values",
+    ),
+    Case(
+        "demonstrations_have_a_source",
         "metarl.warmstart.style=trees metarl.warmstart.steps=9",
         "path is empty: style trees shows what was recorded",
         "metarl.warmstart.path=here.jsonl,here2.jsonl",
