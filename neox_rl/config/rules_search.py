@@ -63,6 +63,13 @@ def pairs_are_whole(config: RunConfig, machine: Machine) -> Iterator[str]:
             f"metarl.pack_tokens = {m.pack_tokens}: must hold the two sequences of a pair, of seq_length = {seq} each; set pack_tokens:"
             f" {2 * seq} or more"
         )
+    if m.search.width < 2:
+        yield f"metarl.search.width = {m.search.width}: makes no pair, since each place has one step; set width: 4"
+    if m.search.value == "none" and m.problems.source not in ARITHMETIC_TASKS:
+        yield (
+            f"metarl.search.value = none: no step of {m.problems.source} problems is better than another, so no pair is worth anything; set"
+            " value: monte-carlo"
+        )
 
 
 def searches_have_room(config: RunConfig, machine: Machine) -> Iterator[str]:

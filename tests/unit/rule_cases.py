@@ -340,6 +340,8 @@ CASES = (
     ),
     Case("pairs_are_whole", f"{PAIRS} metarl.staleness.stale_tokens=truncate", "no importance ratio", "metarl.staleness.stale_tokens=mask"),
     Case("pairs_are_whole", f"{PAIRS} metarl.pack_tokens=300", "must hold the two sequences of a pair", "metarl.pack_tokens=1024"),
+    Case("pairs_are_whole", f"{PAIRS} metarl.search.width=1", "makes no pair", "metarl.search.width=4"),
+    Case("pairs_are_whole", f"{JSONL}{PAIRS} metarl.search.value=none", "no step of jsonl problems is", "metarl.search.value=monte-carlo"),
     Case(
         "searches_have_room",
         "metarl.rollout.method=search metarl.search.max_step_tokens=300",

@@ -309,6 +309,14 @@ def test_preferences_of_searches_are_pairs_of_steps_that_they_sampled() -> None:
     assert batch.num_rows <= 1.2 * len(unique) < batch.num_tokens / 2
 
 
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+def test_one_step_a_place_makes_no_pair_which_is_why_that_is_refused(strategy: str) -> None:
+    options = {"trains": "preferences", "value": "heuristic", "strategy": strategy, "margin": 1e-6}
+    for width, expected in ((1, False), (4, True)):
+        group = asyncio.run(maker(Sloppy(), width=width, **options).group(EASY, 0, SamplingParams(8), 4))
+        assert any(s.mask for t in group.traces for s in t.segments) == expected
+
+
 def test_told_searches_make_one_trace_each() -> None:
     group = asyncio.run(maker(Sloppy(), trains="traces", strategy="dfs").group(EASY, 0, SamplingParams(8), 2))
     assert len(group.traces) == 2 and all(t.verdict.correct and any(s.mask for s in t.segments) for t in group.traces)
