@@ -84,7 +84,7 @@ def charts(run: RunData) -> list[Chart]:
 REWARD = "What the policy earned on the problems it practiced on, per optimizer step (faint) and smoothed."
 SEARCHED = "Problems that a step's searches solved; generated tokens that are trained. Preferred: pairs that the policy ranks right."
 HELDOUT = "Share of never-trained problems solved, with 95 % intervals that respect problems sharing their numbers."
-EPISODES = "Share of never-trained problems that a sampled rollout got right in one of its first k attempts, with 95 % intervals."
+EPISODES = "Share of never-trained problems that a rollout got right in one of its first k attempts, with 95 % intervals."
 WARMSTART = "Loss per token while the model imitated demonstrations, before any RL."
 STALENESS = "Optimizer steps between the weights that wrote a token and those trained on it. Tokens beyond the bound get no gradient."
 LENGTH = "Tokens of an attempt: the mean and the longest of each step. The dashed line, right, is the share that was cut off."
@@ -200,7 +200,9 @@ def _episodes(axes: Axes, run: RunData) -> None:
         mean, low, high = (np.array([found[k] for found in row["found_by"]]) for k in ("mean", "ci95_low", "ci95_high"))
         span = np.vstack([np.maximum(mean - low, 0.0), np.maximum(high - mean, 0.0)])
         x = np.arange(1, len(mean) + 1)
-        axes.errorbar(x, mean, yerr=span, color=COLORS[color], label=name, marker="o", markersize=4, capsize=3, elinewidth=1.1)
+        axes.errorbar(
+            x, mean, yerr=span, color=COLORS[color], label=f"{name}, {row['mode']}", marker="o", markersize=4, capsize=3, elinewidth=1.1
+        )
     axes.set_ylim(0.0, 1.0)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     _finish(axes, "episode k")

@@ -234,9 +234,11 @@ def test_what_each_episode_found_is_drawn_where_a_rollout_has_several(tmp_path: 
     rows = read_jsonl(paths.evaluations)
     for row in rows:
         row["found_by"] = [{"mean": share, "ci95_low": share - 0.1, "ci95_high": share + 0.1, "n": 9} for share in (0.2, 0.4, 0.6)]
-    paths.evaluations.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    page = write_report(paths.root).read_text()
-    assert "Found by each episode" in page and "episode k" in page
+    for mode, other in (("sampled", "greedy"), ("greedy", "sampled")):
+        paths.evaluations.write_text("".join(json.dumps(row) + "\n" for row in rows if row["mode"] == mode or mode == "sampled"))
+        page = write_report(paths.root).read_text()
+        assert "Found by each episode" in page and "episode k" in page
+        assert f"after RL, {mode}" in page and f"after RL, {other}" not in page, "a curve says how its rollouts were made"
 
 
 def test_what_a_model_writes_stays_text(tmp_path: Path) -> None:
