@@ -33,6 +33,10 @@ class ScorerFailedError(NeoxRLError):
     """A served scorer that did not answer, or answered with an error."""
 
 
+class TextsRefusedError(ScorerFailedError):
+    """A served scorer that cannot read these texts: one is longer than its context."""
+
+
 def path_text(position: Position, earlier_chars: int = 0) -> str:
     """The question and the path; between them so much of what the search did before: v(Z, S, q) (8.3.4)."""
     path = "\n".join(text.strip() for text in position.texts)
@@ -43,14 +47,21 @@ def path_text(position: Position, earlier_chars: int = 0) -> str:
 
 @dataclass(frozen=True)
 class PrmValue:
-    """A process reward model v(q, S_t) (arXiv 2501.04682, 3.2); with ``sees_earlier`` the meta-critic v(Z_t, S_t, q) (8.3.4)."""
+    """A process reward model v(q, S_t) (arXiv 2501.04682, 3.2); with ``sees_earlier`` the meta-critic v(Z_t, S_t, q) (8.3.4),
+    told as much of what the search did before as the scorer can read."""
 
     scorer: Scorer
     sees_earlier: bool = False
 
     async def score(self, positions: Sequence[Position], max_tokens: int | None) -> Scores:
         chars = MAX_EARLIER_CHARS if self.sees_earlier else 0
-        return Scores(await self.scorer.score([path_text(p, chars) for p in positions]))
+        while True:
+            try:
+                return Scores(await self.scorer.score([path_text(p, chars) for p in positions]))
+            except TextsRefusedError:  # nobody tells the length of its context in characters
+                if not chars:
+                    raise
+                chars //= 2
 
 
 @dataclass(frozen=True)
@@ -125,7 +136,8 @@ class _Classes(msgspec.Struct):
 class ServedScorer:
     """A sequence classifier that vLLM serves (``--runner pooling --convert classify``): the chance of its last class.
 
-    Raises ScorerFailedError when the server fails, WireError for an answer that cannot be, DeadlineError.
+    Raises ScorerFailedError when the server fails, TextsRefusedError where a text is too long for it, WireError for an answer that cannot
+    be, DeadlineError.
     """
 
     address: str
@@ -145,7 +157,8 @@ class ServedScorer:
         except aiohttp.ClientError as error:
             raise ScorerFailedError(f"{self.address}: {error!r}") from error
         if response.status != 200:
-            raise ScorerFailedError(f"{self.address} answered {response.status}: {raw[:200]!r}")
+            failure = TextsRefusedError if response.status == 400 else ScorerFailedError
+            raise failure(f"{self.address} answered {response.status}: {raw[:200]!r}")
         try:
             found = sorted(msgspec.json.decode(raw, type=_Classes).data, key=lambda item: item.index)
             values = [item.probs[-1] for item in found]

@@ -17,11 +17,11 @@ from neox_rl.rollout.vllm_client import ServerFailedError
 from neox_rl.rollout.vllm_completions import CompletionsGenerator
 from neox_rl.search.arithmetic_domain import ArithmeticDomain
 from neox_rl.search.domain import SOLUTION_LINE, Rejection
-from neox_rl.search.earlier import told_before_path, told_earlier
+from neox_rl.search.earlier import MAX_EARLIER_CHARS, told_before_path, told_earlier
 from neox_rl.search.growth import Budget
 from neox_rl.search.proposers import ExhaustiveProposer, PolicyProposer, Position, step_ends
 from neox_rl.search.reward_model import WordValue, value_trace
-from neox_rl.search.scorers import Discouraged, JudgeValue, PrmValue, ScorerFailedError, ServedScorer
+from neox_rl.search.scorers import Discouraged, JudgeValue, PrmValue, ScorerFailedError, ServedScorer, TextsRefusedError, path_text
 from neox_rl.search.search import Search
 from neox_rl.search.strategy import Options
 from neox_rl.search.text_domain import TextDomain, TextState
@@ -314,6 +314,27 @@ def test_a_served_scorer_gives_the_chance_of_its_last_class_in_the_order_of_the_
             await ServedScorer(address, "prm").score(["a"])
 
     asyncio.run(story())
+
+
+def test_a_classifier_is_told_as_much_of_the_search_as_it_can_read() -> None:
+    here, asked = replace(position("7 *3 =21"), visited=lambda: BEFORE), list[str]()
+
+    async def reads(limit: int) -> Scores:
+        async def handler(request: web.Request) -> web.Response:
+            asked.extend((await request.json())["input"])
+            if len(asked[-1]) > limit:
+                return web.json_response({"error": "This model's maximum context length is"}, status=400)
+            return web.json_response({"data": [{"index": 0, "probs": [0.25, 0.75]}]})
+
+        async with server(classify=handler) as address:
+            return await PrmValue(ServedScorer(address, "prm"), sees_earlier=True).score([here], None)
+
+    told, bare = len(path_text(here, MAX_EARLIER_CHARS)), len(path_text(here))
+    for limit in (told, told - 1, bare):
+        assert asyncio.run(reads(limit)) == Scores([0.75]) and len(asked[-1]) <= limit
+    assert "12 +3 =15 low" in asked[0] and asked[-1] == path_text(here)
+    with pytest.raises(TextsRefusedError, match="maximum context"):
+        asyncio.run(reads(bare - 1))
 
 
 MODELS = {"data": [{"id": "tiny", "max_model_len": 64}]}
