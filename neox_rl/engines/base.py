@@ -73,6 +73,10 @@ class RankEngine(ABC):
     def _forward(self, microbatches: Sequence[MicroBatch], on_logits: OnLogits) -> None:
         """The same without gradient: ``on_logits`` is called in the order of the micro-batches, and its value is not used."""
 
+    def _loss_scale(self) -> float | None:
+        """Of the next step; None where the precision needs none."""
+        return None
+
     @abstractmethod
     def _weights_changed(self) -> None:
         """Starts the optimizer anew: its main weights and moments are the old model's."""
@@ -101,13 +105,13 @@ class RankEngine(ABC):
             return value
 
         self._check_lengths(microbatches)
-        for _ in range(MAX_TRIES):
+        grad_norm, tries = None, 0
+        while grad_norm is None:
+            if tries == MAX_TRIES:
+                raise NeoxRLError(f"optimizer step {self._steps + 1}: loss or gradient overflowed in each of {tries} tries; {AS_BEFORE}")
+            tries += 1
             sums.clear()
             grad_norm = self._train(microbatches, loss, lr)
-            if grad_norm is not None:
-                break
-        else:
-            raise NeoxRLError(f"optimizer step {self._steps + 1}: loss or gradient overflowed in each of {MAX_TRIES} tries; {AS_BEFORE}")
         totals = self._reduce(sums)
         if not (math.isfinite(grad_norm) and math.isfinite(totals["loss"])):
             what = f"optimizer step {self._steps + 1}: loss {totals['loss']}, gradient norm {grad_norm}, learning rate {lr}"
@@ -116,6 +120,8 @@ class RankEngine(ABC):
             )
         self._steps += 1
         metrics = {name.removeprefix("metric."): value for name, value in totals.items() if name not in _COUNTED}
+        if (scale := self._loss_scale()) is not None:
+            metrics |= {"loss_scale": scale, "overflows": tries - 1}
         return StepReport(totals["loss"], grad_norm, lr, int(totals["tokens"]), metrics)
 
     def logprobs(

@@ -108,6 +108,9 @@ class GptNeoXEngine(RankEngine):
             return None
         return float(getattr(engine.optimizer, "_global_grad_norm", self._norm))
 
+    def _loss_scale(self) -> float | None:
+        return float(self._engine.optimizer.loss_scale) if self._neox.precision == "fp16" else None
+
     def _refuse_overflow(self, scale: float) -> None:
         """Another try helps where the scale can be lowered: every step here makes a version, so none is left out."""
         scaler = self._engine.optimizer.loss_scaler

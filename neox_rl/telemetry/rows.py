@@ -22,6 +22,9 @@ class MetricsRow(TypedDict, total=False):
     """When the step ended."""
     loss: float
     grad_norm: float
+    loss_scale: float
+    overflows: int
+    """In fp16: the scale that the next step begins with, and the tries of this one that were given up. ``step_s`` holds them all."""
     lr: float
     reward_mean: float
     reward_std: float
