@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import faulthandler
 import json
 import logging
 import os
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from neox_rl.build_locks import remove_stale_locks
 from neox_rl.config.load import load_resolved
@@ -55,6 +57,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.error("%s: %s", type(error).__name__, error)
         return exit_status(error)
     return 0
+
+
+def leave(status: int) -> NoReturn:
+    """Ends this process with the status of ``main``.
+
+    After a last word nothing is open, and a rank leaves without being taken apart: the interpreter's last garbage collection goes over all
+    that torch and megatron-core have imported, 1.4 s of CPU for each rank, and where cores are busy the launcher waited for it past
+    ``deadlines.shutdown_s``. A rank that failed has not closed everything, and leaves as usual.
+    """
+    if status == 0:
+        atexit._run_exitfuncs()  # logging's and those of libraries
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+    raise SystemExit(status)
 
 
 def train(paths: RunPaths, resume: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -244,3 +246,20 @@ def test_training_on_recorded_batches_writes_metrics_and_status_and_stops_when_a
     story.saved = {"sft_step": 0, "rl_step": 1, "feed": {}}
     assert run(config, story, RecordedFeed(config, paths), resume=True) == "stopped"
     assert [row["step"] for row in read_jsonl(paths.metrics)] == [1], "what comes after the checkpoint is done again"
+
+
+@pytest.mark.parametrize(("status", "said"), [(0, "last line\nat exit\n"), (3, "last line\nat exit\ntaken apart\n")])
+def test_a_rank_leaves_with_its_status_and_every_word_and_is_taken_apart_only_where_it_failed(status: int, said: str) -> None:
+    lines = [
+        "import atexit",
+        "from neox_rl.step.main import leave",
+        "class Kept:",
+        "    def __del__(self):",
+        "        print('taken apart', flush=True)",
+        "kept = Kept()",
+        "atexit.register(print, 'at exit')",
+        "print('last line')",
+        f"leave({status})",
+    ]
+    ended = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (status, said), ended.stderr
