@@ -46,6 +46,7 @@ class Reason(StrEnum):
     BAD_GOLD = "bad_gold"
     TIMEOUT = "timeout"
     ERROR = "error"
+    UNVERIFIED = "unverified"  # nobody asked one: the rollout is worth the likelihood of a given solution
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +137,13 @@ class Trace:
     @property
     def num_tokens(self) -> int:
         return sum(len(s.ids) for s in self.segments)
+
+    @property
+    def given(self) -> tuple[Segment, ...]:
+        """Of a trace that nobody verifies, the solution whose likelihood it is worth: scored by the policy, not written by it."""
+        if self.verdict.reason is not Reason.UNVERIFIED:
+            return ()
+        return tuple(s for s in self.segments if s.role is Role.SOLUTION)
 
     @property
     def oldest_version(self) -> int:

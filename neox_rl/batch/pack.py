@@ -33,7 +33,7 @@ from neox_rl.batch.types import BatchStats, Floats, Ints, MicroBatch, StepBatch
 from neox_rl.config.schema import IMITATION, PREFERENCE, ObjectiveConfig, StalenessConfig
 from neox_rl.errors import StalenessError
 from neox_rl.framing import Array
-from neox_rl.types import NO_VERSION, Finish, Group, Trace
+from neox_rl.types import NO_VERSION, Finish, Group, Reason, Trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,8 +204,10 @@ def _stats(
     trained_staleness: Mapping[int, int],
 ) -> BatchStats:
     rewards = np.array([s.trace.reward for s in sequences])
-    lengths = np.array([int((s.mask > 0).sum()) for s in sequences])
-    loss_tokens = int(lengths.sum())
+    masked = np.array([int((s.mask > 0).sum()) for s in sequences])
+    lengths = masked - np.array([sum(len(given.ids) for given in s.trace.given if given.mask > 0) for s in sequences])
+    verified = [s.trace.verdict.correct for s in sequences if s.trace.verdict.reason is not Reason.UNVERIFIED]
+    loss_tokens = int(masked.sum())
     trained_tokens = sum(int((s.weight != 0).sum()) for s in sequences)
     slots = layout_plan.length * sum(len(rank) for rank in layout_plan.bins)
     num_rows = layout_plan.used
@@ -222,7 +224,7 @@ def _stats(
         trained_staleness=trained_staleness,
         reward_mean=float(rewards.mean()),
         reward_std=float(rewards.std()),
-        correct_frac=float(np.mean([s.trace.verdict.correct for s in sequences])),
+        correct_frac=float(np.mean(verified)) if verified else None,
         zero_variance_groups=sum(len(g.traces) > 1 and zero_variance([t.reward for t in g.traces]) for g in groups),
         length_mean=float(lengths.mean()),
         length_max=int(lengths.max()),

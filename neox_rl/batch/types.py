@@ -101,11 +101,12 @@ class BatchStats:
     """The same over the tokens with a loss weight in the packed micro-batches. Empty for demonstrations."""
     reward_mean: float
     reward_std: float
-    correct_frac: float
+    correct_frac: float | None
+    """None where nobody verified."""
     zero_variance_groups: int
     """Groups of several rollouts with equal rewards: they teach nothing under a group baseline."""
     length_mean: float
-    """Completion length: loss tokens a sequence."""
+    """Completion length: loss tokens a sequence, a given solution left out."""
     length_max: int
     truncated_frac: float
     """Share of sequences that ended for their token budget."""

@@ -34,7 +34,7 @@ from neox_rl.search.linearize import glue_of, linearize, text_of
 from neox_rl.search.proposers import piece
 from neox_rl.types import Completion, Finish, Group, Problem, Reason, Role, SamplingParams, Segment, Trace, Verdict
 
-UNVERIFIED = Verdict(correct=False, extracted="", reason=Reason.NO_ANSWER, ms=0.0)
+UNVERIFIED = Verdict(correct=False, extracted="", reason=Reason.UNVERIFIED, ms=0.0)
 """Of a search that is worth what it says of a given solution: it has no answer of its own."""
 
 

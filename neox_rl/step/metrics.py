@@ -40,10 +40,10 @@ def step_metrics(
 
 def _rollout_metrics(stats: BatchStats) -> dict[str, Json]:
     trained, tokens = stats.trained_staleness, stats.trained_tokens
-    return {
+    accuracy: dict[str, Json] = {} if stats.correct_frac is None else {"accuracy": stats.correct_frac}
+    return accuracy | {
         "reward_mean": stats.reward_mean,
         "reward_std": stats.reward_std,
-        "accuracy": stats.correct_frac,
         "truncated_frac": stats.truncated_frac,
         "tokens_masked_stale": stats.masked_tokens,
         "staleness_mean": sum(age * count for age, count in trained.items()) / tokens if tokens else 0.0,

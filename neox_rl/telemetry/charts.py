@@ -67,7 +67,7 @@ class Chart:
 def charts(run: RunData) -> list[Chart]:
     """Every plot that the run has data for, in the order of the report."""
     kept = [
-        _chart("Reward and training accuracy", REWARD, _reward, run) if _has(run.rl, "reward_mean") else None,
+        _chart(_reward_title(run), REWARD, _reward, run) if _has(run.rl, "reward_mean") else None,
         _chart("What searches found", SEARCHED, _searched, run) if _has(run.rl, "searched") else None,
         _chart("Held-out accuracy", HELDOUT, _heldout, run) if run.evaluations else None,
         _chart("Found by each episode", EPISODES, _episodes, run) if _has(run.evaluations, "found_by") else None,
@@ -153,9 +153,15 @@ def _finish(axes: Axes, xlabel: str, *, legend: bool = True) -> None:
         axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, borderaxespad=0.0, handlelength=1.4, fontsize=8.5)
 
 
+def _reward_title(run: RunData) -> str:
+    return "Reward and training accuracy" if _has(run.rl, "accuracy") else "Reward"
+
+
 def _reward(axes: Axes, run: RunData) -> None:
+    verified = _has(run.rl, "accuracy")
     same = all(row.get("accuracy") is None or row.get("reward_mean") == row["accuracy"] for row in run.rl)
-    _line(axes, run.rl, "reward_mean", "blue", "reward (1 for a correct answer)" if same else "reward")
+    unit = "reward (1 for a correct answer)" if same else "reward"
+    _line(axes, run.rl, "reward_mean", "blue", unit if verified else "reward (nats)")
     if not same:
         _line(axes, run.rl, "accuracy", "green", "correct answers")
     _finish(axes, "RL step")

@@ -29,9 +29,10 @@ class MetricsRow(TypedDict, total=False):
     reward_mean: float
     reward_std: float
     accuracy: float
-    """Share of the step's rollouts with a correct verdict."""
+    """Share of the step's rollouts with a correct verdict; absent where their reward is the likelihood of a given solution, in nats."""
     verdicts: dict[str, int]
-    """The step's rollouts by what the verifier found: match, mismatch, no_answer, timeout, error."""
+    """The step's rollouts by what the verifier found: match, mismatch, no_answer, timeout, error; unverified where
+    nobody asked it."""
     entropy: float
     """Nats a token."""
     length_mean: float

@@ -19,7 +19,7 @@ from neox_rl.errors import ConfigError
 from neox_rl.problems.sources import load_problems
 from neox_rl.problems.split import ProblemSet
 from neox_rl.problems.tokenizer import SymbolicTokenizer, load_tokenizer
-from neox_rl.rollout.groups import Attempts, teaches
+from neox_rl.rollout.groups import Attempts, sampled_ids, teaches
 from neox_rl.rollout.scripted import LOGPROB
 from neox_rl.rollout.vllm_client import NobodyServesError, VllmGenerator
 from neox_rl.run.endpoints import free_port
@@ -27,7 +27,7 @@ from neox_rl.run.makers import make_maker
 from neox_rl.run.parts import solution_id
 from neox_rl.run.solution_groups import SolutionGroups, reference, searched, with_references
 from neox_rl.search.domain import SOLUTION_LINE
-from neox_rl.types import Completion, Finish, Problem, Role, SamplingParams, VersionSpan
+from neox_rl.types import Completion, Finish, Problem, Reason, Role, SamplingParams, VersionSpan
 from neox_rl.verify.verifier import make_verifier
 from tests.unit.small_run import scripted_server, small_config
 from tests.unit.test_episodes import Letters
@@ -142,6 +142,17 @@ def test_the_search_gets_its_advantage_and_the_solution_the_gradient_of_its_like
     expected = sorted([own] * 4 + [-own] + [1.0] * (2 * size if weight else 0))
     assert sorted(micro.advantages[trained].tolist()) == pytest.approx(expected)
     assert set(np.unique(micro.versions[trained]).tolist()) == ({4, 5} if weight else {4})
+    stats = batch.stats
+    assert (stats.length_mean, stats.length_max, stats.loss_tokens) == (2.5, 4, 5 + (2 * size if weight else 0)), "lengths are of searches"
+    assert stats.correct_frac is None and stats.reasons == {"unverified": 2}
+
+
+def test_a_search_is_counted_without_the_solution_that_it_is_worth(tmp_path: Path) -> None:
+    made, policy, problem = story(config_of(tmp_path), ("1 +2 =3 low",))
+    (trace,) = asyncio.run(made.group(problem, 7, PARAMS, 1)).traces
+    assert policy.tokenizer.decode(sampled_ids(trace)) == "1 +2 =3 low" and trace.given == trace.segments[-1:]
+    attempted = replace(trace, verdict=replace(trace.verdict, reason=Reason.MISMATCH))
+    assert attempted.given == () and len(sampled_ids(attempted)) == 4 + len(trace.segments[-1].ids)
 
 
 TEXT = Problem("math/1", "math", "1 + 1?", "2", "1", {"solution": "1 + 1 is \\boxed{2}"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -40,6 +41,13 @@ def test_masked_tokens_do_not_count_as_trained_staleness_but_stand_in_the_histog
 def test_old_tokens_that_are_kept_with_a_truncated_ratio_do_count() -> None:
     assert row(staleness={0: 6, 5: 4})["staleness_max"] == 5
     assert row(staleness={0: 6, 5: 4, 7: 1}, trained={0: 6, 5: 4})["staleness_max"] == 5, "also where some are masked"
+
+
+def test_nobody_s_verdict_is_no_accuracy_of_zero() -> None:
+    report = StepReport(0.1, 1.0, 1e-4, 10, SUMS | {"fresh_tokens": 4.0})
+    unverified = replace(stats({0: 10}, {0: 10}), correct_frac=None, reasons={"unverified": 4})
+    found = step_metrics(Phase.RL, unverified, report, 0.5, 0.25, 0.2, 0.01)
+    assert "accuracy" not in found and found["verdicts"] == {"unverified": 4} and row()["accuracy"] == 0.5
 
 
 def test_the_share_of_truncated_ratios_is_not_taken_for_that_of_truncated_rollouts() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from synthetic_run import START_NS, rollout_row, write_run
 
+from neox_rl.telemetry.charts import charts
 from neox_rl.telemetry.events import Event, EventLog, parts_of, read_events
 from neox_rl.telemetry.faults import faults
 from neox_rl.telemetry.jsonl import JsonlWriter, read_jsonl
@@ -226,6 +227,15 @@ def test_the_report_shows_the_run_from_gain_to_configuration(finished: RunPaths)
         assert text in page, text
     assert "not finished" not in page
     assert "failed" not in page
+
+
+def test_a_reward_that_nobody_verified_is_in_nats(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "run", sft_steps=3, rl_steps=5)
+    assert charts(load_run(paths.root))[0].title == "Reward and training accuracy"
+    rows = [{name: value for name, value in row.items() if name != "accuracy"} for row in read_jsonl(paths.metrics)]
+    paths.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reward = charts(load_run(paths.root))[0]
+    assert reward.title == "Reward" and "reward (nats)" in reward.svg and "correct" not in reward.svg
 
 
 def test_what_each_episode_found_is_drawn_where_a_rollout_has_several(tmp_path: Path) -> None:
