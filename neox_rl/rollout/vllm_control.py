@@ -1,8 +1,10 @@
 """Driving one vLLM server: which weights it serves, and the switch to a staged version.
 
-    pause (keep, clear caches) -> start -> update -> finish (label) -> resume
+    start -> sleep (level 0, keep) -> update, reset the KV of requests in flight -> finish (label) -> wake up
 
 Requests in flight stay: their KV is computed again under the new weights, and the engine's version spans say which policy made which token.
+The engine labels a step's tokens in that step, and answers ``sleep`` when no step is under way: no token gets the label of other weights.
+vLLM's ``pause`` does the same and then sleeps for 20 ms, in which the API server hands on outputs: here requests get them a moment later.
 """
 
 from __future__ import annotations
@@ -84,21 +86,26 @@ class VllmControl:
         Raises WeightError or DeadlineError when it fails. The server is lost then: it stays paused, because its ranks may hold a mixture of
         two policies, and must be stopped.
         """
-        begin = time.perf_counter()
-        end = begin + deadline_s
+        end = time.perf_counter() + deadline_s
 
         def left() -> float:
             return max(0.001, end - time.perf_counter())
 
-        await self._call("POST", "/pause", left(), params={"mode": "keep", "clear_cache": "true"})
-        paused = time.perf_counter()
         await self._call("POST", "/start_weight_update", left())
+        begin = time.perf_counter()
+        await self._call("POST", "/sleep", left(), params={"level": "0", "mode": "keep"})
+        asleep = time.perf_counter()
         info = {"version": version, "deadline_s": 0.5 * left()}
-        await self._call("POST", "/update_weights", left(), json={"update_info": info})
+        reset, _ = await asyncio.gather(
+            self._call("POST", "/reset_prefix_cache", left(), params={"reset_running_requests": "true"}),
+            self._call("POST", "/update_weights", left(), json={"update_info": info}),
+        )
+        if reset.get("success") is not True:
+            raise WeightError(f"{self.address} still holds keys and values of the old weights; the server's log has the cause")
         await self._call("POST", "/finish_weight_update", left(), json={"weight_version": str(version)})
         loaded = time.perf_counter()
-        await self._call("POST", "/resume", left())
-        return SwitchTimes(time.perf_counter() - begin, loaded - paused)
+        await self._call("POST", "/wake_up", left(), params={"tags": "scheduling"})
+        return SwitchTimes(time.perf_counter() - begin, loaded - asleep)
 
     async def _call(self, method: str, route: str, deadline_s: float, **request: Any) -> dict[str, Any]:
         timeout = aiohttp.ClientTimeout(total=deadline_s)

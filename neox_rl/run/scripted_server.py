@@ -68,11 +68,12 @@ class ScriptedServer:
         self.app = web.Application()
         posts: dict[str, Handler] = {
             "/init_weight_transfer_engine": self._init,
-            "/pause": self._pause,
             "/start_weight_update": self._nothing,
+            "/sleep": self._sleep,
+            "/reset_prefix_cache": self._reset,
             "/update_weights": self._update,
             "/finish_weight_update": self._finish,
-            "/resume": self._resume,
+            "/wake_up": self._wake_up,
             ROUTE: self._generate,
         }
         self.app.add_routes([web.get("/health", self._nothing), web.get("/weight_info", self._info)])
@@ -91,9 +92,12 @@ class ScriptedServer:
         self._stager = Stager(info["address"], f"{info['server']}/0", keys=Keys.of_environment())
         return web.json_response({})
 
-    async def _pause(self, _: web.Request) -> web.Response:
+    async def _sleep(self, _: web.Request) -> web.Response:
         self._running.clear()
         return web.json_response({})
+
+    async def _reset(self, _: web.Request) -> web.Response:
+        return web.json_response({"success": True})
 
     async def _update(self, request: web.Request) -> web.Response:
         info = (await request.json())["update_info"]
@@ -107,7 +111,7 @@ class ScriptedServer:
         self._switches.add(asyncio.get_running_loop().time(), str((await request.json())["weight_version"]))
         return web.json_response({})
 
-    async def _resume(self, _: web.Request) -> web.Response:
+    async def _wake_up(self, _: web.Request) -> web.Response:
         self._running.set()
         return web.json_response({})
 
