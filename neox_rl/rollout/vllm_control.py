@@ -96,11 +96,11 @@ class VllmControl:
         await self._call("POST", "/sleep", left(), params={"level": "0", "mode": "keep"})
         asleep = time.perf_counter()
         info = {"version": version, "deadline_s": 0.5 * left()}
-        reset, _ = await asyncio.gather(
+        answers = await asyncio.gather(
             self._call("POST", "/reset_prefix_cache", left(), params={"reset_running_requests": "true"}),
             self._call("POST", "/update_weights", left(), json={"update_info": info}),
         )
-        if reset.get("success") is not True:
+        if answers[0].get("success") is not True:
             raise WeightError(f"{self.address} still holds keys and values of the old weights; the server's log has the cause")
         await self._call("POST", "/finish_weight_update", left(), json={"weight_version": str(version)})
         loaded = time.perf_counter()
