@@ -72,7 +72,7 @@ def engine_on(deepspeed: DeepSpeed, world: World) -> GptNeoXEngine:
     engine = object.__new__(GptNeoXEngine)
     engine._world, engine._neox, engine._engine = world, NeoXConfig(), deepspeed
     engine.shape = model_shape(RunConfig(engine._neox, MetaRLConfig()), 64)
-    engine._steps, engine._reference, engine._pipe, engine._args = 7, None, False, None
+    engine._steps, engine._reference, engine._pipe, engine._sharded, engine._args = 7, None, False, False, None
     engine._setup = SimpleNamespace(client_state=lambda args, steps: {"iteration": steps})  # type: ignore[assignment]
     engine._files = PatientFiles.put_into(deepspeed)
     return engine

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from neox_rl.errors import WireError
-from neox_rl.framing import MAX_DEPTH, MAX_HEADER_BYTES, pack, unpack, unpack_any
+from neox_rl.framing import MAX_DEPTH, MAX_HEADER_BYTES, PROTOCOL, pack, unpack, unpack_any
 from tests.unit.wire_headers import resealed
 
 ARRAYS = {"a": np.arange(6, dtype=np.int64).reshape(2, 3), "b": np.zeros(0, dtype=np.float32)}
@@ -61,7 +61,7 @@ def test_an_array_that_cannot_be_is_refused(row: object) -> None:
 def test_another_release_and_another_protocol_are_told_apart() -> None:
     header = bytearray(pack("k", {}, {})[0])
     header[3] += 1
-    with pytest.raises(WireError, match="protocol version 5, this side speaks 4: run one release on both sides"):
+    with pytest.raises(WireError, match=f"protocol version {PROTOCOL + 1}, this side speaks {PROTOCOL}: run one release on both sides"):
         unpack([bytes(header)], "k")
     with pytest.raises(WireError, match="not a message of this project's protocol"):
         unpack([b'{"v":1,"kind":"k","meta":{},"arrays":[]}'], "k")
