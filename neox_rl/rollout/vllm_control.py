@@ -31,8 +31,9 @@ class ServerGoneError(WeightError):
 
 @dataclass(frozen=True, slots=True)
 class SwitchTimes:
-    """Seconds in which the server generated nothing, and the part of them that loaded the weights."""
+    """Seconds before the pause, in which the server still generated; in which it generated nothing; of these, those of the load."""
 
+    lead_s: float
     pause_s: float
     load_s: float
 
@@ -86,7 +87,8 @@ class VllmControl:
         Raises WeightError or DeadlineError when it fails. The server is lost then: it stays paused, because its ranks may hold a mixture of
         two policies, and must be stopped.
         """
-        end = time.perf_counter() + deadline_s
+        called = time.perf_counter()
+        end = called + deadline_s
 
         def left() -> float:
             return max(0.001, end - time.perf_counter())
@@ -105,7 +107,7 @@ class VllmControl:
         await self._call("POST", "/finish_weight_update", left(), json={"weight_version": str(version)})
         loaded = time.perf_counter()
         await self._call("POST", "/wake_up", left(), params={"tags": "scheduling"})
-        return SwitchTimes(time.perf_counter() - begin, loaded - asleep)
+        return SwitchTimes(begin - called, time.perf_counter() - begin, loaded - asleep)
 
     async def _call(self, method: str, route: str, deadline_s: float, **request: Any) -> dict[str, Any]:
         timeout = aiohttp.ClientTimeout(total=deadline_s)

@@ -262,7 +262,7 @@ class ServerKeeper:
         except (WeightError, DeadlineError) as error:
             self._lose(member, tended, f"its switch to v{version} failed: {error}", gone=isinstance(error, ServerGoneError))
             return
-        log.add_span("paused", started, round(times.pause_s * 1e9), version=version, load_s=times.load_s)
+        log.add_span("paused", started + round(times.lead_s * 1e9), round(times.pause_s * 1e9), version=version, load_s=times.load_s)
         if member.here:
             self.members.attested(member, version, digest, time.monotonic())
 
