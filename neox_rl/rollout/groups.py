@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Self, TypeVar
 
 from neox_rl.ports import Generator, Tokenizer, Verifier
 from neox_rl.rollout.vllm_client import NobodyServesError
 from neox_rl.types import Completion, Finish, Group, Problem, Reason, Role, SamplingParams, Segment, Trace, Verdict
 
+Answer = TypeVar("Answer")
 Reward = Callable[[Problem, Verdict, str, int], float]
 """(problem, verdict, completion as text, its tokens) -> reward."""
 CUT_OFF = Verdict(correct=False, extracted="", reason=Reason.NO_ANSWER, ms=0.0)
@@ -25,11 +26,16 @@ class Patient:
 
     async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> tuple[Completion, ...]:
         """See ``ports.Generator``."""
-        while True:
-            try:
-                return await self.generator.sample(prompt_ids, params, n, rollout_id)
-            except NobodyServesError:
-                await asyncio.sleep(0)
+        return await patiently(lambda: self.generator.sample(prompt_ids, params, n, rollout_id))
+
+
+async def patiently(ask: Callable[[], Awaitable[Answer]]) -> Answer:
+    """What ``ask`` gives, asked again for as long as no server is there."""
+    while True:
+        try:
+            return await ask()
+        except NobodyServesError:
+            await asyncio.sleep(0)
 
 
 @dataclass(frozen=True, slots=True)

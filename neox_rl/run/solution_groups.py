@@ -26,8 +26,7 @@ from neox_rl.errors import ConfigError
 from neox_rl.metacot import SOLUTION
 from neox_rl.ports import Generator, Scorer, Tokenizer
 from neox_rl.problems.split import ProblemSet
-from neox_rl.rollout.groups import Attempts, Patient, segments
-from neox_rl.rollout.vllm_client import NobodyServesError
+from neox_rl.rollout.groups import Attempts, Patient, patiently, segments
 from neox_rl.search.dfs import solution_path
 from neox_rl.search.domain import SOLUTION_LINE
 from neox_rl.search.linearize import glue_of, linearize, text_of
@@ -166,7 +165,7 @@ class SolutionGroups:
     async def _scores(self, asked: Sequence[Sequence[int]], given: Reference, name: str) -> list[Completion]:
         """One a prompt. For a gain, those of older versions are asked again: the difference between two policies is none. A version that
         comes while the last of ASKED_AGAIN rounds is under way leaves some a version apart."""
-        work = [partial(self._score, ids, given, f"{name}/r{i}") for i, ids in enumerate(asked)]
+        work = [partial(patiently, partial(self.scorer.score, ids, given.ids, f"{name}/r{i}")) for i, ids in enumerate(asked)]
         scores = await _together([ask() for ask in work])
         for _ in range(ASKED_AGAIN if self.gain else 0):
             newest = max(score.spans[0].version for score in scores)
@@ -174,13 +173,6 @@ class SolutionGroups:
             for i, score in zip(old, await _together([work[i]() for i in old]), strict=True):
                 scores[i] = score
         return scores
-
-    async def _score(self, prompt: Sequence[int], given: Reference, name: str) -> Completion:
-        while True:
-            try:
-                return await self.scorer.score(prompt, given.ids, name)
-            except NobodyServesError:
-                await asyncio.sleep(0)
 
     def _trace(
         self,
