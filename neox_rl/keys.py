@@ -11,17 +11,20 @@ Both files are secrets: whoever reads ``client.json`` can do what a server of th
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
 import stat
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import zmq
 from zmq.utils import z85
+from zmq.utils.monitor import parse_monitor_message
 
 from neox_rl.errors import ConfigError
 
@@ -31,6 +34,9 @@ Role = Literal["client", "trainer"]
 _OF_THE_RUN = frozenset({"server_secret", "trainer_public", "trainer_secret"})
 _DOOR = "inproc://zeromq.zap.01"
 _MAX_FILE_BYTES = 4096
+_FAILURES = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+_FIX = f"use what the run at this address has: runs/<name>/keys/{CLIENT_FILE} ({ENV}, --keys), for ranks {RUN_FILE}, or no keys"
+_monitors = itertools.count()
 
 logger = logging.getLogger(__name__)
 
@@ -123,11 +129,52 @@ class Keys:
         draft.replace(path)
 
 
-def suspicion(keys: Keys | None) -> str:
-    """For the error of a wait that got no answer at all: sockets say nothing to a peer whose keys are wrong."""
-    if keys is None:
-        return f"this side has no keys ({ENV}), and a peer that wants some (network.curve) does not answer"
-    return f"this side has the keys of {keys.path}, and a peer with others, or none, does not answer"
+class Handshakes:
+    """What becomes of the handshakes of a ``socket`` that will connect to ``address``; made before it connects, closed before it.
+
+    A peer that does not let this side's key in says so, and it shows at once where one side has keys and the other none. libzmq does not
+    connect again after that, so there is nothing to wait for. A peer with another server key than this side expects only drops the
+    connection, which libzmq repeats: a peer that is just ending does so too, and one that is no socket of a run.
+    """
+
+    def __init__(self, socket: zmq.Socket[Any] | zmq.SyncSocket, address: str, keys: Keys | None) -> None:
+        self._socket, self._address, self._dropped, self._keyless = socket, address, 0, keys is None
+        self._held = "no keys" if keys is None else f"the keys of {keys.path}"
+        self._monitor: zmq.Socket[bytes] = zmq.Context.shadow(socket.context.underlying).socket(zmq.PAIR)
+        name = f"inproc://handshakes-{next(_monitors)}"
+        try:
+            self._monitor.setsockopt(zmq.RCVHWM, 0)  # libzmq stands still, with all of its connections, where a monitor takes no more
+            socket.monitor(name, _FAILURES)
+            self._monitor.connect(name)
+        except zmq.ZMQError:
+            self._monitor.close(linger=0)
+            raise
+
+    def check(self) -> None:
+        """Never waits. Raises ConfigError once the peer has refused this side."""
+        while self._monitor.poll(0):
+            event = parse_monitor_message(self._monitor.recv_multipart())
+            kind, value = event["event"], int(event["value"])
+            if kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                raise ConfigError(f"{self._address} lets in only the keys of its own run, and refused {self._held}; {_FIX}")
+            if kind == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL and value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
+                theirs = "keys" if self._keyless else "no keys"
+                raise ConfigError(f"{self._address} has {theirs} (network.curve), and this side {self._held}; {_FIX}")
+            self._dropped += kind == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+
+    def suspicion(self) -> str:
+        """For the error of a wait that got no answer at all."""
+        if not self._dropped:
+            return f"this side has {self._held}, and nobody refused that"
+        return (
+            f"this side has {self._held}, and {self._dropped} connections were dropped without a word: by a run with another server key"
+            f" than those expect, or by no run at all; {_FIX}"
+        )
+
+    def close(self) -> None:
+        with suppress(zmq.ZMQError):  # its context is ended already
+            self._socket.monitor(None, 0)
+        self._monitor.close(linger=0)
 
 
 def _check_private(path: Path, found: os.stat_result) -> None:

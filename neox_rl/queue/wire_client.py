@@ -14,7 +14,7 @@ import zmq
 from neox_rl.codec import groups_of
 from neox_rl.errors import DeadlineError, NeoxRLError, ProtocolError, WireError
 from neox_rl.framing import Frame, pack
-from neox_rl.keys import Keys, suspicion
+from neox_rl.keys import Handshakes, Keys
 from neox_rl.queue.consumption import TrainedOnce
 from neox_rl.queue.wire import LINGER_MS, MAX_MESSAGE_BYTES
 from neox_rl.queue.wire_messages import Answer, Phase, finite, parse_answer
@@ -27,7 +27,8 @@ SILENCE_S: Final = 60.0
 
 
 class ExperienceClient:
-    """The trainer's end; blocking, one thread. Every wait ends with an answer or with a DeadlineError naming what was waited for.
+    """The trainer's end; blocking, one thread. Every wait ends with an answer or with a DeadlineError naming what was waited for;
+    with ConfigError where the orchestrator refuses this side's keys.
 
     ``deadline_s`` is for one answer, ``evaluate_s`` for that of an evaluation. ``silence_s``: once greeted, an orchestrator
     that says nothing for this long is taken for dead, long before the deadline; until then a successor may answer. ``attempt``: of ATTEMPT.
@@ -52,7 +53,7 @@ class ExperienceClient:
         # No zmq.IMMEDIATE here: with it libzmq throws away answers that came but were not read yet when the peer closes.
         if keys is not None:
             keys.apply_client(self._socket, "trainer")
-        self._keys = keys
+        self._handshakes = Handshakes(self._socket, address, keys)
         self._socket.connect(address)
         self._session = uuid.uuid4().hex
         self._id = 0
@@ -108,6 +109,7 @@ class ExperienceClient:
         self._request("ok", "the orchestrator to take note of the end", "done", reason=reason)
 
     def close(self) -> None:
+        self._handshakes.close()
         self._socket.close()
 
     def _post(self, kind: str, **body: Json) -> None:
@@ -138,6 +140,7 @@ class ExperienceClient:
                 self._send(*self._unacked)
                 sent = now
             if not self._socket.poll(int(1000 * min(0.5, self._resend_s))):
+                self._handshakes.check()
                 continue
             frames = [frame.buffer for frame in self._socket.recv_multipart(copy=False)]
             try:
@@ -163,4 +166,4 @@ class ExperienceClient:
 
     def _hint(self) -> str:
         hint = f"see the orchestrator's log; is it alive and bound to {self._address}?"
-        return hint if self._greeted else f"{hint} {suspicion(self._keys)}"
+        return hint if self._greeted else f"{hint} {self._handshakes.suspicion()}"

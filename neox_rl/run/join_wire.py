@@ -26,7 +26,7 @@ import zmq.asyncio
 
 from neox_rl.errors import NeoxRLError, WireError
 from neox_rl.framing import Frame, pack, unpack_any
-from neox_rl.keys import Keys
+from neox_rl.keys import Handshakes, Keys
 from neox_rl.sockets import bind_tcp
 from neox_rl.types import Json
 
@@ -151,11 +151,13 @@ class JoinClient:
         self._socket: zmq.asyncio.Socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 500)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FILE_BYTES)
+        self.handshakes = Handshakes(self._socket, address, keys)
         try:
             if keys is not None:
                 keys.apply_client(self._socket)
             self._socket.connect(address)
         except zmq.ZMQError as error:
+            self.handshakes.close()
             self._socket.close(linger=0)
             raise WireError(
                 f"{address!r} is no address to join: {error}; give tcp://HOST:PORT, the join address of endpoints.json"
@@ -178,4 +180,5 @@ class JoinClient:
             raise WireError(f"{self.address} is not the join socket of a run of this release: {error}") from error
 
     def close(self) -> None:
+        self.handshakes.close()
         self._socket.close()

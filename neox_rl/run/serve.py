@@ -32,7 +32,7 @@ from neox_rl.config.machine import Machine
 from neox_rl.errors import ConfigError, DeadlineError, NeoxRLError, ProcessDiedError
 from neox_rl.guard import GuardedProcess, died, guarded_popen, stop
 from neox_rl.guardian import own_directory
-from neox_rl.keys import CLIENT_FILE, Keys, suspicion
+from neox_rl.keys import CLIENT_FILE, Keys
 from neox_rl.keys import ENV as KEYS
 from neox_rl.rollout.vllm_server import ServerSpec, core_ids
 from neox_rl.run.endpoints import free_port, read_endpoints
@@ -128,6 +128,7 @@ class Agent:
                 await asyncio.sleep(LOOK_S)
                 continue
             assert self.client is not None
+            self.client.handshakes.check()  # after the look: what refused may be a new run, whose keys are now in the directory
             host = self.options.host or _own_address(self.client.address)
             port = port or free_port(host)
             await self.client.send(message(JOIN, token=self.token, name=self.name or self.options.name, host=host, port=port))
@@ -138,10 +139,10 @@ class Agent:
                 return host, port, got
         if self.stop_asked.is_set():
             return None
-        if self.found is None:
+        if self.client is None or self.found is None:
             raise DeadlineError(f"a run to start in {self.options.join}", self.options.timeout, "is it the directory of a run, and shared?")
-        hint = f"is it the join address in endpoints.json of a run that goes on, and reachable from here? {suspicion(self.found[1])}"
-        raise DeadlineError(f"a run to answer at {self.found[0]}", self.options.timeout, hint)
+        hint = "is it the join address in endpoints.json of a run that goes on, and reachable from here?"
+        raise DeadlineError(f"a run to answer at {self.found[0]}", self.options.timeout, f"{hint} {self.client.handshakes.suspicion()}")
 
     def _look(self) -> bool:
         """Whether it is known where the run is; of a directory, what was there may be an earlier run of that name. Raises ConfigError."""
@@ -172,6 +173,7 @@ class Agent:
         assert self.client is not None
         while not self.stop_asked.is_set():
             self._keep_up(spec, welcome, self.clock())
+            self.client.handshakes.check()
             await self.client.send(message(BEAT, token=self.token, name=self.name))
             next_beat = self.clock() + BEAT_S
             while (left := next_beat - self.clock()) > 0 and not self.stop_asked.is_set():

@@ -13,10 +13,10 @@ import time
 
 import zmq
 
-from neox_rl.errors import DeadlineError, WeightError
-from neox_rl.keys import Keys, suspicion
+from neox_rl.errors import ConfigError, DeadlineError, WeightError
+from neox_rl.keys import Handshakes, Keys
 from neox_rl.weights.manifest import Verified, verify
-from neox_rl.weights.wire import FETCH, RESEND_S, STAGED, control, prepare
+from neox_rl.weights.wire import FETCH, LOOK_S, RESEND_S, STAGED, control, prepare
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ class Stager:
         self._have = -1
         self._closing = False
         self._context = zmq.Context()
+        self._handshakes: Handshakes | None = None
         self._thread = threading.Thread(target=self._run, name="weight-stager", daemon=True)
         self._thread.start()
 
@@ -71,28 +72,37 @@ class Stager:
         self._thread.join(timeout=10.0)
 
     def _suspicion(self) -> str:
-        return "" if self._have >= 0 else f" {suspicion(self._keys)}"
+        return f" {self._handshakes.suspicion()}" if self._have < 0 and self._handshakes is not None else ""
 
     def _run(self) -> None:
         socket = self._context.socket(zmq.DEALER)
         try:
             prepare(socket)
+            self._handshakes = handshakes = Handshakes(socket, self.address, self._keys)
             if self._keys is not None:
                 self._keys.apply_client(socket)
             socket.connect(self.address)
             while not self._closing:
                 self._ask(socket)
-                while socket.poll(round(self._resend_s * 1000)):
+                due = time.monotonic() + self._resend_s
+                while (left := due - time.monotonic()) > 0:
+                    if not socket.poll(max(1, round(min(LOOK_S, left) * 1000))):
+                        handshakes.check()
+                        continue
                     if self._receive(socket):
                         self._ask(socket)
+                    due = time.monotonic() + self._resend_s
         except zmq.ContextTerminated:
             pass
         except Exception as error:  # whatever it was, take() must not wait for a thread that is gone
-            logger.exception("%s stages nothing more from %s", self.who, self.address)
+            refused = isinstance(error, ConfigError)
+            logger.error("%s stages nothing more from %s: %s", self.who, self.address, error, exc_info=not refused)
             with self._changed:
                 self._died = error
                 self._changed.notify_all()
         finally:
+            if self._handshakes is not None:
+                self._handshakes.close()
             socket.close(linger=0)
 
     def _ask(self, socket: zmq.SyncSocket) -> None:

@@ -12,8 +12,8 @@ import zmq
 import zmq.asyncio
 
 from neox_rl.errors import DeadlineError, WireError
-from neox_rl.keys import Keys, suspicion
-from neox_rl.weights.wire import OFFERED, RESEND_S, STAGED, WATCH, control, prepare, read_control
+from neox_rl.keys import Handshakes, Keys
+from neox_rl.weights.wire import LOOK_S, OFFERED, RESEND_S, STAGED, WATCH, control, prepare, read_control
 
 logger = logging.getLogger(__name__)
 _REMEMBER = 4
@@ -35,6 +35,7 @@ class Watcher:
         self._on_change = on_change
         self._changed = asyncio.Condition()
         self._task: asyncio.Task[None] | None = None
+        self._handshakes: Handshakes | None = None
 
     async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self._run(), name="weight-watcher")
@@ -94,30 +95,33 @@ class Watcher:
         return False
 
     def _hint(self) -> str:
-        return "is the trainer alive?" + ("" if self.offered >= 0 else f" {suspicion(self._keys)}")
+        return "is the trainer alive?" + (f" {self._handshakes.suspicion()}" if self.offered < 0 and self._handshakes is not None else "")
 
     async def _run(self) -> None:
         context = zmq.asyncio.Context()
         socket = context.socket(zmq.DEALER)
+        self._handshakes = Handshakes(socket, self.address, self._keys)
         try:
             prepare(socket)
             if self._keys is not None:
                 self._keys.apply_client(socket)
             socket.connect(self.address)
-            await self._listen(socket)
+            await self._listen(socket, self._handshakes)
         finally:
+            self._handshakes.close()
             socket.close(linger=0)
             context.term()
             async with self._changed:
                 self._changed.notify_all()
 
-    async def _listen(self, socket: zmq.asyncio.Socket) -> None:
+    async def _listen(self, socket: zmq.asyncio.Socket, handshakes: Handshakes) -> None:
         due = 0.0
         while True:
             if time.monotonic() >= due:
                 await socket.send_multipart(control(WATCH))
                 due = time.monotonic() + RESEND_S
-            if not await socket.poll(max(1, round((due - time.monotonic()) * 1000))):
+            if not await socket.poll(max(1, round(min(LOOK_S, due - time.monotonic()) * 1000))):
+                handshakes.check()
                 continue
             frames = await socket.recv_multipart()
             try:

@@ -22,6 +22,8 @@ from neox_rl.errors import WireError
 from neox_rl.types import Json
 
 RESEND_S = 3.0
+LOOK_S = 0.5
+"""Between looks for a refusal of this side's keys."""
 FORGET_S = 10 * RESEND_S
 """A watcher that has not repeated its request for this long is gone."""
 

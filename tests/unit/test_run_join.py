@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -179,6 +180,7 @@ class Silence:
     """A client in time of its own: each wait for an answer passes at once, and in ``answers`` of them there is one."""
 
     address = "tcp://run:1"
+    handshakes = SimpleNamespace(check=lambda: None)
 
     def __init__(self, answers: int) -> None:
         self.now, self.answers, self.sent = 0.0, answers, 0
