@@ -146,6 +146,12 @@ class Trace:
         return tuple(s for s in self.segments if s.role is Role.SOLUTION)
 
     @property
+    def written(self) -> tuple[Segment, ...]:
+        """What a policy wrote, without what it only scored."""
+        given = self.given
+        return tuple(s for s in self.segments if s.version != NO_VERSION and s not in given)
+
+    @property
     def oldest_version(self) -> int:
         """Smallest policy version among the sampled tokens; NO_VERSION when a demonstration."""
         return min((s.version for s in self.segments if s.version != NO_VERSION), default=NO_VERSION)

@@ -98,7 +98,7 @@ class Book:
             encode_group(group),
             ticket=group.ticket,
             digests=self._digests(versions),
-            tokens=sum(versions.values()) + group.unshown,
+            tokens=generated_tokens(group),
             rollouts=len(group.traces),
         )
 
@@ -116,8 +116,7 @@ class Book:
         )
 
     def refused(self, group: Group) -> None:
-        tokens = sum(version_tokens(group).values()) + group.unshown
-        self.add("refused", ticket=group.ticket, tokens=tokens, rollouts=len(group.traces))
+        self.add("refused", ticket=group.ticket, tokens=generated_tokens(group), rollouts=len(group.traces))
 
     def taken(self, id: int, step: int, groups: Iterable[Group], state: Mapping[str, Json]) -> None:
         """The batch of an RL step, which may leave once this is durable."""
@@ -168,10 +167,15 @@ class Book:
 
 
 def version_tokens(group: Group) -> dict[int, int]:
-    """Sampled tokens of a group by the version that made them."""
+    """Tokens of a group by the version that made or scored them: those that have an age."""
     found: dict[int, int] = {}
     for trace in group.traces:
         for segment in trace.segments:
             if segment.version != NO_VERSION:
                 found[segment.version] = found.get(segment.version, 0) + len(segment.ids)
     return found
+
+
+def generated_tokens(group: Group) -> int:
+    """What policies wrote for a group, shown in a trace or not; a given solution, which one only scored, is none of it."""
+    return sum(len(segment.ids) for trace in group.traces for segment in trace.written) + group.unshown

@@ -94,8 +94,7 @@ def segments(completion: Completion, solution_id: int | None) -> Iterator[Segmen
 
 def sampled_ids(trace: Trace) -> list[int]:
     """The tokens that the policy wrote."""
-    given = trace.given
-    return [i for segment in trace.segments if segment.logprobs and segment not in given for i in segment.ids]
+    return [i for segment in trace.written if segment.logprobs for i in segment.ids]
 
 
 def teaches(traces: Sequence[Trace]) -> bool:

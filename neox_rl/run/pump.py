@@ -135,7 +135,7 @@ class RolloutPump:
 
 def _sizes(group: Group) -> dict[str, list[Any]]:
     """Tokens of each rollout, and ``[version, tokens]`` of the longest in order: what a planner measures a server's speed by."""
-    spans = [[(s.version, len(s.ids)) for s in trace.segments if s.logprobs] for trace in group.traces]
+    spans = [[(s.version, len(s.ids)) for s in trace.written if s.logprobs] for trace in group.traces]
     lengths = [sum(tokens for _, tokens in rollout) for rollout in spans]
     return {"lengths": lengths, "longest": spans[lengths.index(max(lengths))] if lengths else []}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from neox_rl.ports import Tokenizer
-from neox_rl.queue.book import version_tokens
+from neox_rl.queue.book import generated_tokens
 from neox_rl.telemetry.rows import LineRow
 from neox_rl.types import Finish, Group, Reason, Role, Segment, Trace
 
@@ -15,7 +15,7 @@ _END = {Reason.MATCH: "goal", Reason.MISMATCH: "dead_end"}
 def books(groups: Sequence[Group]) -> dict[str, float]:
     """Of the groups of one step: see ``MetricsRow.searched``."""
     traces = [trace for group in groups for trace in group.traces]
-    paid = sum(sum(version_tokens(group).values()) + group.unshown for group in groups)
+    paid = sum(map(generated_tokens, groups))
     trained = sum(len(s.ids) for trace in traces for s in trace.segments if s.mask > 0)
     return {
         "solved_frac": sum(any(t.verdict.correct for t in group.traces) for group in groups) / len(groups),

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from neox_rl.telemetry.jsonl import JsonlWriter
 from neox_rl.telemetry.rows import LineRow, RolloutRow, SpanRow
-from neox_rl.types import NO_VERSION, Problem, Trace
+from neox_rl.types import Problem, Trace
 
 MAX_TEXT = 20_000
 MAX_LINES = 400
@@ -52,7 +52,7 @@ def rollout_row(trace: Trace, problem: Problem, text: str, lines: Sequence[Mappi
         "reward": trace.reward,
         "reason": trace.verdict.reason.value,
         "finish": trace.finish.value,
-        "num_tokens": sum(len(s.ids) for s in trace.segments if s.version != NO_VERSION),
+        "num_tokens": sum(len(s.ids) for s in trace.written),
         "versions": version_spans(trace),
         "lines": [cast("LineRow", dict(line)) for line in lines],
     }
@@ -62,8 +62,8 @@ def version_spans(trace: Trace) -> list[SpanRow]:
     """Which version sampled which tokens, counted over the sampled tokens alone; neighbors of one version are one span."""
     spans: list[SpanRow] = []
     end = 0
-    for segment in trace.segments:
-        if segment.version == NO_VERSION or not segment.ids:
+    for segment in trace.written:
+        if not segment.ids:
             continue
         start, end = end, end + len(segment.ids)
         if spans and spans[-1]["version"] == segment.version:

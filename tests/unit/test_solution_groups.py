@@ -19,6 +19,7 @@ from neox_rl.errors import ConfigError
 from neox_rl.problems.sources import load_problems
 from neox_rl.problems.split import ProblemSet
 from neox_rl.problems.tokenizer import SymbolicTokenizer, load_tokenizer
+from neox_rl.queue.book import generated_tokens, version_tokens
 from neox_rl.rollout.groups import Attempts, sampled_ids, teaches
 from neox_rl.rollout.scripted import LOGPROB
 from neox_rl.rollout.vllm_client import NobodyServesError, VllmGenerator
@@ -27,6 +28,7 @@ from neox_rl.run.makers import make_maker
 from neox_rl.run.parts import solution_id
 from neox_rl.run.solution_groups import SolutionGroups, reference, searched, with_references
 from neox_rl.search.domain import SOLUTION_LINE
+from neox_rl.telemetry.rollouts import rollout_row
 from neox_rl.types import Completion, Finish, Problem, Reason, Role, SamplingParams, VersionSpan
 from neox_rl.verify.verifier import make_verifier
 from tests.unit.small_run import scripted_server, small_config
@@ -101,6 +103,10 @@ def test_a_search_is_worth_the_log_probs_of_the_solution_after_it(tmp_path: Path
         last = trace.segments[-1]
         assert (last.ids, last.version, last.mask, last.advantage) == (given.ids, 5, 1.0, 1.0) and last.logprobs == (-1.0,) * size
         assert trace.segments[1].advantage is None and trace.segments[1].version == 4
+        row = rollout_row(trace, problem, "", (), label="", step=1)
+        assert row["num_tokens"] == len(trace.segments[1].ids) and {span["version"] for span in row["versions"]} == {4}, "v5 wrote nothing"
+    assert generated_tokens(group) == sum(len(policy.tokenizer.encode(text)) for text in policy.script), "the solution was only scored"
+    assert version_tokens(group)[5] == 2 * size, "but has an age"
     assert decode_group(encode_group(group)) == group
 
 
