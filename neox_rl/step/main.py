@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 from neox_rl.build_locks import remove_stale_locks
 from neox_rl.config.load import load_resolved
 from neox_rl.config.machine import Machine
@@ -110,7 +112,13 @@ def train(paths: RunPaths, resume: bool) -> None:
 
 
 def pin(config: RunConfig, machine: Machine, local_rank: int) -> None:
-    """Binds this rank to its cores, before any math thread starts: threads inherit the affinity. Not on GPU machines."""
+    """Binds this rank to its cores, before any math thread starts: threads inherit the affinity. Not on GPU machines.
+
+    One math thread, unless OMP_NUM_THREADS says how many: a launcher that is not ours says nothing, and two threads on the one core of a
+    rank wait for one another.
+    """
+    if machine.num_gpus == 0 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
     ranks = place(config, machine).ranks
     if machine.num_gpus == 0 and local_rank < len(ranks) and ranks[local_rank] and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, ranks[local_rank])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -263,3 +264,19 @@ def test_a_rank_leaves_with_its_status_and_every_word_and_is_taken_apart_only_wh
     ]
     ended = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (status, said), ended.stderr
+
+
+@pytest.mark.parametrize(("given", "threads"), [({}, 1), ({"OMP_NUM_THREADS": "2"}, 2)])
+def test_a_rank_without_a_gpu_that_another_launcher_started_has_one_math_thread(given: dict[str, str], threads: int) -> None:
+    lines = [
+        "import torch",
+        "from neox_rl.config.load import load_config",
+        "from neox_rl.config.machine import Machine",
+        "from neox_rl.step.main import pin",
+        "config = load_config(['configs/debug/fake_generator.yml'], ())",
+        "pin(config, Machine(Machine.here().cores), 0)",
+        "print(torch.get_num_threads())",
+    ]
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | given
+    ended = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False, env=env)
+    assert ended.stdout.split() == [str(threads)], ended.stderr
