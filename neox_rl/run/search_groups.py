@@ -3,8 +3,8 @@
     ticket -> group_size searches of one problem, each by requests for steps to whatever serves -> trees -> traces (search/rollouts.py)
 
 A search is one rollout of the ticket's group and may give several traces. A request that fails is made again, by the generator on other
-servers and by the search, so a lost server loses no finished node; while none serves, the search waits. What the orchestrator had of an
-unfinished search when it died is not in the journal: the ticket is searched again.
+servers and by the search, so a lost server loses no finished node; while none serves, or the reward model is away, the search waits. What
+the orchestrator had of an unfinished search when it died is not in the journal: the ticket is searched again.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from neox_rl.ports import Generator
 from neox_rl.rollout.groups import Attempts, Patient
 from neox_rl.rollout.vllm_client import ServerFailedError
 from neox_rl.run.search_parts import domain_of, own_value, prm_value
+from neox_rl.run.served_value import ServedValue
 from neox_rl.search.demonstrations import TraceStyle
 from neox_rl.search.growth import Budget
 from neox_rl.search.linearize import Mask
@@ -111,8 +112,9 @@ async def reward_model(config: RunConfig, stack: AsyncExitStack) -> Value | None
     block = config.metarl.search
     if config.metarl.rollout.method != "search" or block.value != "prm":
         return None
-    timeout_s, template = config.metarl.servers.request_timeout_s, config.metarl.problems.template
-    return await prm_value(block.prm_server, block.prm_model, timeout_s, stack, block.sees_earlier, template)
+    servers, template = config.metarl.servers, config.metarl.problems.template
+    value = await prm_value(block.prm_server, block.prm_model, servers.request_timeout_s, stack, block.sees_earlier, template)
+    return ServedValue(value, block.prm_server, servers.start_timeout_s)
 
 
 def search_groups(config: RunConfig, attempts: Attempts, prm: Value | None = None) -> SearchGroups:

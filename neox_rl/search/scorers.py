@@ -136,8 +136,8 @@ class _Classes(msgspec.Struct):
 class ServedScorer:
     """A sequence classifier that vLLM serves (``--runner pooling --convert classify``): the chance of its last class.
 
-    Raises ScorerFailedError when the server fails, TextsRefusedError where a text is too long for it, WireError for an answer that cannot
-    be, DeadlineError.
+    Raises ScorerFailedError when the server fails, TextsRefusedError where a text is too long for it, WireError where it refuses
+    otherwise or its answer cannot be, DeadlineError.
     """
 
     address: str
@@ -157,8 +157,8 @@ class ServedScorer:
         except aiohttp.ClientError as error:
             raise ScorerFailedError(f"{self.address}: {error!r}") from error
         if response.status != 200:
-            failure = TextsRefusedError if response.status == 400 else ScorerFailedError
-            raise failure(f"{self.address} answered {response.status}: {raw[:200]!r}")
+            failures = {400: TextsRefusedError} | dict.fromkeys(range(500, 600), ScorerFailedError)
+            raise failures.get(response.status, WireError)(f"{self.address} answered {response.status}: {raw[:200]!r}")
         try:
             found = sorted(msgspec.json.decode(raw, type=_Classes).data, key=lambda item: item.index)
             values = [item.probs[-1] for item in found]

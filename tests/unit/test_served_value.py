@@ -1,0 +1,120 @@
+"""A reward model whose server is started again while searches ask it: they wait, and end only where it does not come back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from neox_rl.errors import ConfigError, NeoxRLError, WireError
+from neox_rl.rollout.vllm_client import ServerFailedError
+from neox_rl.run.endpoints import free_port
+from neox_rl.run.search_groups import reward_model
+from neox_rl.run.served_value import ServedValue
+from neox_rl.search.reward_model import WordValue
+from neox_rl.search.scorers import PrmValue, ServedScorer, TextsRefusedError
+from neox_rl.types import SamplingParams
+from tests.unit.search_worlds import TOKENIZER
+from tests.unit.small_run import small_config
+from tests.unit.test_search_rollouts import TASK, Sloppy, maker
+from tests.unit.test_search_values import position
+
+
+class Classifier:
+    """A served classifier at one port: ``start``, ``stop``; ``last``: after so many requests it answers 500 and must be started again."""
+
+    def __init__(self) -> None:
+        self.port, self.asked, self.last = free_port("127.0.0.1"), 0, 10**9
+        self._runner: web.AppRunner | None = None
+
+    async def _classify(self, request: web.Request) -> web.Response:
+        self.asked += 1
+        if self.asked > self.last:
+            return web.json_response({"error": "the engine is dead"}, status=500)
+        texts = (await request.json())["input"]
+        return web.json_response({"data": [{"index": i, "probs": [0.5, 0.5]} for i, _ in enumerate(texts)]})
+
+    async def start(self) -> None:
+        app = web.Application()
+        app.router.add_post("/classify", self._classify)
+        self._runner, self.last = web.AppRunner(app), 10**9
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
+
+    async def stop(self) -> None:
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+
+def test_a_search_waits_for_a_reward_model_that_is_started_again(tmp_path: Path) -> None:
+    """It dies in the middle of a group, answering 500 as vLLM does while it ends, and is away for longer than any request's retries."""
+
+    async def story(prm: Classifier) -> None:
+        config = small_config(
+            tmp_path, rollout={"method": "search"}, search={"value": "prm", "prm_server": prm.address, "prm_model": "prm"}
+        )
+        async with AsyncExitStack() as stack:
+            value = await reward_model(config, stack)
+            assert isinstance(value, ServedValue) and value.deadline_s == config.metarl.servers.start_timeout_s
+            await prm.start()
+            prm.last = 3
+            groups = replace(maker(Sloppy(), nodes=30, strategy="bfs"), value=replace(value, retry_s=0.05))
+            making = asyncio.create_task(groups.group(TASK, 4, SamplingParams(8), 1))
+            while prm.asked <= prm.last:
+                await asyncio.sleep(0.01)
+            await prm.stop()
+            asked = prm.asked
+            await asyncio.sleep(0.5)
+            assert not making.done()
+            await prm.start()
+            group = await asyncio.wait_for(making, 30.0)
+            await prm.stop()
+            assert prm.asked > asked and all(trace.finish.value != "abort" for trace in group.traces)
+
+    asyncio.run(story(Classifier()))
+
+
+def test_one_that_does_not_come_back_ends_the_search_and_says_the_fix() -> None:
+    async def story(prm: Classifier) -> None:
+        value = ServedValue(PrmValue(ServedScorer(prm.address, "prm")), prm.address, 0.2, retry_s=0.05)
+        with pytest.raises(
+            ConfigError, match=rf"prm_server = {prm.address}: no value for 0.2 s .servers.start_timeout_s.*start that server"
+        ):
+            await replace(maker(Sloppy(), strategy="bfs"), value=value).group(TASK, 4, SamplingParams(8), 1)
+
+    asyncio.run(story(Classifier()))
+
+
+@pytest.mark.parametrize(
+    ("failure", "asked"),
+    [(ServerFailedError("its connection broke"), 2), (WireError("it refused with 404"), 1), (TextsRefusedError("too long"), 1)],
+)
+def test_only_what_a_new_start_can_mend_is_waited_for(failure: NeoxRLError, asked: int) -> None:
+    class Model:
+        """Of this project, as ``vllm serve`` has it: it fails once."""
+
+        asked = 0
+
+        async def next_token(self, prompts: Sequence[Sequence[int]], ids: Sequence[int]) -> Sequence[Sequence[float]]:
+            self.asked += 1
+            if self.asked == 1:
+                raise failure
+            return [(-1.0, -1.0)] * len(prompts)
+
+    model = Model()
+    value = ServedValue(WordValue(model, TOKENIZER), "http://there", 60.0, retry_s=0.01)
+    if asked == 1:
+        with pytest.raises(type(failure)):
+            asyncio.run(value.score([position("7 *3 =21")], None))
+    else:
+        assert asyncio.run(value.score([position("7 *3 =21")], None)).values == [0.5]
+    assert model.asked == asked
