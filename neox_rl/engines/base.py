@@ -58,6 +58,7 @@ class RankEngine(ABC):
         self._config, self._neox = config, config.neox
         self._dtype = torch.bfloat16 if config.neox.precision == "bfloat16" else torch.float32
         self._steps = 0
+        self.on_retry: Callable[[int], None] = lambda tries: None
         self._reference: list[Tensor] | None = None
         layout = config.metarl.hf_layout
         self._hf_names: HfLayout | None = own(layout, "metarl.hf_layout") if layout else None
@@ -109,6 +110,8 @@ class RankEngine(ABC):
         while grad_norm is None:
             if tries == MAX_TRIES:
                 raise NeoxRLError(f"optimizer step {self._steps + 1}: loss or gradient overflowed in each of {tries} tries; {AS_BEFORE}")
+            if tries:
+                self.on_retry(tries)
             tries += 1
             sums.clear()
             grad_norm = self._train(microbatches, loss, lr)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -60,6 +60,9 @@ class LossFn(Protocol):
 
 class Engine(Protocol):
     """A model, its optimizer and its parallel layout. Every method but ``topology`` is collective: all ranks call it."""
+
+    on_retry: Callable[[int], None]
+    """Called with the tries so far when one of ``step`` overflowed its precision and another begins: each may take as long as a step."""
 
     @property
     def topology(self) -> Topology: ...

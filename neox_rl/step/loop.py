@@ -65,6 +65,7 @@ class TrainingLoop:
     def __init__(self, config: RunConfig, engine: Engine, leader: Leader | None, events: EventLog, paths: RunPaths) -> None:
         self.config, self.engine, self.leader, self.events, self.paths = config, engine, leader, events, paths
         self.position = Position()
+        engine.on_retry = lambda tries: events.progress(overflows=tries)
         topology = engine.topology
         accumulate, share = config.neox.gradient_accumulation_steps, shares_prefixes(config)
         self._layout = Layout(config.metarl.pack_tokens, topology.dp, topology.tp, accumulate, share)

@@ -104,6 +104,7 @@ class EventLog:
         self.closed = False
         self._lock = threading.Lock()
         self._open: dict[int, str] = {}
+        self._come: dict[int, str] = {}
         self.failed_at = ""
         """The innermost span that the first exception left, in the words of ``doing``."""
         self._pid = os.getpid()
@@ -123,12 +124,20 @@ class EventLog:
             raise
         finally:
             self._open.pop(start, None)
+            self._come.pop(start, None)
             self._emit("span", name, wall, time.monotonic_ns() - start, fields)
 
     @property
     def doing(self) -> str:
-        """The span that was opened last and is still open, with the fields it began with: ``train_step phase rl step 17``; or nothing."""
-        return next(reversed(self._open.copy().values()), "")
+        """The span that was opened last and is still open, with the fields it began with, and how far it has come:
+        ``train_step phase rl step 17``; or nothing."""
+        start, at = next(reversed(self._open.copy().items()), (0, ""))
+        return at + self._come.get(start, "")
+
+    def progress(self, **fields: Any) -> None:
+        """How far the span that was opened last has come: a change of ``doing``, which tells a long span from one that stands still."""
+        if start := next(reversed(self._open.copy()), 0):
+            self._come[start] = "".join(f" {key} {value}" for key, value in fields.items())
 
     def add_span(self, name: str, start_ns: int, dur_ns: int, **fields: Any) -> None:
         """A span that the caller timed: wall-clock start and monotonic duration, nanoseconds."""

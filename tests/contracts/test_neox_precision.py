@@ -42,7 +42,10 @@ def engine_of(scaling: dict[str, Any], **keys: Any) -> Iterator[GptNeoXEngine]:
 
 def test_a_step_that_overflows_is_taken_again_and_counted_once() -> None:
     with engine_of({"initial_scale_power": 30, "hysteresis": 1}) as engine:
+        tries: list[int] = []
+        engine.on_retry = tries.append
         report = engine.step(split(sequences(), 2), loss_fn, 1e-3)
+        assert tries == [n + 1 for n in range(round(report.metrics["overflows"]))], "each is told: it may take as long as a step"
         assert report.tokens == sum(len(s) - 1 for s in sequences())
         assert 1.0 < report.metrics["loss_scale"] < 2**30
         assert report.metrics["overflows"] == engine._engine.skipped_steps > 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,17 @@ import torch
 
 from neox_rl.batch.record import record_batch
 from neox_rl.config.run import RunConfig
+from neox_rl.engines.base import RankEngine
 from neox_rl.engines.port import StepReport, Topology
 from neox_rl.errors import GIVES_UP, ConfigError, DiskFullError, DiskStaysFullError, exit_status
 from neox_rl.queue.wire import Phase
+from neox_rl.run.signs import Signs
 from neox_rl.step import loop as loop_module
 from neox_rl.step.feed import RecordedFeed
 from neox_rl.step.loop import Leader, TrainingLoop
 from neox_rl.step.position import Position
 from neox_rl.telemetry.events import EventLog, read_events
+from neox_rl.telemetry.heartbeat import Beat
 from neox_rl.telemetry.jsonl import read_jsonl
 from neox_rl.telemetry.status import read_status
 from neox_rl.types import Group, Json
@@ -129,6 +132,53 @@ def run(config: RunConfig, story: Story, feed: Any = None, resume: bool = False,
         return loop.run(resume)
     finally:
         events.close()
+
+
+class Overflows(RankEngine):
+    """In each optimizer step the gradient overflows ``times`` times. One rank, no model."""
+
+    topology = WrittenEngine.topology
+
+    def __init__(self, times: int, tried: Callable[[], None]) -> None:
+        self.times, self.tried, self._steps = times, tried, 0
+
+    def _train(self, microbatches: Any, on_logits: Any, lr: float) -> float | None:
+        self.tried()
+        self.times -= 1
+        return None if self.times >= 0 else 1.0
+
+    def _reduce(self, sums: Any) -> dict[str, float]:
+        return {"loss": 0.5, "tokens": 4.0}
+
+    def _forward(self, microbatches: Any, on_logits: Any) -> None: ...
+
+    def _weights_changed(self) -> None: ...
+
+
+
+def test_each_try_of_a_step_that_overflows_is_a_sign_that_it_goes_on(tmp_path: Path) -> None:
+    """Forty tries of 30 s are no step that stands still for 900; one try that does is found as before."""
+    events, signs, now = EventLog(tmp_path / "events.jsonl", "trainer-0"), Signs(60.0, 900.0, 600.0), 0.0
+
+    def passes(seconds: int) -> str:
+        nonlocal now
+        found = ""
+        for _ in range(seconds):
+            now += 1.0
+            signs.hear({"trainer-0": Beat("trainer-0", 7, "here", round(now), events.doing)}, now, 1.0)
+            found = found or signs.stuck("trainer-", now)
+        return found
+
+    said: list[str] = []
+    engine = Overflows(40, lambda: said.append(passes(30)))
+    config, paths = small_config(tmp_path), small_paths(small_config(tmp_path))
+    TrainingLoop(config, engine, None, events, paths)
+    with events.span("train_step", phase="rl", step=3):
+        engine.step([np.zeros(4)], None, 1e-3)  # type: ignore[list-item, arg-type]
+        assert events.doing == "train_step phase rl step 3 overflows 40" and not any(said) and now > 900.0
+        assert "stands still" in passes(901) and "overflows 40" in passes(1)
+    assert events.doing == ""
+    events.close()
 
 
 def with_neox(config: RunConfig, **keys: Any) -> RunConfig:
