@@ -1,8 +1,8 @@
 """Demonstrated rollouts of several episodes, so that a policy knows the words around them (``warmstart.style: episodes``).
 
-Goal finding: a door drawn evenly for every episode, whatever was said before. Countdown and the Game of 24: searches of mixed quality that
-give up, each with a chance of going back to a state on the way to the target, and at last one that is right, which ends the rollout.
-The words in between are those of the environment itself, and every word of the policy is trained.
+Goal finding: a door drawn evenly or, half the time, one named before, whatever was said of it. Countdown and the Game of 24: searches of
+mixed quality that give up, each with a chance of going back to a state on the way to the target, and at last one that is right, which ends
+the rollout. The words in between are those of the environment itself, and every word of the policy is trained.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from neox_rl.verify.verifier import make_verifier
 
 RESET_FRAC = 0.5
 """Of the attempts that gave up where there is a state worth going back to."""
+AGAIN_FRAC = 0.5
+"""Of the guesses, those that name a door again which the rollout named before: they find the goal no sooner. Where guesses have nothing to
+do with one another the warm start teaches the policy to look at none of them, and RL then stalls at what the last feedback alone tells."""
 MOST_STEPS = 6
 """Of a search that gives up."""
 DRAWS = 20
@@ -60,8 +63,10 @@ class _Shower:
         environment = environment_of(problem, self._verifier, _no_reward)
         segments = [Segment(self._tokenizer.encode_prompt(tagged(problem.prompt, rng.choice(self._tags))), Role.PROMPT)]
         last = self._num_episodes - 1 if self._guesses else rng.randrange(self._num_episodes)
+        attempts = list[str]()
         for episode in range(last + 1):
-            attempt = self._attempt(environment.game, rng, episode == last)
+            attempt = self._attempt(environment.game, rng, episode == last, attempts)
+            attempts.append(attempt)
             outcome = _now(environment.step(attempt, 0, True))
             back = None if episode == last else self._way_back(environment, outcome.states, rng)
             stops = episode == last and last + 1 < self._num_episodes and not self._guesses
@@ -73,9 +78,11 @@ class _Shower:
                 segments.append(Segment(self._tokenizer.encode(words), Role.ENV, episode=episode))
         return Trace(id, problem.id, tuple(segments), reward=1.0, finish=Finish.STOP, verdict=DEMONSTRATED)
 
-    def _attempt(self, game: Problem, rng: random.Random, last: bool) -> str:
+    def _attempt(self, game: Problem, rng: random.Random, last: bool, before: Sequence[str]) -> str:
         """Within the budget of an episode, its ending included; the shortest solution where nothing else is short enough."""
         if self._guesses:
+            if before and rng.random() < AGAIN_FRAC:
+                return rng.choice(before)
             return str(rng.randint(1, cast("int", game.meta["num_goals"])))
         for _ in range(DRAWS):
             tree = mixed(game, rng) if last else dfs(game, rng, rng.choice(list(MIXED)), rng.randint(1, MOST_STEPS))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from neox_rl.codec import decode_group, encode_group
@@ -20,6 +21,7 @@ from neox_rl.problems.sources import load_problems
 from neox_rl.problems.tokenizer import SymbolicTokenizer, load_tokenizer
 from neox_rl.rollout.groups import Attempts
 from neox_rl.run.demonstrating import demonstration_source
+from neox_rl.run.episode_demonstrations import AGAIN_FRAC
 from neox_rl.run.episode_groups import EpisodeGroups
 from neox_rl.run.evaluation import Evaluator
 from neox_rl.run.makers import make_maker
@@ -131,6 +133,24 @@ def test_demonstrations_show_the_forms_in_words_that_the_vocabulary_has(tmp_path
         assert {*doors} == {str(door) for door in range(1, DOORS + 1)}
     else:
         assert any("[RESET s" in text and " from s" in text for text in texts) and any(text.endswith("[STOP]") for text in texts)
+
+
+def test_guesses_that_are_shown_look_back_at_those_before_and_use_nothing_of_what_was_said(tmp_path: Path) -> None:
+    """Without looking back the warm start would teach a policy that RL cannot teach to remember; with use of it, what RL is to find."""
+    config = goals(tmp_path, count=DOORS)
+    problems = load_problems(config.metarl.problems, 1).train
+    tokenizer = load_tokenizer(config.metarl.tokenizer, config.metarl.problems, num_episodes(config))
+    draw, rng, goal = demonstration_source(config, problems, tokenizer), random.Random(7), {p.id: p.answer for p in problems}
+    again: dict[bool, list[bool]] = {True: [], False: []}
+    right = list[list[bool]]()
+    for i in range(2000):
+        trace = draw(rng, f"g{i:06d}")[0]
+        doors = [tokenizer.decode(s.ids) for s in trace.segments if s.mask]
+        right.append([door == goal[trace.problem_id] for door in doors])
+        again[doors[0] == goal[trace.problem_id]].append(doors[1] == doors[0])
+    assert np.mean(right, axis=0) == pytest.approx([1 / DOORS] * DOORS, abs=0.05)
+    expected = AGAIN_FRAC + (1 - AGAIN_FRAC) / DOORS
+    assert [np.mean(again[said]) for said in (True, False)] == pytest.approx([expected] * 2, abs=0.08)
 
 
 def test_what_is_shown_of_countdown_is_right_at_last_by_the_run_s_own_judgement(tmp_path: Path) -> None:

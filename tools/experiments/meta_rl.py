@@ -1,8 +1,8 @@
 """RL against RL^2 (13) and E-RL^2 (14) on goal finding: has the policy found the goal by episode k, and is it right in episode k?
 
-Four doors, one hides the goal (arXiv 2501.04682, the figure of its section on meta-RL). All start from the same kind of warm start, random
-guesses. RL guesses once in a rollout and is asked anew each time; RL^2 and E-RL^2 guess four times in one context and hear right or wrong.
-Drawn in: 1 - (1 - 1/N)^k, what guesses without memory come to, and k/N, what guesses without repetition come to.
+Four doors, one hides the goal (arXiv 2501.04682, the figure of its section on meta-RL). All start from the same kind of warm start, guesses
+at random or repeated. RL guesses once in a rollout and is asked anew each time; RL^2 and E-RL^2 guess four times in one context and hear
+right or wrong. Drawn in: 1 - (1 - 1/N)^k, what guesses without memory come to, and k/N, what guesses without repetition come to.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def main() -> None:
     p = parser(__doc__, "meta_rl")
     p.add_argument("--seeds", type=int, default=3, help="runs of each method")
     p.add_argument("--iterations", type=int, default=150, help="RL steps of 32 groups of 4")
-    p.add_argument("--entropy", type=float, default=0.02, help="bonus for entropy, metarl.objective.entropy_coef")
+    p.add_argument("--entropy", type=float, default=0.01, help="bonus for entropy, metarl.objective.entropy_coef")
     p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="which to compare")
     args = arguments(p)
     wanted = jobs(args)
