@@ -67,8 +67,9 @@ class MonteCarloValue:
     max_tokens: int = 128
 
     async def score(self, positions: Sequence[Position], max_tokens: int | None) -> Scores:
-        cap = self.max_tokens if max_tokens is None else min(self.max_tokens, max_tokens // (self.k * len(positions)))
-        if cap < 1:
+        unended = sum(not p.domain.is_end(p.state) for p in positions)
+        cap = self.max_tokens if max_tokens is None else min(self.max_tokens, max_tokens // (self.k * max(1, unended)))
+        if cap < 1 and unended:
             return Scores(())
         played = await asyncio.gather(*(self.playouts.play(position, self.k, cap) for position in positions))
         return Scores([right / self.k for right, _ in played], sum(tokens for _, tokens in played))
@@ -76,12 +77,15 @@ class MonteCarloValue:
 
 @dataclass(frozen=True)
 class PolicyPlayouts:
-    """The policy goes on to its own end in one request; the verifier says whether it came out right."""
+    """The policy goes on to its own end in one request; the verifier says whether it came out right. Of a path that is at its end that is
+    known already: what a policy would write after its end is nobody's answer."""
 
     proposer: PolicyProposer
     verifier: Verifier
 
     async def play(self, position: Position, k: int, max_tokens: int) -> tuple[int, int]:
+        if position.domain.is_end(position.state):
+            return k * (await position.domain.judge(position.texts, position.state)).correct, 0
         policy = self.proposer
         prompt = (*policy.prompt_ids(position.problem), *position.ids)
         cap = min(max_tokens, policy.max_context - len(prompt)) if policy.max_context else max_tokens

@@ -155,7 +155,6 @@ class Overflows(RankEngine):
     def _weights_changed(self) -> None: ...
 
 
-
 def test_each_try_of_a_step_that_overflows_is_a_sign_that_it_goes_on(tmp_path: Path) -> None:
     """Forty tries of 30 s are no step that stands still for 900; one try that does is found as before."""
     events, signs, now = EventLog(tmp_path / "events.jsonl", "trainer-0"), Signs(60.0, 900.0, 600.0), 0.0

@@ -1,0 +1,81 @@
+"""Monte-Carlo values of texts: a path that has ended is worth its verdict, and what a lost server cut off is paid and not asked again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+from neox_rl.config.run import RunConfig
+from neox_rl.config.schema_search import SearchConfig
+from neox_rl.rollout.groups import Attempts
+from neox_rl.run.search_groups import search_groups
+from neox_rl.search.growth import Budget
+from neox_rl.search.proposers import PolicyProposer
+from neox_rl.search.search import Search
+from neox_rl.search.strategy import Options
+from neox_rl.search.text_domain import TextDomain
+from neox_rl.search.values import MonteCarloValue, PolicyPlayouts
+from neox_rl.types import Completion, Finish, Problem, Reason, SamplingParams, Verdict, VersionSpan
+
+PROBLEM = Problem("p", "math", "q\n", "5", "q")
+EOS, NEWLINE, PLAYOUTS = 0, 10, 4
+RIGHT, AFTER_END = "The answer is 5\0", " and 7\0"
+COST = len("line\n") + PLAYOUTS * len(RIGHT) + len(RIGHT)
+
+
+class Writer:
+    """Bytes as tokens: a line, then a right answer. Asked to write on after its end it spoils the answer."""
+
+    eos_id, vocab_size = EOS, 256
+
+    def __init__(self) -> None:
+        self.asked = list[bytes]()
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        return tuple(text.encode())
+
+    encode_prompt = encode
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(i for i in ids if i).decode(errors="replace")
+
+    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> tuple[Completion, ...]:
+        self.asked.append(bytes(prompt_ids))
+        first = prompt_ids.count(NEWLINE) < 2
+        line = "line\n" if NEWLINE in params.stop_token_ids else f"line\n{RIGHT}"
+        ids = self.encode(AFTER_END if EOS in prompt_ids else line if first else RIGHT)[: params.max_tokens]
+        return (Completion(ids, (-0.5,) * len(ids), (VersionSpan(0, 0, len(ids)),), Finish.STOP),) * n
+
+
+class Checks:
+    async def check(self, problem: Problem, text: str) -> Verdict:
+        said = text.rsplit(maxsplit=1)[-1]
+        return Verdict(said == problem.answer, said, Reason.MATCH, 0.0)
+
+
+@pytest.mark.parametrize("tokens", [None, COST])
+def test_an_ended_text_is_worth_its_verdict_and_is_not_written_on(tokens: int | None) -> None:
+    """With the second budget nothing is left for playouts when the end comes: it needs none."""
+    writer = Writer()
+    proposer = PolicyProposer(writer, writer, (NEWLINE,), 60)
+    value = MonteCarloValue(PolicyPlayouts(proposer, Checks()), k=PLAYOUTS, max_tokens=30)
+    search = Search("bfs", lambda problem: TextDomain(problem, Checks()), Options(1))
+    tree = asyncio.run(search.run(PROBLEM, proposer, value, Budget(5, tokens)))
+    assert not any(EOS in prompt for prompt in writer.asked)
+    _, line, end = tree.nodes
+    assert end.verdict is not None and end.verdict.correct and (line.value, end.value) == (1.0, 1.0)
+    assert tree.answer == end.id and tree.num_tokens == COST
+
+
+@pytest.mark.parametrize("strategy", ["mcts", "best-of-n"])
+def test_the_step_that_ends_a_text_rightly_is_not_trained_down(strategy: str) -> None:
+    writer, config = Writer(), RunConfig()
+    attempts = Attempts(writer, Checks(), writer, lambda problem, verdict, text, length: float(verdict.correct))
+    block = replace(SearchConfig(), strategy=strategy, nodes=4, width=2, max_step_tokens=60)
+    groups = search_groups(replace(config, metarl=replace(config.metarl, search=block)), attempts)
+    group = asyncio.run(groups.group(PROBLEM, 0, SamplingParams(40), 1))
+    ends = [s.advantage for t in group.traces for s in t.segments if s.mask and s.ids[-1] == EOS]
+    assert ends and all(advantage is not None and advantage >= 0.0 for advantage in ends)
