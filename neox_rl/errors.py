@@ -44,6 +44,10 @@ class DiskStaysFullError(DiskFullError):
     """There was no room in the time that the config gives: a new start would only wait again."""
 
 
+class DamagedError(WeightError):
+    """A checkpoint that does not hold what was saved, or does not fit. Names the file; a new start would only find it again."""
+
+
 class ProcessDiedError(NeoxRLError):
     """A process of the run ended when it should not have. Names the process, its exit status and its log."""
 
@@ -62,4 +66,4 @@ GIVES_UP = 3
 
 def exit_status(error: NeoxRLError) -> int:
     """Of a process that ends with this error."""
-    return GIVES_UP if isinstance(error, ConfigError | StalenessError | JournalFullError | DiskStaysFullError) else 1
+    return GIVES_UP if isinstance(error, ConfigError | DamagedError | StalenessError | JournalFullError | DiskStaysFullError) else 1

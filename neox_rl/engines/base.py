@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,14 +24,14 @@ from neox_rl.batch.types import MicroBatch
 from neox_rl.config.derived import hf_config
 from neox_rl.config.own import own
 from neox_rl.config.run import RunConfig
-from neox_rl.engines.checkpoint_files import out_of_room
+from neox_rl.engines.checkpoint_files import out_of_room, read_meta
 from neox_rl.engines.hf_files import check_config, hf_reader, write_hf
 from neox_rl.engines.hf_layout import HfLayout
 from neox_rl.engines.model_shape import ModelShape, model_shape
 from neox_rl.engines.packed import Gather
 from neox_rl.engines.port import LossFn, Policy, StepReport, Topology
 from neox_rl.engines.weight_parts import WeightParts, World
-from neox_rl.errors import DiskFullError, NeoxRLError
+from neox_rl.errors import DamagedError, DiskFullError, NeoxRLError, WeightError
 from neox_rl.loss.metrics import is_max
 from neox_rl.loss.vocab_parallel import token_logprobs_and_entropy
 from neox_rl.types import Json
@@ -236,6 +236,21 @@ class RankEngine(ABC):
         finally:
             for tensor, data in zip(self._held(), current, strict=True):
                 tensor.data = data
+
+    def _read_meta(self, checkpoint: Path, layout: Mapping[str, Json]) -> dict[str, Any]:
+        """See ``checkpoint_files.read_meta``. What one rank finds wrong is raised on all: the last word of each is then the same."""
+        rank, size, wrong = self.topology.rank, self.topology.world_size, ""
+        meta: dict[str, Any] = {}
+        try:
+            meta = read_meta(checkpoint, layout, rank, size)
+        except WeightError as error:
+            wrong = str(error)
+        first = torch.tensor(rank if wrong else size)
+        dist.all_reduce(first, dist.ReduceOp.MIN, group=self._world.control)
+        if int(first) < size:
+            data = wrong.encode() if rank == int(first) else None
+            raise DamagedError(broadcast(data, self._world.control, int(first), torch.device("cpu")).decode())
+        return meta
 
     # Control
 

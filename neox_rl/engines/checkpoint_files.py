@@ -1,6 +1,6 @@
 """Checkpoints as directories, whatever engine fills them.
 
-    <directory>/step000042/meta.json   layout, sizes, client state; written last
+    <directory>/step000042/meta.json   layout, client state, sizes and digests of all files; written last
     <directory>/step000042/...         what the engine wrote (GPT-NeoX: global_step42)
     <directory>/latest                 name of the newest whole checkpoint
 
@@ -10,30 +10,29 @@ moved to ``<name>.old`` until the new one stands in its place. Every file is on 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
-from neox_rl.errors import WeightError
+from neox_rl.engines.checkpoint_digests import FILES, META, check_digests, fix, noted, read_sealed, sealed
+from neox_rl.errors import DamagedError, WeightError
 from neox_rl.telemetry.jsonl import FULL
 from neox_rl.types import Json
 
 logger = logging.getLogger(__name__)
 FORMAT = 1
-LATEST, META = "latest", "meta.json"
+LATEST = "latest"
 NAME = re.compile(r"(?:global_)?step(\d+)")
 
 
 def publish(temporary: Path, final: Path, meta: Mapping[str, Json]) -> None:
     """Makes a whole checkpoint visible: meta last, then the rename, then the pointer."""
-    _write(temporary / META, json.dumps(dict(meta), indent=1, allow_nan=False) + "\n")
+    _write(temporary / META, sealed({**meta, FILES: noted(temporary)}))
     to_disk(temporary)
     replaced = _replaced(final)
     if final.exists():
@@ -61,20 +60,21 @@ def prune(newest: Path, keep: int) -> None:
 def find(directory: Path) -> Path:
     """The checkpoint that ``directory`` is or points to. Raises WeightError when there is none.
 
-    A crash can leave the one that the pointer names under its ``.old`` name, or no pointer: then the newest whole checkpoint counts.
+    A crash can leave the one that the pointer names under its ``.old`` name, or no pointer: then the newest whole checkpoint counts. It
+    leaves no pointer to what is not there: somebody removed that, and steps would be undone without a word.
     """
     if (directory / META).is_file():
         return directory
     pointer = directory / LATEST
-    name = pointer.read_text().strip() if pointer.is_file() else ""
+    name = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
     named = [directory / name, _replaced(directory / name)] if name else []
-    for found in (*named, *_whole(directory), *_whole(directory, ".old")):
+    for found in named or (*_whole(directory), *_whole(directory, ".old")):
         if (found / META).is_file():
             if found not in named[:1]:
                 logger.warning("%s names %r, which is no whole checkpoint; %s is taken", pointer, name, found)
             return found
     if name:
-        raise WeightError(f"{pointer} names {name}, which is no checkpoint: it has no {META}; nor is there another")
+        raise DamagedError(f"{pointer} names {name[:80]!r}, which is no checkpoint: it has no {META}; {fix(directory / name[:80])}")
     raise WeightError(f"{directory} holds neither a checkpoint ({META}) nor a file {LATEST!r} that names one")
 
 
@@ -124,9 +124,10 @@ def out_of_room(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in FULL
 
 
-def read_meta(checkpoint: Path, layout: Mapping[str, Json]) -> dict[str, Json]:
-    """The meta data, after checking that the layout fits. Raises WeightError naming every difference."""
-    meta: dict[str, Any] = json.loads((checkpoint / META).read_text())
+def read_meta(checkpoint: Path, layout: Mapping[str, Json], rank: int, num_ranks: int) -> dict[str, Json]:
+    """The meta data, after checking that the layout fits, and the digests of this rank's share of the files: who goes on behind a barrier
+    knows all of them. Raises WeightError naming every difference, DamagedError."""
+    meta = read_sealed(checkpoint)
     if meta.get("format") != FORMAT:
         raise WeightError(f"{checkpoint} has format {meta.get('format')!r}, this engine reads {FORMAT}")
     saved = meta["layout"]
@@ -136,4 +137,7 @@ def read_meta(checkpoint: Path, layout: Mapping[str, Json]) -> dict[str, Json]:
             f"{checkpoint} is bound to another layout: {'; '.join(different)}; "
             "start with the same layout, or export HF weights and use warmstart.hf_checkpoint"
         )
+    if FILES not in meta:
+        logger.warning("%s is of an earlier release, without digests: whether its files are as they were saved is not known", checkpoint)
+    check_digests(checkpoint, meta, rank, num_ranks)
     return meta

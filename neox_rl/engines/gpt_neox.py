@@ -24,6 +24,7 @@ from neox_rl.batch.types import MicroBatch
 from neox_rl.config.run import RunConfig
 from neox_rl.engines import checkpoint_files
 from neox_rl.engines.base import AS_BEFORE, OnLogits, RankEngine
+from neox_rl.engines.checkpoint_digests import note, saved_files
 from neox_rl.engines.gpt_neox_mapping import neox_places
 from neox_rl.engines.mcore_state import layout_of
 from neox_rl.engines.packed import ToRows
@@ -210,6 +211,8 @@ class GptNeoXEngine(RankEngine):
                 names = [name for name, _ in self._engine.module.named_parameters()]
                 save_file(dict(zip(names, (t.cpu().contiguous() for t in self._reference), strict=True)), self._reference_file(temporary))
         with self._writing(directory):
+            note(temporary, self.topology.rank, saved_files(temporary)[self.topology.rank :: self.topology.world_size])
+        with self._writing(directory):
             if self.topology.rank == 0:
                 for path in temporary.iterdir():
                     checkpoint_files.to_disk(path)
@@ -234,7 +237,7 @@ class GptNeoXEngine(RankEngine):
             self._load_stock(stock)
             return {}
         checkpoint = checkpoint_files.find(directory)
-        meta: dict[str, Any] = checkpoint_files.read_meta(checkpoint, self._layout())
+        meta = self._read_meta(checkpoint, self._layout())
         # The learning rate is given with each step; GPT-NeoX's schedule refuses a run that asks for more steps than it was saved with.
         optimizer = self._engine.optimizer
         configured = {name: getattr(optimizer, name) for name in _CONFIGURED if hasattr(optimizer, name)}

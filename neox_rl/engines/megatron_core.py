@@ -16,6 +16,7 @@ from neox_rl.batch.types import MicroBatch
 from neox_rl.config.run import RunConfig
 from neox_rl.engines import checkpoint_files, mcore_state
 from neox_rl.engines.base import OnLogits, RankEngine
+from neox_rl.engines.checkpoint_digests import note
 from neox_rl.engines.hf_mapping import places
 from neox_rl.engines.packed import Pack, make_pack
 from neox_rl.engines.rank_env import rank_environment
@@ -100,6 +101,7 @@ class MegatronCoreEngine(RankEngine):
         state = mcore_state.collect(self._inner, self._setup.torch_optimizers(self._optimizer), self._reference)
         with self._writing(directory):
             mcore_state.write_rank(temporary, self.topology.rank, state)
+            note(temporary, self.topology.rank, [mcore_state.rank_file(temporary, self.topology.rank)])
         with self._writing(directory):
             if self.topology.rank == 0:
                 meta: dict[str, Json] = {"format": checkpoint_files.FORMAT, "steps": self._steps, "layout": self._layout()}
@@ -111,7 +113,7 @@ class MegatronCoreEngine(RankEngine):
 
     def load(self, directory: Path) -> dict[str, Json]:
         checkpoint = checkpoint_files.find(directory)
-        meta: dict[str, Any] = checkpoint_files.read_meta(checkpoint, self._layout())
+        meta = self._read_meta(checkpoint, self._layout())
         state = mcore_state.read_rank(checkpoint, self.topology.rank)
         self._reference = mcore_state.restore(state, self._inner, self._setup.torch_optimizers(self._optimizer))
         self._steps = int(meta["steps"])

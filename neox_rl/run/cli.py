@@ -19,7 +19,7 @@ from neox_rl.config.rules import check, warnings
 from neox_rl.config.run import RunConfig
 from neox_rl.config.schema import NEOX_ENGINE
 from neox_rl.errors import ConfigError, NeoxRLError
-from neox_rl.run.resume import refuse_resume
+from neox_rl.run.resume import refuse_damaged, refuse_resume
 from neox_rl.telemetry.paths import RunPaths
 
 BAD_INPUT = 2
@@ -49,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config, remarks = _configuration(args)
         if args.dry_run and args.resume:
-            refuse_resume(config, RunPaths.of(Path(config.metarl.runs_dir) / config.metarl.name))
+            paths = RunPaths.of(Path(config.metarl.runs_dir) / config.metarl.name)
+            refuse_resume(config, paths)
+            refuse_damaged(config, paths)
     except ConfigError as error:
         lines = str(error).splitlines()
         sys.stderr.write("".join(f"error: {line}\n" for line in lines))

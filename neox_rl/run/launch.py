@@ -40,7 +40,7 @@ from neox_rl.run.endpoints import choose_endpoints, write_endpoints
 from neox_rl.run.hosts import BY_SSH, check_hosts, read_hosts
 from neox_rl.run.preflight import check_servers
 from neox_rl.run.processes import ORCHESTRATOR, RANKS, Program, programs
-from neox_rl.run.resume import has_checkpoint, hold, next_attempt, refuse_full_directories, refuse_resume
+from neox_rl.run.resume import has_checkpoint, hold, next_attempt, refuse_damaged, refuse_full_directories, refuse_resume
 from neox_rl.run.solution_groups import with_references
 from neox_rl.run.supervise import Supervisor
 from neox_rl.run.tools import make_tool
@@ -140,6 +140,7 @@ def _directory(config: RunConfig, resume: bool, stack: ExitStack) -> RunPaths:
         stack.enter_context(hold(paths))
     if resume:
         refuse_resume(config, paths)  # again: another launcher may have held it until now
+        refuse_damaged(config, paths)
         paths.stop.unlink(missing_ok=True)
         for request in paths.restart.glob("*"):
             request.unlink()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,9 @@ from neox_rl.config.derived import keeps_reference
 from neox_rl.config.load import load_resolved
 from neox_rl.config.network import curve_on
 from neox_rl.config.run import RunConfig
-from neox_rl.errors import ConfigError
+from neox_rl.engines.checkpoint_digests import check_digests, check_sizes, num_bytes, read_sealed
+from neox_rl.engines.checkpoint_files import find
+from neox_rl.errors import ConfigError, WeightError
 from neox_rl.keys import RUN_FILE, Keys
 from neox_rl.queue.journal import LEDGER, check_format, segments
 from neox_rl.telemetry.jsonl import read_json, rewrite_json
@@ -29,6 +32,9 @@ FIXED = (
 )
 """Keys that a checkpoint, the queue in it or the curves of the run depend on. All others may change between two parts of a run."""
 
+READ_HERE_BYTES = 32 << 30
+"""Of a checkpoint: what one machine reads in less time than the start of the ranks takes, who read all of it anyway."""
+_READERS = 8
 _FIRST_RECORD_BYTES = 4096
 
 
@@ -52,8 +58,12 @@ def refuse_changes(before: RunConfig, now: RunConfig) -> None:
 
 def has_checkpoint(config: RunConfig, paths: RunPaths) -> bool:
     """Whether the ranks can be resumed. What a killed save left unfinished (``.tmp``) is no checkpoint."""
-    directory = Path(config.neox.save) if config.neox.save else paths.checkpoints
+    directory = _checkpoints(config, paths)
     return directory.is_dir() and any(path.is_dir() and path.suffix != ".tmp" for path in directory.iterdir())
+
+
+def _checkpoints(config: RunConfig, paths: RunPaths) -> Path:
+    return Path(config.neox.save) if config.neox.save else paths.checkpoints
 
 
 def next_attempt(paths: RunPaths) -> int:
@@ -72,6 +82,21 @@ def refuse_resume(config: RunConfig, paths: RunPaths) -> None:
     _refuse_another_release(config, paths)
 
 
+def refuse_damaged(config: RunConfig, paths: RunPaths) -> None:
+    """What the ranks would refuse, but once everything is started: of what is too large to be read here only what sizes show."""
+    try:
+        checkpoint = find(_checkpoints(config, paths))
+        meta = read_sealed(checkpoint)
+        check_sizes(checkpoint, meta)
+        if num_bytes(meta) <= READ_HERE_BYTES:
+            with ThreadPoolExecutor(_READERS) as pool:
+                list(pool.map(lambda n: check_digests(checkpoint, meta, n, _READERS), range(_READERS)))
+    except WeightError as error:
+        raise ConfigError(f"--resume: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"--resume: cannot read {error.filename}: {error.strerror}; resume as the user who began the run") from error
+
+
 def _refuse_another_release(config: RunConfig, paths: RunPaths) -> None:
     """What the orchestrator would refuse once everything is started. A journal is known by its files' first records."""
     try:
@@ -86,7 +111,7 @@ def _refuse_another_release(config: RunConfig, paths: RunPaths) -> None:
 
 def refuse_without_checkpoint(config: RunConfig, paths: RunPaths) -> None:
     if not has_checkpoint(config, paths):
-        where, factor = config.neox.save or paths.checkpoints, config.neox.checkpoint_factor
+        where, factor = _checkpoints(config, paths), config.neox.checkpoint_factor
         raise ConfigError(f"--resume: {where} holds no checkpoint (checkpoint_factor = {factor}); start again without --resume")
 
 

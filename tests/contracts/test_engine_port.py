@@ -26,7 +26,7 @@ from neox_rl.engines import checkpoint_files, mcore_state
 from neox_rl.engines.gpt_neox import GptNeoXEngine
 from neox_rl.engines.port import Engine
 from neox_rl.engines.registry import build_engine
-from neox_rl.errors import ConfigError, DiskFullError, NeoxRLError, WeightError
+from neox_rl.errors import ConfigError, DamagedError, DiskFullError, NeoxRLError, WeightError
 from tests.invariance.engine_batches import VOCAB, loss_fn, sequences, split
 
 NEOX = NeoXConfig(hidden_size=32, num_attention_heads=2, num_layers=2, seq_length=64)
@@ -180,10 +180,34 @@ def test_as_many_checkpoints_are_kept_as_asked_for(engine: Engine, tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["latest", *saved[1:]])
 
 
+def test_a_checkpoint_that_is_not_what_was_saved_is_never_loaded(engine: Engine, tmp_path: Path) -> None:
+    """Every file of it: a flipped bit of a weight would train on without a sign."""
+    engine.step(split(sequences(), 1), loss_fn, 1e-3)
+    path = engine.save(tmp_path, {"cursor": [1]})
+    engine.step(split(sequences(), 1), loss_fn, 1e-2)
+    before = weights(engine)
+    files = [file for file in path.rglob("*") if file.is_file() and file.name != "meta.json"]
+    assert files and {file.relative_to(path).as_posix() for file in files} == json.loads((path / "meta.json").read_text())["files"].keys()
+    for file in files:
+        whole = file.read_bytes()
+        middle = len(whole) // 2
+        for spoiled, said in (
+            (whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :], "is damaged: its digest is"),
+            (whole[:-1], "is damaged: it has"),
+        ):
+            file.write_bytes(spoiled)
+            with pytest.raises(DamagedError, match=rf"{file.name} {said}.*start again without --resume"):
+                engine.load(tmp_path)
+        file.write_bytes(whole)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in engine.named_tensors())
+    assert engine.load(tmp_path) == {"cursor": [1]}
+
+
 def test_checkpoint_of_another_layout_is_refused_by_name(engine: Engine, tmp_path: Path) -> None:
     path = engine.save(tmp_path, {})
     meta = json.loads((path / "meta.json").read_text())
     meta["layout"] |= {"tp": 2, "hidden": 64}
+    del meta["xxh3"]
     (path / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(WeightError, match=r"tp 2 there, 1 here; hidden 64 there, 32 here"):
         engine.load(tmp_path)

@@ -142,7 +142,7 @@ def test_what_was_cut_short_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(WeightError, match=r"neither a checkpoint \(meta.json\) nor a file 'latest'"):
         checkpoint_files.find(tmp_path)
     (tmp_path / "latest").write_text("step000003\n")
-    with pytest.raises(WeightError, match="names step000003, which is no checkpoint"):
+    with pytest.raises(WeightError, match="names 'step000003', which is no checkpoint"):
         checkpoint_files.find(tmp_path)
 
 

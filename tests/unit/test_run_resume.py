@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +15,8 @@ import pytest
 from neox_rl.config.leaves import blocks, leaves
 from neox_rl.config.run import RunConfig
 from neox_rl.config.schema import MetaRLConfig, StalenessConfig
+from neox_rl.engines.checkpoint_digests import note
+from neox_rl.engines.checkpoint_files import publish
 from neox_rl.errors import ConfigError
 from neox_rl.keys import RUN_FILE
 from neox_rl.metacot import vocabulary
@@ -79,6 +84,71 @@ def prepare(config: RunConfig, resume: bool = False) -> RunPaths:
         return paths
 
 
+def save(directory: Path, step: int) -> Path:
+    """A checkpoint as two ranks write it."""
+    temporary = directory / f"step{step:06d}.tmp"
+    temporary.mkdir(parents=True, exist_ok=True)
+    for rank in range(2):
+        (temporary / f"rank{rank:05d}.safetensors").write_bytes(bytes(1000))
+        note(temporary, rank, [temporary / f"rank{rank:05d}.safetensors"])
+    publish(temporary, temporary.with_suffix(""), {"format": 1, "steps": step, "client_state": {"rl_step": step}})
+    return temporary.with_suffix("")
+
+
+def flip(path: Path) -> None:
+    file = path / "rank00001.safetensors"
+    file.write_bytes(bytes(500) + b"\x01" + bytes(499))
+
+
+def spoil_latest(path: Path) -> None:
+    (path.parent / "latest").write_text("step000099")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (
+            lambda path: os.truncate(path / "rank00001.safetensors", 500),
+            r"rank00001.safetensors is damaged: it has 500 bytes, and 1000 were saved",
+        ),
+        (
+            lambda path: (path / "rank00000.safetensors").unlink(),
+            r"rank00000.safetensors is missing: meta.json says that it was saved, with 1000",
+        ),
+        (lambda path: os.truncate(path / "meta.json", 50), r"meta.json is damaged: it cannot be read"),
+        (lambda path: (path / "meta.json").write_text("[1]"), r"meta.json is damaged: it cannot be read"),
+        (lambda path: (path / "meta.json").write_bytes(b"\xff" * 9), r"meta.json is damaged: it cannot be read"),
+        (
+            lambda path: (path / "meta.json").write_text((path / "meta.json").read_text().replace('"rl_step": 8', '"rl_step": 9')),
+            "meta.json is damaged: its content is not that of its digest",
+        ),
+        (lambda path: (path / "meta.json").unlink(), "latest names 'step000008', which is no checkpoint: it has no meta.json"),
+        (flip, r"rank00001.safetensors is damaged: its digest is \w{32}, and \w{32} was saved"),
+        (shutil.rmtree, "latest names 'step000008', which is no checkpoint: it has no meta.json"),
+        (spoil_latest, "latest names 'step000099', which is no checkpoint: it has no meta.json"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_before_anything_is_touched(config: RunConfig, spoil: Callable[[Path], None], said: str) -> None:
+    paths = prepare(config)
+    save(paths.checkpoints, 4)
+    newest = save(paths.checkpoints, 8)
+    longer = RunConfig(replace(config.neox, train_iters=99), config.metarl)
+    before = paths.config.read_text()
+    spoil(newest)
+    earlier = "step000008" if spoil is spoil_latest else "step000004"
+    with pytest.raises(ConfigError, match=rf"--resume: \S+{said}.*; put back a copy, or .*: echo {earlier} > {paths.checkpoints}/latest"):
+        prepare(longer, resume=True)
+    assert paths.config.read_text() == before
+    (paths.checkpoints / "latest").write_text(f"{earlier}\n")
+    assert prepare(longer, resume=True).config.read_text() != before
+
+
+def test_where_the_only_checkpoint_is_damaged_nothing_but_a_new_start_is_left(config: RunConfig) -> None:
+    (save(prepare(config).checkpoints, 4) / "rank00000.safetensors").unlink()
+    with pytest.raises(ConfigError, match="there is no other checkpoint beside it: start again without --resume"):
+        prepare(config, resume=True)
+
+
 def test_resume_says_what_is_missing(config: RunConfig) -> None:
     with pytest.raises(ConfigError, match="there is no run"):
         prepare(config, resume=True)
@@ -92,7 +162,7 @@ def test_an_earlier_run_is_moved_aside_and_a_running_one_is_left_alone(config: R
     (paths.root / "mark").touch()
     prepare(config)
     assert (paths.root.with_name("small.1") / "mark").exists() and not (paths.root / "mark").exists()
-    (paths.checkpoints / "step000001").mkdir()
+    save(paths.checkpoints, 1)
     with prepared(config, "train.py", resume=True):
         for resume in (False, True):
             with pytest.raises(ConfigError, match=r"small is running; .* another --name"):
@@ -144,14 +214,14 @@ def test_a_bad_problem_file_is_found_before_anything_starts(config: RunConfig, t
 
 
 def test_checkpoints_of_an_earlier_run_are_never_written_over(config: RunConfig, tmp_path: Path) -> None:
-    save = tmp_path / "kept"
-    (save / "step000009").mkdir(parents=True)
-    elsewhere = RunConfig(replace(config.neox, save=str(save)), config.metarl)
+    kept = tmp_path / "kept"
+    (kept / "step000009").mkdir(parents=True)
+    elsewhere = RunConfig(replace(config.neox, save=str(kept)), config.metarl)
     with pytest.raises(ConfigError, match=r"save = '.*kept': holds files of an earlier run, .* --resume"):
         prepare(elsewhere)
-    (save / "step000009").rmdir()
+    (kept / "step000009").rmdir()
     prepare(elsewhere)
-    (save / "step000001").mkdir()
+    save(kept, 1)
     prepare(elsewhere, resume=True)
     inside = RunConfig(replace(config.neox, save=str(tmp_path / "small" / "kept")), config.metarl)
     (tmp_path / "small" / "kept").mkdir()
@@ -186,7 +256,7 @@ def test_a_save_that_was_cut_short_is_no_checkpoint_to_resume_from(config: RunCo
 def test_each_start_of_the_ranks_has_its_number_and_the_orchestrator_has_the_same(config: RunConfig) -> None:
     def attempts(resume: bool) -> set[tuple[str, str]]:
         with prepared(config, "train.py", resume) as (paths, parts):
-            (paths.checkpoints / "step000001").mkdir(exist_ok=True)
+            save(paths.checkpoints, 1)
             return {(part.env[ATTEMPT], part.argv[-1]) for part in parts if ATTEMPT in part.env}
 
     root = f"{config.metarl.runs_dir}/small"
@@ -195,14 +265,14 @@ def test_each_start_of_the_ranks_has_its_number_and_the_orchestrator_has_the_sam
 
 def test_a_request_to_stop_does_not_outlive_its_run(config: RunConfig) -> None:
     paths = prepare(config)
-    (paths.checkpoints / "step000001").mkdir()
+    save(paths.checkpoints, 1)
     paths.stop.touch()
     assert not prepare(config, resume=True).stop.exists()
 
 
 def test_a_journal_of_another_release_is_refused_before_anything_is_touched(config: RunConfig) -> None:
     paths = prepare(config)
-    (paths.checkpoints / "step000001").mkdir()
+    save(paths.checkpoints, 1)
     paths.journal.mkdir(exist_ok=True)
     segment, before = paths.journal / "000000000001.journal", paths.config.read_text()
     longer = RunConfig(replace(config.neox, train_iters=99), config.metarl)
@@ -217,7 +287,7 @@ def test_a_journal_of_another_release_is_refused_before_anything_is_touched(conf
 
 def test_a_journal_that_cannot_be_read_is_refused_before_anything_is_touched(config: RunConfig) -> None:
     paths = prepare(config)
-    (paths.checkpoints / "step000001").mkdir()
+    save(paths.checkpoints, 1)
     (paths.journal / LEDGER).mkdir(parents=True)  # unreadable also for root
     before = paths.config.read_text()
     with pytest.raises(ConfigError, match=rf"--resume: cannot read \S+/{LEDGER}: Is a directory; resume as the user who began the run"):
@@ -228,7 +298,7 @@ def test_a_journal_that_cannot_be_read_is_refused_before_anything_is_touched(con
 def test_keys_of_another_release_are_refused_before_anything_is_touched(tmp_path: Path) -> None:
     config = small_config(tmp_path, network={"curve": "always"})
     paths = prepare(config)
-    (paths.checkpoints / "step000001").mkdir()
+    save(paths.checkpoints, 1)
     file, before = paths.keys / RUN_FILE, paths.config.read_text()
     written = json.loads(file.read_text())
     file.write_text(json.dumps({name: key for name, key in written.items() if not name.startswith("trainer_")}))

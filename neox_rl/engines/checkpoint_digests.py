@@ -1,0 +1,106 @@
+"""Whether a checkpoint is what was saved: sizes and digests of its files, and of the meta data itself, in ``meta.json``.
+
+    save: each rank notes what it wrote in digests-rank00000.json -> rank 0 moves all of it into meta.json
+    load: the launcher compares them before it starts anything, where they are not too large for it; so do the ranks, each a share
+
+A damaged checkpoint is never loaded, and none is chosen in its place: who goes back to an earlier one undoes steps, and should know.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from xxhash import xxh3_64_hexdigest, xxh3_128
+
+from neox_rl.errors import DamagedError
+from neox_rl.types import Json
+
+META, FILES, SEAL = "meta.json", "files", "xxh3"
+_NOTE, _NOTES = "digests-rank{:05d}.json", "digests-rank*.json"
+_CHUNK_BYTES = 8 << 20
+
+
+def note(checkpoint: Path, rank: int, paths: Iterable[Path]) -> None:
+    """Notes size in bytes and digest of these files of a checkpoint that is being saved."""
+    rows = {path.relative_to(checkpoint).as_posix(): [path.stat().st_size, _digest(path)] for path in paths}
+    (checkpoint / _NOTE.format(rank)).write_text(json.dumps(rows))
+
+
+def noted(checkpoint: Path) -> dict[str, Json]:
+    """What all ranks have noted, and of the files that nobody has what is found now. Removes the notes."""
+    found: dict[str, Json] = {}
+    for path in sorted(checkpoint.glob(_NOTES)):
+        found |= json.loads(path.read_text())
+        path.unlink()
+    names = {path.relative_to(checkpoint).as_posix(): path for path in saved_files(checkpoint)}
+    return found | {name: [path.stat().st_size, _digest(path)] for name, path in names.items() if name not in found}
+
+
+def saved_files(checkpoint: Path) -> list[Path]:
+    """All files of a checkpoint that is being saved, in an order that all ranks see alike, but for notes and meta data."""
+    return sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != META and not path.match(_NOTES))
+
+
+def sealed(meta: Mapping[str, Json]) -> str:
+    """The text of ``meta.json``. Raises ValueError for numbers that JSON has not."""
+    return json.dumps({**meta, SEAL: _seal(meta)}, indent=1, allow_nan=False) + "\n"
+
+
+def read_sealed(checkpoint: Path) -> dict[str, Any]:
+    """The meta data of a checkpoint. Raises DamagedError."""
+    path = checkpoint / META
+    try:
+        meta: dict[str, Any] = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise DamagedError(f"{path} is damaged: it cannot be read ({error}); {fix(checkpoint)}") from error
+    seal = meta.pop(SEAL, None)
+    if seal is not None and seal != _seal(meta):
+        raise DamagedError(f"{path} is damaged: its content is not that of its digest {seal}; {fix(checkpoint)}")
+    return meta
+
+
+def check_sizes(checkpoint: Path, meta: Mapping[str, Any]) -> None:
+    """Reads no file. Raises DamagedError for one that is missing or of another size than was saved."""
+    for name, (size, _) in meta.get(FILES, {}).items():
+        path = checkpoint / name
+        found = path.stat().st_size if path.is_file() else None
+        if found is None:
+            raise DamagedError(f"{path} is missing: {META} says that it was saved, with {size} bytes; {fix(checkpoint)}")
+        if found != size:
+            raise DamagedError(f"{path} is damaged: it has {found} bytes, and {size} were saved; {fix(checkpoint)}")
+
+
+def num_bytes(meta: Mapping[str, Any]) -> int:
+    return sum(size for size, _ in meta.get(FILES, {}).values())
+
+
+def check_digests(checkpoint: Path, meta: Mapping[str, Any], rank: int, num_ranks: int) -> None:
+    """Reads the share of a rank. Raises DamagedError for one that does not hold what was saved."""
+    check_sizes(checkpoint, meta)
+    for name, (_, digest) in sorted(meta.get(FILES, {}).items())[rank::num_ranks]:
+        if (found := _digest(checkpoint / name)) != digest:
+            raise DamagedError(f"{checkpoint / name} is damaged: its digest is {found}, and {digest} was saved; {fix(checkpoint)}")
+
+
+def fix(checkpoint: Path) -> str:
+    """What helps where ``checkpoint`` cannot be used: another one beside it, of the nearest step, or none."""
+    beside = sorted((path.parent for path in checkpoint.parent.glob(f"*step*/{META}") if path.parent != checkpoint), reverse=True)
+    if not beside:
+        return "put back a copy; there is no other checkpoint beside it: start again without --resume"
+    earlier = [path for path in beside if path.name < checkpoint.name] or beside
+    return f"put back a copy, or go on from an earlier one: echo {earlier[0].name} > {checkpoint.parent / 'latest'}"
+
+
+def _seal(meta: Mapping[str, Json]) -> str:
+    return xxh3_64_hexdigest(json.dumps(dict(meta), sort_keys=True, separators=(",", ":")).encode())
+
+
+def _digest(path: Path) -> str:
+    found = xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            found.update(chunk)
+    return found.hexdigest()
