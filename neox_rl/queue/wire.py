@@ -14,7 +14,8 @@
 The trainer numbers its messages 1, 2, 3 ... within a session. The orchestrator handles them in this order, each once: it ignores
 a number after a gap, answers a repeated last request with the answer it gave, and says in every message how far it has
 got (``acked``). The trainer repeats what is not acknowledged when it hears nothing. So a connection may break at any point and
-no message is lost, none handled twice, and no batch trained twice; only the answer to ``done`` cannot be repeated.
+no message is lost, none handled twice, and no batch trained twice; only the answer to ``done`` cannot be repeated. What follows
+a one-way message is taken up at once and handled after it: a report that waits for room on the disk must not silence the heartbeats.
 
 The orchestrator may die at any point too. It acknowledges only what its handler has made durable, so that its successor is told again
 what is not in the journal, and answers a repeated request as its predecessor did. A message also says which is the first that the
@@ -117,7 +118,8 @@ class ExperienceServer:
         self._last = self._acked = 0
         self._follows = False  # nothing was handled since the take-over
         self._reply: list[Frame] = []
-        self._working: asyncio.Task[list[Frame]] | None = None
+        self._working: asyncio.Task[list[Frame]] | None = None  # the message that was begun last, behind those before it
+        self._awaited = False  # the trainer waits for its answer, so that nothing comes after it
         self._wake = asyncio.Event()
         self._done: str | None = None
 
@@ -130,7 +132,7 @@ class ExperienceServer:
                 self._wake.clear()
                 frames = self._received()
                 if frames is not None:
-                    await self._receive(frames, handler)
+                    self._receive(frames, handler)
                     await asyncio.sleep(0)  # the answer is begun; and a flood of messages starves nobody
                 if self._working is not None and self._working.done():
                     await self._finish()
@@ -162,12 +164,12 @@ class ExperienceServer:
         libzmq makes its descriptor readable once for what comes in, and sending may take that back: only who has found nothing to receive
         since the last send may sleep. And nobody sleeps longer than a heartbeat, whatever was missed.
         """
-        left = self._heartbeat_s if self._working is None else max(0.0, self._beat_at + self._heartbeat_s - time.monotonic())
+        left = self._heartbeat_s if not self._awaited else max(0.0, self._beat_at + self._heartbeat_s - time.monotonic())
         with suppress(TimeoutError):
             async with asyncio.timeout(left):
                 await self._wake.wait()
 
-    async def _receive(self, frames: Sequence[bytes], handler: ExperienceHandler) -> None:
+    def _receive(self, frames: Sequence[bytes], handler: ExperienceHandler) -> None:
         peer, *rest = frames
         try:
             message = parse_request(rest)
@@ -193,13 +195,11 @@ class ExperienceServer:
                 self._send(peer, self._reply)
             elif message.id == self._last and self._working is None and message.kind not in ONE_WAY:
                 self._begin(message, handler)  # the process that had answered is gone
-        elif message.id > self._last + 1 or self._working is not None:
+        elif message.id > self._last + 1 or self._awaited:
             self.out_of_order += 1
         else:
             self._last, self._peer, self._reply, self._beat_at, self._follows = message.id, peer, [], time.monotonic(), False
             self._begin(message, handler)
-            if message.kind in ONE_WAY:
-                await self._finish()
 
     def _may_begin(self, message: Message) -> bool:
         return message.kind == "hello" and message.id == 1 and not self._heard and message.body["attempt"] > self._attempt
@@ -213,11 +213,14 @@ class ExperienceServer:
         )
 
     def _begin(self, message: Message, handler: ExperienceHandler) -> None:
-        self._working = asyncio.create_task(self._answer(message, handler))
+        self._working = asyncio.create_task(self._answer(message, handler, self._working))
         self._working.add_done_callback(lambda _: self._wake.set())
+        self._awaited = message.kind not in ONE_WAY
 
-    async def _answer(self, message: Message, handler: ExperienceHandler) -> list[Frame]:
-        """The frames of the answer, once what it acknowledges is durable; none for a one-way message."""
+    async def _answer(self, message: Message, handler: ExperienceHandler, before: asyncio.Task[list[Frame]] | None) -> list[Frame]:
+        """The frames of the answer, once what it acknowledges is durable; none for a one-way message. Raises what ``before`` raised."""
+        if before is not None:
+            await before
         body, id = message.body, message.id
         kind, answer, arrays = "ok", dict[str, Json](), dict[str, Array]()
         match message.kind:
@@ -248,7 +251,7 @@ class ExperienceServer:
     async def _finish(self) -> None:
         """The answer of the request in progress, or its failure: told to the trainer, then raised here."""
         assert self._working is not None
-        working, self._working = self._working, None
+        working, self._working, self._awaited = self._working, None, False
         try:
             self._reply = await working
         except Exception as error:
@@ -258,7 +261,7 @@ class ExperienceServer:
             self._send(self._peer, self._reply)
 
     def _beat(self, handler: ExperienceHandler) -> None:
-        if self._working is not None and (now := time.monotonic()) - self._beat_at >= self._heartbeat_s:
+        if self._awaited and (now := time.monotonic()) - self._beat_at >= self._heartbeat_s:
             self._beat_at = now
             self._send(self._peer, self._pack("heartbeat", self._last, waiting_for=handler.waiting_for()))
 

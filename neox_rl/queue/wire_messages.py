@@ -23,7 +23,7 @@ _FIELDS: Final[dict[str, dict[str, type]]] = {
     "checkpoint": {"sft_step": int, "rl_step": int},
     "done": {"reason": str},
 }
-ONE_WAY: Final = frozenset({"report", "published", "checkpoint"})  # handled at once, before the next message is read
+ONE_WAY: Final = frozenset({"report", "published", "checkpoint"})  # not waited for: the next message may come while they are handled
 _ANSWERS: Final = frozenset({"ok", "batch", "result", "heartbeat", "error"})
 _MAX_INT, _MAX_TEXT, _MAX_SESSION = 1 << 53, 1000, 64
 

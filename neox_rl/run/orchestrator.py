@@ -296,7 +296,7 @@ class Orchestrator:
         self._board.phase("report", reason)
 
     def waiting_for(self) -> str:
-        return self._book.journal.trouble or self._waiting
+        return self._book.journal.trouble or self._board.trouble or self._waiting
 
     # events
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -80,6 +81,8 @@ class Scoreboard:
         self._shown_whole = self._made_by_search or rewards_solutions(config)
         self._made_of_steps = self._made_by_search and config.metarl.search.trains != "traces"
         self._word = ""
+        self.trouble = ""
+        """What a row waits for, in words; empty while none waits."""
         total = config.metarl.warmstart.steps or config.neox.train_iters
         self._status: dict[str, Json] = {"phase": "starting", "total_steps": total, "bound": staleness_bound(config)}
 
@@ -120,12 +123,18 @@ class Scoreboard:
         await self._written()
 
     async def _written(self) -> None:
+        if self._writer.written():
+            return
         begin, limit_s = time.monotonic(), self._config.metarl.queue.disk_full_s
+        free = shutil.disk_usage(self._paths.root).free
+        self.trouble = f"the disk of {self._paths.metrics} to take a row ({free} bytes free): make room there"
+        self._show(message=f"waits for {self.trouble}")
         while not self._writer.written():
             if (waited_s := time.monotonic() - begin) > limit_s:
-                where = f"the disk of {self._paths.metrics}"
-                raise DiskStaysFullError(f"waited {waited_s:.0f} s for room on {where}: make room there; the run goes on with --resume")
+                raise DiskStaysFullError(f"waited {waited_s:.0f} s for {self.trouble}; the run goes on with --resume")
             await asyncio.sleep(DISK_S)
+        self.trouble = ""
+        self._show(message=self._word)
 
     def _books(self) -> dict[str, Json]:
         """What the orchestrator knows of an RL step. Counts are cumulative."""

@@ -6,6 +6,8 @@ import asyncio
 import errno
 import random
 import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,9 @@ from typing import Any
 import pytest
 from synthetic_run import evaluation_rows, rl_row
 
+from neox_rl.config.run import RunConfig
 from neox_rl.config.schema import LoggingConfig
-from neox_rl.errors import GIVES_UP, DiskStaysFullError, exit_status
+from neox_rl.errors import GIVES_UP, DeadlineError, DiskStaysFullError, exit_status
 from neox_rl.metacot import vocabulary
 from neox_rl.problems.tokenizer import SymbolicTokenizer
 from neox_rl.queue.history import Tally
@@ -31,7 +34,9 @@ from neox_rl.telemetry.jsonl import JsonlWriter, read_jsonl
 from neox_rl.telemetry.metrics import MetricsWriter
 from neox_rl.telemetry.paths import RunPaths
 from neox_rl.telemetry.status import Status, read_status, write_status
+from neox_rl.types import Json
 from tests.unit.small_run import small_config, small_paths
+from tests.unit.wire_peers import Recorder, connected, serving
 
 
 class Disk:
@@ -126,14 +131,74 @@ def test_training_on_recorded_batches_waits_for_room_and_keeps_one_row(tmp_path:
         feed.report(Phase.RL, 2, {"loss": 1.0})
 
 
-def test_an_orchestrator_without_room_for_a_row_is_not_started_again_to_wait_once_more(tmp_path: Path, disk: Disk) -> None:
-    """Also where its journal, on another disk, has room."""
-    config = small_config(tmp_path, queue={"disk_full_s": 0.0})
+def new_board(config: RunConfig) -> tuple[Scoreboard, EventLog]:
     paths = small_paths(config)
     writer, events = MetricsWriter(paths, LoggingConfig()), EventLog(paths.event_log("orchestrator"), "orchestrator")
-    board = Scoreboard(config, paths, writer, TicketQueue(2, 1, 1, "token", 3), Tally(), SymbolicTokenizer(vocabulary(9)), events)
+    return Scoreboard(config, paths, writer, TicketQueue(2, 1, 1, "token", 3), Tally(), SymbolicTokenizer(vocabulary(9)), events), events
+
+
+class Writing(Recorder):
+    """Acknowledges a step once its row is on the disk, as the orchestrator does."""
+
+    def __init__(self, board: Scoreboard) -> None:
+        super().__init__()
+        self._board = board
+
+    async def report(self, id: int, phase: Phase, step: int, metrics: Mapping[str, Json]) -> None:
+        await self._board.step(phase, step, metrics)
+        await super().report(id, phase, step, {})
+
+    def waiting_for(self) -> str:
+        return self._board.trouble
+
+
+def test_a_trainer_hears_of_a_row_without_room_for_longer_than_it_bears_silence_and_goes_on(tmp_path: Path, disk: Disk) -> None:
+    config = small_config(tmp_path)
+    board, events = new_board(config)
+    handler = Writing(board)
+    board.phase("warmstart")
+    with serving(handler) as running, connected(running.address, silence_s=1.5) as client, ThreadPoolExecutor(1) as pool:
+        disk.left = 10
+        client.report(Phase.SFT, 1, {"loss": 2.0})
+        client.published(0, "d0")
+        batch = pool.submit(client.next_groups, Phase.RL, 1)
+        try:
+            time.sleep(3.5)  # more than twice the silence
+            assert not batch.done() and handler.calls == [("hello", 2, {})]
+            assert "waits for the disk of" in read_status(small_paths(config).status).message
+        finally:
+            disk.left = 1 << 20
+        assert len(batch.result(60.0)) == 1
+        assert read_status(small_paths(config).status).message == ""
+        client.report(Phase.RL, 1, {"loss": 1.0})
+        client.done("finished")
+        assert running.result.result(60.0) == "finished"
+    expected = [("report", "sft", 1, {}), ("published", 0), ("next", "rl", 1), ("report", "rl", 1, {}), ("done", "finished")]
+    assert handler.calls[1:] == expected, "in the order in which they were sent, each once"
+    assert [row["phase"] for row in read_jsonl(small_paths(config).metrics)] == ["sft", "rl"]
+    board.close()
+    events.close()
+
+
+def test_a_trainer_that_waits_too_long_for_a_row_names_its_disk(tmp_path: Path, disk: Disk) -> None:
+    board, events = new_board(small_config(tmp_path))
+    with serving(Writing(board)) as running, connected(running.address, deadline_s=1.5) as client:
+        disk.left = 10
+        client.report(Phase.SFT, 1, {"loss": 2.0})
+        with pytest.raises(DeadlineError, match=r"batch of rl step 1.*last waited for the disk of .*metrics\.jsonl to take a row"):
+            client.next_groups(Phase.RL, 1)
+        disk.left = 1 << 20
+    board.close()
+    events.close()
+
+
+def test_an_orchestrator_without_room_for_a_row_is_not_started_again_to_wait_once_more(tmp_path: Path, disk: Disk) -> None:
+    """Also where its journal, on another disk, has room."""
+    board, events = new_board(small_config(tmp_path, queue={"disk_full_s": 0.0}))
     disk.left = 10
-    with pytest.raises(DiskStaysFullError, match=r"for room on the disk of .*metrics\.jsonl: make room there; .*--resume") as raised:
+    with pytest.raises(
+        DiskStaysFullError, match=r"for the disk of .*metrics\.jsonl to take a row .* make room there; .*--resume"
+    ) as raised:
         asyncio.run(board.step(Phase.SFT, 1, {"loss": 1.0}))
     assert exit_status(raised.value) == GIVES_UP
     disk.left = 1 << 20

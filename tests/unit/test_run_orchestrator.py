@@ -279,5 +279,12 @@ def test_a_full_disk_holds_batches_back_and_says_so_until_there_is_room(tmp_path
         finally:
             room.set()
         assert len(batch.result(60.0)) == 2
+        written = threading.Event()
+        monkeypatch.setattr(MetricsWriter, "written", lambda _: written.is_set())
+        client.report(Phase.RL, 1, METRICS)
+        while str(run.paths.metrics) not in run.it.waiting_for():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        written.set()
         client.done("stopped")
     assert run.ended() == []
