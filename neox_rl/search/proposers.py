@@ -17,6 +17,7 @@ from neox_rl.types import Completion, Finish, Problem, SamplingParams, Tree, Ver
 
 WORD_STEP = "3 *5 =15"
 CACHED_PROMPTS = 4096
+UNBOUNDED = 1 << 30
 MARKS = (metacot.LOW, metacot.HIGH, metacot.GOAL, metacot.BACK)
 
 
@@ -40,7 +41,11 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """A proposed next step. ``complete``: it came to the end of a step. ``ended``: the policy ended its completion there."""
+    """A proposed next step. ``complete``: it came to the end of a step. ``ended``: the policy ended its completion there.
+
+    ``cut_short``: it is not complete since less was asked for than a step may have, as where a budget runs out: nobody knows what it would
+    have become.
+    """
 
     text: str
     num_tokens: int
@@ -49,6 +54,7 @@ class Proposal:
     spans: tuple[VersionSpan, ...] = ()
     complete: bool = True
     ended: bool = False
+    cut_short: bool = False
 
 
 class Proposer(Protocol):
@@ -125,27 +131,34 @@ class PolicyProposer:
 
     async def propose(self, position: Position, n: int, max_tokens: int) -> Sequence[Proposal]:
         completions = await self._sample(position, n, min(self.max_step_tokens, max_tokens), self.stop_token_ids)
-        return [self._proposal(c) for c in completions]
+        room = self._room(position)
+        return [self._proposal(c, room) for c in completions]
 
     async def attempt(self, position: Position, n: int, max_tokens: int) -> Sequence[Sequence[Proposal]]:
         """See ``Attempter``. A marker (``back``, ``low``) ends an attempt, a result only a step."""
-        return [self._steps(c) for c in await self._sample(position, n, max_tokens, self._attempt_ends)]
+        room = self._room(position)
+        return [self._steps(c, room) for c in await self._sample(position, n, max_tokens, self._attempt_ends)]
 
     async def _sample(self, position: Position, n: int, cap: int, stops: tuple[int, ...]) -> Sequence[Completion]:
         prompt = (*self.prompt_ids(position.problem), *position.ids)
-        if self.max_context:
-            cap = min(cap, self.max_context - len(prompt))
+        cap = min(cap, self._room(position))
         if cap < 1:
             return ()
         params = SamplingParams(cap, self.temperature, self.top_p, stops, position.seed if self.seeded else None)
         return await self.generator.sample(prompt, params, n, position.problem.id)
 
-    def _proposal(self, c: Completion) -> Proposal:
-        complete = c.finish is Finish.STOP or self.cut_steps
-        ended = c.ids[-1:] == (self.tokenizer.eos_id,) or (c.finish is Finish.STOP and c.ids[-1:] not in self._stops)
-        return Proposal(self.tokenizer.decode(c.ids), len(c.ids), c.ids, c.logprobs, c.spans, complete, ended)
+    def _room(self, position: Position) -> int:
+        """How many tokens the context has left."""
+        return self.max_context - len(self.prompt_ids(position.problem)) - len(position.ids) if self.max_context else UNBOUNDED
 
-    def _steps(self, c: Completion) -> list[Proposal]:
+    def _proposal(self, c: Completion, room: int) -> Proposal:
+        """``room``: what the context had left for it."""
+        complete = c.finish is Finish.STOP or self.cut_steps
+        cut_short = not complete and len(c.ids) < min(self.max_step_tokens, room)
+        ended = c.ids[-1:] == (self.tokenizer.eos_id,) or (c.finish is Finish.STOP and c.ids[-1:] not in self._stops)
+        return Proposal(self.tokenizer.decode(c.ids), len(c.ids), c.ids, c.logprobs, c.spans, complete, ended, cut_short)
+
+    def _steps(self, c: Completion, room: int) -> list[Proposal]:
         """The completion cut where its steps end, each piece as if it had been asked for alone."""
         steps: list[Proposal] = []
         start, last = 0, len(c.ids)
@@ -153,10 +166,12 @@ class PolicyProposer:
             stop, full = (c.ids[end - 1],) in self._stops, end - start == self.max_step_tokens
             if stop or full or end == last:
                 finish = Finish.STOP if stop else Finish.LENGTH if full else c.finish
-                steps.append(self._proposal(piece(c, start, end, finish)))
+                steps.append(self._proposal(piece(c, start, end, finish), room - start))
                 start = end
         if c.finish is Finish.STOP and (not c.ids or c.ids[-1] in set(self.stop_token_ids) - set(self._attempt_ends)):
-            steps.append(self._proposal(piece(c, last, last, Finish.STOP)))  # it came to its end, and the engine leaves that token out
+            steps.append(
+                self._proposal(piece(c, last, last, Finish.STOP), room - last)
+            )  # its end, a token that the engine leaves out
         return steps
 
     @cached_property

@@ -96,8 +96,9 @@ def node_samples(tree: Tree) -> list[Sample]:
 def all_samples(grown: Grown, domain: Domain, asked: Sequence[tuple[Position, Sequence[Proposal]]]) -> list[Sample]:
     """Every step as often as the policy sampled it: an unbiased sum over what it does at a node.
 
-    A step that was refused, or that gave up, leads nowhere: its value is 0. One that was sampled again has the value of the node that it
-    leads to. Steps that the budget did not reach are left out, and those that nobody knows the value of.
+    A step that was refused, that gave up or that ``max_step_tokens`` or the context cut leads nowhere: its value is 0. One that was sampled
+    again has the value of the node that it leads to. Steps that the budget did not reach or cut short are left out, and those that nobody
+    knows the value of.
     """
     tree, states = grown.tree, grown.states
     found = node_samples(tree)
@@ -124,6 +125,8 @@ def all_samples(grown: Grown, domain: Domain, asked: Sequence[tuple[Position, Se
 
 
 def _value(parent: int, state: State, proposal: Proposal, domain: Domain, values: dict[tuple[int, State], float]) -> float | None:
+    if proposal.cut_short:
+        return None
     if not proposal.complete or not (proposal.text.strip() or proposal.ended):
         return 0.0
     stepped = domain.step(state, proposal.text, proposal.ended)

@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeVar
 from neox_rl.errors import ConfigError, NeoxRLError
 from neox_rl.search.domain import Domain, State
 from neox_rl.search.growth import Budget, Growth
-from neox_rl.search.proposers import Attempter, Proposal, Proposer
+from neox_rl.search.proposers import UNBOUNDED, Attempter, Proposal, Proposer
 from neox_rl.search.strategies import make_strategy
 from neox_rl.search.strategy import Ask, Options, Strategy
 from neox_rl.search.values import Value, ValueFailedError
@@ -26,7 +26,6 @@ from neox_rl.types import NO_NODE, End, Problem, Tree
 
 T = TypeVar("T")
 RETRIES = "retries"
-UNBOUNDED = 1 << 30
 AHEAD = 4
 
 
