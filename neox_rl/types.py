@@ -200,7 +200,9 @@ class Node:
 
     ``parent`` is the parent's ``id``, NO_NODE for the root, whose ``text`` is empty. ``ids`` are the step's own tokens, with
     ``logprobs`` and ``spans`` (which policy version made which) where a policy sampled them. ``value`` in [0, 1], None where
-    the search has none, and ``visits`` are its statistics. ``verdict`` is None for a node from which the path goes on.
+    the search has none, and ``visits`` are its statistics: MCTS makes the value the mean of all that it saw below. ``exact`` is the value
+    that was given to the node itself where that is no estimate (the oracle; the verdict on an end that the question alone can tell), and
+    no statistic changes it. ``verdict`` is None for a node from which the path goes on.
     """
 
     id: int
@@ -213,6 +215,7 @@ class Node:
     value: float | None = None
     visits: int = 0
     verdict: Verdict | None = None
+    exact: float | None = None
 
     @property
     def versions(self) -> tuple[int, int]:

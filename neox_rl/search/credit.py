@@ -18,11 +18,17 @@ def children_of(tree: Tree) -> dict[int, list[Node]]:
     return found
 
 
+def worth(node: Node) -> float | None:
+    """What training takes a node's value to be, None where nobody knows. An exact one is taken as it was given: MCTS makes ``value`` the
+    mean of what it saw below, which is lower wherever it tried a wrong step there. An estimate gets better by that mean, which is taken."""
+    return node.value if node.exact is None else node.exact
+
+
 def value_labels(tree: Tree) -> Iterator[tuple[tuple[Node, ...], float]]:
-    """Every path to a node with a value, and that value: what a process reward model v(q, S_t) learns, with Monte-Carlo values (11)."""
+    """Every path to a node with a value, and its ``worth``: what a process reward model v(q, S_t) learns, with Monte-Carlo values (11)."""
     for node in tree.nodes[1:]:
-        if node.value is not None:
-            yield tree.path(node.id), node.value
+        if (value := worth(node)) is not None:
+            yield tree.path(node.id), value
 
 
 def before(tree: Tree, node: Node, verdicts: bool) -> Tree:

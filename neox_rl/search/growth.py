@@ -43,7 +43,7 @@ class Budget:
 @dataclass(slots=True)
 class Leaf:
     """A node in growth. ``value`` and ``visits`` belong to the strategy once the node was scored; until then it counts as hopeless, and
-    what is trained must leave it out."""
+    what is trained must leave it out. ``exact``: see ``Node``."""
 
     id: int
     parent: int
@@ -57,6 +57,7 @@ class Leaf:
     verdict: Verdict | None = None
     ended: bool = False
     children: list[int] = field(default_factory=list)
+    exact: float | None = None
 
 
 class Growth:
@@ -173,6 +174,7 @@ class Growth:
         for end, verdict in zip(ends, verdicts, strict=True):
             end.verdict, end.scored = verdict, self.domain.checkable
             end.value = float(verdict.correct and end.scored)
+            end.exact = end.value if end.scored else None
         self.ends += [end.id for end in ends]
         self.earlier += map(tuple, paths)
 
@@ -193,6 +195,7 @@ class Growth:
             good = math.isfinite(score) and 0.0 <= score <= 1.0
             self.counts[BAD_VALUE] += not good
             self.nodes[i].value, self.nodes[i].scored = float(score) if good else 0.0, good
+            self.nodes[i].exact = float(score) if good and scores.exact else None
 
     def _visited(self, count: int) -> Tree:
         """The first ``count`` nodes; without their verdicts where only the gold answer tells them, which no value may see."""
@@ -222,4 +225,4 @@ def _node(leaf: Leaf) -> Node:
     spans: tuple[VersionSpan, ...] = leaf.proposal.spans
     ids, logprobs = leaf.proposal.ids, leaf.proposal.logprobs
     value = leaf.value if leaf.scored else None
-    return Node(leaf.id, leaf.parent, leaf.text, leaf.id, ids, logprobs, spans, value, leaf.visits, leaf.verdict)
+    return Node(leaf.id, leaf.parent, leaf.text, leaf.id, ids, logprobs, spans, value, leaf.visits, leaf.verdict, leaf.exact)

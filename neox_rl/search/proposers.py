@@ -169,9 +169,7 @@ class PolicyProposer:
                 steps.append(self._proposal(piece(c, start, end, finish), room - start))
                 start = end
         if c.finish is Finish.STOP and (not c.ids or c.ids[-1] in set(self.stop_token_ids) - set(self._attempt_ends)):
-            steps.append(
-                self._proposal(piece(c, last, last, Finish.STOP), room - last)
-            )  # its end, a token that the engine leaves out
+            steps.append(self._proposal(piece(c, last, last, Finish.STOP), room - last))  # its end, a token that the engine leaves out
         return steps
 
     @cached_property

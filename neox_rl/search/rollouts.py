@@ -2,8 +2,9 @@
 
 *Steps.* A step was sampled after exactly the prompt and the path that lead to it, so its log-probs are those of the behavior policy, and
 each may be of another policy version: a tree outlives an update. Its advantage is v(step) - v(where it was taken) (VinePPO, arXiv
-2410.01679; TreeRL, 2506.11902). There is a trace for each path to a leaf. Each sampled step is trained in one trace, the first that holds
-it, and is context without a loss in the others: what is trained is the flat sum over steps, none counted twice.
+2410.01679; TreeRL, 2506.11902), v as ``credit.worth`` says it. There is a trace for each path to a leaf. Each sampled step is trained in
+one trace, the first that holds it, and is context without a loss in the others: what is trained is the flat sum over steps, none counted
+twice.
 
 *Preferences.* Of the steps that were sampled in one place, the best and the worst, where their values differ enough (Step-DPO, arXiv
 2406.18629; the search tells which is better, not a judge of texts): two traces with the same context, one behind the other.
@@ -22,7 +23,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from neox_rl.ports import Tokenizer
-from neox_rl.search.credit import UNFINISHED, children_of
+from neox_rl.search.credit import UNFINISHED, children_of, worth
 from neox_rl.search.demonstrations import TraceStyle
 from neox_rl.search.domain import Domain, Rejection, State
 from neox_rl.search.linearize import glue_of, solution_of
@@ -90,7 +91,8 @@ class Sample(NamedTuple):
 
 def node_samples(tree: Tree) -> list[Sample]:
     """Each node of the tree that has a value, once."""
-    return [Sample(n.parent, n.id, n.value, n.ids, n.logprobs, n.spans) for n in tree.nodes[1:] if n.spans and n.value is not None]
+    valued = ((n, worth(n)) for n in tree.nodes[1:] if n.spans)
+    return [Sample(n.parent, n.id, value, n.ids, n.logprobs, n.spans) for n, value in valued if value is not None]
 
 
 def all_samples(grown: Grown, domain: Domain, asked: Sequence[tuple[Position, Sequence[Proposal]]]) -> list[Sample]:
@@ -105,9 +107,9 @@ def all_samples(grown: Grown, domain: Domain, asked: Sequence[tuple[Position, Se
     values = dict[tuple[int, State], float]()
     """Of each state below a node and, under NO_NODE, of the first anywhere."""
     for node, state in zip(tree.nodes[1:], states[1:], strict=True):
-        if node.value is not None:
-            values.setdefault((node.parent, state), node.value)
-            values.setdefault((NO_NODE, state), node.value)
+        if (value := worth(node)) is not None:
+            values.setdefault((node.parent, state), value)
+            values.setdefault((NO_NODE, state), value)
     written = [tuple(i for step in tree.path(node.id) for i in step.ids) for node in tree.nodes]
     places = {ids: node for node, ids in reversed(list(enumerate(written)))}
     nodes = Counter((written[n.parent], n.ids) for n in tree.nodes[1:] if n.spans)
@@ -143,7 +145,7 @@ def advantages(tree: Tree, samples: Sequence[Sample], baseline: Baseline) -> lis
     means = {parent: sum(values) / len(values) for parent, values in below.items()}
     if baseline is Baseline.SIBLINGS:
         return [s.value - means[s.parent] for s in samples]
-    scored = {node.id: node.value for node in tree.nodes[1:] if node.value is not None}
+    scored = {node.id: value for node in tree.nodes[1:] if (value := worth(node)) is not None}
     return [s.value - scored.get(s.parent, means[s.parent]) for s in samples]
 
 

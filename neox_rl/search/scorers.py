@@ -120,7 +120,7 @@ class Discouraged:
         if not scores.values:
             return scores
         tried = [sum(p.texts[-1] in attempt for attempt in p.earlier) if p.texts else 0 for p in positions]
-        return scores._replace(values=[v * self.decay**n for v, n in zip(scores.values, tried, strict=True)])
+        return scores._replace(values=[v * self.decay**n for v, n in zip(scores.values, tried, strict=True)], exact=False)
 
 
 class _Class(msgspec.Struct):

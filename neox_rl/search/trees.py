@@ -1,8 +1,9 @@
-"""Trees as JSON lines: one tree a line, every node with its tokens, log-probs, version spans, value, visits, order and verdict.
+"""Trees as JSON lines: one tree a line, every node with its tokens, log-probs, version spans, value, visits, order, verdict and
+exact value.
 
 A line is ``{problem_id, end, answer, num_tokens, counts, error, nodes: [{id, parent, text, order, ids, logprobs, spans: [[version, start,
-end]], value | null, visits, verdict: {correct, extracted, reason, ms} | null}]}``. The reader takes nothing else: a file of trees may come
-from anywhere, and what reads it walks parents without looking twice.
+end]], value | null, visits, verdict: {correct, extracted, reason, ms} | null, exact | null}]}``. The reader takes nothing else, and no
+line without one of these: a file of trees may come from anywhere, and what reads it walks parents without looking twice.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class _Node(msgspec.Struct, forbid_unknown_fields=True):
     value: float | None
     visits: int
     verdict: _Verdict | None
+    exact: float | None
 
 
 class _Tree(msgspec.Struct, forbid_unknown_fields=True):
@@ -71,6 +73,7 @@ def tree_line(tree: Tree) -> bytes:
             n.value,
             n.visits,
             None if n.verdict is None else _Verdict(n.verdict.correct, n.verdict.extracted, n.verdict.reason, n.verdict.ms),
+            n.exact,
         )
         for n in tree.nodes
     ]
@@ -97,6 +100,7 @@ def read_tree(line: bytes, where: str = "tree") -> Tree:
             n.value,
             n.visits,
             None if n.verdict is None else Verdict(n.verdict.correct, n.verdict.extracted, n.verdict.reason, n.verdict.ms),
+            n.exact,
         )
         for n in row.nodes
     )
@@ -144,8 +148,9 @@ def _node_flaw(node: Node, index: int) -> str:
         return f"has id {node.id}: nodes are numbered 0, 1, 2 ..."
     if index and not 0 <= node.parent < index:
         return f"parent {node.parent} does not come before it"
-    if node.order < 0 or node.visits < 0 or not 0.0 <= (node.value or 0.0) <= 1.0:
-        return f"order {node.order}, visits {node.visits} and value {node.value} must be at least 0, the value at most 1"
+    if node.order < 0 or node.visits < 0 or not all(0.0 <= (value or 0.0) <= 1.0 for value in (node.value, node.exact)):
+        found = f"order {node.order}, visits {node.visits}, value {node.value} and exact value {node.exact}"
+        return f"{found} must be at least 0, the values at most 1"
     if len(node.logprobs) not in (0, len(node.ids)) or not all(map(math.isfinite, node.logprobs)):
         return f"{len(node.logprobs)} log-probs for {len(node.ids)} tokens; each token has a finite one, or none has one"
     if not all(0 <= i <= MAX_TOKEN_ID for i in node.ids):

@@ -15,10 +15,12 @@ from neox_rl.types import Completion, Finish, SamplingParams
 
 
 class Scores(NamedTuple):
-    """One value a position, NaN where there is none, and the tokens they cost. No values at all: what is left cannot pay for them."""
+    """One value a position, NaN where there is none, and the tokens they cost. No values at all: what is left cannot pay for them.
+    ``exact``: they are no estimates."""
 
     values: Sequence[float]
     num_tokens: int = 0
+    exact: bool = False
 
 
 class Value(Protocol):
@@ -42,7 +44,7 @@ class OracleValue:
     """1 where the problem can still be solved, else 0, by the exact solver."""
 
     async def score(self, positions: Sequence[Position], max_tokens: int | None) -> Scores:
-        return Scores([p.domain.solved_value(p.state) for p in positions])
+        return Scores([p.domain.solved_value(p.state) for p in positions], exact=True)
 
 
 class HeuristicValue:

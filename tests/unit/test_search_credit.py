@@ -7,11 +7,14 @@ import asyncio
 import pytest
 
 from neox_rl.search.arithmetic_domain import ArithmeticDomain
+from neox_rl.search.credit import value_labels
 from neox_rl.search.growth import Budget
-from neox_rl.search.rollouts import Remembering, Sample, all_samples
+from neox_rl.search.rollouts import Remembering, Sample, all_samples, preferences
+from neox_rl.search.scorers import Discouraged
 from neox_rl.search.search import Grown, Search
 from neox_rl.search.strategy import Options
-from neox_rl.search.values import OracleValue, Value
+from neox_rl.search.trees import read_tree, tree_line
+from neox_rl.search.values import HeuristicValue, OracleValue, Value
 from neox_rl.types import NO_NODE, Finish
 from tests.unit.search_worlds import TOKENIZER, RandomPlayer, countdown, policy
 
@@ -45,3 +48,28 @@ def test_a_step_too_long_for_its_own_bound_or_the_context_is_worth_nothing(strat
     for bounds in ({"max_step_tokens": 2}, {"max_context": prompt + 2}):
         _, samples = sampled(strategy, Budget(40, 100), **bounds)  # type: ignore[arg-type]
         assert unfinished(samples) and all((s.value, s.node) == (0.0, NO_NODE) for s in unfinished(samples))
+
+
+@pytest.mark.parametrize("strategy", ["mcts", "best-first"])
+def test_an_exact_value_is_trained_as_it_was_given_however_the_search_went_on_below(strategy: str) -> None:
+    """Not stopped at states that are lost, MCTS lowers the mean of a state that can be won by every wrong step below it."""
+    domain, lowered = ArithmeticDomain(TASK), 0
+    for seed in range(6):
+        grown, samples = sampled(strategy, Budget(24), seed=seed)
+        truth = {node.id: domain.solved_value(state) for node, state in zip(grown.tree.nodes, grown.states, strict=True)}
+        lowered += sum(0.0 < (n.value or 0.0) < 1.0 for n in grown.tree.nodes[1:])
+        assert all(s.value == truth[s.node] for s in samples if s.node != NO_NODE)
+        assert {path[-1].id: value for path, value in value_labels(grown.tree)} == {i: v for i, v in truth.items() if i}
+        assert all((p.better.value, p.worse.value) == (1.0, 0.0) for p in preferences(samples, 0.2))
+        assert all(truth.get(p.worse.node, 0.0) == 0.0 for p in preferences(samples, 0.2))
+        assert read_tree(tree_line(grown.tree)) == grown.tree
+    assert (lowered > 0) == (strategy == "mcts")
+
+
+@pytest.mark.parametrize("value", [HeuristicValue(), Discouraged(OracleValue())])
+def test_an_estimate_is_trained_as_the_mean_of_what_was_seen_below(value: Value) -> None:
+    grown, _ = sampled("mcts", Budget(24), value=value)
+    ends = [n for n in grown.tree.nodes if n.verdict is not None]
+    assert ends and all(n.exact == n.value == float(n.verdict is not None and n.verdict.correct) for n in ends)
+    assert all(n.exact is None for n in grown.tree.nodes if n not in ends)
+    assert dict(value_labels(grown.tree)) == {grown.tree.path(n.id): n.value for n in grown.tree.nodes[1:]}
