@@ -214,8 +214,13 @@ def inner_deadlines_come_first(config: RunConfig, machine: Machine) -> Iterator[
             f"metarl.deadlines.publish_s = {d.publish_s:g}: must be >= weights.stage_timeout_s + weights.switch_timeout_s = {inner:g}; set"
             " it so"
         )
-    if d.batch_s < s.request_timeout_s:
-        yield f"metarl.deadlines.batch_s = {d.batch_s:g}: must be >= servers.request_timeout_s = {s.request_timeout_s:g}; set it so"
+    waits = s.request_timeout_s + config.metarl.queue.disk_full_s
+    for name, given in (("batch_s", d.batch_s), ("evaluate_s", d.evaluate_s)):
+        if given < waits:
+            yield (
+                f"metarl.deadlines.{name} = {given:g}: must be >= servers.request_timeout_s + queue.disk_full_s = {waits:g}, or the trainer"
+                " gives up while a full disk is still waited for; set it so"
+            )
     if d.orchestrator_s < (needed := d.silence_s + COMEBACK_S):
         yield (
             f"metarl.deadlines.orchestrator_s = {d.orchestrator_s:g}: must be >= deadlines.silence_s + {COMEBACK_S:g} = {needed:g}, or the"

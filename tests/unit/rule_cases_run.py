@@ -99,7 +99,22 @@ RUN_CASES = (
         "metarl.deadlines.publish_s=180",
     ),
     Case(
-        "inner_deadlines_come_first", "metarl.deadlines.batch_s=100", "must be >= servers.request_timeout_s", "metarl.deadlines.batch_s=120"
+        "inner_deadlines_come_first",
+        "metarl.deadlines.batch_s=719",
+        "batch_s = 719: must be >= servers.request_timeout_s + queue.disk_full_s = 720",
+        "metarl.deadlines.batch_s=720",
+    ),
+    Case(
+        "inner_deadlines_come_first",
+        "metarl.queue.disk_full_s=1000",
+        "batch_s = 900: must be >= servers.request_timeout_s + queue.disk_full_s = 1120",
+        "metarl.queue.disk_full_s=780",
+    ),
+    Case(
+        "inner_deadlines_come_first",
+        "metarl.queue.disk_full_s=2000 metarl.deadlines.batch_s=2120",
+        "evaluate_s = 1800: must be >= servers.request_timeout_s + queue.disk_full_s = 2120",
+        "metarl.queue.disk_full_s=2000 metarl.deadlines.batch_s=2120 metarl.deadlines.evaluate_s=2120",
     ),
     Case("inner_deadlines_come_first", "metarl.deadlines.silence_s=50", "orchestrator_s = 60: must be >=", "metarl.deadlines.silence_s=40"),
     Case("sockets_are_private", "metarl.network.bind_host=0.0.0.0", "keep it in a private network", "metarl.network.bind_host=127.0.0.1"),
