@@ -16,8 +16,9 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import AsyncExitStack, closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -32,9 +33,12 @@ from neox_rl.errors import NeoxRLError
 from neox_rl.framing import pack
 from neox_rl.queue.wire import Delivery, ExperienceServer, Phase
 from neox_rl.queue.wire_client import ExperienceClient
+from neox_rl.rollout.vllm_client import VllmGenerator
 from neox_rl.rollout.vllm_server import ServerSpec
 from neox_rl.run import join_wire
 from neox_rl.run.joining import JoinDesk, Offer
+from neox_rl.run.versions import Deadlines, ServerKeeper
+from neox_rl.telemetry.events import EventLog
 from neox_rl.weights.manifest import verify
 from neox_rl.weights.publisher import Publisher
 from neox_rl.weights.snapshot import Snapshot, make_snapshot
@@ -213,18 +217,11 @@ def stager(count: int, seed: int) -> str:
     return "none was staged; the true snapshot was"
 
 
-class Keeper:
-    """Of a desk: who belongs to the run."""
-
-    def __init__(self) -> None:
-        self.members: dict[str, Any] = {}
-        self.calls: list[str] = []
-
-    def add(self, spec: ServerSpec, restart: Callable[[str], None]) -> None:
-        self.calls.append(f"add {spec.name}")
-
-    async def remove(self, name: str, why: str, drain_s: float = 0.0) -> None:
-        self.calls.append(f"remove {name}")
+HOSTS = ("::1", "fd00::1", "[::1]", "[", "]", "#", "a/b", "a@b", "a?b", "a:1", "%", "%zz", "http://n3", "10.0.0.5/24", "-", "xn--")
+"""Well-formed words that are no hosts: a URL with one of them is none, or another's."""
+UNREACHABLE = ("a..b", "999.1.1.1", "1", "0x7f.1", "xn--0", "a" * 200)
+"""Hosts by their letters, where no server can be: whoever joins there is waited for in vain, and nobody else is harmed."""
+KEEPS = Deadlines(servers_s=1e4, publish_s=1e4, stage_s=1e4, switch_s=1e4, heartbeat_s=1.0, drain_s=0.0)
 
 
 def join(count: int, seed: int) -> str:
@@ -249,24 +246,34 @@ async def _join(count: int, rng: random.Random) -> str:
             sent, wrong = sent + 1, wrong + bad
             yield message
 
-    keeper, socket = Keeper(), join_wire.JoinSocket("127.0.0.1", 0)
     offer = Offer("scripted", "tcp://127.0.0.1:1", 1.0, ServerSpec("x", Path("x"), "127.0.0.1", 1, "float32", 8), {"config.yml": b"{}"})
-    desk = JoinDesk(socket, keeper, offer, 10 * LIVE_S)  # type: ignore[arg-type]
-    address = f"tcp://127.0.0.1:{socket.port}"
-    with closing(socket), closing(join_wire.JoinClient(address)) as agent:
-        serving = asyncio.create_task(desk.run())
+    async with AsyncExitStack() as stack:
+        socket = stack.enter_context(closing(join_wire.JoinSocket("127.0.0.1", 0)))
+        log = stack.enter_context(closing(EventLog(Path(stack.enter_context(TemporaryDirectory())) / "events.jsonl", "fuzz")))
+        weights = stack.enter_context(closing(Publisher()))
+        keeper = ServerKeeper(await stack.enter_async_context(VllmGenerator()), weights.address, KEEPS, log, lambda *_: log)
+        desk = JoinDesk(socket, keeper, offer, 10 * LIVE_S)
+        keeper.beside(desk.run())
+        keeping = asyncio.create_task(keeper.run(lambda _: None))
+        address = f"tcp://127.0.0.1:{socket.port}"
+        agent = stack.enter_context(closing(join_wire.JoinClient(address)))
 
-        async def said(kind: str, answer: str, **fields: Any) -> None:
-            await agent.send(join_wire.message(kind, token="t", name="mine", **fields))
+        async def said(kind: str, answer: str, name: str = "mine", **fields: Any) -> None:
+            await agent.send(join_wire.message(kind, token=f"t-{name}", name=name, **fields))
             got = await served(agent.receive(LIVE_S, (answer,)), f"the answer to {kind}")
-            expect(got is not None, f"join: no answer to {kind}")
+            expect(got is not None and not keeping.done(), f"join: no answer to {kind} {name} {fields}, or nothing after it")
 
         await said(join_wire.JOIN, join_wire.WELCOME, host="127.0.0.1", port=8000)
-        await asyncio.to_thread(attack, address, hostile(), lambda: desk.malformed >= wrong)
+        for host in HOSTS:
+            await said(join_wire.JOIN, join_wire.REFUSED, "strange", host=host, port=8000)
+        for i, host in enumerate(UNREACHABLE):
+            await said(join_wire.JOIN, join_wire.WELCOME, f"far-{i}", host=host, port=8000)
+        before = desk.malformed
+        await asyncio.to_thread(attack, address, hostile(), lambda: desk.malformed >= before + wrong)
         await said(join_wire.BEAT, join_wire.BEATEN)
-        expect(keeper.calls == ["add mine"], f"join: hostile messages did {keeper.calls[1:]}")
-        serving.cancel()
-        await asyncio.gather(serving, return_exceptions=True)
+        expect(set(keeper.states()) == {"mine", *(f"far-{i}" for i in range(len(UNREACHABLE)))}, f"join: belong: {keeper.states()}")
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
     return f"{desk.malformed} malformed; the server that had joined still belongs to the run"
 
 

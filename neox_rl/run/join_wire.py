@@ -24,6 +24,7 @@ import numpy as np
 import zmq
 import zmq.asyncio
 
+from neox_rl.config.rules_run import HOST
 from neox_rl.errors import NeoxRLError, WireError
 from neox_rl.framing import Frame, pack, unpack_any
 from neox_rl.keys import Handshakes, Keys
@@ -92,6 +93,8 @@ def read_message(frames: Sequence[Frame], kinds: Sequence[str]) -> Message:
             fits = bool(NAME.fullmatch(text)) or (kind == JOIN and not text)
         if not fits or (name == "port" and not 1 <= int(str(value)) <= 65535):
             raise WireError(f"{kind}: {name} {str(value)[:64]!r} is none")
+        if name == "host" and not HOST.fullmatch(text):  # it becomes part of a URL, and `[` or `a/b` makes none
+            raise WireError(f"{kind}: host {text[:64]!r} must be an IPv4 address or a host name, without port")
     if kind == WELCOME:
         _check_welcome(meta)
     for name, array in arrays.items():

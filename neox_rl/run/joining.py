@@ -140,8 +140,8 @@ class JoinDesk:
                 if name.startswith(RESERVED):
                     raise ConfigError(f"--name {name}: names that begin with {', '.join(RESERVED)} are the run's own; choose another")
                 self._keeper.add(spec, lambda why: self._restart(name, why))
-            except ConfigError as error:
-                await self._socket.send(peer, message(REFUSED, message=str(error)))
+            except (ConfigError, ValueError) as error:  # of aiohttp, for an address that it cannot read
+                await self._socket.send(peer, message(REFUSED, message=str(error)[:900]))
                 return
             self._joined[name] = _Joined(token, peer, time.monotonic())
         self._joined[name].peer, self._joined[name].seen = peer, time.monotonic()

@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from neox_rl.config.machine import Machine
+from neox_rl.config.rules_run import HOST
 from neox_rl.errors import ConfigError, DeadlineError, NeoxRLError, ProcessDiedError
 from neox_rl.guard import GuardedProcess, died, guarded_popen, stop
 from neox_rl.guardian import own_directory
@@ -279,12 +280,14 @@ def _check_places(cores: str, gpus: str) -> None:
         raise ConfigError(f"--gpus {gpus}: names a GPU twice; name each once")
 
 
-def _check_numbers(options: argparse.Namespace) -> None:
+def _check_addresses(options: argparse.Namespace) -> None:
     """Raises ConfigError for what would only be waited for in vain."""
     if "://" in options.join and not re.fullmatch(r"tcp://[^/]+:[0-9]{1,5}", options.join):
         raise ConfigError(
             f"--join {options.join}: is no address to join: give tcp://HOST:PORT, as endpoints.json has it, or the run's directory"
         )
+    if options.host and not HOST.fullmatch(options.host):
+        raise ConfigError(f"--host {options.host!r}: must be an IPv4 address or a host name of this machine, without port; as in 10.0.0.5")
     if not 0 <= options.port < 1 << 16:
         raise ConfigError(f"--port {options.port}: must be a port, 1 to 65535, or 0 for a free one")
     for name in ("timeout", "patience"):
@@ -336,7 +339,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.name and not NAME.fullmatch(options.name):
             raise ConfigError(f"--name {options.name!r}: must be 1-64 of A-Z a-z 0-9 . _ - and start with a letter or digit")
-        _check_numbers(options)
+        _check_addresses(options)
         _check_places(options.cores, options.gpus)
         asyncio.run(serve(options))
     except NeoxRLError as error:

@@ -16,9 +16,9 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from neox_rl.config.schema import DeadlinesConfig, ServersConfig, WeightsConfig
 from neox_rl.errors import ConfigError, DeadlineError, WeightError
@@ -32,6 +32,7 @@ from neox_rl.types import NO_VERSION
 from neox_rl.weights.watcher import Watcher
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 RETRY_S = 0.5
 """Between probes of a server that does not serve: a restart between two of them would not be seen."""
 ABSENT_RETRY_S = 0.1
@@ -219,7 +220,7 @@ class ServerKeeper:
     async def _probe(self, member: Member, tended: _Tended) -> None:
         tended.suspect = False
         try:
-            label = await tended.control.probe(self._deadlines.heartbeat_s)
+            label = await _of_server(member, tended.control.probe(self._deadlines.heartbeat_s))
         except (WeightError, DeadlineError) as error:
             tended.answering = False
             tended.gone = tended.gone or isinstance(error, ServerGoneError)
@@ -242,7 +243,7 @@ class ServerKeeper:
         # begins anew, and it serves after a whole switch.
         incarnation = f"{member.name}@{next(self._lives)}"
         try:
-            await tended.control.init_weights(self._publisher, incarnation, self._deadlines.switch_s)
+            await _of_server(member, tended.control.init_weights(self._publisher, incarnation, self._deadlines.switch_s))
         except (WeightError, DeadlineError) as error:
             tended.answering = False
             self.members.suspend(member, str(error), time.monotonic())
@@ -255,8 +256,8 @@ class ServerKeeper:
         log = self._log_of(member.name, member.address)
         log.instant("staged", version=version, digest=digest, incarnation=member.incarnation)
         try:
-            times = await tended.control.switch(version, self._deadlines.switch_s)
-            attested = await tended.control.live_version()
+            times = await _of_server(member, tended.control.switch(version, self._deadlines.switch_s))
+            attested = await _of_server(member, tended.control.live_version())
             if attested != version:
                 raise WeightError(f"{member.address} attests v{attested} after a switch to v{version}: another run updates this server")
         except (WeightError, DeadlineError) as error:
@@ -321,6 +322,18 @@ class ServerKeeper:
     def _live(self, version: int) -> None:
         self._events.instant("live", version=version)
         self._report_live(version)
+
+
+async def _of_server(member: Member, answer: Awaitable[T]) -> T:
+    """What the answer of one server does to the code that reads it, whatever it is, is that server's failure: the others and the run go on.
+    Raises WeightError or DeadlineError."""
+    try:
+        return await answer
+    except (WeightError, DeadlineError):
+        raise
+    except Exception as error:
+        logger.debug("%s at %s", member.name, member.address, exc_info=True)
+        raise WeightError(f"{member.address}: its answer cannot be read: {error!r:.300}") from error
 
 
 async def _until(event: asyncio.Event, seconds: float) -> None:

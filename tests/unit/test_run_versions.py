@@ -99,14 +99,17 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Faults:
-    """What is wrong with a server: it answers nothing while ``hold`` is not set; its switches fail while there are words in ``fails``."""
+    """What is wrong with a server: it answers nothing while ``hold`` is not set; its switches fail while there are words in ``fails``, and
+    it answers ``says``, whatever is asked, where that has words."""
 
     def __init__(self) -> None:
-        self.hold, self.fails = asyncio.Event(), ""
+        self.hold, self.fails, self.says = asyncio.Event(), "", ""
         self.hold.set()
 
     async def __call__(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         await self.hold.wait()
+        if self.says:
+            return web.Response(text=self.says, content_type="application/json")
         if self.fails and request.path == "/update_weights":
             return web.json_response({"error": self.fails}, status=500)
         return await handler(request)
@@ -204,6 +207,26 @@ def test_a_server_that_was_started_again_comes_back_at_the_live_version(tmp_path
         lives = [(e.fields["incarnation"], e.fields["version"], e.fields["digest"]) for e in serving]
         assert len({life for life, _, _ in lives}) == 2 and lives[-1][1:] == (2, small_snapshot(2).digest)
         assert run.restarts == [], "a process that is gone is seen by whoever started it"
+
+    story(told, tmp_path)
+
+
+def test_a_server_whose_answers_break_the_reader_harms_nobody_else(tmp_path: Path) -> None:
+    async def told(run: Run) -> None:
+        good, bad = run.spec("good"), run.spec("bad")
+        async with server(run, good), server(run, bad) as it:
+            await run.start(good, bad)
+            run.publish(0)
+            await run.until_state("good", State.SERVING)
+            await run.until_state("bad", State.SERVING)
+            it.says = "[" * 200_000  # a RecursionError in the reader of JSON
+            await run.until_state("bad", State.SUSPENDED)
+            member = run.keeper.members.get("bad")
+            assert member is not None and "its answer cannot be read: RecursionError" in member.why
+            run.publish(1)
+            await run.until_live(1)
+            it.says = ""
+            await run.until_state("bad", State.SERVING)
 
     story(told, tmp_path)
 
