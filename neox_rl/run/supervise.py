@@ -74,7 +74,7 @@ class Supervisor:
         self._due: dict[str, float] = {}
         self._healing: dict[str, tuple[int, int]] = {}
         self._up = False
-        self._begun = self._now = time.monotonic()
+        self._now = time.monotonic()
         self._asked: float | None = None
         self._told: GuardedProcess | None = None
         self._served: float | None = None
@@ -108,7 +108,7 @@ class Supervisor:
         self.running[name] = self._programs[name].start(self.config.metarl.deadlines.shutdown_s)
         self._recovery.started(name, time.monotonic())
         if name == RANKS:
-            self._up, self._begun, self._served, self._trained = False, time.monotonic(), None, False
+            self._up, self._served, self._trained = False, None, False
         self._show(name, replace(self._states.get(name, ProcessState()), state="running"))
 
     def _over(self) -> bool:
@@ -153,8 +153,6 @@ class Supervisor:
 
     def _check_deadlines(self) -> None:
         deadlines, now, log = self.config.metarl.deadlines, self._now, f"log {self.paths.log(RANKS)}"
-        if not self._up and now - self._begun > deadlines.ranks_start_s:
-            raise DeadlineError("the training ranks to come up", now - self._begun, log)
         if self.interrupts.count and self._asked is None:
             self._asked = now
         if self._asked is not None:

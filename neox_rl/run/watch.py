@@ -11,9 +11,11 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
+from neox_rl.config.placement import num_ranks
 from neox_rl.config.run import RunConfig
+from neox_rl.run.hosts import read_hosts
 from neox_rl.run.processes import ORCHESTRATOR, RANKS
-from neox_rl.run.signs import Signs, name_all
+from neox_rl.run.signs import MAX_NAMED, Signs, name_all
 from neox_rl.telemetry.heartbeat import Beat, interval_s, read_beats
 from neox_rl.telemetry.paths import RunPaths
 from neox_rl.telemetry.status import read_status
@@ -42,7 +44,9 @@ class Watch:
         self._looked = 0.0
         self._gone: float | None = None
         self._lost = ""
-        self._started = time.monotonic()
+        self._started = self._ranks_started = time.monotonic()
+        ranks = sum(read_hosts(config).values()) if config.neox.hostfile else num_ranks(config)
+        self._ranks = [f"{RANKS}-{rank}" for rank in range(ranks)]
 
     def forget(self, prefix: str) -> None:
         """Processes of these names are about to be started."""
@@ -50,6 +54,7 @@ class Watch:
         if prefix == ORCHESTRATOR:
             self._started = time.monotonic()
         else:
+            self._ranks_started = time.monotonic() if prefix == f"{RANKS}-" else self._ranks_started
             self._gone, self._lost = None, ""
 
     def heard_of(self, name: str) -> list[Beat]:
@@ -64,7 +69,7 @@ class Watch:
             self._looked = now
         if name == ORCHESTRATOR:
             return self._late(now, up) or self._signs.stuck(ORCHESTRATOR, now)
-        return self._lost_rank(now) or self._signs.stuck(f"{RANKS}-", now)
+        return self._lost_rank(now) or self._signs.stuck(f"{RANKS}-", now) or self._not_up(now, up)
 
     def _request(self, server: str) -> str:
         """What the file of that name says: the orchestrator asks for a server that answers nothing."""
@@ -82,6 +87,16 @@ class Watch:
         if up and not self.heard_of(ORCHESTRATOR) and now - self._started > self._start_s:
             return f"did not come up within {self._start_s:.0f} s"
         return ""
+
+    def _not_up(self, now: float, up: bool) -> str:
+        """Ranks that beat, or have not begun to, and of whom the orchestrator has not heard."""
+        if up or now - self._ranks_started <= self._start_s:
+            return ""
+        beats = self.heard_of(f"{RANKS}-")
+        unheard = [rank for rank in self._ranks if rank not in {beat.process for beat in beats}]
+        more = f" and {len(unheard) - MAX_NAMED} more" if len(unheard) > MAX_NAMED else ""
+        never = f"nothing was heard of {', '.join(unheard[:MAX_NAMED])}{more}" if unheard else ""
+        return f"did not come up within {self._start_s:.0f} s: {'; '.join(filter(None, (name_all(beats), never)))}"
 
     def _lost_rank(self, now: float) -> str:
         """A rank whose process is gone. Not where ranks are on other machines, too: one here may be gone because one there was."""

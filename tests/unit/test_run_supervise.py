@@ -149,18 +149,11 @@ def test_ranks_without_an_orchestrator_are_asked_by_a_file(supervisor: Superviso
 
 
 @pytest.mark.parametrize(
-    ("deadline", "phase", "interrupts", "orchestrator", "named"),
-    [
-        ("ranks_start_s", "starting", 0, FOREVER, "the training ranks to come up"),
-        ("stop_s", "rl", 1, DEAF, "to save after Ctrl-C"),
-        ("shutdown_s", "rl", 0, "pass", "the training ranks to exit"),
-    ],
+    ("deadline", "interrupts", "orchestrator", "named"),
+    [("stop_s", 1, DEAF, "to save after Ctrl-C"), ("shutdown_s", 0, "pass", "the training ranks to exit")],
 )
-def test_every_wait_has_its_deadline(
-    supervisor: Supervisor, deadline: str, phase: str, interrupts: int, orchestrator: str, named: str
-) -> None:
+def test_every_wait_has_its_deadline(supervisor: Supervisor, deadline: str, interrupts: int, orchestrator: str, named: str) -> None:
     with_deadline(supervisor, deadline, 0.8)
-    write_status(supervisor.paths.status, Status(phase=phase))
     if interrupts:
         later(supervisor)
     with pytest.raises(DeadlineError, match=rf"{named}.*trainer\.log"):
@@ -309,6 +302,30 @@ def test_ranks_that_stand_still_say_where_they_are_before_they_are_ended(supervi
     ):
         run(supervisor, orchestrator=FOREVER, trainer=rank)
     assert no_process_is_left(supervisor)
+
+
+def starting(supervisor: Supervisor, restarts: int) -> Supervisor:
+    """With two ranks, of which the orchestrator has not heard."""
+    supervisor.config = replace(supervisor.config, neox=replace(supervisor.config.neox, num_gpus=2))
+    with_deadline(supervisor, "ranks_start_s", 2.0)
+    write_status(supervisor.paths.status, Status())
+    return healing(supervisor, restarts)
+
+
+def test_ranks_that_hang_while_they_start_are_named_with_what_they_are_at_and_those_never_heard_of(supervisor: Supervisor) -> None:
+    supervisor = starting(supervisor, restarts=0)
+    heard = r"trainer-0 \(pid \d+ on .*\), at train_step phase rl step 3; nothing was heard of trainer-1"
+    with pytest.raises(ProcessDiedError, match=rf"^trainer did not come up within 2 s: {heard}; log .*trainer\.log"):
+        run(supervisor, orchestrator=FOREVER, trainer=beating(supervisor, "trainer-0", "time.sleep(60)"))
+    assert no_process_is_left(supervisor)
+
+
+def test_ranks_that_hang_while_they_start_are_started_again(supervisor: Supervisor) -> None:
+    supervisor = starting(supervisor, restarts=1)
+    trainer = once(supervisor.paths, "trainer", "import time; time.sleep(60)", until_said(supervisor.paths))
+    orchestrator = once(supervisor.paths, "orchestrator", FOREVER, last_word(supervisor.paths, 0.4))
+    assert run(supervisor, orchestrator=orchestrator, trainer=trainer) is True
+    assert faults(supervisor) == [("died", RANKS), ("restarted", RANKS)] and no_process_is_left(supervisor)
 
 
 def test_a_silent_orchestrator_is_started_again(supervisor: Supervisor) -> None:
