@@ -2,7 +2,8 @@
 
     offer(v) --inproc--> loop --ROUTER--> workers that wait for a version > theirs; watchers hear of offers and acks
 
-Nothing here knows how many workers there are: they come, ask, and go. A worker gets at most one copy of a version at a time.
+Nothing here knows how many workers there are: they come, ask, and go. At most one snapshot is on its way to a worker: newer ones
+are skipped meanwhile, and then it gets the newest.
 """
 
 from __future__ import annotations
@@ -144,8 +145,10 @@ class Publisher:
             self._peers.waiting[identity] = have
             return
         version, tracker = self._peers.sending.get(identity, (-1, None))
-        if version == newest.version and tracker is not None and not tracker.done:
-            return  # a repeated request while the bytes are on their way: a second copy would only delay the first
+        if have < version and tracker is not None and not tracker.done:
+            # It repeats its request while the bytes are on their way, and again once it has them. A second copy would only delay the first,
+            # and newer versions queued behind it, one for each repeated request of a slow peer, would fill this machine's memory.
+            return
         self._peers.waiting.pop(identity, None)
         self._peers.sending = {peer: sent for peer, sent in self._peers.sending.items() if not sent[1].done}
         tracker = self._router.send_multipart([identity, *newest.frames], copy=False, track=True)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
+from typing import Any
 
 import pytest
 import torch
@@ -122,6 +124,90 @@ def test_a_fast_worker_still_holds_the_version_that_a_slow_one_acks_last(stack: 
             slow.gate.release()
 
     asyncio.run(story())
+
+
+class SlowLink:
+    """A proxy that hands on what the publisher says only while ``open`` is set; the other way always."""
+
+    def __init__(self, address: str) -> None:
+        self.open = threading.Event()
+        self.open.set()
+        self._upstream = ("127.0.0.1", int(address.rpartition(":")[2]))
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._sockets = [self._listener]
+        self.address = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def close(self) -> None:
+        self.open.set()
+        for one in self._sockets:
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+
+    def _serve(self) -> None:
+        near, _ = self._listener.accept()
+        far = socket.socket()
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        far.connect(self._upstream)
+        self._sockets += [near, far]
+        threading.Thread(target=self._copy, args=(near, far, None), daemon=True).start()
+        self._copy(far, near, self.open)
+
+    def _copy(self, source: socket.socket, target: socket.socket, gate: threading.Event | None) -> None:
+        with suppress(OSError):
+            while gate is None or gate.wait(60.0):
+                if not (data := source.recv(1 << 16)):
+                    return
+                target.sendall(data)
+
+
+class Witness(Stager):
+    """Remembers which versions came, in their order."""
+
+    def __init__(self, address: str, who: str) -> None:
+        self.came: list[int] = []
+        super().__init__(address, who, resend_s=RESEND_S)
+
+    def _receive(self, socket: zmq.SyncSocket) -> bool:
+        newer = super()._receive(socket)
+        self.came.append(self._have)
+        return newer
+
+
+def test_a_peer_behind_a_slow_link_has_one_snapshot_on_its_way_and_then_gets_the_newest(stack: ExitStack, publisher: Publisher) -> None:
+    """Queued behind one another they would fill the trainer's memory, and what the peer gets would be ever staler."""
+    link = stack.enter_context(closing(SlowLink(publisher.address)))
+    worker = stack.enter_context(closing(Witness(link.address, "far/0")))
+    wait_for(lambda: bool(publisher._peers.waiting))
+    link.open.clear()
+    # More than the buffers of both sockets hold: what is sent stays on its way until the link opens.
+    big = [make_snapshot(version, [("w", torch.full((4 << 20,), float(version)))]) for version in range(1, 5)]
+    asked = 0
+    answer = publisher._answer
+
+    def counting(identity: bytes, kind: str, fields: dict[str, Any]) -> None:
+        nonlocal asked
+        answer(identity, kind, fields)
+        asked += kind == FETCH
+
+    publisher._answer = counting  # type: ignore[method-assign]
+    for version in big:
+        publisher.offer(version)
+        before = asked
+        wait_for(lambda before=before: asked >= before + 3)
+    link.open.set()
+    assert worker.take(4, 30.0).digest == big[-1].digest
+    wait_for(lambda: 4 in worker.came)
+    assert worker.came == [1, 4]
+
+
+def test_a_worker_that_has_a_version_in_hand_need_not_repeat_its_request_for_the_next(stack: ExitStack, publisher: Publisher) -> None:
+    """Its request comes back sooner than this side hears that the bytes are gone."""
+    worker = stack.enter_context(closing(Stager(publisher.address, "a/0", resend_s=600.0)))
+    for version in range(30):
+        publisher.offer(snapshot(version))
+        assert worker.take(version, 30.0).version == version
 
 
 def test_a_version_that_does_not_come_is_named_with_its_publisher(stack: ExitStack, publisher: Publisher) -> None:
