@@ -64,6 +64,7 @@ class Members:
     def __init__(self, heartbeat_s: float, now: float, on_change: Callable[[Member], None], on_live: Callable[[int], None]) -> None:
         self._heartbeat_s, self._on_change, self._on_live, self._since = heartbeat_s, on_change, on_live, now
         self._members: dict[str, Member] = {}
+        self._nobody = "no server has joined"
         self._first: dict[int, float] = {}
         self.live = NO_VERSION
 
@@ -125,6 +126,8 @@ class Members:
         if not member.here:
             return
         del self._members[member.name]
+        if not self._members:  # the next one has as long to come as the first had
+            self._since, self._nobody = now, f"all servers have left, the last one {member.name} ({why})"
         self._set(member, State.LEFT, why, now)
         self._settle()
 
@@ -142,7 +145,7 @@ class Members:
         ``start_s`` is for a server to start, or to answer again; ``stage_s`` for one that answers to get to the ``offered`` version.
         """
         if not self._members:
-            return "no server has joined" if now - self._since > start_s else ""
+            return self._nobody if now - self._since > start_s else ""
         for member in self._members.values():
             if member.state in (State.STAGING, State.SERVING):
                 if member.version >= offered or now - max(offered_at, member.since) <= stage_s:

@@ -142,6 +142,17 @@ def test_hope_ends_when_every_member_is_past_its_deadline_and_each_is_named() ->
     assert hopeless(1e6, 1, 900.0) == "a is serving; b is starting (connection refused)"
 
 
+def test_when_all_have_left_there_is_hope_for_as_long_as_at_the_beginning() -> None:
+    story = Story()
+    assert not story.members.hopeless(30.0, 30.0, 10.0, 3, 20.0)
+    assert story.members.hopeless(30.1, 30.0, 10.0, 3, 20.0) == "no server has joined"
+    for begin, name in ((1000.0, "a"), (2000.0, "b")):
+        story.members.leave(story.members.join(name, f"http://{name}", 1, begin), "asked to", begin + 100.0)
+        assert not story.members.hopeless(begin + 130.0, 30.0, 10.0, 3, 20.0)
+        said = f"all servers have left, the last one {name} (asked to)"
+        assert story.members.hopeless(begin + 130.1, 30.0, 10.0, 3, 20.0) == said
+
+
 ACTIONS = st.sampled_from(["switch", "suspend", "lose", "answers", "begin", "tick"])
 
 
