@@ -221,6 +221,11 @@ def inner_deadlines_come_first(config: RunConfig, machine: Machine) -> Iterator[
                 f"metarl.deadlines.{name} = {given:g}: must be >= servers.request_timeout_s + queue.disk_full_s = {waits:g}, or the trainer"
                 " gives up while a full disk is still waited for; set it so"
             )
+    if d.step_s < d.silence_s:
+        yield (
+            f"metarl.deadlines.step_s = {d.step_s:g}: must be >= deadlines.silence_s = {d.silence_s:g}, or who waits in a collective for a"
+            " silent rank ends before that one is found and named; set it so, or lower silence_s"
+        )
     if d.orchestrator_s < (needed := d.silence_s + COMEBACK_S):
         yield (
             f"metarl.deadlines.orchestrator_s = {d.orchestrator_s:g}: must be >= deadlines.silence_s + {COMEBACK_S:g} = {needed:g}, or the"

@@ -116,6 +116,7 @@ RUN_CASES = (
         "evaluate_s = 1800: must be >= servers.request_timeout_s + queue.disk_full_s = 2120",
         "metarl.queue.disk_full_s=2000 metarl.deadlines.batch_s=2120 metarl.deadlines.evaluate_s=2120",
     ),
+    Case("inner_deadlines_come_first", "metarl.deadlines.step_s=20", "must be >= deadlines.silence_s = 30", "metarl.deadlines.step_s=30"),
     Case("inner_deadlines_come_first", "metarl.deadlines.silence_s=50", "orchestrator_s = 60: must be >=", "metarl.deadlines.silence_s=40"),
     Case("sockets_are_private", "metarl.network.bind_host=0.0.0.0", "keep it in a private network", "metarl.network.bind_host=127.0.0.1"),
     Case("cores_are_enough", "num_gpus=4", "want 5 cores and this machine has 4", "num_gpus=3"),
