@@ -5,17 +5,23 @@ sequences -> units of trees (a tree a sequence; with shared prefixes one a group
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from neox_rl.batch.packing import Layout, Plan
+from neox_rl.batch.packing import Layout, Plan, plan
 from neox_rl.batch.prefixes import PrefixTree, prefix_trees
 from neox_rl.batch.types import PADDING, Floats, Ints, MicroBatch
 from neox_rl.framing import Array
 from neox_rl.types import NO_VERSION
+
+MAX_CUT_COST = 1.2
+"""Rows after trees were cut to fill micro-batches evenly, over those before."""
+CUT_STEP = 1.25
+"""From one size that trees are cut to, to the next that is tried."""
 
 
 class TokenSequence(Protocol):
@@ -49,17 +55,30 @@ class Unit(NamedTuple):
 def units(sequences: Sequence[TokenSequence], group_sizes: Sequence[int], layout: Layout, paired: bool) -> list[Unit]:
     """A tree a sequence or, with shared prefixes, as few trees as each group of consecutive sequences takes.
 
-    ``paired``: sequences 2i and 2i + 1 are of one group and have a loss in common, so they are never parted. A tree that is larger than an
-    even share of the micro-batches is cut, since all of them would be padded to its size.
+    ``paired``: sequences 2i and 2i + 1 are of one group and have a loss in common, so they are never parted. All micro-batches are padded
+    to the fullest, so trees are cut where that makes it smaller, as long as the rows stay within MAX_CUT_COST: each cut lays out a path
+    again, and trees of the size of a path are sequences one by one. Fewer trees than micro-batches leave some of these empty.
     """
     size = 2 if paired else 1
     if not layout.share_prefixes:
         starts = range(0, len(sequences), size)
         return [Unit(tuple(range(i, i + size)), tuple(_alone(s.tokens) for s in sequences[i : i + size])) for i in starts]
     whole = _trees(sequences, group_sizes, layout.pack_tokens, size)
-    bins = layout.data_parallel * layout.min_microbatches
-    even = -(-sum(unit.num_rows for unit in whole) // bins)
-    return whole if bins == 1 else _trees(sequences, group_sizes, min(layout.pack_tokens, even), size)
+    best, laid = whole, plan([unit.num_rows for unit in whole], layout)
+    limit, largest = MAX_CUT_COST * laid.used, max(unit.num_rows for unit in whole)
+    max_rows = math.ceil(laid.used / (layout.data_parallel * layout.min_microbatches))
+    while max_rows < min(largest, laid.length):
+        cut = _trees(sequences, group_sizes, max_rows, size)
+        tried = plan([unit.num_rows for unit in cut], layout)
+        if tried.used <= limit and _padded(tried) < _padded(laid):
+            best, laid = cut, tried
+        max_rows = math.ceil(max_rows * CUT_STEP)
+    return best
+
+
+def _padded(made: Plan) -> int:
+    """Rows that each rank computes, padding too."""
+    return made.length * len(made.bins[0])
 
 
 def _trees(sequences: Sequence[TokenSequence], group_sizes: Sequence[int], max_rows: int, together: int) -> list[Unit]:

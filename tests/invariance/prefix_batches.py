@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -64,8 +65,9 @@ def pairs() -> list[Group]:
 VERDICT = Verdict(True, "", Reason.MATCH, 0.1)
 
 
-def batch(objective: str, share: bool, layout: Layout) -> StepBatch:
+def batch(objective: str, share: bool, layout: Layout, chosen: Sequence[int] = range(len(SHAPES))) -> StepBatch:
+    """Of the ``chosen`` groups."""
     layout = Layout(layout.pack_tokens, layout.data_parallel, layout.tensor_parallel, layout.min_microbatches, share)
     staleness = StalenessConfig(admission_slack=1, delivery_slack=1)
-    found = pairs() if objective == "dpo" else groups()
+    found = [group for group in (pairs() if objective == "dpo" else groups()) if group.ticket in chosen]
     return pack_rl(found, STEP, staleness=staleness, objective=OBJECTIVES[objective], max_new_tokens=64, layout=layout)

@@ -24,9 +24,9 @@ from tests.invariance.prefix_batches import OBJECTIVES, STEP, TEMPERATURE, batch
 PACK_TOKENS = 256
 
 
-def own_microbatches(engine: RankEngine, objective: str, share: bool, accumulate: int) -> tuple[MicroBatch, ...]:
+def own_microbatches(engine: RankEngine, objective: str, share: bool, case: dict[str, Any]) -> tuple[MicroBatch, ...]:
     top = engine.topology
-    made = batch(objective, share, Layout(PACK_TOKENS, top.dp, top.tp, accumulate))
+    made = batch(objective, share, Layout(PACK_TOKENS, top.dp, top.tp, case["accumulate"]), case["groups"])
     return made.microbatches[top.dp_rank]
 
 
@@ -48,7 +48,7 @@ def compare(case: dict[str, Any], out: Path) -> None:
     results: dict[str, Any] = {}
     for objective, cfg in OBJECTIVES.items():
         for name, share in (("flat", False), ("trees", True)):
-            microbatches = own_microbatches(engine, objective, share, case["accumulate"])
+            microbatches = own_microbatches(engine, objective, share, case)
             results[f"{objective}.{name}.logprobs"] = trained_logprobs(engine, microbatches)
             # A reference policy that differs: the same weights at another temperature.
             reference = engine.logprobs(microbatches, "reference", temperature=1.0)

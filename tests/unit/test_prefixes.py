@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neox_rl.batch.pack import pack_rl, pack_sft
@@ -46,14 +47,15 @@ def traces(draw: st.DrawFn) -> list[Trace]:
 GROUPS = st.lists(traces(), min_size=1, max_size=3).map(lambda found: [Group(i, "p", tuple(t)) for i, t in enumerate(found)])
 
 
-def pack(groups: Sequence[Group], share: bool, layout: tuple[int, int, int] = (64, 1, 1), loss: str = "tis") -> StepBatch:
+def pack(groups: Sequence[Group], share: bool, layout: tuple[int, int, int] = (64, 1, 1), loss: str = "tis", least: int = 1) -> StepBatch:
+    """``layout``: pack_tokens, data-parallel and tensor-parallel ranks. ``least``: micro-batches a rank."""
     return pack_rl(
         groups,
         STEP,
         staleness=StalenessConfig(admission_slack=1, delivery_slack=1),
         objective=ObjectiveConfig(baseline="mean", loss=loss),
         max_new_tokens=10,
-        layout=Layout(layout[0], layout[1], 1, layout[2], share_prefixes=share),
+        layout=Layout(layout[0], layout[1], layout[2], least, share_prefixes=share),
     )
 
 
@@ -137,6 +139,46 @@ def test_the_terms_of_the_trees_are_those_of_the_sequences_one_by_one(groups: li
     assert shared.stats.num_rows <= flat.stats.num_rows == flat.stats.num_tokens
     assert 0 < shared.stats.packing_efficiency <= 1
     assert len({len(rank) for rank in shared.microbatches}) == 1 and len({len(micro) for micro in every(shared)}) == 1
+
+
+def longer(groups: Sequence[Group], prompt: int) -> list[Group]:
+    """The groups with as many tokens more in front of each trace."""
+    before = Segment((2,) * prompt, Role.PROMPT)
+    return [replace(g, traces=tuple(replace(t, segments=(before, *t.segments)) for t in g.traces)) for g in groups]
+
+
+@settings(max_examples=60)
+@given(GROUPS, st.integers(0, 40), st.integers(1, 8), st.integers(1, 24))
+def test_more_microbatches_than_groups_do_not_undo_the_sharing(groups: list[Group], prompt: int, ranks: int, least: int) -> None:
+    """Whole trees and empty micro-batches, rather than every path a tree of its own; the loss and its gradient stay the flat sum."""
+    groups, layout = longer(groups, prompt), (1024, ranks, 1)
+    flat, shared = pack(groups, False), pack(groups, True, layout, least=least)
+    paths = [[tuple(i for s in t.segments for i in s.ids) for t in group.traces] for group in groups]
+    unique = sum(len({ids[:n] for ids in group for n in range(1, len(ids) + 1)}) for group in paths)
+    assert shared.stats.num_rows <= 1.2 * unique
+    assert len(shared.microbatches) == ranks and {len(rank) for rank in shared.microbatches} == {least}
+    assert len(every(shared)[0]) <= len(every(pack(groups, True, (1024, 1, 1)))[0]), "no micro-batch is fuller than all of them together"
+    assert trained_terms(shared) == trained_terms(flat)
+    (loss_flat, gradient_flat, _), (loss_shared, gradient_shared, _) = (run(b, ObjectiveConfig(), 0) for b in (flat, shared))
+    assert loss_shared == pytest.approx(loss_flat, rel=1e-5, abs=1e-7)
+    for key in {*gradient_flat, *gradient_shared}:
+        assert gradient_shared[key] == pytest.approx(gradient_flat[key], rel=1e-4, abs=1e-7)
+
+
+def test_trees_are_cut_where_that_fills_the_microbatches_and_costs_little() -> None:
+    """Two groups of 16 rollouts that share a prompt of 10 tokens; with prompts of 100 a cut would lay out too much twice."""
+
+    def trace(ticket: int, index: int, prompt: int) -> Trace:
+        ids = (index, ticket, *range(18))
+        segments = (Segment((5,) * prompt, Role.PROMPT), Segment(ids, Role.THINK, (-1.0,) * 20, 4, 1.0))
+        return Trace(f"g{ticket:06d}/r{index}", "p", segments, float(index), Finish.STOP, VERDICT)
+
+    def rows(prompt: int, ranks: int) -> tuple[int, int]:
+        batch = pack([Group(t, "p", tuple(trace(t, i, prompt) for i in range(16))) for t in range(2)], True, (1024, ranks, 1))
+        return batch.stats.num_rows, len(every(batch)[0])
+
+    assert rows(10, 1) == (660, 664) and rows(10, 8) == (720, 96)
+    assert rows(100, 1) == (840, 840) and rows(100, 2) == rows(100, 4) == (840, 424)
 
 
 @given(GROUPS)
