@@ -56,12 +56,19 @@ def discounts_are_shares(config: RunConfig, machine: Machine) -> Iterator[str]:
 
 def discounts_shrink_no_cost(config: RunConfig, machine: Machine) -> Iterator[str]:
     """gamma^|Z| r with r < 0 grows with every token: padding after a mistake would pay."""
-    m = config.metarl
-    if m.rollout.method == "episodes" and m.reward.wrong_step_cost > 0 and any(gamma < 1 for gamma in m.episodes.gammas):
-        yield (
-            f"metarl.reward.wrong_step_cost = {m.reward.wrong_step_cost}: a discount in metarl.episodes.gammas = {list(m.episodes.gammas)}"
-            " would shrink that cost with every further token; set wrong_step_cost: 0, or gammas: [1.0]"
-        )
+    m, r = config.metarl, config.metarl.reward
+    if m.rollout.method != "episodes" or all(gamma >= 1 for gamma in m.episodes.gammas):
+        return
+    for name, value, earned, fix in (
+        ("wrong_step_cost", r.wrong_step_cost, -r.wrong_step_cost, 0),
+        ("wrong", r.wrong, r.wrong, 0),
+        ("correct", r.correct, r.correct, 1),
+    ):
+        if earned < 0:
+            yield (
+                f"metarl.reward.{name} = {value:g}: a discount in metarl.episodes.gammas = {list(m.episodes.gammas)} would shrink that cost"
+                f" with every further token; set {name}: {fix}, or gammas: [1.0]"
+            )
 
 
 def tools_can_be_called(config: RunConfig, machine: Machine) -> Iterator[str]:

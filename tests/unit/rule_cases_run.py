@@ -148,6 +148,18 @@ RUN_CASES = (
         "would shrink that cost",
         "metarl.rollout.method=episodes metarl.reward.wrong_step_cost=0 metarl.episodes.gammas=[0.9,1]",
     ),
+    Case(
+        "discounts_shrink_no_cost",
+        "metarl.rollout.method=episodes metarl.reward.wrong=-1 metarl.episodes.gammas=[0.99,1]",
+        "metarl.reward.wrong = -1: a discount in metarl.episodes.gammas = [0.99, 1.0] would shrink that cost",
+        "metarl.reward.wrong=0",
+    ),
+    Case(
+        "discounts_shrink_no_cost",
+        "metarl.rollout.method=episodes metarl.reward.correct=-0.5 metarl.episodes.gammas=[0.99,1]",
+        "set correct: 1, or gammas: [1.0]",
+        "metarl.episodes.gammas=[1.0]",
+    ),
     Case("discounts_are_shares", "metarl.episodes.gammas=[]", "must be 1 to 3 different numbers", "metarl.episodes.gammas=1.0"),
     Case(
         "tools_can_be_called",
