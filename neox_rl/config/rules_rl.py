@@ -145,7 +145,7 @@ def refusals_are_possible(config: RunConfig, machine: Machine) -> Iterator[str]:
             "metarl.staleness.max_refusals = 0: accepts every group, so dynamic_sampling does nothing; set max_refusals: 8 or"
             " dynamic_sampling: false"
         )
-    if s.dynamic_sampling and r.group_size < 2:
+    if s.dynamic_sampling and r.group_size < 2 and r.method != "search":
         yield (
             "metarl.rollout.group_size = 1: a group of one always has equal rewards, and dynamic_sampling refuses those; set group_size: 8"
         )

@@ -177,7 +177,9 @@ class StalenessConfig:
     stale_tokens: str = key(
         "mask", "tokens beyond the bound in token mode: no gradient, or a truncated ratio", choices=("mask", "truncate")
     )
-    dynamic_sampling: bool = key(False, "refuse groups whose rewards are all equal and hand their ticket on")
+    dynamic_sampling: bool = key(
+        False, "refuse groups whose rewards are all equal (loss sft: that hold nothing to imitate) and hand their ticket on"
+    )
     max_refusals: int = key(8, "refusals in a row of one ticket before its group is accepted as it is", low=0)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from neox_rl.config.run import RunConfig
+from neox_rl.config.schema import IMITATION
 from neox_rl.errors import DeadlineError, NeoxRLError
 from neox_rl.ports import Generator, GroupMaker
 from neox_rl.problems.sources import ProblemCursor
@@ -121,8 +122,9 @@ class RolloutPump:
 
     def _accept(self, group: Group, problem: Problem) -> None:
         staleness = self._config.metarl.staleness
+        imitated = self._config.metarl.objective.loss == IMITATION
         refusable = staleness.dynamic_sampling and self._queue.refusals(group.ticket) < staleness.max_refusals
-        if refusable and not teaches(group.traces):
+        if refusable and not teaches(group.traces, imitated):
             self._queue.refuse(group.ticket)
             self._book.refused(group)
             del self._positions[group.ticket]  # another problem may teach something

@@ -284,6 +284,12 @@ CASES = (
         "metarl.rollout.group_size=2",
     ),
     Case(
+        "refusals_are_possible",
+        "metarl.staleness.dynamic_sampling=true metarl.rollout.group_size=1",
+        "a group of one always has equal rewards",
+        "metarl.rollout.method=search",
+    ),
+    Case(
         "strict_waits_at_a_due_ticket",
         "metarl.staleness.mode=strict metarl.staleness.dynamic_sampling=true",
         "waits for up to max_refusals = 8 whole rollouts",

@@ -168,6 +168,13 @@ class NeverRight(EveryOtherVerifier):
         return await super().check(problem, text)
 
 
+def test_what_is_imitated_is_not_refused_for_being_equal(tmp_path: Path) -> None:
+    story = Story(tmp_path, verifier=NeverRight(), staleness={"dynamic_sampling": True}, objective={"loss": "sft"})
+    story.queue.set_live(0)
+    story.go(4)
+    assert story.queue.counts.refused == 0 and len(story.groups) == 4
+
+
 def test_groups_that_teach_nothing_are_refused_so_often_and_no_oftener(tmp_path: Path) -> None:
     story = Story(tmp_path, verifier=NeverRight(), staleness={"dynamic_sampling": True, "max_refusals": 2})
     story.queue.set_live(0)

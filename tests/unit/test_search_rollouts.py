@@ -320,6 +320,9 @@ def test_one_step_a_place_makes_no_pair_which_is_why_that_is_refused(strategy: s
 def test_told_searches_make_one_trace_each() -> None:
     group = asyncio.run(maker(Sloppy(), trains="traces", strategy="dfs").group(EASY, 0, SamplingParams(8), 2))
     assert len(group.traces) == 2 and all(t.verdict.correct and any(s.mask for s in t.segments) for t in group.traces)
+    assert teaches(group.traces, imitated=True), "equal rewards: all the searches are right, and all are imitated"
+    failed = [replace(t, reward=float(i), segments=t.segments[:1]) for i, t in enumerate(group.traces)]
+    assert not teaches(failed, imitated=True) and not teaches(failed), "without a loss there is nothing to learn, whatever the rewards"
 
 
 def test_a_lost_server_costs_no_finished_node_and_none_serving_is_waited_for() -> None:
