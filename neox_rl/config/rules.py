@@ -11,7 +11,7 @@ from neox_rl.config.rules_model import MODEL_RULES, MODEL_WARNINGS
 from neox_rl.config.rules_own import OWN_RULES
 from neox_rl.config.rules_rl import RL_RULES, RL_WARNINGS
 from neox_rl.config.rules_run import RUN_RULES, RUN_WARNINGS
-from neox_rl.config.rules_search import SEARCH_RULES
+from neox_rl.config.rules_search import SEARCH_RULES, SEARCH_WARNINGS
 from neox_rl.config.run import RunConfig
 from neox_rl.errors import ConfigError
 
@@ -19,7 +19,7 @@ Rule: TypeAlias = Callable[[RunConfig, Machine], Iterator[str]]
 """Yields one message a broken value: the value, the rule, the fix. Yields nothing when all is well."""
 
 RULES: tuple[Rule, ...] = (*MODEL_RULES, *RL_RULES, *RUN_RULES, *SEARCH_RULES, *EPISODE_RULES, *OWN_RULES)
-WARNINGS: tuple[Rule, ...] = (*MODEL_WARNINGS, *RL_WARNINGS, *RUN_WARNINGS)
+WARNINGS: tuple[Rule, ...] = (*MODEL_WARNINGS, *RL_WARNINGS, *RUN_WARNINGS, *SEARCH_WARNINGS)
 
 
 def broken(config: RunConfig, machine: Machine) -> list[str]:

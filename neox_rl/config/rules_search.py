@@ -8,7 +8,7 @@ from neox_rl.arithmetic import ARITHMETIC_TASKS
 from neox_rl.config.derived import prompt_tokens
 from neox_rl.config.machine import Machine
 from neox_rl.config.run import RunConfig
-from neox_rl.config.schema import IMITATION, PREFERENCE
+from neox_rl.config.schema import IMITATION, PREFERENCE, RewardConfig
 
 
 def objective_suits_what_is_trained(config: RunConfig, machine: Machine) -> Iterator[str]:
@@ -103,4 +103,21 @@ def reward_model_is_served(config: RunConfig, machine: Machine) -> Iterator[str]
             yield f"metarl.search.{name} is empty: value prm asks a reward model that you serve; set {name}, or value: monte-carlo"
 
 
+def searches_earn_no_reward(config: RunConfig, machine: Machine) -> Iterator[str]:
+    m, r = config.metarl, config.metarl.reward
+    names = ("correct", "wrong", "wrong_step_cost", "token_cost")
+    unused = [f"{name} = {getattr(r, name):g}" for name in names if getattr(r, name) != getattr(RewardConfig, name)]
+    if m.rollout.method == "search" and unused:
+        trained = {
+            "steps": "steps are trained by their values",
+            "preferences": "steps are compared by their values",
+            "traces": "every search with a right end is imitated alike",
+        }[m.search.trains]
+        yield (
+            f"metarl.reward.{', '.join(unused)}: nothing is trained on it with search.trains: {m.search.trains}, where {trained}; it is"
+            " shown in the metrics alone"
+        )
+
+
 SEARCH_RULES = (objective_suits_what_is_trained, pairs_are_whole, searches_have_room, values_know_the_problems, reward_model_is_served)
+SEARCH_WARNINGS = (searches_earn_no_reward,)

@@ -160,6 +160,15 @@ RUN_CASES = (
         "set correct: 1, or gammas: [1.0]",
         "metarl.episodes.gammas=[1.0]",
     ),
+    *(
+        Case(
+            "searches_earn_no_reward",
+            f"metarl.rollout.method=search metarl.search.trains={trains} metarl.reward.wrong_step_cost=0.2 metarl.reward.wrong=-1",
+            f"metarl.reward.wrong = -1, wrong_step_cost = 0.2: nothing is trained on it with search.trains: {trains}",
+            "metarl.reward.wrong_step_cost=0 metarl.reward.wrong=0",
+        )
+        for trains in ("steps", "preferences", "traces")
+    ),
     Case("discounts_are_shares", "metarl.episodes.gammas=[]", "must be 1 to 3 different numbers", "metarl.episodes.gammas=1.0"),
     Case(
         "tools_can_be_called",
