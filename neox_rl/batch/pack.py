@@ -87,7 +87,7 @@ def pack_rl(
                     f"trace {sequence.trace.id} holds a token {int(age.max())} versions old at step {step}, the bound is {bound} "
                     f"(admission_slack {staleness.admission_slack} + delivery_slack {staleness.delivery_slack}): the queue broke its rule"
                 )
-    weights = _loss_weights(sequences, objective.aggregation, max_new_tokens)
+    weights = _loss_weights(sequences, objective.aggregation, max_new_tokens, paired)
     if staleness.stale_tokens == "mask":
         weights = [np.where(old, np.float32(0), weight) for old, weight in zip(stale, weights, strict=True)]
     advantages = [a for group in groups for a in group_advantages([t.reward for t in group.traces], objective.baseline)]
@@ -169,14 +169,16 @@ def _shift(array: Array, end: float) -> Array:
     return np.append(array[1:], np.array([end], dtype=array.dtype))
 
 
-def _loss_weights(sequences: Sequence[_Sequence], aggregation: str, max_new_tokens: int) -> list[Floats]:
+def _loss_weights(sequences: Sequence[_Sequence], aggregation: str, max_new_tokens: int, paired: bool = False) -> list[Floats]:
+    """``paired``: a search without a pair stands in the batch as two prompts, which are no sequences to take a mean over."""
     masses = [float(s.mask.sum(dtype=np.float64)) for s in sequences]
+    counted = sum(mass > 0 for mass in masses) if paired else len(sequences)
     if aggregation == "token_mean":
         denominators = [sum(masses)] * len(sequences)
     elif aggregation == "sequence_mean":
-        denominators = [mass * len(sequences) for mass in masses]
+        denominators = [mass * counted for mass in masses]
     else:
-        denominators = [float(max_new_tokens * len(sequences))] * len(sequences)
+        denominators = [float(max_new_tokens * counted)] * len(sequences)
     # A sequence (or batch) without loss tokens has only zero masks to divide.
     pairs = zip(sequences, denominators, strict=True)
     return [(s.mask.astype(np.float64) / (denominator or 1.0)).astype(np.float32) for s, denominator in pairs]

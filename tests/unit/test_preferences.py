@@ -89,13 +89,14 @@ def by_microbatches(batch: StepBatch) -> tuple[float, Counter[tuple[object, ...]
 
 
 def by_hand(given: list[Group]) -> tuple[float, Counter[tuple[object, ...]], int]:
-    """Equation 7 over the pairs, one by one, nothing packed: the mean over all of them of -log sigmoid of the margin."""
+    """Equation 7 over the pairs, one by one, nothing packed: the mean over all of them of -log sigmoid of the margin. A search
+    without a pair is none of them; one that is too old is."""
     entries = dict[tuple[tuple[int, ...], int], torch.Tensor]()
     losses, trained = [], 0
-    pairs = [pair for group in given for pair in zip(group.traces[::2], group.traces[1::2], strict=True)]
+    pairs = [pair for group in given for pair in zip(group.traces[::2], group.traces[1::2], strict=True) if pair[0].segments[2:]]
     for pair in pairs:
-        if any(s.version < STEP - 3 for t in pair for s in t.segments if s.mask) or not pair[0].segments[2:]:
-            continue  # older than two steps, or a search without a pair
+        if any(s.version < STEP - 3 for t in pair for s in t.segments if s.mask):
+            continue
         margin = torch.zeros((), dtype=torch.float64)
         for sign, t in zip((1, -1), pair, strict=True):
             ids = [i for s in t.segments for i in s.ids]

@@ -5,7 +5,8 @@
 for a better step w and a worse step l that were sampled in the same place c. pi_ref is the policy that RL began with, not the one that
 sampled the pair: against that one the bracket would be 0 at every update, and nothing would hold the policy. Sequences 2i and 2i + 1 are
 pair i, and ``batch.pack`` keeps them in one micro-batch, so the two sums meet here. Each trained token of a pair has its L: the tokens'
-weights add up to 1 / number of pairs (``aggregation: sequence_mean``), so the step's loss is the mean of L.
+weights add up to 1 / number of pairs (``aggregation: sequence_mean``), so the step's loss is the mean of L. A pair that is too old to be
+trained is counted, like any masked token; a search that gave no pair is not.
 """
 
 from __future__ import annotations
