@@ -47,7 +47,13 @@ ALL_LEGAL, ATTEMPTS, SAMPLES = 1 << 20, 16, 4
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("python -m neox_rl.search", description="Searches the problems of a file; one JSON line each.")
     p.add_argument("--strategy", required=True, help=f"{', '.join(STRATEGIES)}, or package.module:name of your own")
-    p.add_argument("--value", default="none", choices=VALUES)
+    p.add_argument(
+        "--value",
+        default="none",
+        choices=VALUES,
+        help="monte-carlo on rows {problem, answer} asks whether playouts come to that answer: its solved rows are no measure of test-time"
+        " search, and the summary counts them as values_from_gold",
+    )
     p.add_argument("--problems", required=True, type=Path, metavar="FILE.jsonl")
     p.add_argument("--budget-nodes", required=True, type=int, help="most nodes of a tree, its root left out")
     p.add_argument("--budget-tokens", type=int, help="most tokens of a search, those of its value included")
@@ -96,11 +102,12 @@ def parser() -> argparse.ArgumentParser:
 
 @dataclass
 class Tally:
-    """Sums over all problems, for the summary."""
+    """Sums over all problems, for the summary. ``values_from_gold``: those whose value knew the answer, which chose what is solved."""
 
     problems: int = 0
     malformed: int = 0
     solved: int = 0
+    values_from_gold: int = 0
     failed: int = 0
     nodes: int = 0
     tokens: int = 0
@@ -116,7 +123,8 @@ class Tally:
 
     def summary(self) -> dict[str, Json]:
         wall_s = time.perf_counter() - self.started
-        counts: dict[str, Json] = {name: getattr(self, name) for name in ("problems", "malformed", "solved", "failed", "nodes", "tokens")}
+        names = ("problems", "malformed", "solved", "values_from_gold", "failed", "nodes", "tokens")
+        counts: dict[str, Json] = {name: getattr(self, name) for name in names}
         return {**counts, "wall_s": round(wall_s, 3), "tokens_per_s": round(self.tokens / wall_s, 1)}
 
 
@@ -187,6 +195,7 @@ class Program:
             tree = await self.search.run(row.problem, self.proposer, self.value, self.budget)
         except ConfigError as error:
             return error_line(row, str(error)), None
+        self.tally.values_from_gold += self.args.value == "monte-carlo" and not domain.checkable
         return result_line(row, tree, domain), tree
 
 

@@ -11,14 +11,17 @@ import pytest
 from neox_rl.config.run import RunConfig
 from neox_rl.config.schema_search import SearchConfig
 from neox_rl.rollout.groups import Attempts
+from neox_rl.run.search_cli import Program, Verifiers, parser
 from neox_rl.run.search_groups import search_groups
+from neox_rl.run.search_rows import Row
 from neox_rl.search.growth import Budget
 from neox_rl.search.proposers import PolicyProposer
 from neox_rl.search.search import Search
 from neox_rl.search.strategy import Options
 from neox_rl.search.text_domain import TextDomain
-from neox_rl.search.values import MonteCarloValue, PolicyPlayouts
+from neox_rl.search.values import MonteCarloValue, NoValue, PolicyPlayouts
 from neox_rl.types import Completion, Finish, Problem, Reason, SamplingParams, Verdict, VersionSpan
+from tests.unit.search_worlds import countdown
 
 PROBLEM = Problem("p", "math", "q\n", "5", "q")
 EOS, NEWLINE, PLAYOUTS = 0, 10, 4
@@ -79,3 +82,19 @@ def test_the_step_that_ends_a_text_rightly_is_not_trained_down(strategy: str) ->
     group = asyncio.run(groups.group(PROBLEM, 0, SamplingParams(40), 1))
     ends = [s.advantage for t in group.traces for s in t.segments if s.mask and s.ids[-1] == EOS]
     assert ends and all(advantage is not None and advantage >= 0.0 for advantage in ends)
+
+
+class ChecksHere(Verifiers):
+    check = Checks.check
+
+
+@pytest.mark.parametrize(("value", "expected"), [("monte-carlo", 1), ("judge", 0)])
+def test_the_summary_counts_the_problems_whose_value_knew_the_answer(value: str, expected: int) -> None:
+    args = parser().parse_args(["--strategy", "bfs", "--value", value, "--problems", "rows.jsonl", "--budget-nodes", "5"])
+    writer, verifiers = Writer(), ChecksHere()
+    proposer = PolicyProposer(writer, writer, (NEWLINE,), 60)
+    search = Search("bfs", verifiers.domain, Options(1))
+    scorer = MonteCarloValue(PolicyPlayouts(proposer, verifiers), PLAYOUTS, 30) if value == "monte-carlo" else NoValue()
+    program = Program(args, search, Budget(5), proposer, scorer, verifiers)
+    asyncio.run(program.run([Row(1, PROBLEM), Row(2, countdown([1, 2, 3], 6)), Row(3, None, "no problem")], None))
+    assert program.tally.summary()["values_from_gold"] == expected
