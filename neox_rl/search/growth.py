@@ -179,11 +179,12 @@ class Growth:
         self.earlier += map(tuple, paths)
 
     async def score(self, ids: Sequence[int], value: Value) -> None:
-        """Scores the nodes of ``ids``, those left out that a verdict has valued already. Raises what ``value`` raises.
+        """Scores the nodes of ``ids``, those left out that have a value already: of a verdict, or of a call that failed half way. Raises
+        what ``value`` raises, and what some of its values failed of once the others are kept.
 
         A value that is not in [0, 1] counts as ``bad_value`` and leaves its node unscored, as one that cannot be paid does.
         """
-        unknown = [i for i in ids if not (self.nodes[i].ended and self.domain.checkable)]
+        unknown = [i for i in ids if not self.nodes[i].scored]
         if not unknown:
             return
         visited = partial(self._visited, ids[0])
@@ -193,9 +194,11 @@ class Growth:
             return
         for i, score in zip(unknown, scores.values, strict=True):
             good = math.isfinite(score) and 0.0 <= score <= 1.0
-            self.counts[BAD_VALUE] += not good
+            self.counts[BAD_VALUE] += not good and not (scores.failed and math.isnan(score))
             self.nodes[i].value, self.nodes[i].scored = float(score) if good else 0.0, good
             self.nodes[i].exact = float(score) if good and scores.exact else None
+        if scores.failed:
+            raise scores.failed
 
     def _visited(self, count: int) -> Tree:
         """The first ``count`` nodes; without their verdicts where only the gold answer tells them, which no value may see."""

@@ -15,7 +15,7 @@ from neox_rl.errors import DeadlineError, NeoxRLError, WireError
 from neox_rl.ports import Generator, Tokenizer
 from neox_rl.search.earlier import MAX_EARLIER_CHARS, earlier_of, text_before
 from neox_rl.search.proposers import Position
-from neox_rl.search.values import Scores, Value
+from neox_rl.search.values import Scores, Value, every
 from neox_rl.types import SamplingParams
 
 JUDGE_PROMPT = "{path}\n\nCan this be continued to a right answer? Answer with one word: sure, likely or impossible.\nAnswer:"
@@ -84,8 +84,7 @@ class JudgeValue:
         cap = self.max_tokens if max_tokens is None else min(self.max_tokens, max_tokens // (self.votes * len(positions)))
         if cap < 1:
             return Scores(())
-        asked = await asyncio.gather(*(self._ask(position, cap) for position in positions))
-        return Scores([value for value, _ in asked], sum(tokens for _, tokens in asked))
+        return await every(self._ask(position, cap) for position in positions)
 
     async def _ask(self, position: Position, cap: int) -> tuple[float, int]:
         params = SamplingParams(cap, seed=position.seed)

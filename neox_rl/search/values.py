@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import math
+from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
-from neox_rl.errors import NeoxRLError
+from neox_rl.errors import ConfigError, NeoxRLError
 from neox_rl.ports import Verifier
 from neox_rl.search.domain import Rejection
 from neox_rl.search.proposers import PolicyProposer, Position, Proposer, derived_seed
@@ -16,17 +17,32 @@ from neox_rl.types import Completion, Finish, SamplingParams
 
 class Scores(NamedTuple):
     """One value a position, NaN where there is none, and the tokens they cost. No values at all: what is left cannot pay for them.
-    ``exact``: they are no estimates."""
+    ``exact``: they are no estimates. ``failed``: why some are missing, which are NaN and may be asked for again; the others are as good."""
 
     values: Sequence[float]
     num_tokens: int = 0
     exact: bool = False
+    failed: Exception | None = None
 
 
 class Value(Protocol):
     async def score(self, positions: Sequence[Position], max_tokens: int | None) -> Scores:
         """The values of ``positions``, for at most ``max_tokens`` tokens (None: any number)."""
         ...
+
+
+async def every(asked: Iterable[Awaitable[tuple[float, int]]]) -> Scores:
+    """The values and tokens that ``asked`` give, at once. What fails (NeoxRLError, OSError) takes nothing from the others, which came and
+    were paid. Raises ConfigError, and all that is no failure of a request."""
+    answers = await asyncio.gather(*asked, return_exceptions=True)
+    errors = [answer for answer in answers if isinstance(answer, BaseException)]
+    failed = None
+    for error in errors:
+        if isinstance(error, ConfigError) or not isinstance(error, NeoxRLError | OSError):
+            raise error
+        failed = failed or error
+    found = [(math.nan, 0) if isinstance(answer, BaseException) else answer for answer in answers]
+    return Scores([value for value, _ in found], sum(tokens for _, tokens in found), failed=failed)
 
 
 class ValueFailedError(NeoxRLError):
@@ -73,8 +89,11 @@ class MonteCarloValue:
         cap = self.max_tokens if max_tokens is None else min(self.max_tokens, max_tokens // (self.k * max(1, unended)))
         if cap < 1 and unended:
             return Scores(())
-        played = await asyncio.gather(*(self.playouts.play(position, self.k, cap) for position in positions))
-        return Scores([right / self.k for right, _ in played], sum(tokens for _, tokens in played))
+        return await every(self._played(position, cap) for position in positions)
+
+    async def _played(self, position: Position, cap: int) -> tuple[float, int]:
+        right, tokens = await self.playouts.play(position, self.k, cap)
+        return right / self.k, tokens
 
 
 @dataclass(frozen=True)

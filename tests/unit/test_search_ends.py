@@ -10,18 +10,20 @@ import pytest
 
 from neox_rl.config.run import RunConfig
 from neox_rl.config.schema_search import SearchConfig
+from neox_rl.errors import DeadlineError
 from neox_rl.rollout.groups import Attempts
 from neox_rl.run.search_cli import Program, Verifiers, parser
 from neox_rl.run.search_groups import search_groups
 from neox_rl.run.search_rows import Row
 from neox_rl.search.growth import Budget
-from neox_rl.search.proposers import PolicyProposer
+from neox_rl.search.proposers import ExhaustiveProposer, PolicyProposer, Position
+from neox_rl.search.scorers import JudgeValue
 from neox_rl.search.search import Search
 from neox_rl.search.strategy import Options
 from neox_rl.search.text_domain import TextDomain
 from neox_rl.search.values import MonteCarloValue, NoValue, PolicyPlayouts
-from neox_rl.types import Completion, Finish, Problem, Reason, SamplingParams, Verdict, VersionSpan
-from tests.unit.search_worlds import countdown
+from neox_rl.types import Completion, End, Finish, Problem, Reason, SamplingParams, Verdict, VersionSpan
+from tests.unit.search_worlds import GRAPH_PROBLEM, Graph, countdown
 
 PROBLEM = Problem("p", "math", "q\n", "5", "q")
 EOS, NEWLINE, PLAYOUTS = 0, 10, 4
@@ -98,3 +100,43 @@ def test_the_summary_counts_the_problems_whose_value_knew_the_answer(value: str,
     program = Program(args, search, Budget(5), proposer, scorer, verifiers)
     asyncio.run(program.run([Row(1, PROBLEM), Row(2, countdown([1, 2, 3], 6)), Row(3, None, "no problem")], None))
     assert program.tally.summary()["values_from_gold"] == expected
+
+
+@pytest.mark.parametrize("retries", [0, 2])
+def test_a_request_of_a_value_that_fails_takes_nothing_from_the_others_and_is_asked_again_alone(retries: int) -> None:
+    """The second of three positions fails, at once, while the others play; a request that was paid is not made anew."""
+    paid, running = list[str](), 0
+
+    class Plays:
+        async def play(self, position: Position, k: int, max_tokens: int) -> tuple[int, int]:
+            nonlocal running
+            if str(position.state) == "b" and "a" not in paid:
+                raise DeadlineError("a playout", 1.0)
+            running += 1
+            await asyncio.sleep(0.01)
+            running -= 1
+            paid.append(str(position.state))
+            return 1, 10
+
+    graph = Graph({"R": ["a", "b", "c"], "a": ["x"], "b": ["x"], "c": ["x"], "x": ["y"]})
+    search = Search("bfs", lambda _: graph, Options(3), max_retries=retries)
+    tree = asyncio.run(search.run(GRAPH_PROBLEM, ExhaustiveProposer(), MonteCarloValue(Plays(), 2), Budget(3)))
+    assert running == 0 and paid == (["a", "c", "b"] if retries else ["a", "c"])
+    assert tree.num_tokens == 3 + 10 * len(paid) and tree.counts == ({"retries": 1} if retries else {})
+    assert [n.value for n in tree.nodes[1:]] == ([0.5] * 3 if retries else [0.5, None, 0.5])
+    assert tree.end is (End.BUDGET if retries else End.FAILED)
+
+
+def test_a_judge_that_lost_a_request_is_paid_for_the_others() -> None:
+    class Votes(Writer):
+        async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> tuple[Completion, ...]:
+            self.asked.append(bytes(prompt_ids))
+            if len(self.asked) == 2:
+                raise DeadlineError("a vote", 1.0)
+            return (Completion(self.encode("sure"), (-0.5,) * 4, (), Finish.STOP),) * n
+
+    votes = Votes()
+    graph = Graph({"R": ["a", "b", "c"], "a": ["x"], "b": ["x"], "c": ["x"], "x": ["y"]})
+    search = Search("bfs", lambda _: graph, Options(3))
+    tree = asyncio.run(search.run(GRAPH_PROBLEM, ExhaustiveProposer(), JudgeValue(votes, votes, votes=1), Budget(3)))
+    assert len(votes.asked) == 4 and tree.num_tokens == 3 + 3 * 4 and [n.value for n in tree.nodes[1:]] == [1.0] * 3
