@@ -71,6 +71,7 @@ class Growth:
         self.num_tokens = 0
         self.ends: list[int] = []
         self.earlier: list[tuple[str, ...]] = []
+        self._ended: list[tuple[str, ...]] = []
         self._states = {root.state}
 
     @property
@@ -105,6 +106,11 @@ class Growth:
             seed=derived_seed(self.seed, self.problem.id, id, purpose),
             earlier=self.earlier,
         )
+
+    def begin_round(self) -> None:
+        """What the round before ended is earlier from now on: no path is an earlier attempt at itself, or at one made beside it."""
+        self.earlier += self._ended
+        self._ended.clear()
 
     def admit(self, parent: int, proposals: Sequence[Proposal]) -> list[int]:
         """The new children that ``proposals`` make, as far as the budget goes; what is refused is counted, its tokens paid."""
@@ -176,7 +182,7 @@ class Growth:
             end.value = float(verdict.correct and end.scored)
             end.exact = end.value if end.scored else None
         self.ends += [end.id for end in ends]
-        self.earlier += map(tuple, paths)
+        self._ended += map(tuple, paths)
 
     async def score(self, ids: Sequence[int], value: Value) -> None:
         """Scores the nodes of ``ids``, those left out that have a value already: of a verdict, or of a call that failed half way. Raises

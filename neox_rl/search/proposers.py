@@ -25,8 +25,8 @@ MARKS = (metacot.LOW, metacot.HIGH, metacot.GOAL, metacot.BACK)
 class Position:
     """A node as proposers and values see it: its state, and the path that leads there.
 
-    ``ids``: the path's tokens, prompt left out. For values that see earlier attempts: ``earlier``, the steps of every path that the search
-    has ended so far, which grows with the search, and ``visited``, the tree before the round that made the node.
+    ``ids``: the path's tokens, prompt left out. For values that see earlier attempts, as it was before the round that made the node:
+    ``earlier``, the steps of every path that the search had ended, which grows with the search, and ``visited``, the tree.
     """
 
     problem: Problem

@@ -87,6 +87,7 @@ class Search:
 
     async def _round(self, growth: Growth, strategy: Strategy, proposer: Proposer, value: Value, asks: Sequence[tuple[Ask, int]]) -> None:
         """Expands the nodes of ``asks``. When one cannot be expanded the others are admitted and scored before its error is raised."""
+        growth.begin_round()
         answers = await asyncio.gather(*(self._propose(growth, proposer, ask, cap) for ask, cap in asks), return_exceptions=True)
         before, added = len(growth.nodes), list[tuple[Ask, list[int]]]()
         for (ask, _), answer in zip(asks, answers, strict=True):

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 
 from neox_rl.search.arithmetic_domain import ArithmeticDomain
 from neox_rl.search.credit import value_labels
 from neox_rl.search.growth import Budget
+from neox_rl.search.proposers import ExhaustiveProposer, Position
 from neox_rl.search.rollouts import Remembering, Sample, all_samples, preferences
 from neox_rl.search.scorers import Discouraged
 from neox_rl.search.search import Grown, Search
 from neox_rl.search.strategy import Options
 from neox_rl.search.trees import read_tree, tree_line
-from neox_rl.search.values import HeuristicValue, OracleValue, Value
+from neox_rl.search.values import HeuristicValue, OracleValue, Scores, Value
 from neox_rl.types import NO_NODE, Finish
-from tests.unit.search_worlds import TOKENIZER, RandomPlayer, countdown, policy
+from tests.unit.search_worlds import GRAPH_PROBLEM, TOKENIZER, Graph, RandomPlayer, countdown, policy
 
 TASK = countdown([2, 3, 5, 7], 24)
 
@@ -73,3 +75,20 @@ def test_an_estimate_is_trained_as_the_mean_of_what_was_seen_below(value: Value)
     assert ends and all(n.exact == n.value == float(n.verdict is not None and n.verdict.correct) for n in ends)
     assert all(n.exact is None for n in grown.tree.nodes if n not in ends)
     assert dict(value_labels(grown.tree)) == {grown.tree.path(n.id): n.value for n in grown.tree.nodes[1:]}
+
+
+class Same:
+    async def score(self, positions: Sequence[Position], max_tokens: int | None) -> Scores:
+        return Scores([1.0] * len(positions))
+
+
+def test_no_path_is_an_earlier_attempt_at_itself() -> None:
+    """All attempts of best-of-n are made in one round: there is none before them. Of rounds, every one before counts."""
+    grown, _ = sampled("best-of-n", Budget(40), value=Discouraged(Same()))
+    steps = [n for n in grown.tree.nodes[1:] if n.verdict is None]
+    assert len(steps) > 6 and all(n.value == 1.0 for n in steps)
+    graph = Graph({"R": ["a", "b"], "a": ["end"], "b": ["end"]}, checkable=False)
+    search = Search("mcts", lambda _: graph, Options(2))
+    tree = asyncio.run(search.run(GRAPH_PROBLEM, ExhaustiveProposer(), Discouraged(Same(), decay=0.5), Budget(9)))
+    ends = [n.value for n in tree.nodes if n.verdict is not None]
+    assert [n.text for n in tree.nodes[1:]] == ["a", "b", "end", "end"] and ends == [1.0, 0.5]
