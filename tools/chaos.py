@@ -57,14 +57,14 @@ FAST = (
     *("checkpoint_factor=4", "metarl.warmstart.steps=4", "metarl.evaluation.num_problems=4", "metarl.rollout.flush_tokens=16"),
     *("metarl.rollout.groups_per_step=3", "metarl.rollout.group_size=2", "metarl.rollout.record_every=0"),
     *("metarl.restarts=100000", "metarl.orchestrator_restarts=100000", "metarl.servers.max_restarts=100000"),
-    *("metarl.servers.heartbeat_s=1.0", "metarl.deadlines.silence_s=10.0", "metarl.deadlines.shutdown_s=8.0"),
+    *("metarl.servers.heartbeat_s=2.0", "metarl.deadlines.silence_s=10.0", "metarl.deadlines.shutdown_s=8.0"),
     "metarl.audit=stop",
 )
 SERVERS = {
     "scripted": ("metarl.rollout.generator=scripted", "metarl.servers.num_servers=3", "metarl.scripted.token_s=0.004"),
     "real": (
         *("metarl.rollout.generator=vllm", "metarl.servers.num_servers=1", "metarl.servers.max_num_seqs=32"),
-        *("metarl.servers.kv_cache_gib=0.25", "metarl.servers.heartbeat_s=3.0"),
+        *("metarl.servers.kv_cache_gib=0.25", "metarl.servers.heartbeat_s=6.0"),
     ),
 }
 

@@ -221,8 +221,8 @@ class ServersConfig:
     request_timeout_s: float = key(120.0, "deadline of one generation request", low=1.0)
     heartbeat_s: float = key(
         5.0,
-        "how often servers are probed, and how long one may be silent, or behind the others after a new version, before the run goes on"
-        " without it",
+        "how long a server may be silent, or behind the others after a new version, before the run goes on without it; it is probed every"
+        " half of it, for as long",
         low=0.1,
     )
     max_restarts: int = key(3, "how often a server that died is started again; well for five minutes, it is forgiven", low=0)

@@ -1,6 +1,6 @@
 """Keeps every server at the newest version that the trainer offers, and says which version is live.
 
-    one task a member:  probe -> init -> [staged v -> switch (pause, load, resume) -> attests v] -> probe each heartbeat -> ...
+    one task a member:  probe -> init -> [staged v -> switch (pause, load, resume) -> attests v] -> probe twice a heartbeat -> ...
     one clock:          who is late is left behind; promised versions and members have deadlines
 
 The decisions are ``run/members.py``; here are the requests. Every member goes its own way, so that a slow or dead one delays nobody beyond
@@ -62,6 +62,11 @@ class Deadlines:
             servers.heartbeat_s,
             servers.request_timeout_s,
         )
+
+    @property
+    def probe_s(self) -> float:
+        """Between an answer and the next probe, and again until that one is given up: together the one heartbeat of silence."""
+        return self.heartbeat_s / 2
 
 
 @dataclass(slots=True)
@@ -204,8 +209,8 @@ class ServerKeeper:
                 if tended.suspect or time.monotonic() >= probe_at:
                     await self._probe(member, tended)
                     retry_s = RETRY_S if tended.answering else ABSENT_RETRY_S
-                    wait_s = self._deadlines.heartbeat_s if member.state is State.SERVING else retry_s
-                    probe_at = time.monotonic() + min(wait_s, self._deadlines.heartbeat_s)
+                    wait_s = self._deadlines.probe_s if member.state is State.SERVING else retry_s
+                    probe_at = time.monotonic() + min(wait_s, self._deadlines.probe_s)
                 held = self._watcher.staged_by(member.workers)
                 if tended.answering and member.here and held > member.version and held >= self.members.live:
                     await self._switch(member, tended, held)
@@ -220,7 +225,7 @@ class ServerKeeper:
     async def _probe(self, member: Member, tended: _Tended) -> None:
         tended.suspect = False
         try:
-            label = await _of_server(member, tended.control.probe(self._deadlines.heartbeat_s))
+            label = await _of_server(member, tended.control.probe(self._deadlines.probe_s))
         except (WeightError, DeadlineError) as error:
             tended.answering = False
             tended.gone = tended.gone or isinstance(error, ServerGoneError)
