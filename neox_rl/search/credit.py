@@ -32,7 +32,7 @@ def value_labels(tree: Tree) -> Iterator[tuple[tuple[Node, ...], float]]:
 
 
 def before(tree: Tree, node: Node, verdicts: bool) -> Tree:
-    """The tree as a value saw it that was asked for ``node``: what was made before the first of its siblings. ``verdicts``: those of ends
-    are known without the gold answer."""
-    made = tree.nodes[: min(n.id for n in tree.nodes if n.parent == node.parent)]
+    """The tree as a value saw it that was asked for ``node``: what was made before its round. ``verdicts``: those of ends are known without
+    the gold answer."""
+    made = tree.nodes[: node.seen]
     return replace(tree, nodes=made if verdicts else tuple(replace(n, verdict=None) for n in made), answer=NO_NODE)

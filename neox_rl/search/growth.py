@@ -43,7 +43,7 @@ class Budget:
 @dataclass(slots=True)
 class Leaf:
     """A node in growth. ``value`` and ``visits`` belong to the strategy once the node was scored; until then it counts as hopeless, and
-    what is trained must leave it out. ``exact``: see ``Node``."""
+    what is trained must leave it out. ``exact``, ``seen``: see ``Node``."""
 
     id: int
     parent: int
@@ -58,6 +58,7 @@ class Leaf:
     ended: bool = False
     children: list[int] = field(default_factory=list)
     exact: float | None = None
+    seen: int = 0
 
 
 class Growth:
@@ -72,6 +73,7 @@ class Growth:
         self.ends: list[int] = []
         self.earlier: list[tuple[str, ...]] = []
         self._ended: list[tuple[str, ...]] = []
+        self._seen = 0
         self._states = {root.state}
 
     @property
@@ -111,6 +113,7 @@ class Growth:
         """What the round before ended is earlier from now on: no path is an earlier attempt at itself, or at one made beside it."""
         self.earlier += self._ended
         self._ended.clear()
+        self._seen = len(self.nodes)
 
     def admit(self, parent: int, proposals: Sequence[Proposal]) -> list[int]:
         """The new children that ``proposals`` make, as far as the budget goes; what is refused is counted, its tokens paid."""
@@ -151,6 +154,7 @@ class Growth:
             self.counts[stepped.value] += 1
             return None
         leaf = Leaf(len(self.nodes), above.id, above.depth + 1, stepped[1], proposal, stepped[0], ended=self.domain.is_end(stepped[1]))
+        leaf.seen = self._seen
         self.nodes.append(leaf)
         above.children.append(leaf.id)
         self._states.add(leaf.state)
@@ -193,8 +197,8 @@ class Growth:
         unknown = [i for i in ids if not self.nodes[i].scored]
         if not unknown:
             return
-        visited = partial(self._visited, ids[0])
-        scores = await value.score([replace(self.position(i, "value"), visited=visited) for i in unknown], self.tokens_left)
+        asked = [replace(self.position(i, "value"), visited=partial(self._visited, self.nodes[i].seen)) for i in unknown]
+        scores = await value.score(asked, self.tokens_left)
         self.num_tokens += scores.num_tokens
         if not scores.values:
             return
@@ -234,4 +238,4 @@ def _node(leaf: Leaf) -> Node:
     spans: tuple[VersionSpan, ...] = leaf.proposal.spans
     ids, logprobs = leaf.proposal.ids, leaf.proposal.logprobs
     value = leaf.value if leaf.scored else None
-    return Node(leaf.id, leaf.parent, leaf.text, leaf.id, ids, logprobs, spans, value, leaf.visits, leaf.verdict, leaf.exact)
+    return Node(leaf.id, leaf.parent, leaf.text, leaf.id, ids, logprobs, spans, value, leaf.visits, leaf.verdict, leaf.exact, leaf.seen)

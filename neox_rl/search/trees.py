@@ -1,9 +1,9 @@
-"""Trees as JSON lines: one tree a line, every node with its tokens, log-probs, version spans, value, visits, order, verdict and
-exact value.
+"""Trees as JSON lines: one tree a line, every node with its tokens, log-probs, version spans, value, visits, order, verdict,
+exact value and what was seen before.
 
 A line is ``{problem_id, end, answer, num_tokens, counts, error, nodes: [{id, parent, text, order, ids, logprobs, spans: [[version, start,
-end]], value | null, visits, verdict: {correct, extracted, reason, ms} | null, exact | null}]}``. The reader takes nothing else, and no
-line without one of these: a file of trees may come from anywhere, and what reads it walks parents without looking twice.
+end]], value | null, visits, verdict: {correct, extracted, reason, ms} | null, exact | null, seen}]}``. The reader takes nothing else,
+and no line without one of these: a file of trees may come from anywhere, and what reads it walks parents without looking twice.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class _Node(msgspec.Struct, forbid_unknown_fields=True):
     visits: int
     verdict: _Verdict | None
     exact: float | None
+    seen: int
 
 
 class _Tree(msgspec.Struct, forbid_unknown_fields=True):
@@ -74,6 +75,7 @@ def tree_line(tree: Tree) -> bytes:
             n.visits,
             None if n.verdict is None else _Verdict(n.verdict.correct, n.verdict.extracted, n.verdict.reason, n.verdict.ms),
             n.exact,
+            n.seen,
         )
         for n in tree.nodes
     ]
@@ -101,6 +103,7 @@ def read_tree(line: bytes, where: str = "tree") -> Tree:
             n.visits,
             None if n.verdict is None else Verdict(n.verdict.correct, n.verdict.extracted, n.verdict.reason, n.verdict.ms),
             n.exact,
+            n.seen,
         )
         for n in row.nodes
     )
@@ -148,6 +151,8 @@ def _node_flaw(node: Node, index: int) -> str:
         return f"has id {node.id}: nodes are numbered 0, 1, 2 ..."
     if index and not 0 <= node.parent < index:
         return f"parent {node.parent} does not come before it"
+    if not 0 <= node.seen <= index:
+        return f"was made after {node.seen} nodes"
     if node.order < 0 or node.visits < 0 or not all(0.0 <= (value or 0.0) <= 1.0 for value in (node.value, node.exact)):
         found = f"order {node.order}, visits {node.visits}, value {node.value} and exact value {node.exact}"
         return f"{found} must be at least 0, the values at most 1"

@@ -149,7 +149,7 @@ def test_a_file_that_holds_no_trees_is_named(name: str, content: bytes | None, t
 
 def valued(value: float) -> Tree:
     nodes = TREE.nodes
-    return replace(TREE, nodes=(nodes[0], *(replace(node, value=value) for node in nodes[1:])))
+    return replace(TREE, nodes=(nodes[0], *(replace(node, value=value, seen=node.id) for node in nodes[1:])))
 
 
 @pytest.mark.parametrize("value", [0.0, 0.25, 1.0])
@@ -166,14 +166,15 @@ def test_the_word_of_a_step_is_hopeful_as_often_as_its_value_says(value: float, 
 
 
 def test_a_meta_critic_is_shown_what_the_search_did_before_each_step(tmp_path: Path) -> None:
-    write_trees(tmp_path / "trees.jsonl", [valued(0.5)])
+    tree = valued(0.5)
+    write_trees(tmp_path / "trees.jsonl", [tree])
     config = of(
         f"{SMALL} metarl.warmstart.style=values metarl.warmstart.path={tmp_path / 'trees.jsonl'} metarl.warmstart.sees_earlier=true"
     )
     group = next(Demonstrations(demonstration_source(config, (TASK,), TOKENIZER), seed=1))
     shown = {trace.segments[0].ids for trace in group.traces}
-    for node in TREE.nodes[1:]:
-        told = told_earlier(before(TREE, node, verdicts=True), TASK)
+    for node in tree.nodes[1:]:
+        told = told_earlier(before(tree, node, verdicts=True), TASK)
         path = [n.text for n in TREE.path(node.id)]
         assert value_context(TASK, path, TOKENIZER, told_before_path(told, TASK), config.neox.seq_length - 1) in shown
     assert max(map(len, shown)) > len(value_context(TASK, [n.text for n in TREE.path(TREE.nodes[-1].id)], TOKENIZER))

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import pytest
 
 from neox_rl.search.arithmetic_domain import ArithmeticDomain
-from neox_rl.search.credit import value_labels
+from neox_rl.search.credit import before, value_labels
+from neox_rl.search.earlier import earlier_of, told_earlier
 from neox_rl.search.growth import Budget
-from neox_rl.search.proposers import ExhaustiveProposer, Position
+from neox_rl.search.proposers import ExhaustiveProposer, Position, derived_seed
 from neox_rl.search.rollouts import Remembering, Sample, all_samples, preferences
 from neox_rl.search.scorers import Discouraged
 from neox_rl.search.search import Grown, Search
@@ -92,3 +93,23 @@ def test_no_path_is_an_earlier_attempt_at_itself() -> None:
     tree = asyncio.run(search.run(GRAPH_PROBLEM, ExhaustiveProposer(), Discouraged(Same(), decay=0.5), Budget(9)))
     ends = [n.value for n in tree.nodes if n.verdict is not None]
     assert [n.text for n in tree.nodes[1:]] == ["a", "b", "end", "end"] and ends == [1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [("bfs", Options(3)), ("bfs", Options(3, batch=4)), ("beam", Options(3)), ("mcts", Options(3, batch=4)), ("best-of-n", Options(4))],
+)
+def test_a_meta_critic_is_trained_on_what_it_is_told_when_it_is_asked(strategy: str, options: Options) -> None:
+    told: dict[int, tuple[str, ...]] = {}
+
+    class Hears:
+        async def score(self, positions: Sequence[Position], max_tokens: int | None) -> Scores:
+            told.update((p.seed, earlier_of(p).texts) for p in positions)
+            return Scores([0.5] * len(positions))
+
+    task = countdown([2, 3, 5, 7], 59)
+    tree = asyncio.run(Search(strategy, ArithmeticDomain, options, seed=1).run(task, policy(RandomPlayer()), Hears(), Budget(30)))
+    asked = {n.id: derived_seed(1, task.id, n.id, "value") for n in tree.nodes[1:] if n.verdict is None}
+    tree = read_tree(tree_line(tree))
+    trained = {seed: told_earlier(before(tree, tree.nodes[i], verdicts=True), task).texts for i, seed in asked.items()}
+    assert trained == told and len(told) > 5

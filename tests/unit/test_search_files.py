@@ -93,6 +93,7 @@ BAD_TREES = {
     "the same order twice": node(3, order=1),
     "a value above 1": node(1, value=1.5),
     "an exact value above 1": node(1, exact=1.5),
+    "made after a node to come": node(2, seen=3),
     "visits below 0": node(1, visits=-1),
     "a log-prob missing": node(1, logprobs=[-1.0]),
     "a negative token": node(1, ids=[-1, 2, 3]),
