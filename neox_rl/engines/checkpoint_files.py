@@ -11,7 +11,6 @@ moved to ``<name>.old`` until the new one stands in its place. Every file is on 
 from __future__ import annotations
 
 import logging
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from safetensors import SafetensorError
 
 from neox_rl.engines.checkpoint_digests import FILES, META, check_digests, fix, noted, read_sealed, sealed
 from neox_rl.errors import DamagedError, WeightError
-from neox_rl.telemetry.jsonl import FULL
+from neox_rl.telemetry.jsonl import FULL, to_disk
 from neox_rl.types import Json
 
 logger = logging.getLogger(__name__)
@@ -106,15 +105,6 @@ def _replaced(final: Path) -> Path:
 def _write(path: Path, text: str) -> None:
     path.write_text(text)
     to_disk(path)
-
-
-def to_disk(path: Path) -> None:
-    """Waits until a file's bytes, or a directory's names, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def out_of_room(error: BaseException) -> bool:

@@ -33,6 +33,7 @@ from neox_rl.engines.rows import make_rows, rows_shape
 from neox_rl.engines.weight_parts import WeightParts
 from neox_rl.engines.world import device_index
 from neox_rl.errors import NeoxRLError, WeightError
+from neox_rl.telemetry.jsonl import to_disk
 from neox_rl.types import Json
 
 _CONFIGURED = ("loss_scaler", "dynamic_loss_scale", "clip_grad")
@@ -215,7 +216,7 @@ class GptNeoXEngine(RankEngine):
         with self._writing(directory):
             if self.topology.rank == 0:
                 for path in temporary.iterdir():
-                    checkpoint_files.to_disk(path)
+                    to_disk(path)
                 meta: dict[str, Json] = {"format": checkpoint_files.FORMAT, "steps": self._steps, "layout": self._layout()}
                 meta["client_state"] = dict(client_state)
                 checkpoint_files.publish(temporary, final, meta)

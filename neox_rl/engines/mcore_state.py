@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from neox_rl.engines.checkpoint_files import to_disk
 from neox_rl.engines.model_shape import ModelShape
 from neox_rl.engines.port import Topology
+from neox_rl.telemetry.jsonl import to_disk
 from neox_rl.types import Json
 
 _OPTIMIZER, _GROUP, _MAIN, _MODEL, _REFERENCE, _RNG = "optimizer.", "group.", "main.", "model.", "reference.", "rng."

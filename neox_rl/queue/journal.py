@@ -35,6 +35,7 @@ from typing import Final, TextIO
 
 from neox_rl.errors import ConfigError, JournalError, JournalFullError
 from neox_rl.queue.records import HEAD_BYTES, Damage, Record, first_unchecked, parts_of, payload_of, scan, to_bytes
+from neox_rl.telemetry.jsonl import to_disk
 
 FORMAT: Final = 4
 SUFFIX: Final = ".journal"
@@ -45,6 +46,8 @@ LEDGER_KINDS: Final = frozenset(
 """What stays of a segment that is not needed any more: who trained which tickets, of which versions, in which order."""
 NOT_IN_LEDGER: Final = frozenset({"state"})
 RETRY_S: Final = 1.0
+SLOW_S: Final = 1.0
+"""A write or sync that takes longer is told: on a disk that hangs it may never end."""
 LOCK_S: Final = 10.0
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO})
 
@@ -143,8 +146,9 @@ class Journal:
         self._seq = next_seq
         while (path := directory / _name(self._seq)).exists() and path.stat().st_size:  # one that died at once left an empty segment
             self._seq += 1
-        self.trouble = ""
-        """Why nothing can be written at this moment, in words; empty while all is well."""
+        self.full = ""
+        """What the disk says that takes nothing, in words; empty while it does not refuse."""
+        self._writing: float | None = None  # since when
         self._failed: JournalError | None = None
         self._buffer: list[tuple[int, bytes] | _Rotation] = []
         self._appended = self._committed = 0
@@ -156,6 +160,12 @@ class Journal:
         self._appended = 1
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
+
+    @property
+    def trouble(self) -> str:
+        """Why nothing can be written at this moment, or is not written yet, in words; empty while all is well."""
+        slow_s = time.monotonic() - since if (since := self._writing) is not None else 0.0
+        return self.full or (f"the disk of {self.directory} to take the journal, for {slow_s:.0f} s so far" if slow_s > SLOW_S else "")
 
     def append(self, payload: bytes) -> int:
         """Buffers a record (``payload_of``); returns its number. Raises JournalError once the journal has given up."""
@@ -235,23 +245,23 @@ class Journal:
 
     def _persist(self, work: Sequence[tuple[int, bytes] | _Rotation] | _Rotation) -> None:
         """Tries until it succeeds or the deadline for a full disk passes."""
-        begin = time.monotonic()
+        self._writing = begin = time.monotonic()
         while True:
             try:
                 if isinstance(work, _Rotation):
                     self._segment = _rotated(self.directory, self._segment, work)
                 elif work:
                     self._segment.write([item for item in work if not isinstance(item, _Rotation)])
-                self.trouble = ""
+                self.full, self._writing = "", None
                 return
             except OSError as error:
                 if error.errno not in _FULL:
                     raise
                 waited = time.monotonic() - begin
                 free = f"{error.strerror}; {_free(self.directory)} bytes free"
-                self.trouble = f"the disk of {self.directory} to take the journal ({free}): make room there"
+                self.full = f"the disk of {self.directory} to take the journal ({free}): make room there"
                 if waited > self._full_s or self._closing:
-                    raise JournalFullError(f"waited {waited:.0f} s for {self.trouble}; the run goes on from there with --resume") from error
+                    raise JournalFullError(f"waited {waited:.0f} s for {self.full}; the run goes on from there with --resume") from error
                 with self._wake:
                     self._wake.wait_for(lambda: self._closing, timeout=min(RETRY_S, self._full_s / 4))
 
@@ -273,12 +283,12 @@ class _Segment:
         self._written = directory / (self.path.name + suffix)
         self._file = os.open(self._written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         self._end = 0
-        _sync_directory(directory)
+        to_disk(directory)
 
     def rename(self) -> None:
         """It counts from now on, whole."""
         self._written.rename(self.path)
-        _sync_directory(self.path.parent)
+        to_disk(self.path.parent)
 
     def write(self, items: Sequence[tuple[int, bytes]]) -> None:
         data = memoryview(b"".join(part for seq, payload in items for part in parts_of(self.path.name, seq, payload)))
@@ -359,14 +369,6 @@ def _free(directory: Path) -> int:
         return shutil.disk_usage(directory).free
     except OSError:
         return 0
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _hold(directory: Path, limit_s: float) -> TextIO:

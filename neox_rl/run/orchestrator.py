@@ -151,14 +151,15 @@ class Orchestrator:
 
     async def _watch_disk(self) -> None:
         """Says when the journal cannot be written, and when it can again."""
-        told = ""
+        told, journal = (False, False), self._book.journal
         while True:
-            self._book.journal.check()
-            if (trouble := self._book.journal.trouble) != told and bool(trouble) != bool(told):
+            journal.check()
+            trouble = journal.trouble
+            if (kind := (bool(trouble), bool(journal.full))) != told:
                 self._parts.events.instant("journal", message=trouble or "the disk takes the journal again")
                 self._board.say(f"waits for {trouble}" if trouble else "")
                 self._pump.changed.fire()
-            told = trouble
+            told = kind
             await asyncio.sleep(DISK_S)
 
     # ExperienceHandler

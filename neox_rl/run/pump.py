@@ -84,7 +84,7 @@ class RolloutPump:
             self._positions.pop(group.ticket, None)
 
     def _may_issue(self, limit: int) -> bool:
-        return self._queue.num_in_flight < limit and not self._book.journal.trouble
+        return self._queue.num_in_flight < limit and not self._book.journal.full
 
     def _chunks(self, generator: Generator) -> Generator:
         return ChunkedGenerator(generator, self._config.metarl.rollout.flush_tokens, self._on_chunk, self._earlier_chunks)

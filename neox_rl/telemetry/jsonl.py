@@ -160,6 +160,15 @@ def write_json(path: Path, value: Mapping[str, Any], *, indent: int | None = Non
             raise
 
 
+def to_disk(path: Path) -> None:
+    """Waits until a file's bytes, or a directory's names, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _in_place(path: Path, data: bytes) -> bool:
     """Whether the file has as many bytes, which are ``data`` now."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -55,7 +56,7 @@ def test_a_crash_anywhere_in_saving_a_step_again_leaves_a_whole_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", crashing(Path.rename))
-        patch.setattr(checkpoint_files.os, "fsync", crashing(checkpoint_files.os.fsync))
+        patch.setattr(os, "fsync", crashing(os.fsync))
         with pytest.raises(CrashError):
             save(tmp_path, 4, "again")
     assert label(tmp_path) in ("first", "again")

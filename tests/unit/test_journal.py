@@ -272,6 +272,34 @@ def test_a_full_disk_is_waited_for_and_nothing_is_lost(tmp_path: Path, monkeypat
     assert tickets_in(reading) == [1, 2, 3] and not reading.damage
 
 
+def test_a_sync_that_hangs_is_told_while_it_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    goes_on, sync = threading.Event(), os.fdatasync
+
+    def hangs(file: int) -> None:
+        assert goes_on.wait(60.0)
+        sync(file)
+
+    async def main() -> None:
+        journal, _ = open_journal(tmp_path, 0.01, 10.0)
+        await journal.durable()
+        monkeypatch.setattr("neox_rl.queue.journal.SLOW_S", 0.1)
+        monkeypatch.setattr(os, "fdatasync", hangs)
+        journal.append(payload_of("failed", {"ticket": 1}))
+        waiting = asyncio.ensure_future(journal.durable())
+        try:
+            async with asyncio.timeout(60.0):
+                while not journal.trouble:
+                    await asyncio.sleep(0.01)
+            assert f"the disk of {tmp_path} to take the journal, for" in journal.trouble and not journal.full and not waiting.done()
+        finally:
+            goes_on.set()
+        await waiting
+        assert journal.trouble == ""
+        journal.close()
+
+    asyncio.run(main())
+
+
 def test_a_disk_that_stays_full_is_an_error_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         journal, _ = open_journal(tmp_path, 0.01, 0.1)

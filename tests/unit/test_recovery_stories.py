@@ -48,7 +48,7 @@ class Disk:
     def __init__(self, records: Sequence[Record], dies_at: int | None, rng: random.Random, answering: bool = False) -> None:
         self._answering = answering
         self.records, self.dies_at, self._rng = list(records), dies_at, rng
-        self.appended, self.safe, self.trouble = 0, len(self.records), ""
+        self.appended, self.safe, self.full = 0, len(self.records), ""
 
     def append(self, payload: bytes) -> int:
         if self.appended == self.dies_at and not self._answering:
