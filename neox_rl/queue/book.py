@@ -10,7 +10,7 @@ from pathlib import Path
 
 from neox_rl.codec import encode_group
 from neox_rl.queue.history import KEPT_VERSIONS, chunk_body, fold
-from neox_rl.queue.journal import Journal, open_journal
+from neox_rl.queue.journal import LOCK_S, Journal, open_journal
 from neox_rl.queue.records import Record, payload_of
 from neox_rl.types import NO_VERSION, Completion, Group, Json
 
@@ -45,13 +45,15 @@ class Book:
         full_s: float,
         rule: Mapping[str, Json] | None = None,
         segment_bytes: int = SEGMENT_BYTES,
+        lock_s: float = LOCK_S,
     ) -> Book:
-        """Takes over what is there. ``rule``: what the run keeps to, for who audits it; ``segment_bytes``: see ``tidy``.
+        """Takes over what is there. ``rule``: what the run keeps to, for who audits it; ``segment_bytes``: see ``tidy``; ``lock_s``: how
+        long who had it before may take to end.
 
         Raises ConfigError like ``open_journal``.
         """
         begin = time.monotonic()
-        journal, reading = open_journal(directory, flush_s, full_s)
+        journal, reading = open_journal(directory, flush_s, full_s, lock_s)
         book = cls(journal, reading.records, reading.words(), reading.has_holes, segment_bytes)
         for word in book.damage:
             logger.warning("%s", word)

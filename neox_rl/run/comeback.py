@@ -16,13 +16,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from neox_rl.codec import decode_group
+from neox_rl.config.run import RunConfig
 from neox_rl.errors import ConfigError, WireError
 from neox_rl.problems.sources import ProblemCursor
 from neox_rl.queue.book import Book
 from neox_rl.queue.history import Standing
+from neox_rl.queue.journal import LOCK_S
 from neox_rl.queue.state import TicketQueue, name
+from neox_rl.run.audit import Rule
 from neox_rl.run.pump import RolloutPump
+from neox_rl.telemetry.paths import RunPaths
 from neox_rl.types import Group, Json
+
+
+def open_book(config: RunConfig, paths: RunPaths, attempt: int) -> Book:
+    """An orchestrator of a run before this one may hold it for as long as a process gets to end."""
+    queue, lock_s = config.metarl.queue, config.metarl.deadlines.shutdown_s + LOCK_S
+    return Book.open(paths.journal, attempt, queue.flush_s, queue.disk_full_s, Rule.of(config).json(), queue.segment_mib << 20, lock_s)
 
 
 class Comeback:

@@ -32,8 +32,7 @@ from neox_rl.queue.book import Book
 from neox_rl.queue.state import TicketQueue, name
 from neox_rl.queue.wire import Delivery, ExperienceServer, Phase
 from neox_rl.queue.wire_messages import attempt_of
-from neox_rl.run.audit import Rule
-from neox_rl.run.comeback import Comeback
+from neox_rl.run.comeback import Comeback, open_book
 from neox_rl.run.demonstrating import demonstration_source
 from neox_rl.run.evaluation import Evaluator
 from neox_rl.run.live_audit import LiveAudit
@@ -343,10 +342,10 @@ async def serve(config: RunConfig, paths: RunPaths) -> None:
         parts = await build_parts(config, paths, stack)
         server = ExperienceServer(config.metarl.network.bind_host, parts.endpoints.experience_port, keys=parts.keys)
         stack.callback(server.close)
-        attempt, metarl, queue = attempt_of(os.environ), config.metarl, config.metarl.queue
-        book = Book.open(paths.journal, attempt, queue.flush_s, queue.disk_full_s, Rule.of(config).json(), queue.segment_mib << 20)
+        attempt = attempt_of(os.environ)
+        book = open_book(config, paths, attempt)
         stack.callback(book.close)
-        orchestrator = Orchestrator(config, paths, parts, MetricsWriter(paths, metarl.logging, asdict(config)), book, attempt)
+        orchestrator = Orchestrator(config, paths, parts, MetricsWriter(paths, config.metarl.logging, asdict(config)), book, attempt)
         stack.callback(orchestrator.close)
         heartbeat = Heartbeat(paths.beats, "orchestrator", parts.events, interval_s(config.metarl.deadlines.silence_s))
         stack.callback(asyncio.ensure_future(heartbeat.forever()).cancel)

@@ -24,6 +24,7 @@ from neox_rl.queue import journal
 from neox_rl.queue.book import Book
 from neox_rl.queue.wire import ExperienceServer, Phase
 from neox_rl.queue.wire_client import ExperienceClient
+from neox_rl.run.comeback import open_book
 from neox_rl.run.endpoints import choose_endpoints, write_endpoints
 from neox_rl.run.orchestrator import Orchestrator, leaves
 from neox_rl.run.parts import build_parts
@@ -288,3 +289,12 @@ def test_a_full_disk_holds_batches_back_and_says_so_until_there_is_room(tmp_path
         written.set()
         client.done("stopped")
     assert run.ended() == []
+
+
+def test_the_journal_of_an_orchestrator_that_ends_slowly_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its successor, of a run that is resumed at once, would else give up before it was killed."""
+    config = small_config(tmp_path, deadlines={"shutdown_s": 45.0})
+    waits: list[float] = []
+    monkeypatch.setattr("neox_rl.queue.book.open_journal", lambda *args: waits.append(args[3]) or journal.open_journal(*args))
+    open_book(config, small_paths(config), 1).close()
+    assert waits[0] > 45.0
