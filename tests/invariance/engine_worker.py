@@ -24,7 +24,7 @@ from neox_rl.engines.base import RankEngine
 from neox_rl.engines.registry import build_engine
 from neox_rl.errors import WeightError
 from neox_rl.run.endpoints import free_port
-from tests.invariance.engine_batches import VOCAB, loss_fn, sequences, split
+from tests.invariance.engine_batches import VOCAB, loss_fn, pack, sequences, split
 
 LR = 3e-3
 
@@ -99,6 +99,22 @@ def parity(case: dict[str, Any], out: Path) -> None:
     if before is not None and top.tp_rank == top.dp_rank == 0:
         np.save(out / "logits.npy", before.float().numpy())
     np.savez(out / f"rank{top.rank}.npz", reports=reports, after=after, reference=reference, exact=exact, **tensors)
+    engine.close()
+
+
+def sparse(case: dict[str, Any], out: Path) -> None:
+    """Three steps of which every sequence is in one micro-batch of the first data-parallel rank: all other micro-batches are empty."""
+    engine = build(case, out)
+    reports = []
+    for step in range(3):
+        given = sequences(step)
+        whole, empty = pack(given, 136, given), pack([], 136, given)
+        microbatches = [whole if engine.topology.dp_rank == 0 else empty, *[empty] * (case["accumulate"] - 1)]
+        logprobs = engine.logprobs(microbatches)
+        assert [len(found) for found in logprobs] == [136] * case["accumulate"]
+        reports.append(engine.step(microbatches, loss_fn, LR))
+    rows = [[r.loss, r.grad_norm, r.metrics["entropy"], r.metrics["logprob"], r.tokens] for r in reports]
+    np.save(out / f"rank{engine.topology.rank}.npy", np.array(rows))
     engine.close()
 
 
@@ -180,6 +196,7 @@ def main() -> None:
         kinds = {
             "export": export,
             "parity": parity,
+            "sparse": sparse,
             "first_step": first_step,
             "resume": resume,
             "round_trip": round_trip,
