@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeAlias
 
 from neox_rl.search.dfs import new_tree
 from neox_rl.search.linearize import said, solution_of
-from neox_rl.types import Tree
+from neox_rl.types import Node, Tree
 
 MAX_ATTEMPTS = 8
 WRONG_RATE = 0.5
@@ -75,15 +75,21 @@ def revision(tree: Tree, rng: random.Random) -> Telling:
 
 
 def backtrack(tree: Tree, rng: random.Random, rate: float = WRONG_RATE) -> Telling:
+    """A wrong step is one beside the right one that was not taken. Those known not to be wrong are left out: right ends, and where the
+    tree's values are exact (the oracle's) steps that can be won. Where they are estimates nothing tells such steps, and they are told."""
     solution = solution_of(tree)
     right = {node.id for node in solution}
     told: list[int] = []
     for node in solution:
-        wrong = [n.id for n in tree.nodes[1:] if n.parent == node.parent and n.id not in right]
+        wrong = [n.id for n in tree.nodes[1:] if n.parent == node.parent and n.id not in right and not _known_good(n)]
         if wrong and rng.random() < rate:
             told.append(rng.choice(wrong))
         told.append(node.id)
     return Telling(selected(tree, told))
+
+
+def _known_good(node: Node) -> bool:
+    return (node.exact or 0.0) > 0.0 or (node.verdict is not None and node.verdict.correct)
 
 
 def solution_alone(tree: Tree, rng: random.Random) -> Telling:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Sequence
 
 import pytest
 
 from neox_rl.search.arithmetic_domain import ArithmeticDomain
 from neox_rl.search.credit import before, value_labels
+from neox_rl.search.domain import Rejection, State
 from neox_rl.search.earlier import earlier_of, told_earlier
 from neox_rl.search.growth import Budget
+from neox_rl.search.linearize import solution_of
 from neox_rl.search.proposers import ExhaustiveProposer, Position, derived_seed
 from neox_rl.search.rollouts import Remembering, Sample, all_samples, preferences
 from neox_rl.search.scorers import Discouraged
 from neox_rl.search.search import Grown, Search
 from neox_rl.search.strategy import Options
+from neox_rl.search.styles import backtrack
 from neox_rl.search.trees import read_tree, tree_line
 from neox_rl.search.values import HeuristicValue, OracleValue, Scores, Value
 from neox_rl.types import NO_NODE, Finish
@@ -113,3 +117,31 @@ def test_a_meta_critic_is_trained_on_what_it_is_told_when_it_is_asked(strategy: 
     tree = read_tree(tree_line(tree))
     trained = {seed: told_earlier(before(tree, tree.nodes[i], verdicts=True), task).texts for i, seed in asked.items()}
     assert trained == told and len(told) > 5
+
+
+@pytest.mark.parametrize("strategy", ["mcts", "best-first"])
+def test_a_step_that_can_be_won_is_not_told_as_a_wrong_one_where_values_are_exact(strategy: str) -> None:
+    wrong = kept = 0
+    for numbers in ((1, 2, 3), (1, 4, 6), (2, 3, 4), (2, 4, 6), (3, 4, 12)):
+        task = countdown(numbers, 24)
+        domain, search = ArithmeticDomain(task), Search(strategy, ArithmeticDomain, Options(1 << 20))
+        tree = asyncio.run(search.run(task, ExhaustiveProposer(), OracleValue(), Budget(200)))
+        told = backtrack(tree, random.Random(0), rate=1.0).tree
+        right = {node.id for node in solution_of(told)}
+        for node in told.nodes[1:]:
+            state: State = domain.root
+            for step in told.path(node.id):
+                after = domain.step(state, step.text, False)
+                assert not isinstance(after, Rejection)
+                state = after.state
+            assert (domain.solved_value(state) == 1.0) == (node.id in right)
+            wrong += node.id not in right
+        kept += sum(n.exact == 1.0 for n in tree.nodes) > len(right)
+    assert wrong > 2 and kept > 2, "there were wrong ones, and others that could be won"
+
+
+def test_a_right_end_is_not_told_as_a_wrong_step() -> None:
+    graph = Graph({"R": ["a", "b", "c"]}, frozenset("ab"), checkable=False)
+    tree = asyncio.run(Search("bfs", lambda _: graph, Options(3)).run(GRAPH_PROBLEM, ExhaustiveProposer(), Same(), Budget(9)))
+    told = {node.text for seed in range(20) for node in backtrack(tree, random.Random(seed), rate=1.0).tree.nodes[1:]}
+    assert told == {"a", "c"}
