@@ -119,5 +119,22 @@ def searches_earn_no_reward(config: RunConfig, machine: Machine) -> Iterator[str
         )
 
 
-SEARCH_RULES = (objective_suits_what_is_trained, pairs_are_whole, searches_have_room, values_know_the_problems, reward_model_is_served)
+def told_steps_are_whole(config: RunConfig, machine: Machine) -> Iterator[str]:
+    """A line that was cut is told as two, and its pieces would be imitated as lines."""
+    search = config.metarl.search
+    if config.metarl.rollout.method == "search" and search.trains == "traces" and search.cut_steps:
+        yield (
+            f"metarl.search.cut_steps = true: ends a step in the midst of a line after max_step_tokens = {search.max_step_tokens}, and"
+            " search.trains: traces imitates steps as whole lines; set cut_steps: false and a larger max_step_tokens, or trains: steps"
+        )
+
+
+SEARCH_RULES = (
+    objective_suits_what_is_trained,
+    pairs_are_whole,
+    searches_have_room,
+    values_know_the_problems,
+    reward_model_is_served,
+    told_steps_are_whole,
+)
 SEARCH_WARNINGS = (searches_earn_no_reward,)

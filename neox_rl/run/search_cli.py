@@ -84,7 +84,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--playout-tokens", type=int, default=128, help="most tokens of one of them")
     p.add_argument("--votes", type=int, default=3, help="votes of the judge")
     p.add_argument("--max-step-tokens", type=int, default=64)
-    p.add_argument("--cut-steps", action="store_true", help="a step without an end within --max-step-tokens ends there, for text")
+    p.add_argument(
+        "--cut-steps",
+        action="store_true",
+        help="a step without an end within --max-step-tokens ends there, for text: not for trees to imitate",
+    )
     p.add_argument("--temperature", type=float, default=1.0)
     p.add_argument("--top-p", type=float, default=1.0)
     p.add_argument(

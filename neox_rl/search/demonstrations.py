@@ -107,19 +107,31 @@ def of_problems(trees: Iterable[Tree], problems: Sequence[Problem]) -> list[tupl
 
 
 def trees(found: Sequence[tuple[Tree, Problem]], style: TraceStyle, tokenizer: Tokenizer) -> Source:
-    """Every tree with a right end is as likely as any other. Raises ConfigError when there is none."""
+    """Every tree with a right end is as likely as any other. Raises ConfigError when there is none, and where steps were cut in a line."""
     verified = [(tree, problem) for tree, problem in found if solution_of(tree)]
     if not verified:
         raise ConfigError(
             f"warmstart.style trees: none of {len(found)} trees of training problems has a right end to imitate; search with a larger"
             " budget, over rows that python -m neox_rl.problems.make_rows wrote for this config"
         )
+    for tree, problem in verified:
+        if not is_arithmetic(problem) and (broken := _broken_line(tree)):
+            raise ConfigError(
+                f"warmstart.style trees: the tree of {problem.id} goes on in the midst of the line {broken.text!r}, whose pieces would be"
+                " imitated as lines; search without --cut-steps and with a larger --max-step-tokens"
+            )
 
     def draw(rng: random.Random, id: str) -> Trace:
         tree, problem = rng.choice(verified)
         return style.trace(tree, problem, tokenizer, rng, id)
 
     return alone(draw)
+
+
+def _broken_line(tree: Tree) -> Node | None:
+    """A step that a policy wrote without an end of its line, and from which the path goes on."""
+    inner = {node.parent for node in tree.nodes}
+    return next((node for node in tree.nodes[1:] if node.id in inner and node.ids and "\n" not in node.text), None)
 
 
 def attempts(recorded: Iterable[Trace], problems: Sequence[Problem]) -> Source:

@@ -361,6 +361,12 @@ CASES = (
         "metarl.search.tokens=256",
     ),
     Case(
+        "told_steps_are_whole",
+        "metarl.rollout.method=search metarl.search.trains=traces metarl.objective.loss=sft metarl.search.cut_steps=true",
+        "cut_steps = true: ends a step in the midst of a line",
+        "metarl.search.cut_steps=false",
+    ),
+    Case(
         "reward_model_is_served",
         "metarl.rollout.method=search metarl.search.value=prm metarl.search.prm_server=http://a:1",
         "metarl.search.prm_model is empty",

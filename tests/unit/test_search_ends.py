@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,12 +11,14 @@ import pytest
 
 from neox_rl.config.run import RunConfig
 from neox_rl.config.schema_search import SearchConfig
-from neox_rl.errors import DeadlineError
+from neox_rl.errors import ConfigError, DeadlineError
 from neox_rl.rollout.groups import Attempts
 from neox_rl.run.search_cli import Program, Verifiers, parser
 from neox_rl.run.search_groups import search_groups
 from neox_rl.run.search_rows import Row
+from neox_rl.search.demonstrations import TraceStyle, trees
 from neox_rl.search.growth import Budget
+from neox_rl.search.linearize import solution_of
 from neox_rl.search.proposers import ExhaustiveProposer, PolicyProposer, Position
 from neox_rl.search.scorers import JudgeValue
 from neox_rl.search.search import Search
@@ -140,3 +143,16 @@ def test_a_judge_that_lost_a_request_is_paid_for_the_others() -> None:
     search = Search("bfs", lambda _: graph, Options(3))
     tree = asyncio.run(search.run(GRAPH_PROBLEM, ExhaustiveProposer(), JudgeValue(votes, votes, votes=1), Budget(3)))
     assert len(votes.asked) == 4 and tree.num_tokens == 3 + 3 * 4 and [n.value for n in tree.nodes[1:]] == [1.0] * 3
+
+
+def test_a_tree_whose_lines_were_cut_is_not_imitated() -> None:
+    writer = Writer()
+    proposer = PolicyProposer(writer, writer, (NEWLINE,), 60)
+    search = Search("bfs", lambda problem: TextDomain(problem, Checks()), Options(1))
+    tree = asyncio.run(search.run(PROBLEM, proposer, NoValue(), Budget(5)))
+    assert [n.text for n in tree.nodes] == ["", "line\n", RIGHT.strip("\0")] and solution_of(tree)
+    assert trees([(tree, PROBLEM)], TraceStyle(), writer)(random.Random(0), "g")[0].num_tokens > 0
+    root, line, end = tree.nodes
+    cut = replace(tree, nodes=(root, replace(line, text="lin", ids=line.ids[:3], logprobs=line.logprobs[:3], spans=()), end))
+    with pytest.raises(ConfigError, match=r"tree of p goes on in the midst of the line 'lin'.*without --cut-steps"):
+        trees([(tree, PROBLEM), (cut, PROBLEM)], TraceStyle(), writer)
