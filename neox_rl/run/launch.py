@@ -40,13 +40,21 @@ from neox_rl.run.endpoints import choose_endpoints, write_endpoints
 from neox_rl.run.hosts import BY_SSH, check_hosts, read_hosts
 from neox_rl.run.preflight import check_servers
 from neox_rl.run.processes import ORCHESTRATOR, RANKS, Program, programs
-from neox_rl.run.resume import has_checkpoint, hold, next_attempt, refuse_damaged, refuse_full_directories, refuse_resume
+from neox_rl.run.resume import (
+    has_checkpoint,
+    hold,
+    journaled_attempt,
+    next_attempt,
+    refuse_damaged,
+    refuse_full_directories,
+    refuse_resume,
+)
 from neox_rl.run.solution_groups import with_references
 from neox_rl.run.supervise import Supervisor
 from neox_rl.run.tools import make_tool
 from neox_rl.telemetry.display import LiveDisplay
 from neox_rl.telemetry.events import EventLog
-from neox_rl.telemetry.jsonl import write_json
+from neox_rl.telemetry.jsonl import replace_durably, write_json
 from neox_rl.telemetry.paths import RunPaths
 from neox_rl.telemetry.report import write_report
 from neox_rl.telemetry.sinks import check_logging
@@ -114,14 +122,14 @@ def prepared(config: RunConfig, script: str, resume: bool, by_hand: bool = True)
     with ExitStack() as stack:
         try:
             paths = _directory(config, resume, stack)
-            paths.config.write_text(dump(config))
+            replace_durably(paths.config, dump(config).encode())
             _write_model(config, paths, tokenizer)
             if curve_on(config.metarl.network):
                 Keys.make(paths.keys)
             write_endpoints(paths, endpoints)
             write_status(paths.status, Status(message="starting processes"))
             parts = programs(config, paths, endpoints, Machine.here(), script, resume, os.environ)
-            attempt = next_attempt(paths)
+            attempt = next_attempt(paths, journaled_attempt(paths) if resume else 0)
         except OSError as error:
             where = error.filename or "the run directory"
             raise ConfigError(

@@ -18,7 +18,8 @@ from neox_rl.engines.checkpoint_digests import check_digests, check_sizes, num_b
 from neox_rl.engines.checkpoint_files import find
 from neox_rl.errors import ConfigError, WeightError
 from neox_rl.keys import RUN_FILE, Keys
-from neox_rl.queue.journal import LEDGER, check_format, segments
+from neox_rl.queue.history import fold
+from neox_rl.queue.journal import LEDGER, check_format, read_journal, segments
 from neox_rl.telemetry.jsonl import read_json, rewrite_json
 from neox_rl.telemetry.paths import RunPaths
 
@@ -66,11 +67,20 @@ def _checkpoints(config: RunConfig, paths: RunPaths) -> Path:
     return Path(config.neox.save) if config.neox.save else paths.checkpoints
 
 
-def next_attempt(paths: RunPaths) -> int:
-    """Counts the starts of the ranks in this run, resumes included, on the disk (also on a full one): 1, 2, ..."""
-    last = int(read_json(paths.attempt).get("attempt", 0))
-    rewrite_json(paths.attempt, {"attempt": last + 1})
+def next_attempt(paths: RunPaths, last: int = 0) -> int:
+    """Counts the starts of the ranks in this run, resumes included, on the disk (also on a full one): 1, 2, ... ``last``: at least those.
+
+    Durably: the journal knows the attempts of its sessions, and a trainer with the number of one before it is refused.
+    """
+    with suppress(ValueError):
+        last = max(last, int(read_json(paths.attempt).get("attempt", 0)))
+    rewrite_json(paths.attempt, {"attempt": last + 1}, durably=True)
     return last + 1
+
+
+def journaled_attempt(paths: RunPaths) -> int:
+    """Of the last session that the journal knows: the count may have been lost."""
+    return max(0, fold(read_journal(paths.journal).records).attempt)
 
 
 def refuse_resume(config: RunConfig, paths: RunPaths) -> None:

@@ -182,16 +182,32 @@ def _in_place(path: Path, data: bytes) -> bool:
         os.close(file)
 
 
-def rewrite_json(path: Path, value: Mapping[str, Any]) -> None:
+def replace_durably(path: Path, data: bytes) -> None:
+    """The file is ``data`` when this returns, after a power cut too; until then it is as it was, never empty. Raises OSError."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        to_disk(temporary)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    to_disk(path.parent)
+
+
+def rewrite_json(path: Path, value: Mapping[str, Any], *, durably: bool = False) -> None:
     """Like ``write_json``, but within the room that the file has had since its first time: a full disk does not matter.
 
     Of ``REWRITTEN_BYTES`` at most. A reader on some file systems may meet a part of it, and looks again. Raises OSError, and ValueError
-    for a longer value.
+    for a longer value. ``durably``: as ``replace_durably`` where there is room; in its place only where there is none.
     """
     text = json.dumps(value)
     if len(text) >= REWRITTEN_BYTES:
         raise ValueError(f"{path.name}: {len(text)} bytes, at most {REWRITTEN_BYTES - 1} can be rewritten in place")
     data = text.ljust(REWRITTEN_BYTES - 1).encode() + b"\n"
+    if durably:
+        with unless_full():
+            return replace_durably(path, data)
     if not _in_place(path, data):
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         temporary.write_bytes(data)

@@ -239,16 +239,18 @@ def test_the_status_goes_on_in_the_room_that_it_has(tmp_path: Path, disk: Disk) 
     assert read_status(path).step == 3
 
 
-def test_beats_and_the_count_of_attempts_take_no_room(tmp_path: Path) -> None:
+def test_beats_and_the_count_of_attempts_take_no_room(tmp_path: Path, disk: Disk) -> None:
     log = EventLog(tmp_path / "events" / "trainer-0.jsonl", "trainer-0")
     heartbeat, paths = Heartbeat(tmp_path, "trainer-0", log, 1.0), RunPaths.of(tmp_path)
     heartbeat.beat()
     assert next_attempt(paths) == 1
     inodes = {path: (path.stat().st_ino, path.stat().st_size) for path in (tmp_path / "trainer-0.json", paths.attempt)}
+    disk.left = 20
     with log.span("evaluate", label="é" * 5000):
         heartbeat.beat()
     assert next_attempt(paths) == 2
     beat = read_beats(tmp_path, "trainer-")["trainer-0"]
     assert beat.number == 2 and beat.doing.startswith("evaluate label é")
     assert inodes == {path: (path.stat().st_ino, path.stat().st_size) for path in inodes}
+    disk.left = 1 << 20
     log.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -21,12 +22,13 @@ from neox_rl.errors import ConfigError
 from neox_rl.keys import RUN_FILE
 from neox_rl.metacot import vocabulary
 from neox_rl.problems.tokenizer import SymbolicTokenizer
+from neox_rl.queue.book import Book
 from neox_rl.queue.journal import FORMAT, LEDGER
 from neox_rl.queue.records import payload_of, to_bytes
 from neox_rl.run import launch
 from neox_rl.run.launch import prepared
 from neox_rl.run.processes import ATTEMPT
-from neox_rl.run.resume import FIXED, hold, refuse_changes
+from neox_rl.run.resume import FIXED, hold, next_attempt, refuse_changes
 from neox_rl.run.supervise import Supervisor
 from neox_rl.telemetry.paths import RunPaths
 from tests.unit.small_run import small_config
@@ -261,6 +263,37 @@ def test_each_start_of_the_ranks_has_its_number_and_the_orchestrator_has_the_sam
 
     root = f"{config.metarl.runs_dir}/small"
     assert attempts(False) == {("1", root)} and attempts(True) == {("2", root), ("2", "--resume")} and attempts(False) == {("1", root)}
+
+
+def test_a_power_cut_leaves_the_count_of_starts_and_the_config_whole(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty config.yml reads as the defaults, and the user's own keys would be refused as changed."""
+    paths = prepare(config)
+    save(paths.checkpoints, 1)
+    files = (paths.config, paths.attempt)
+    before = [path.read_text() for path in files]
+
+    def cut(file: int) -> None:
+        raise OSError(errno.EIO, "the power is gone before this is on the disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", cut)
+        with pytest.raises(ConfigError, match="the power is gone"):
+            prepare(RunConfig(replace(config.neox, train_iters=99), config.metarl), resume=True)
+        with pytest.raises(OSError, match="the power is gone"):
+            next_attempt(paths)
+    assert [path.read_text() for path in files] == before and not list(paths.root.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("left", ["", '{"attempt": 1}'])
+def test_a_count_of_starts_that_was_lost_is_taken_from_the_journal(config: RunConfig, left: str) -> None:
+    paths = prepare(config)
+    save(paths.checkpoints, 1)
+    book = Book.open(paths.journal, 7, 0.02, 5.0)
+    book.session("s", 7, 0, 0, {})
+    book.close()
+    paths.attempt.write_text(left)
+    prepare(config, resume=True)
+    assert json.loads(paths.attempt.read_text())["attempt"] == 8, "the orchestrator would refuse a trainer of attempt 2"
 
 
 def test_a_request_to_stop_does_not_outlive_its_run(config: RunConfig) -> None:
