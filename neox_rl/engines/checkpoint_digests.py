@@ -9,6 +9,7 @@ A damaged checkpoint is never loaded, and none is chosen in its place: who goes 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from neox_rl.errors import DamagedError
 from neox_rl.types import Json
 
 META, FILES, SEAL = "meta.json", "files", "xxh3"
+NAME = re.compile(r"(?:global_)?step(\d+)")
 _NOTE, _NOTES = "digests-rank{:05d}.json", "digests-rank*.json"
 _CHUNK_BYTES = 8 << 20
 
@@ -86,12 +88,25 @@ def check_digests(checkpoint: Path, meta: Mapping[str, Any], rank: int, num_rank
 
 
 def fix(checkpoint: Path) -> str:
-    """What helps where ``checkpoint`` cannot be used: another one beside it, of the nearest step, or none."""
-    beside = sorted((path.parent for path in checkpoint.parent.glob(f"*step*/{META}") if path.parent != checkpoint), reverse=True)
-    if not beside:
+    """What helps where ``checkpoint`` cannot be used: the last one before it, else the newest other one, or none."""
+    others = [path for path in whole(checkpoint.parent) if path != checkpoint]
+    if not others:
         return "put back a copy; there is no other checkpoint beside it: start again without --resume"
-    earlier = [path for path in beside if path.name < checkpoint.name] or beside
-    return f"put back a copy, or go on from an earlier one: echo {earlier[0].name} > {checkpoint.parent / 'latest'}"
+    here = NAME.fullmatch(checkpoint.name)
+    earlier = [path for path in others if here and _step(path) < int(here[1])] or others
+    return f"put back a copy, or go on from another one: echo {earlier[0].name} > {checkpoint.parent / 'latest'}"
+
+
+def whole(directory: Path, suffix: str = "") -> list[Path]:
+    """The whole checkpoints in ``directory``, of the highest step first. What was cut short in writing is none."""
+    paths = [path for path in (directory.iterdir() if directory.is_dir() else ()) if path.name.endswith(suffix)]
+    steps = {path: NAME.fullmatch(path.name.removesuffix(suffix)) for path in paths}
+    found = {path: int(step[1]) for path, step in steps.items() if step and (path / META).is_file()}
+    return sorted(found, key=found.__getitem__, reverse=True)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("step")[2])
 
 
 def _seal(meta: Mapping[str, Json]) -> str:

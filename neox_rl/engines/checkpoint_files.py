@@ -11,14 +11,13 @@ moved to ``<name>.old`` until the new one stands in its place. Every file is on 
 from __future__ import annotations
 
 import logging
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from neox_rl.engines.checkpoint_digests import FILES, META, check_digests, fix, noted, read_sealed, sealed
+from neox_rl.engines.checkpoint_digests import FILES, META, check_digests, fix, noted, read_sealed, sealed, whole
 from neox_rl.errors import DamagedError, WeightError
 from neox_rl.telemetry.jsonl import FULL, to_disk
 from neox_rl.types import Json
@@ -26,7 +25,6 @@ from neox_rl.types import Json
 logger = logging.getLogger(__name__)
 FORMAT = 1
 LATEST = "latest"
-NAME = re.compile(r"(?:global_)?step(\d+)")
 
 
 def publish(temporary: Path, final: Path, meta: Mapping[str, Json]) -> None:
@@ -49,7 +47,7 @@ def publish(temporary: Path, final: Path, meta: Mapping[str, Json]) -> None:
 def prune(newest: Path, keep: int) -> None:
     """Removes all checkpoints beside ``newest`` but the ``keep`` - 1 of the highest steps; 0 keeps all."""
     if keep:
-        others = [path for path in _whole(newest.parent) if path != newest]
+        others = [path for path in whole(newest.parent) if path != newest]
         for path in others[keep - 1 :]:
             # Without its meta data it is no checkpoint: a removal that is cut short leaves none that looks whole.
             (path / META).unlink()
@@ -67,7 +65,7 @@ def find(directory: Path) -> Path:
     pointer = directory / LATEST
     name = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
     named = [directory / name, _replaced(directory / name)] if name else []
-    for found in named or (*_whole(directory), *_whole(directory, ".old")):
+    for found in named or (*whole(directory), *whole(directory, ".old")):
         if (found / META).is_file():
             if found not in named[:1]:
                 logger.warning("%s names %r, which is no whole checkpoint; %s is taken", pointer, name, found)
@@ -88,14 +86,6 @@ def tidy(directory: Path) -> None:
     """Removes what killed saves left, once a newer checkpoint is whole: nobody else works in ``directory``."""
     for path in (*directory.glob("*step*.tmp"), *directory.glob("*step*.old")):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _whole(directory: Path, suffix: str = "") -> list[Path]:
-    """The whole checkpoints in ``directory``, of the highest step first. What was cut short in writing is none."""
-    paths = [path for path in (directory.iterdir() if directory.is_dir() else ()) if path.name.endswith(suffix)]
-    steps = {path: NAME.fullmatch(path.name.removesuffix(suffix)) for path in paths}
-    found = {path: int(step[1]) for path, step in steps.items() if step and (path / META).is_file()}
-    return sorted(found, key=found.__getitem__, reverse=True)
 
 
 def _replaced(final: Path) -> Path:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from neox_rl.engines import checkpoint_files, mcore_state
+from neox_rl.engines import checkpoint_digests, checkpoint_files, mcore_state
 from neox_rl.errors import WeightError
 
 
@@ -92,7 +92,7 @@ def test_what_killed_saves_left_goes_once_a_newer_one_is_whole(tmp_path: Path) -
 
 KILLED = """
 import itertools, pathlib, shutil, sys, torch
-from neox_rl.engines import checkpoint_files, mcore_state
+from neox_rl.engines import checkpoint_digests, checkpoint_files, mcore_state
 root = pathlib.Path(sys.argv[1])
 print("saving", flush=True)
 for step in itertools.count(1):
@@ -145,6 +145,18 @@ def test_what_was_cut_short_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "latest").write_text("step000003\n")
     with pytest.raises(WeightError, match="names 'step000003', which is no checkpoint"):
         checkpoint_files.find(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["step0000", "global_step"])
+def test_who_cannot_use_one_is_told_the_last_whole_one_before_it(tmp_path: Path, prefix: str) -> None:
+    """By its step, not by its name: GPT-NeoX's have no zeros in front."""
+    for name in ("08", "12", "16", "10.tmp", "11.old") if prefix == "step0000" else ("8", "12", "16", "10.tmp", "11.old"):
+        (tmp_path / f"{prefix}{name}").mkdir()
+        (tmp_path / f"{prefix}{name}" / "meta.json").write_text("{}")
+    (tmp_path / f"{prefix}9").mkdir()
+    first = min(tmp_path.glob("*step*8")).name
+    for damaged, told in (("12", first), ("16", f"{prefix}12"), ("99", f"{prefix}16"), (first.removeprefix(prefix), f"{prefix}16")):
+        assert f": echo {told} > {tmp_path}/latest" in checkpoint_digests.fix(tmp_path / f"{prefix}{damaged}")
 
 
 @pytest.mark.parametrize(("keep", "left"), [(0, [1, 2, 3, 8, 5]), (1, [5]), (2, [8, 5]), (3, [3, 8, 5]), (9, [1, 2, 3, 8, 5])])

@@ -138,7 +138,8 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_touched(config: RunC
     before = paths.config.read_text()
     spoil(newest)
     earlier = "step000008" if spoil is spoil_latest else "step000004"
-    with pytest.raises(ConfigError, match=rf"--resume: \S+{said}.*; put back a copy, or .*: echo {earlier} > {paths.checkpoints}/latest"):
+    fix = f"put back a copy, or go on from another one: echo {earlier} > {paths.checkpoints}/latest"
+    with pytest.raises(ConfigError, match=rf"--resume: \S+{said}.*; {fix}"):
         prepare(longer, resume=True)
     assert paths.config.read_text() == before
     (paths.checkpoints / "latest").write_text(f"{earlier}\n")
