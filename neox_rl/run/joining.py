@@ -29,6 +29,7 @@ from neox_rl.run.join_wire import (
     message,
     read_message,
 )
+from neox_rl.run.members import State
 from neox_rl.run.versions import ServerKeeper
 from neox_rl.telemetry.paths import RunPaths
 from neox_rl.types import Json
@@ -42,10 +43,14 @@ MODEL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "token
 
 @dataclass(slots=True)
 class _Joined:
+    """``unserved``: it has not served since it was last to be started again. ``dropped``: why it is out."""
+
     token: str
     peer: bytes
     seen: float
     restarts: int = 0
+    unserved: bool = False
+    dropped: str = ""
     leaving: asyncio.Task[None] | None = None
 
 
@@ -86,11 +91,13 @@ class Offer:
 
 
 class JoinDesk:
-    """``run`` answers until cancelled. A server whose agent is silent for ``silence_s`` has left."""
+    """``run`` answers until cancelled. A server whose agent is silent for ``silence_s`` has left. One that is lost is to be started again
+    by its agent; lost once more before it serves, it is dropped, and its agent ends with that word."""
 
     def __init__(self, socket: JoinSocket, keeper: ServerKeeper, offer: Offer, silence_s: float) -> None:
         self._socket, self._keeper, self._offer, self._silence_s = socket, keeper, offer, silence_s
         self._joined: dict[str, _Joined] = {}
+        self._dropped: dict[str, str] = {}
         self.malformed = 0
 
     async def run(self) -> None:
@@ -98,7 +105,11 @@ class JoinDesk:
             if (received := await self._socket.receive(POLL_S)) is not None:
                 await self._receive(*received)
             for name, joined in list(self._joined.items()):
-                if joined.leaving is None and time.monotonic() - joined.seen > self._silence_s:
+                if joined.leaving is None and joined.dropped:
+                    del self._joined[name]
+                    self._dropped[joined.token] = f"{name}, started again, did not come to serve: {joined.dropped}"
+                    await self._keeper.remove(name, joined.dropped)
+                elif joined.leaving is None and time.monotonic() - joined.seen > self._silence_s:
                     del self._joined[name]
                     await self._keeper.remove(name, f"its agent said nothing for {self._silence_s:g} s")
 
@@ -115,6 +126,9 @@ class JoinDesk:
             logger.warning("ignored a message on the join socket: %s", error)
             await self._socket.send(peer, message(REFUSED, message=str(error)[:900]))
             return
+        if got.kind != LEAVE and (why := self._dropped.get(got.fields["token"])):
+            await self._socket.send(peer, message(REFUSED, message=why[:900]))
+            return
         if got.kind == JOIN:
             await self._join(peer, got)
             return
@@ -128,6 +142,7 @@ class JoinDesk:
             joined.leaving = asyncio.create_task(self._leave(name, joined, got.fields["reason"]))
         member = self._keeper.members.get(name)
         state, version = ("left", -1) if member is None else (str(member.state), member.version)
+        joined.unserved = joined.unserved and state != State.SERVING
         await self._socket.send(peer, message(BEATEN, state=state, version=version, restarts=joined.restarts))
 
     async def _join(self, peer: bytes, got: Message) -> None:
@@ -152,9 +167,14 @@ class JoinDesk:
 
     def _restart(self, name: str, why: str) -> None:
         """Its agent hears of it with the next beat."""
-        if joined := self._joined.get(name):
-            joined.restarts += 1
-            logger.warning("%s is to be started again: %s", name, why)
+        if (joined := self._joined.get(name)) is None:
+            return
+        if joined.unserved:
+            joined.dropped = why
+            logger.warning("%s is dropped: %s", name, why)
+            return
+        joined.restarts, joined.unserved = joined.restarts + 1, True
+        logger.warning("%s is to be started again: %s", name, why)
 
     async def _leave(self, name: str, joined: _Joined, reason: str) -> None:
         await self._keeper.remove(name, reason or "asked to", self._offer.drain_s)

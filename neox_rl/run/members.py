@@ -2,15 +2,17 @@
 
     STARTING --answers--> STAGING --switched--> SERVING <--caught up-- SUSPENDED        any --> LEFT
         ^                                          |--late or silent-->  |
-        +-------- started again -------- LOST <----+-- gone, or a switch failed
+        +-------- started again -------- LOST <----+-- a switch failed, or past its deadline
 
 Only serving members get requests. Live is the newest version that every serving member attests, and it never falls: a member that is late
 with a switch by more than one heartbeat after the first one that made it is suspended, and live goes on without it. It serves again once it
-attests the live version.
+attests the live version. Whoever is silent for longer than a start may take, or answers but comes to no newer version for longer than
+that may take, is lost: it would be left behind for good, and nobody would hear of it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -32,7 +34,8 @@ class State(StrEnum):
 @dataclass(slots=True)
 class Member:
     """One server. ``version`` is the last that it attested since it was started, ``digest`` that of its weights; ``since`` is when
-    ``state`` began. ``incarnation`` names this life of it, empty before it first answers: what an earlier life staged does not count."""
+    ``state`` began. ``incarnation`` names this life of it, empty before it first answers: what an earlier life staged does not count.
+    ``owes_since``: a version newer than its own is offered since then, and it has switched to none; inf where it owes none."""
 
     name: str
     address: str
@@ -43,6 +46,7 @@ class Member:
     version: int = NO_VERSION
     digest: str = ""
     incarnation: str = ""
+    owes_since: float = math.inf
 
     @property
     def workers(self) -> frozenset[str]:
@@ -66,7 +70,7 @@ class Members:
         self._members: dict[str, Member] = {}
         self._nobody = "no server has joined"
         self._first: dict[int, float] = {}
-        self.live = NO_VERSION
+        self.live = self._offered = NO_VERSION
 
     @property
     def all(self) -> list[Member]:
@@ -92,11 +96,13 @@ class Members:
     def begin(self, member: Member, incarnation: str, now: float) -> None:
         """It answers, with weights that are nobody's, and begins to stage under this name."""
         member.incarnation, member.version, member.digest = incarnation, NO_VERSION, ""
+        self._owe(member, now)
         self._set(member, State.STAGING, "", now)
 
     def attested(self, member: Member, version: int, digest: str, now: float) -> None:
         """After a switch: it serves, unless live has gone beyond it meanwhile."""
         member.version, member.digest = version, digest
+        self._owe(member, now)
         self._first.setdefault(version, now)
         behind = version < self.live
         self._set(member, State.STAGING if behind else State.SERVING, f"v{self.live} is live" if behind else "", now)
@@ -117,7 +123,7 @@ class Members:
 
     def lose(self, member: Member, why: str, now: float) -> None:
         """Its weights cannot be trusted or are gone: nothing but a new start helps."""
-        member.version, member.digest, member.incarnation = NO_VERSION, "", ""
+        member.version, member.digest, member.incarnation, member.owes_since = NO_VERSION, "", "", math.inf
         self._set(member, State.LOST, why, now)
         self._settle()
 
@@ -131,6 +137,13 @@ class Members:
         self._set(member, State.LEFT, why, now)
         self._settle()
 
+    def offer(self, version: int, now: float) -> None:
+        """The trainer offers this version. Who owes one already is not given more time by the next."""
+        self._offered = version
+        for member in self._members.values():
+            if member.incarnation and (member.owes_since == math.inf or member.version >= version):
+                self._owe(member, now)
+
     def tick(self, now: float) -> None:
         """Suspends whoever is late: others have attested a newer version for more than a heartbeat."""
         for member in self.serving:
@@ -138,6 +151,20 @@ class Members:
             if newer and now - min(newer)[0] > self._heartbeat_s:
                 version = min(newer)[1]
                 self.suspend(member, f"still at v{member.version}, {self._heartbeat_s:g} s after the first served v{version}", now)
+
+    def overdue(self, member: Member, silent_since: float, now: float, start_s: float, stage_s: float) -> str:
+        """Why no more is to be hoped of this life of ``member``, with the limit; empty while there is hope.
+
+        ``silent_since`` is inf where it answers. ``start_s`` and ``stage_s`` as for ``hopeless``.
+        """
+        if now - silent_since > start_s:
+            if member.state is State.LOST:
+                return f"it did not come back in {start_s:g} s"
+            return f"silent for {start_s:g} s" + (f": {member.why}" if member.why else "")
+        if silent_since == math.inf and now - member.owes_since > stage_s:
+            has = "no version" if member.version == NO_VERSION else f"v{member.version}"
+            return f"it answers, but has {has} and came to no newer one in {stage_s:g} s; v{self._offered} is offered"
+        return ""
 
     def hopeless(self, now: float, start_s: float, stage_s: float, offered: int, offered_at: float) -> str:
         """Why no newer version can come to serve: every member is past its deadline, in words. Empty while there is hope.
@@ -153,6 +180,9 @@ class Members:
             elif now - member.since <= start_s:
                 return ""
         return "; ".join(map(str, self._members.values()))
+
+    def _owe(self, member: Member, now: float) -> None:
+        member.owes_since = now if member.version < self._offered else math.inf
 
     def _set(self, member: Member, state: State, why: str, now: float) -> None:
         if state is not member.state:

@@ -1,12 +1,13 @@
 """Keeps every server at the newest version that the trainer offers, and says which version is live.
 
     one task a member:  probe -> init -> [staged v -> switch (pause, load, resume) -> attests v] -> probe twice a heartbeat -> ...
-    one clock:          who is late is left behind; promised versions and members have deadlines
+    one clock:          who is late is left behind; promised versions have deadlines, and every member its own
 
 The decisions are ``run/members.py``; here are the requests. Every member goes its own way, so that a slow or dead one delays nobody beyond
 the heartbeat that the rule gives it. A version that was superseded while it was staged is skipped.
 
-A server whose switch failed may hold a mixture of two policies: it is lost, and whoever started it is asked to start it again.
+A server whose switch failed may hold a mixture of two policies: it is lost, and whoever started it is asked to start it again. So is one
+that is past its deadline, however well the others do.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine
@@ -71,19 +73,26 @@ class Deadlines:
 
 @dataclass(slots=True)
 class _Tended:
-    """What the requests to a member need beside its state. ``answering``: its last probe came through. ``gone``: nobody has listened at its
-    address since it was lost, so that what answers there next is another process; ``held`` is the version that it had then. ``found``: what
-    it attested when its staging began, and goes on attesting until its first switch. ``leaving``: it gets no new requests."""
+    """What the requests to a member need beside its state. ``answering``: its last probe came through; else it is silent since
+    ``silent_since``. ``gone``: nobody has listened at its address since it was lost, so that what answers there next is another process;
+    ``held`` is the version that it had then. ``found``: what it attested when its staging began, and goes on attesting until its first
+    switch. ``leaving``: it gets no new requests."""
 
     control: VllmControl
     restart: Callable[[str], None]
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     answering: bool = False
+    silent_since: float = 0.0
     gone: bool = True
     held: int = NO_VERSION
     found: int = NO_VERSION
     suspect: bool = False
     leaving: bool = False
+
+    def hush(self, now: float) -> None:
+        """It does not answer. The time counts from when it last did."""
+        if self.answering:
+            self.answering, self.silent_since = False, now
 
 
 class ServerKeeper:
@@ -131,6 +140,7 @@ class ServerKeeper:
         self._log_of(spec.name, spec.address)
         self._generator.suspend(spec.address)
         member = self.members.join(spec.name, spec.address, spec.tensor_parallel_size, time.monotonic())
+        self._tended[spec.name].silent_since = member.since
         if self._tasks is not None:
             self._tasks.create_task(self._tend(member), name=spec.name)
 
@@ -196,9 +206,12 @@ class ServerKeeper:
         self.members.tick(now)
         if self._promised > self._offered and now - self._promised_at > limits.publish_s:
             raise DeadlineError(f"v{self._promised} from {self._publisher}", limits.publish_s, "is the trainer alive?")
-        stage_s = limits.stage_s + limits.switch_s
-        if why := self.members.hopeless(now, limits.servers_s, stage_s, self._offered, self._offered_at):
+        if why := self._hopeless(now):
             raise DeadlineError(f"a server to serve v{max(0, self._offered)}", now - self._offered_at, f"{why}; see the servers' logs")
+
+    def _hopeless(self, now: float) -> str:
+        limits = self._deadlines
+        return self.members.hopeless(now, limits.servers_s, limits.stage_s + limits.switch_s, self._offered, self._offered_at)
 
     # one member
 
@@ -211,6 +224,7 @@ class ServerKeeper:
                     retry_s = RETRY_S if tended.answering else ABSENT_RETRY_S
                     wait_s = self._deadlines.probe_s if member.state is State.SERVING else retry_s
                     probe_at = time.monotonic() + min(wait_s, self._deadlines.probe_s)
+                self._give_up_in_time(member, tended)
                 held = self._watcher.staged_by(member.workers)
                 if tended.answering and member.here and held > member.version and held >= self.members.live:
                     await self._switch(member, tended, held)
@@ -227,19 +241,16 @@ class ServerKeeper:
         try:
             label = await _of_server(member, tended.control.probe(self._deadlines.probe_s))
         except (WeightError, DeadlineError) as error:
-            tended.answering = False
-            tended.gone = tended.gone or isinstance(error, ServerGoneError)
-            now, limit_s = time.monotonic(), self._deadlines.servers_s
+            tended.hush(now := time.monotonic())
+            if isinstance(error, ServerGoneError) and not tended.gone:
+                tended.gone, tended.silent_since = True, now  # it was lost, and has been ended: it has the time of a start from here on
             self.members.suspend(member, str(error), now)
-            hangs = member.state is State.SUSPENDED and not isinstance(error, ServerGoneError)
-            if hangs and now - member.since > limit_s:
-                self._lose(member, tended, f"silent for {limit_s:g} s: {error}", gone=False)
             return
         another = tended.gone or (label == NO_VERSION and tended.held != NO_VERSION)
         if not member.here or (member.state is State.LOST and not another):
             return
-        tended.answering = True
         if member.incarnation and label == (tended.found if member.version == NO_VERSION else member.version):
+            tended.answering = True
             self.members.answers(member, time.monotonic())
             if member.state is State.SERVING:
                 self._serve(member)
@@ -250,11 +261,19 @@ class ServerKeeper:
         try:
             await _of_server(member, tended.control.init_weights(self._publisher, incarnation, self._deadlines.switch_s))
         except (WeightError, DeadlineError) as error:
-            tended.answering = False
-            self.members.suspend(member, str(error), time.monotonic())
+            tended.hush(now := time.monotonic())
+            self.members.suspend(member, str(error), now)
         else:
-            tended.found = label
+            tended.answering, tended.found = True, label
             self.members.begin(member, incarnation, time.monotonic())
+
+    def _give_up_in_time(self, member: Member, tended: _Tended) -> None:
+        """Where no member has hope left the run ends, and nobody is asked for a new start."""
+        now, limits = time.monotonic(), self._deadlines
+        silent_since = math.inf if tended.answering else tended.silent_since
+        why = self.members.overdue(member, silent_since, now, limits.servers_s, limits.stage_s + limits.switch_s) if member.here else ""
+        if why and not self._hopeless(now):
+            self._lose(member, tended, why, gone=False)
 
     async def _switch(self, member: Member, tended: _Tended, version: int) -> None:
         started, digest = time.time_ns(), self._watcher.digests.get(version, "")
@@ -273,8 +292,9 @@ class ServerKeeper:
             self.members.attested(member, version, digest, time.monotonic())
 
     def _lose(self, member: Member, tended: _Tended, why: str, *, gone: bool) -> None:
-        tended.answering, tended.gone, tended.held = False, gone, member.version
-        self.members.lose(member, why, time.monotonic())
+        now = time.monotonic()
+        tended.answering, tended.silent_since, tended.gone, tended.held = False, now, gone, member.version
+        self.members.lose(member, why, now)
         if not gone:  # whoever started it sees by itself that a process is gone
             tended.restart(why)
 
@@ -283,6 +303,7 @@ class ServerKeeper:
     def _heard(self) -> None:
         if self._watcher.offered != self._offered:
             self._offered, self._offered_at = self._watcher.offered, time.monotonic()
+            self.members.offer(self._offered, self._offered_at)
             self._events.instant("offered", version=self._offered, digest=self._watcher.digests.get(self._offered, ""))
         for tended in self._tended.values():
             tended.wake.set()

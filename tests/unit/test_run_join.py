@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,13 +27,13 @@ from neox_rl.framing import PROTOCOL, pack
 from neox_rl.guard import guarded_popen, stop
 from neox_rl.rollout.vllm_server import ServerSpec
 from neox_rl.run.endpoints import choose_endpoints, free_port, server_specs
-from neox_rl.run.join_wire import BEAT, BEATEN, GONE, JOIN, LEAVE, WELCOME, JoinSocket, Message, message, read_message
+from neox_rl.run.join_wire import BEAT, BEATEN, GONE, JOIN, LEAVE, REFUSED, WELCOME, JoinClient, JoinSocket, Message, message, read_message
 from neox_rl.run.joining import JoinDesk, Offer
 from neox_rl.run.members import State
 from neox_rl.run.recovery import HEALTHY_S
 from neox_rl.run.serve import Agent, _check_gpus, main
 from tests.unit.small_run import scripted_server, small_paths
-from tests.unit.test_run_versions import Run, story, until
+from tests.unit.test_run_versions import LIMITS, Run, story, until
 
 SOON_S = 60.0
 """For processes to start and end, on a loaded machine."""
@@ -238,6 +239,31 @@ def test_where_there_are_gpus_a_server_is_told_which(gpus: str, tp: int, there: 
     said = rf"--gpus '{gpus}': .* {tp} TP ranks .* shows {there} GPUs; name {tp}, as in --gpus 0"
     with contextlib.nullcontext() if fits else pytest.raises(ConfigError, match=said):
         _check_gpus(spec, "vllm", there)
+
+
+def test_a_joined_server_that_never_comes_to_serve_is_dropped_with_a_word(tmp_path: Path) -> None:
+    async def told(run: Run) -> None:
+        async with host(run) as it:
+            run.publish(0)
+            await run.until_live(0)
+            with contextlib.closing(JoinClient(it.endpoints.join)) as agent:
+                await agent.send(message(JOIN, token="t", name="guest", host="127.0.0.1", port=free_port("127.0.0.1")))
+                heard: list[Message] = []
+
+                async def beat() -> bool:
+                    await agent.send(message(BEAT, token="t", name="guest"))
+                    if (got := await agent.receive(0.2, (WELCOME, BEATEN, REFUSED))) is not None:
+                        heard.append(got)
+                    return bool(heard) and heard[-1].kind == REFUSED
+
+                end = time.monotonic() + SOON_S
+                while not await beat():
+                    assert time.monotonic() < end
+            assert "guest, started again, did not come to serve: it did not come back in 3 s" in heard[-1].fields["message"]
+            assert max(got.fields["restarts"] for got in heard if got.kind == BEATEN) == 1, "once it is to be started again"
+            assert "guest" not in run.states()
+
+    story(told, tmp_path, replace(LIMITS, servers_s=3.0))
 
 
 def test_names_of_the_runs_own_and_of_others_are_refused(tmp_path: Path) -> None:

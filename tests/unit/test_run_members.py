@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -151,6 +153,42 @@ def test_when_all_have_left_there_is_hope_for_as_long_as_at_the_beginning() -> N
         assert not story.members.hopeless(begin + 130.0, 30.0, 10.0, 3, 20.0)
         said = f"all servers have left, the last one {name} (asked to)"
         assert story.members.hopeless(begin + 130.1, 30.0, 10.0, 3, 20.0) == said
+
+
+def test_each_member_has_a_deadline_of_its_own_however_well_the_others_do() -> None:
+    story = Story("good", "stuck")
+    story.serving(0, "good", "stuck")
+    said = ""
+    for version in range(1, 400):  # each offer comes long before the last one's deadline
+        story.members.offer(version, version * 10.0)
+        story.serving(version, "good", at=version * 10.0 + 1.0)
+        story.members.tick(version * 10.0 + 5.0)
+        assert not story.members.overdue(story.of["good"], math.inf, version * 10.0 + 5.0, 300.0, 180.0)
+        if said := story.members.overdue(story.of["stuck"], math.inf, version * 10.0 + 5.0, 300.0, 180.0):
+            break
+    assert said == "it answers, but has v0 and came to no newer one in 180 s; v19 is offered"
+    story.members.lose(story.of["stuck"], said, 195.0)
+    assert not story.members.overdue(story.of["stuck"], 195.0, 495.0, 300.0, 180.0), "it has the time of a start again"
+    assert story.members.overdue(story.of["stuck"], 195.0, 495.1, 300.0, 180.0) == "it did not come back in 300 s"
+
+
+def test_a_server_that_moves_on_or_owes_nothing_has_time() -> None:
+    story = Story("slow", "early")
+    assert not story.members.overdue(story.of["early"], 0.0, 300.0, 300.0, 10.0)
+    assert story.members.overdue(story.of["early"], 0.0, 300.1, 300.0, 10.0) == "silent for 300 s"
+    story.members.begin(story.of["slow"], "slow@1", 0.0)
+    assert not story.members.overdue(story.of["slow"], math.inf, 1e6, 300.0, 10.0), "it waits for the trainer"
+    for version in range(20):
+        story.members.offer(version, version * 5.0)
+        if version % 2:
+            story.serving(version - 1, "slow", at=version * 5.0)
+        assert not story.members.overdue(story.of["slow"], math.inf, version * 5.0, 300.0, 10.0)
+    story.serving(19, "slow", at=100.0)
+    assert not story.members.overdue(story.of["slow"], math.inf, 1e6, 300.0, 10.0)
+    story.members.offer(20, 200.0)
+    assert story.members.overdue(story.of["slow"], 205.0, 250.0, 300.0, 10.0) == "", "silent, it may be starting again"
+    story.members.offer(18, 251.0)
+    assert not story.members.overdue(story.of["slow"], math.inf, 1e6, 300.0, 10.0), "after a rollback it owes nothing"
 
 
 ACTIONS = st.sampled_from(["switch", "suspend", "lose", "answers", "begin", "tick"])

@@ -99,11 +99,12 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Faults:
-    """What is wrong with a server: it answers nothing while ``hold`` is not set; its switches fail while there are words in ``fails``, and
-    it answers ``says``, whatever is asked, where that has words."""
+    """What is wrong with a server: it answers nothing while ``hold`` is not set; it stages nothing while it is ``deaf``; its switches fail
+    while there are words in ``fails``; and it answers ``says``, whatever is asked, where that has words."""
 
     def __init__(self) -> None:
         self.hold, self.fails, self.says, self.probes = asyncio.Event(), "", "", 0
+        self.deaf = False
         self.hold.set()
 
     async def __call__(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -112,6 +113,8 @@ class Faults:
             return web.Response(text=self.says, content_type="application/json")
         if self.fails and request.path == "/update_weights":
             return web.json_response({"error": self.fails}, status=500)
+        if self.deaf and request.path == "/init_weight_transfer_engine":
+            return web.json_response({})
         self.probes += request.path == "/weight_info"
         return await handler(request)
 
@@ -256,6 +259,32 @@ def test_a_server_whose_switch_failed_is_lost_until_another_process_answers(tmp_
             assert {span.version for c in await waiting for span in c.spans} == {1}
 
     story(told, tmp_path)
+
+
+def test_a_server_that_answers_but_stages_nothing_more_is_started_again_though_the_others_do_well(tmp_path: Path) -> None:
+    async def told(run: Run) -> None:
+        good, deaf, mute = run.spec("good"), run.spec("deaf"), run.spec("mute")
+        async with server(run, good), AsyncExitStack() as life, server(run, mute) as silence:
+            it = await life.enter_async_context(server(run, deaf))
+            it.deaf = True
+            silence.hold.clear()
+            await run.start(good, deaf, mute)
+            for version in range(200):
+                run.publish(version)
+                await run.until_live(version)
+                if len(run.restarts) == 2:
+                    break
+                await asyncio.sleep(0.2)
+            whys = dict(run.restarts)
+            assert "it answers, but has no version and came to no newer one in 4 s; v" in whys["deaf"]
+            assert "silent for 4 s: waited 0.8 s for http" in whys["mute"]
+            assert run.states() == {"good": "serving", "deaf": "lost", "mute": "lost"}
+            await life.aclose()  # whoever started it does so again
+            await until(lambda: run.keeper._tended["deaf"].gone, "its end to be seen")
+            async with server(run, deaf):
+                await run.until_state("deaf", State.SERVING)
+
+    story(told, tmp_path, replace(LIMITS, servers_s=4.0, stage_s=2.0, switch_s=2.0))
 
 
 def test_a_new_orchestrator_takes_the_servers_over_and_a_rolled_back_trainer_their_versions_back(tmp_path: Path) -> None:
