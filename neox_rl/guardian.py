@@ -10,7 +10,8 @@ gone, however it went. Exit status: the child's own, signal included.
     child ends                         what is left of its group, and every orphan it left, is killed; so is the shared memory that they had
 
 Shared memory with a name (``/dev/shm``) outlives whoever is killed. Which of it is the group's is seen from time to time in the maps of its
-processes; what was there before, or somebody else has mapped or open, stays.
+processes; what was there before, or somebody else has mapped or open, stays. It is written down beside it: what a guardian that was killed
+had seen, the next one removes.
 
 NEOX_RL_PRIVATE in the environment names variables that are to say where a directory of the program's own is: it is made here, and goes with
 the group. A server's sockets lie there. Whose it is stands in it (``own_directory``): what a guardian that was killed has left, the next
@@ -30,7 +31,7 @@ import time
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _REAP_S = 10.0
-_SHARED_MEMORY = "/dev/shm"
+_SHARED_MEMORY, _RECORD = "/dev/shm", "neox-rl-shm-"
 _PRIVATE, _OWNER = "NEOX_RL_PRIVATE", ".owner"
 _LOOK_S = (1.0, 2.0, 5.0)
 """Between looks at the group's shared memory: it is made at the start."""
@@ -85,7 +86,7 @@ def _group(pgid: int) -> list[int]:
 def _mapped(pid: int | str) -> set[str]:
     """Files of shared memory that a process has mapped or open."""
     found = set()
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/maps") as file:
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/maps", errors="surrogateescape") as file:
         found |= {line.rstrip("\n").split(None, 5)[5] for line in file if _SHARED_MEMORY in line}
     with contextlib.suppress(OSError):
         for descriptor in os.listdir(f"/proc/{pid}/fd"):
@@ -95,16 +96,18 @@ def _mapped(pid: int | str) -> set[str]:
 
 
 class _SharedMemory:
-    """What the group has in ``/dev/shm``, as far as it was seen."""
+    """What the group has in ``/dev/shm``, as far as it was seen. Its record says whose it is, as ``.owner``; then inode, path each."""
 
     def __init__(self, child: int) -> None:
+        _remove_recorded()
+        self._record = f"{_SHARED_MEMORY}/{_RECORD}{os.getpid()}-{_started(os.getpid())}"
         self._child, self._looks, self._next = child, 0, time.monotonic() + _LOOK_S[0]
         self._before = set(self._all())
         self._seen: set[str] = set()
 
     def _all(self) -> list[str]:
         with contextlib.suppress(OSError):
-            return [f"{_SHARED_MEMORY}/{name}" for name in os.listdir(_SHARED_MEMORY)]
+            return [f"{_SHARED_MEMORY}/{name}" for name in os.listdir(_SHARED_MEMORY) if not name.startswith(_RECORD)]
         return []
 
     def look(self, now: bool = False) -> None:
@@ -112,17 +115,63 @@ class _SharedMemory:
         if now or time.monotonic() >= self._next:
             self._looks += 1
             self._next = time.monotonic() + _LOOK_S[min(self._looks, len(_LOOK_S) - 1)]
+            found: set[str] = set()
             for pid in _group(self._child) if set(self._all()) - self._before else ():
-                self._seen |= _mapped(pid)
+                found |= _mapped(pid)
+            self._note(found - self._before - self._seen)
+            self._seen |= found
+
+    def _note(self, paths: set[str]) -> None:
+        """Without room for it, only this guardian can remove them."""
+        lines = []
+        for path in sorted(paths):
+            with contextlib.suppress(OSError):
+                lines.append(f"{os.lstat(path).st_ino} {path}\n")
+        if lines and (space := _pid_space()):
+            with contextlib.suppress(OSError), open(self._record, "a", errors="surrogateescape", opener=_open_own) as file:
+                owner = "" if file.tell() else f"{os.getpid()} {_started(os.getpid())} {space}\n"
+                file.write(owner + "".join(lines))
 
     def remove(self) -> None:
         """Once the group is gone."""
         left = (self._seen - self._before) & set(self._all())
         if left:
-            held = set().union(*(_mapped(pid) for pid in os.listdir("/proc") if pid.isdigit()))
-            for path in left - held:
+            for path in left - _held():
                 with contextlib.suppress(OSError):
                     os.unlink(path)
+        with contextlib.suppress(OSError):
+            os.unlink(self._record)
+
+
+def _held() -> set[str]:
+    """Shared memory that any process has mapped or open."""
+    return set().union(*(_mapped(pid) for pid in os.listdir("/proc") if pid.isdigit()))
+
+
+def _open_own(path: str, flags: int) -> int:
+    """Whoever may write there could have put a link."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
+
+
+def _remove_recorded() -> None:
+    """What guardians of this user that are gone had seen. What somebody holds stays, and its record with it, for the next one."""
+    names = os.listdir(_SHARED_MEMORY) if os.path.isdir(_SHARED_MEMORY) else []
+    for record in (f"{_SHARED_MEMORY}/{name}" for name in names if name.startswith(_RECORD)):
+        if not _is_nobodys(record, record):
+            continue
+        held, kept = _held(), False
+        with contextlib.suppress(OSError):
+            with open(record, errors="surrogateescape", opener=_open_own) as file:
+                lines = file.read().split("\n")[1:]
+            for line in lines:
+                inode, _, path = line.partition(" ")
+                with contextlib.suppress(OSError):  # it went meanwhile
+                    if path.startswith(_SHARED_MEMORY + "/") and str(os.lstat(path).st_ino) == inode:  # not another's of that name
+                        kept = kept or path in held
+                        if path not in held:
+                            os.unlink(path)
+            if not kept:
+                os.unlink(record)
 
 
 def _watch(child: int, lifeline: int, grace_s: float, wakeup: int, memory: _SharedMemory) -> None:
@@ -198,7 +247,7 @@ def own_directory(prefix: str) -> str:
 
     for name in os.listdir(parent := tempfile.gettempdir()):
         path = os.path.join(parent, name)
-        if name.startswith("neox-rl-") and not os.path.islink(path) and _is_nobodys(path):
+        if name.startswith("neox-rl-") and not os.path.islink(path) and _is_nobodys(path, os.path.join(path, _OWNER)):
             shutil.rmtree(path, ignore_errors=True)
     directory = tempfile.mkdtemp(prefix=prefix)
     if space := _pid_space():
@@ -207,12 +256,12 @@ def own_directory(prefix: str) -> str:
     return directory
 
 
-def _is_nobodys(directory: str) -> bool:
-    """Whether this user's process that made it is gone."""
+def _is_nobodys(path: str, owner: str) -> bool:
+    """Whether this user's process that made it is gone, by the first line of the file ``owner``."""
     try:
-        with open(os.path.join(directory, _OWNER)) as file:
-            pid, started, space = file.read(200).split()
-        mine = os.lstat(directory).st_uid == os.geteuid()
+        with open(owner) as file:
+            pid, started, space = file.readline(200).split()
+        mine = os.lstat(path).st_uid == os.geteuid()
         return mine and space == _pid_space() and _started(int(pid)) != started
     except (OSError, ValueError):
         return False

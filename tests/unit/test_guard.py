@@ -28,6 +28,17 @@ children = [subprocess.Popen(sleep), subprocess.Popen(sleep, start_new_session=T
 print(os.getpid(), *(child.pid for child in children), flush=True)
 time.sleep(60)
 """
+# Two pieces of shared memory with names.
+SHARING = """
+import mmap, os, sys, time
+def make(name):
+    descriptor = os.open("/dev/shm/" + name, os.O_CREAT | os.O_RDWR)
+    os.ftruncate(descriptor, 4096)
+    return mmap.mmap(descriptor, 4096)
+held = [make(f"neox-rl-test-{os.getpid()}-{kind}") for kind in ("left", "shared")]
+print(os.getpid(), 0, 0, flush=True)
+time.sleep(60)
+"""
 PLAIN, STUBBORN = "pass", "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
 
 
@@ -161,17 +172,7 @@ def test_dropping_the_last_reference_ends_the_program(log: Path) -> None:
 
 
 def test_named_shared_memory_of_killed_processes_goes_and_that_of_others_stays(log: Path) -> None:
-    code = """
-import mmap, os, sys, time
-def make(name):
-    descriptor = os.open("/dev/shm/" + name, os.O_CREAT | os.O_RDWR)
-    os.ftruncate(descriptor, 4096)
-    return mmap.mmap(descriptor, 4096)
-held = [make(f"neox-rl-test-{os.getpid()}-{kind}") for kind in ("left", "shared")]
-print(os.getpid(), 0, 0, flush=True)
-time.sleep(60)
-"""
-    process = guarded_popen(python(code), os.environ, log)
+    process = guarded_popen(python(SHARING), os.environ, log)
     pid = pids(log, 1)[0]
     left, shared = (Path(f"/dev/shm/neox-rl-test-{pid}-{kind}") for kind in ("left", "shared"))
     with shared.open("rb"):
@@ -180,6 +181,26 @@ time.sleep(60)
         assert process.wait(10) == -signal.SIGKILL
         assert not left.exists() and shared.exists()
     shared.unlink()
+
+
+def test_named_shared_memory_that_a_killed_guardian_left_goes_with_the_next_one(log: Path, tmp_path: Path) -> None:
+    process = guarded_popen(python(SHARING), os.environ, log)
+    pid = pids(log, 1)[0]
+    left, shared = (Path(f"/dev/shm/neox-rl-test-{pid}-{kind}") for kind in ("left", "shared"))
+    with shared.open("rb"):
+        time.sleep(1.5)  # the first look
+        os.kill(process.pid, signal.SIGKILL)
+        stop(process, 0.0)
+        wait_for(lambda: not alive([pid]))
+        assert left.exists() and shared.exists(), "who could have removed them is gone"
+        assert guarded_popen(python("pass"), {}, tmp_path / "next.log").wait(20.0) == 0
+        assert not left.exists() and shared.exists()
+    other = Path(f"/dev/shm/neox-rl-test-{pid}-left")
+    other.touch()  # its name was given again, to what is nobody's business here
+    assert guarded_popen(python("pass"), {}, tmp_path / "next.log").wait(20.0) == 0
+    assert other.exists() and not shared.exists()
+    other.unlink()
+    assert not [*Path("/dev/shm").glob(f"neox-rl-shm-{process.pid}-*")]
 
 
 def test_a_directory_of_its_own_goes_with_a_killed_program(log: Path) -> None:
