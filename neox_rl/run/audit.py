@@ -287,6 +287,8 @@ class Audit:
                 self._missing("metrics", f"step {step} has metrics, but took no batch")
             return
         if not isinstance(hist, dict):
+            for check in ("metrics", "bound"):
+                self.gap(check, f"step {step}: its row does not say how old its tokens were (staleness_hist)")
             return
         self.results["metrics"].checked += 1
         rule, total = taken.rule, sum(taken.ages.values())

@@ -228,6 +228,14 @@ def test_a_figure_of_the_summary_that_is_not_the_journals_is_named() -> None:
     assert audit.violations == ["summary: tokens_generated is 7, journal and metrics say 8"]
 
 
+def test_a_row_that_does_not_say_how_old_its_tokens_were_is_not_called_right() -> None:
+    run = good()
+    del run.rows[3]["staleness_hist"]
+    audit = run.audit()
+    gap = "step 3: its row does not say how old its tokens were (staleness_hist)"
+    assert audit.violations == [] and audit.results["metrics"].gaps == audit.results["bound"].gaps == [gap]
+
+
 def test_where_records_were_lost_what_they_would_have_said_is_not_known_and_not_called_wrong() -> None:
     run = good()
     run.drop(run.of("taken", 3))
