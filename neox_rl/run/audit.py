@@ -5,7 +5,7 @@
     once          in the timeline that survives no ticket is trained twice, and none is lost
     steps         steps follow one another; those that a rollback undid were done again
     policy        the policies that made the trained tokens are of this timeline, by the digest of their weights
-    digests       servers serve what the trainer published, by digest
+    digests       servers hold and serve what the trainer published, by digest
     versions      versions of a server never fall while it lives
     checkpoints   a checkpoint and the journal agree on what was trained
     metrics       each step has one row, and its token counts are those of the journal
@@ -97,7 +97,7 @@ class Audit:
         self.rule, self.damaged, self._on_violation, self._living = rule, damaged, on_violation, living
         self.results = {check: Result() for check in CHECKS}
         self.steps: dict[int, Step] = {}
-        self.last = self.sft_step = self.num_undone = self.num_repeated = 0
+        self.last = self.sft_step = self.num_undone = self.num_repeated = self.num_acked = 0
         self.sessions = [Session(None, 0, {})]
         self.trained = Trained()
         self._undone: dict[int, tuple[int, ...]] = {}
@@ -262,20 +262,25 @@ class Audit:
         if version < self._served.get(incarnation, NO_VERSION):
             self._violated("versions", f"{process} ({incarnation}) went back from v{self._served[incarnation]} to v{version}")
         self._served[incarnation] = version
+        self._attest(f"{process} ({incarnation}) serves", version, digest, t_ns)
+
+    def acked(self, who: str, version: int, digest: str, t_ns: int | None = None) -> None:
+        """A worker of a server told the trainer what it holds: by its own digest, where ``served`` has that of the trainer's offer."""
+        self.num_acked += 1
+        self._attest(f"{who} holds", version, digest, t_ns)
+
+    def _attest(self, who: str, version: int, digest: str, t_ns: int | None) -> None:
         at = len(self.sessions) - 1
         while t_ns is not None and at > 0 and (since := self.sessions[at].since_ns) is not None and since > t_ns:
             at -= 1
-        self._attest(f"{process} ({incarnation})", version, digest, at)
-
-    def _attest(self, who: str, version: int, digest: str, session: int) -> None:
-        published = self.sessions[session].published
+        published = self.sessions[at].published
         if version not in published:
             # What was published in the last moments before the death of all was not on the disk yet: nobody trained with it either.
             self.gap("digests", f"v{version} was served, and its publication is in no record")
             return
         self.results["digests"].checked += 1
         if digest != published[version]:
-            self._violated("digests", f"{who} serves v{version} with digest {digest}, published was {published[version]}")
+            self._violated("digests", f"{who} v{version} with digest {digest}, published was {published[version]}")
 
     # what the trainer says
 

@@ -54,8 +54,13 @@ def audit_run(paths: RunPaths) -> Audited:
             audit.served(
                 event.process, str(said.get("incarnation", "")), int(said.get("version", -1)), str(said.get("digest", "")), event.t_ns
             )
+        elif event.name == "acked":
+            said = event.fields
+            audit.acked(str(said.get("who", "")), int(said.get("version", -1)), str(said.get("digest", "")), event.t_ns)
     if audit.last and not audit.results["versions"].checked:
         audit.gap("versions", f"no server says in {paths.events} what it served")
+    elif audit.last and not audit.num_acked:
+        audit.gap("digests", f"no server's own digest is in {paths.events}: what it holds is known by the trainer's word alone")
     rows = read_jsonl(paths.metrics)
     _rows(audit, rows, sft_steps(config, audit), finished)
     _checkpoints(audit, Path(config.neox.save) if config.neox.save else paths.checkpoints)

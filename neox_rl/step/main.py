@@ -95,7 +95,7 @@ def train(paths: RunPaths, resume: bool) -> None:
     heartbeat = Heartbeat(paths.beats, name, events, interval_s(config.metarl.deadlines.silence_s)).start()
     with events.span("build"):
         engine = build_engine(config, int(endpoints["vocab_size"]))
-    leader = _leader(config, paths, endpoints) if env.rank == 0 else None
+    leader = _leader(config, paths, endpoints, events) if env.rank == 0 else None
     try:
         reason = TrainingLoop(config, engine, leader, events, paths).run(resume)
     except Exception:
@@ -124,7 +124,7 @@ def pin(config: RunConfig, machine: Machine, local_rank: int) -> None:
         os.sched_setaffinity(0, ranks[local_rank])
 
 
-def _leader(config: RunConfig, paths: RunPaths, endpoints: dict[str, Any]) -> Leader:
+def _leader(config: RunConfig, paths: RunPaths, endpoints: dict[str, Any], events: EventLog) -> Leader:
     metarl = config.metarl
     if metarl.debug.mode == "train_only":
         return Leader(RecordedFeed(config, paths), None)
@@ -134,4 +134,4 @@ def _leader(config: RunConfig, paths: RunPaths, endpoints: dict[str, Any]) -> Le
         str(endpoints["experience"]), deadlines.batch_s, deadlines.evaluate_s, deadlines.orchestrator_s, keys=keys, attempt=attempt
     )
     record = Path(metarl.debug.record_batches) if metarl.debug.record_batches else None
-    return Leader(LiveFeed(client, record), Publisher(metarl.network.bind_host, int(endpoints["weights_port"]), keys))
+    return Leader(LiveFeed(client, record), Publisher(metarl.network.bind_host, int(endpoints["weights_port"]), keys, events))

@@ -46,6 +46,7 @@ INSTANTS: Final[dict[str, str]] = {
     "phase": "a phase of the run begins",
     "offered": "the trainer offers a version",
     "staged": "every worker of a server holds a version, not yet used",
+    "acked": "a worker of a server tells the trainer that it holds a version, by a digest of its own reckoning",
     "live": "every serving server attests a version",
     "admitted": "a ticket is admitted",
     "delivered": "a batch goes to the trainer",

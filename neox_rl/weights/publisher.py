@@ -20,6 +20,7 @@ from neox_rl.errors import WireError
 from neox_rl.framing import Frame
 from neox_rl.keys import Keys
 from neox_rl.sockets import bind_tcp
+from neox_rl.telemetry.events import EventLog
 from neox_rl.weights.snapshot import Snapshot
 from neox_rl.weights.wire import FETCH, FORGET_S, MAX_CONTROL_BYTES, OFFERED, STAGED, WATCH, control, prepare, read_control
 
@@ -41,10 +42,10 @@ class _Peers:
 class Publisher:
     """A ROUTER bound at ``bind_host:port`` (port 0: a free one; ``address`` says which). Only the newest snapshot is kept.
 
-    Messages that are not of the protocol are counted in ``malformed`` and ignored.
+    Messages that are not of the protocol are counted in ``malformed`` and ignored. ``events`` has what each worker acks, by its digest.
     """
 
-    def __init__(self, bind_host: str = "127.0.0.1", port: int = 0, keys: Keys | None = None) -> None:
+    def __init__(self, bind_host: str = "127.0.0.1", port: int = 0, keys: Keys | None = None, events: EventLog | None = None) -> None:
         self._context = zmq.Context()
         self._router = self._context.socket(zmq.ROUTER)
         prepare(self._router)
@@ -56,7 +57,7 @@ class Publisher:
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
             raise WireError(f"cannot bind the weight publisher to {bind_host}:{port}: {error}; set network.weights_port") from error
-        self.malformed = 0
+        self.malformed, self._events = 0, events
         self._lock = threading.Lock()
         self._died: Exception | None = None
         self._offered: Snapshot | None = None
@@ -165,6 +166,8 @@ class Publisher:
         if fields["version"] == newest.version:
             if fields["digest"] != newest.digest:
                 raise WireError(f"{fields['who']} staged v{newest.version} with digest {fields['digest']}, offered was {newest.digest}")
+            if self._events is not None and fields["who"] not in self._peers.staged:
+                self._events.instant("acked", **fields)  # the server's own reckoning: an audit has no other word of it
             self._peers.staged[fields["who"]] = fields["digest"]
         self._tell_watchers(control(STAGED, **fields))
 

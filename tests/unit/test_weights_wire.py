@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 import zmq
 
 from neox_rl.errors import DeadlineError, WeightError, WireError
+from neox_rl.telemetry.events import EventLog, read_events
 from neox_rl.weights.publisher import Publisher
 from neox_rl.weights.snapshot import Snapshot, make_snapshot, tensors_of
 from neox_rl.weights.stager import MAX_HELD, Stager
@@ -92,6 +94,25 @@ def test_a_version_older_than_what_is_staged_is_named_as_gone(stack: ExitStack, 
     wait_for(lambda: 3 in worker._held)
     with pytest.raises(WeightError, match=r"v1 is gone, staged are \[3\]"):
         worker.take(1, 30.0)
+
+
+def test_each_ack_of_what_was_offered_is_an_event_once_with_the_digest_that_the_worker_found(stack: ExitStack, tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "trainer-0.jsonl", "trainer-0")
+    publisher = stack.enter_context(closing(Publisher(events=log)))
+    for who in ("a/0", "b/0"):
+        stager(stack, publisher.address, who)
+    with zmq.Context() as context, context.socket(zmq.DEALER) as liar:
+        liar.connect(publisher.address)
+        for version in (0, 1):
+            publisher.offer(snapshot(version))
+            held = dict.fromkeys(("a/0", "b/0"), snapshot(version).digest)
+            wait_for(lambda held=held: publisher._peers.staged == held)
+            liar.send_multipart(control(STAGED, version=version, who="c/0", digest="another"))
+            wait_for(lambda version=version: publisher.malformed == version + 1)
+        time.sleep(3 * RESEND_S)  # they repeat themselves
+    log.close()
+    acked = sorted((e.fields["version"], e.fields["who"], e.fields["digest"]) for e in read_events(tmp_path))
+    assert acked == [(version, who, snapshot(version).digest) for version in (0, 1) for who in ("a/0", "b/0")]
 
 
 class SlowStager(Stager):
