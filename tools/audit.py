@@ -3,7 +3,8 @@
     python tools/audit.py runs/metarl
 
 Prints a line a check, and each violation with the tickets, steps, versions and servers that it concerns. Exit status 1: a violation. 2: the
-directory cannot be read as a run. What could not be checked, because a record is gone, is said, and is no violation.
+directory cannot be read as a run. 3: no violation is certain, but something is wrong that lost records of the journal may explain, or not.
+What could not be checked for another reason is said, and is no violation.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ def report(found: Audited) -> str:
     lines.append(f"{audit.sft_step} warm start and {audit.last} RL steps, {len(audit.sessions) - 1} trainers{again}")
     if not found.finished:
         lines.append(f"the run is not done: {len(found.open)} tickets are open" + (f": {names(found.open)}" if found.open else ""))
+    if audit.undecided:
+        lines.append(f"UNDECIDED: {audit.undecided} findings may be violations, or due to the records that were lost")
     for title, words in (
         ("journal", found.damage),
         ("VIOLATION", audit.violations),
@@ -50,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 2
     print(report(found))
-    return 1 if found.audit.violations else 0
+    if found.audit.violations:
+        return 1
+    return 3 if found.audit.undecided else 0
 
 
 if __name__ == "__main__":

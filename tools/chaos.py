@@ -301,6 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         audited = audit_run(run.paths)
         print(f"{report(audited)}\n")
         wrong += audited.audit.violations + ["the run is not done"] * (not audited.finished)
+        wrong += ["records of the journal are lost, and the audit cannot decide"] * bool(audited.audit.undecided)
     except ConfigError as error:
         wrong.append(f"no audit: {error}")
     print("\n".join(f"VIOLATION: {word}" for word in wrong) or "0 violations: nothing lost or doubled, nothing hung, nothing left")

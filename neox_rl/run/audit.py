@@ -98,6 +98,8 @@ class Audit:
         self.results = {check: Result() for check in CHECKS}
         self.steps: dict[int, Step] = {}
         self.last = self.sft_step = self.num_undone = self.num_repeated = self.num_acked = 0
+        self.undecided = 0
+        """Findings that would be violations, were no records lost: no one can say."""
         self.sessions = [Session(None, 0, {})]
         self.trained = Trained()
         self._undone: dict[int, tuple[int, ...]] = {}
@@ -353,6 +355,7 @@ class Audit:
     def _missing(self, check: str, what: str) -> None:
         """Wrong, unless the record that would say so was lost."""
         if self.damaged:
+            self.undecided += 1
             self.gap(check, f"{what} (records are lost)")
         else:
             self._violated(check, what)

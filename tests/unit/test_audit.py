@@ -287,14 +287,24 @@ def test_a_warm_start_that_a_checkpoint_took_the_place_of_has_no_rows(run_dir: P
         assert audit.violations == wrong
 
 
-def test_damage_of_the_journal_is_told_and_is_no_violation(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damage_of_the_journal_is_told_and_leaves_open_what_it_may_explain(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ledger = run_dir / "journal" / LEDGER
     data = bytearray(ledger.read_bytes())
     data[data.index(b'"step":3')] ^= 1
     ledger.write_bytes(data)
-    assert main([str(run_dir)]) == 0
+    assert main([str(run_dir)]) == 3, "neither right nor wrong"
     said = capsys.readouterr().out
-    assert f"journal: {LEDGER}: damaged" in said and "not checked: steps: " in said
+    assert f"journal: {LEDGER}: damaged" in said and "not checked: steps: " in said and "UNDECIDED: " in said and "VIOLATION" not in said
+
+
+def test_damage_that_explains_nothing_leaves_nothing_open(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the record said is known from others."""
+    ledger = run_dir / "journal" / LEDGER
+    data = bytearray(ledger.read_bytes())
+    data[data.index(b'"phase":"sft"')] ^= 1
+    ledger.write_bytes(data)
+    assert main([str(run_dir)]) == 0
+    assert f"journal: {LEDGER}: damaged" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("digest", "status"), [("d3", 0), ("other", 1)])
