@@ -3,7 +3,7 @@
 Both start from the policy after the warm start and train on the same problems in the same order, with the same verifier, group size, token
 budget, learning rates, optimizer and number of samples a step. TRL runs in an environment of its own:
 
-    python3.11 -m venv trl-env && trl-env/bin/pip install torch==2.13.0+cpu transformers==5.19.0 trl==1.16.0 pyyaml
+    python3.11 -m venv trl-env && trl-env/bin/pip install torch==2.13.0+cpu transformers==5.19.0 trl==1.16.0 pyyaml msgspec
     .venv/bin/python tools/bench_trl.py --trl-python trl-env/bin/python
 
 Lengths are those of whole searches (``--max-new-tokens 192``: no search is cut, so a few are many times as long as most); with the main
