@@ -17,7 +17,7 @@ from tests.e2e.runs import ROOT, Run
 
 SIZE = "24m"
 RL = 16
-STILL_S = 3.0
+SILENT_S = 30
 SETTINGS = ("metarl.warmstart.steps=2", f"train_iters={RL}", "metarl.evaluation.num_problems=4", "checkpoint_factor=4")
 
 
@@ -50,13 +50,14 @@ def started(directory: Path, disk: Disk, name: str, *settings: str) -> Run:
 
 def goes_on(directory: Path, disk: Disk) -> None:
     """It says what it waits for, trains nothing that it cannot write down, and goes on when there is room: every step and ticket once."""
-    run = started(directory, disk, "waits", "metarl.queue.disk_full_s=600")
+    deadlines = ("metarl.queue.disk_full_s=600", "metarl.deadlines.silence_s=10", f"metarl.deadlines.orchestrator_s={SILENT_S}")
+    run = started(directory, disk, "waits", *deadlines)
     run.until(
         lambda: "disk" in read_status(run.paths.status).message or "the disk is full, make room" in run.said(), "a word about the disk"
     )
     disk.fill()  # what a process gave back meanwhile
     before = run.steps()
-    time.sleep(3.0)
+    time.sleep(SILENT_S + 5.0)  # for longer than the trainer bears silence
     assert len(run.steps()) <= len(before) + 2 < RL, "rows of steps whose batches and reports are on no disk"
     disk.make_room()
     assert run.wait(200.0) == 0, run.said()
