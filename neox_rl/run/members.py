@@ -108,8 +108,14 @@ class Members:
         self._set(member, State.STAGING if behind else State.SERVING, f"v{self.live} is live" if behind else "", now)
         self._settle()
 
-    def answers(self, member: Member, now: float) -> None:
-        """It is there after all. One that was suspended serves again if it has the live version; else it must switch first."""
+    def answers(self, member: Member, silent_since: float, now: float) -> None:
+        """It is there after all. One that was suspended serves again if it has the live version; else it must switch first.
+
+        ``silent_since`` is inf where it answered before. While it was silent it could not stage, so it has that time anew; a probe that
+        came late gives it none, or a server that answers most probes and stages nothing would never be overdue.
+        """
+        if now - silent_since > self._heartbeat_s:
+            self._owe(member, now)
         if member.state is State.SUSPENDED and member.version != NO_VERSION and member.version >= self.live:
             self._set(member, State.SERVING, "", now)
 

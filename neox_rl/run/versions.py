@@ -89,6 +89,11 @@ class _Tended:
     suspect: bool = False
     leaving: bool = False
 
+    @property
+    def silence(self) -> float:
+        """Since when it is silent; inf where it answers."""
+        return math.inf if self.answering else self.silent_since
+
     def hush(self, now: float) -> None:
         """It does not answer. The time counts from when it last did."""
         if self.answering:
@@ -250,8 +255,8 @@ class ServerKeeper:
         if not member.here or (member.state is State.LOST and not another):
             return
         if member.incarnation and label == (tended.found if member.version == NO_VERSION else member.version):
-            tended.answering = True
-            self.members.answers(member, time.monotonic())
+            silent_since, tended.answering = tended.silence, True
+            self.members.answers(member, silent_since, time.monotonic())
             if member.state is State.SERVING:
                 self._serve(member)
             return
@@ -270,8 +275,8 @@ class ServerKeeper:
     def _give_up_in_time(self, member: Member, tended: _Tended) -> None:
         """Where no member has hope left the run ends, and nobody is asked for a new start."""
         now, limits = time.monotonic(), self._deadlines
-        silent_since = math.inf if tended.answering else tended.silent_since
-        why = self.members.overdue(member, silent_since, now, limits.servers_s, limits.stage_s + limits.switch_s) if member.here else ""
+        stage_s = limits.stage_s + limits.switch_s
+        why = self.members.overdue(member, tended.silence, now, limits.servers_s, stage_s) if member.here else ""
         if why and not self._hopeless(now):
             self._lose(member, tended, why, gone=False)
 

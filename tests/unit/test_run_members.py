@@ -52,7 +52,7 @@ def test_who_is_late_by_more_than_a_heartbeat_is_left_behind_and_comes_back_by_i
     story.members.tick(11.01)
     assert story.live == [0, 1] and story.states()["b"] == "suspended"
     assert story.of["b"].why == "still at v0, 1 s after the first served v1"
-    story.members.answers(story.of["b"], 12.0)
+    story.members.answers(story.of["b"], math.inf, 12.0)
     assert story.states()["b"] == "suspended", "it answers, but with v0"
     story.serving(1, "b", at=13.0)
     assert story.states()["b"] == "serving" and story.live == [0, 1]
@@ -93,7 +93,7 @@ def test_one_that_was_silent_for_a_moment_goes_on_where_it_was() -> None:
     story = Story("a", "b")
     story.serving(0, "a", "b")
     story.members.suspend(story.of["a"], "no answer", 1.0)
-    story.members.answers(story.of["a"], 2.0)
+    story.members.answers(story.of["a"], 1.0, 2.0)
     assert story.states() == {"a": "serving", "b": "serving"} and story.of["a"].why == ""
 
 
@@ -101,7 +101,7 @@ def test_a_lost_one_needs_a_new_start() -> None:
     story = Story("a")
     story.serving(3, "a")
     story.members.lose(story.of["a"], "its switch to v4 failed", 1.0)
-    story.members.answers(story.of["a"], 2.0)
+    story.members.answers(story.of["a"], 1.0, 2.0)
     assert story.states() == {"a": "lost"} and story.of["a"].workers == frozenset() and story.live == [3]
 
 
@@ -191,6 +191,23 @@ def test_a_server_that_moves_on_or_owes_nothing_has_time() -> None:
     assert not story.members.overdue(story.of["slow"], math.inf, 1e6, 300.0, 10.0), "after a rollback it owes nothing"
 
 
+def test_a_silence_that_was_allowed_leaves_the_whole_time_to_stage_and_a_late_probe_gives_none() -> None:
+    story = Story("good", "cut off")
+    story.serving(0, "good", "cut off")
+    member = story.of["cut off"]
+    story.members.offer(1, 1.0)
+    story.serving(1, "good", at=2.0)
+    story.members.suspend(member, "no answer", 3.0)
+    assert not story.members.overdue(member, 3.0, 250.0, 300.0, 180.0)
+    story.members.answers(member, 3.0, 250.0)
+    assert not story.members.overdue(member, math.inf, 250.0, 300.0, 180.0)
+    for at in range(260, 430, 10):  # now and then a probe of it comes late
+        story.members.answers(member, at - BEAT, float(at))
+        story.members.answers(member, math.inf, at + 1.0)
+    assert not story.members.overdue(member, math.inf, 430.0, 300.0, 180.0)
+    assert "came to no newer one in 180 s" in story.members.overdue(member, math.inf, 430.1, 300.0, 180.0)
+
+
 ACTIONS = st.sampled_from(["switch", "suspend", "lose", "answers", "begin", "tick"])
 
 
@@ -209,7 +226,7 @@ def test_live_never_falls_and_no_member_serves_less_than_what_is_live(steps: lis
         elif what == "lose":
             story.members.lose(member, "", now)
         elif what == "answers":
-            story.members.answers(member, now)
+            story.members.answers(member, now - dt, now)
         elif what == "begin" and member.state is not State.SERVING:
             story.members.begin(member, "x", now)
 

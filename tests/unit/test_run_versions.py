@@ -287,6 +287,29 @@ def test_a_server_that_answers_but_stages_nothing_more_is_started_again_though_t
     story(told, tmp_path, replace(LIMITS, servers_s=4.0, stage_s=2.0, switch_s=2.0))
 
 
+def test_a_server_that_was_silent_for_less_than_it_may_be_goes_on_when_it_answers_again(tmp_path: Path) -> None:
+    async def told(run: Run) -> None:
+        good, mute = run.spec("good"), run.spec("mute")
+        async with server(run, good), server(run, mute) as it:
+            await run.start(good, mute)
+            run.publish(0)
+            await run.until_state("mute", State.SERVING)
+            it.hold.clear()
+            await run.until_state("mute", State.SUSPENDED)
+            run.publish(1)
+            await run.until_live(1)
+            member = run.keeper.members.get("mute")
+            assert member is not None and member.owes_since < time.monotonic()
+            # It is silent for longer than it may take to stage and to switch, and for less than to start.
+            run.keeper._tended["mute"].silent_since -= 250.0
+            member.owes_since -= 250.0
+            it.hold.set()
+            await run.until_state("mute", State.SERVING)
+            assert member.version == 1 and run.restarts == []
+
+    story(told, tmp_path, replace(LIMITS, servers_s=500.0, stage_s=60.0, switch_s=60.0))
+
+
 def test_a_new_orchestrator_takes_the_servers_over_and_a_rolled_back_trainer_their_versions_back(tmp_path: Path) -> None:
     async def told(run: Run) -> None:
         spec = run.spec("a")
