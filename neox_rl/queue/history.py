@@ -105,7 +105,7 @@ class History:
     taken: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """RL step -> tickets, of steps since the last checkpoint."""
     forgotten: int = 0
-    """What was trained up to this RL step is not kept, though no checkpoint was made there: who goes back before it begins anew."""
+    """What was trained up to this RL step is not kept, whether or not a checkpoint was made there: who goes back before it begins anew."""
     replay: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """RL step -> tickets, of steps that were undone and not done again yet."""
     digests: dict[int, str] = field(default_factory=dict)
@@ -220,7 +220,7 @@ class History:
         """
         if rl_step < self.forgotten:
             self.tally.failed += len(self.groups.keys() & self.open)
-            self.fresh = self.cursor = self.forgotten = 0
+            self.fresh, self.cursor, self.forgotten = 0, 0, rl_step
             for table in (self.groups, self.spans, self.positions, self.refusals, self.replay, self.taken):
                 table.clear()
         self.replay |= {step: tickets for step, tickets in self.taken.items() if step > rl_step}
@@ -320,7 +320,9 @@ class History:
         self.reported[str(meta["phase"])] = int(meta["step"])
 
     def _checkpoint(self, meta: Mapping[str, Any], _: bytes | memoryview) -> None:
-        """A resume goes to the newest checkpoint: no step before it will be undone."""
+        """A resume goes to the newest checkpoint. Who goes back before it, because it is damaged, begins anew: what was trained by then,
+        and with which problems, is not kept."""
+        self.forgotten = max(self.forgotten, int(meta["rl_step"]))
         self.taken = {step: tickets for step, tickets in self.taken.items() if step > int(meta["rl_step"])}
         self._prune()
 

@@ -101,10 +101,9 @@ class World:
         self.rng, self.faithful = random.Random(seed), faithful
         self.maker: list[str] = []  # token id -> digest of the weights that sampled it
         self.stop_at: tuple[Phase, int] | None = None  # the user asks to stop while the trainer waits for this batch
-        self.problems, self.tokenizer = (
-            load_problems(self.config.metarl.problems, 1),
-            load_tokenizer(self.config.metarl.tokenizer, self.config.metarl.problems),
-        )
+        self.saved: list[dict[str, Any]] = []
+        self.problems = load_problems(self.config.metarl.problems, 1)
+        self.tokenizer = load_tokenizer(self.config.metarl.tokenizer, self.config.metarl.problems)
 
     def policy(self) -> Policy:
         return Policy(self)
@@ -204,9 +203,10 @@ class Trainer:
             self._train("rl", step)
             yield "published", self._publish()
             yield "report", {"phase": Phase.RL, "step": step, "metrics": {"loss": 1.0}}
-            if step == SAVE_EVERY and self.world.segment_bytes is None:
+            if step % SAVE_EVERY == 0 and self.world.segment_bytes is None:
                 keys = {"sft": self.sft, "rl": self.rl, "weights": self.weights, "state": self.state}
                 self.checkpoint = keys | {"trained": dict(self.trained), "digests": dict(self.digests)}
+                self.world.saved.append(self.checkpoint)
                 yield "checkpoint", {"sft_step": self.sft, "rl_step": self.rl}
         yield "done", {"reason": "finished"}
 
