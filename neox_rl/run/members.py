@@ -19,6 +19,10 @@ from enum import StrEnum
 
 from neox_rl.types import NO_VERSION
 
+START_KEY = "(metarl.servers.start_timeout_s of the run)"
+STAGE_KEYS = "(metarl.weights.stage_timeout_s + metarl.weights.switch_timeout_s of the run)"
+"""Where the limits are set: who reads of them may have no config, as on the machine of a server that joined."""
+
 
 class State(StrEnum):
     """What a member is now."""
@@ -165,11 +169,11 @@ class Members:
         """
         if now - silent_since > start_s:
             if member.state is State.LOST:
-                return f"it did not come back in {start_s:g} s"
-            return f"silent for {start_s:g} s" + (f": {member.why}" if member.why else "")
+                return f"it did not come back in {start_s:g} s {START_KEY}"
+            return f"silent for {start_s:g} s {START_KEY}" + (f": {member.why}" if member.why else "")
         if silent_since == math.inf and now - member.owes_since > stage_s:
             has = "no version" if member.version == NO_VERSION else f"v{member.version}"
-            return f"it answers, but has {has} and came to no newer one in {stage_s:g} s; v{self._offered} is offered"
+            return f"it answers, but has {has} and came to no newer one in {stage_s:g} s {STAGE_KEYS}; v{self._offered} is offered"
         return ""
 
     def hopeless(self, now: float, start_s: float, stage_s: float, offered: int, offered_at: float) -> str:

@@ -259,7 +259,10 @@ def test_a_joined_server_that_never_comes_to_serve_is_dropped_with_a_word(tmp_pa
                 end = time.monotonic() + SOON_S
                 while not await beat():
                     assert time.monotonic() < end
-            assert "guest, started again, did not come to serve: it did not come back in 3 s" in heard[-1].fields["message"]
+            assert (
+                "guest, started again, did not come to serve: it did not come back in 3 s (metarl.servers.start_timeout_s of the run)"
+                in heard[-1].fields["message"]
+            )
             assert max(got.fields["restarts"] for got in heard if got.kind == BEATEN) == 1, "once it is to be started again"
             assert "guest" not in run.states()
 

@@ -11,6 +11,7 @@ from neox_rl.run.members import Member, Members, State
 from neox_rl.types import NO_VERSION
 
 BEAT = 1.0
+START = "(metarl.servers.start_timeout_s of the run)"
 
 
 class Story:
@@ -166,16 +167,17 @@ def test_each_member_has_a_deadline_of_its_own_however_well_the_others_do() -> N
         assert not story.members.overdue(story.of["good"], math.inf, version * 10.0 + 5.0, 300.0, 180.0)
         if said := story.members.overdue(story.of["stuck"], math.inf, version * 10.0 + 5.0, 300.0, 180.0):
             break
-    assert said == "it answers, but has v0 and came to no newer one in 180 s; v19 is offered"
+    keys = "(metarl.weights.stage_timeout_s + metarl.weights.switch_timeout_s of the run)"
+    assert said == f"it answers, but has v0 and came to no newer one in 180 s {keys}; v19 is offered"
     story.members.lose(story.of["stuck"], said, 195.0)
     assert not story.members.overdue(story.of["stuck"], 195.0, 495.0, 300.0, 180.0), "it has the time of a start again"
-    assert story.members.overdue(story.of["stuck"], 195.0, 495.1, 300.0, 180.0) == "it did not come back in 300 s"
+    assert story.members.overdue(story.of["stuck"], 195.0, 495.1, 300.0, 180.0) == f"it did not come back in 300 s {START}"
 
 
 def test_a_server_that_moves_on_or_owes_nothing_has_time() -> None:
     story = Story("slow", "early")
     assert not story.members.overdue(story.of["early"], 0.0, 300.0, 300.0, 10.0)
-    assert story.members.overdue(story.of["early"], 0.0, 300.1, 300.0, 10.0) == "silent for 300 s"
+    assert story.members.overdue(story.of["early"], 0.0, 300.1, 300.0, 10.0) == f"silent for 300 s {START}"
     story.members.begin(story.of["slow"], "slow@1", 0.0)
     assert not story.members.overdue(story.of["slow"], math.inf, 1e6, 300.0, 10.0), "it waits for the trainer"
     for version in range(20):

@@ -276,8 +276,8 @@ def test_a_server_that_answers_but_stages_nothing_more_is_started_again_though_t
                     break
                 await asyncio.sleep(0.2)
             whys = dict(run.restarts)
-            assert "it answers, but has no version and came to no newer one in 4 s; v" in whys["deaf"]
-            assert "silent for 4 s: waited 0.8 s for http" in whys["mute"]
+            assert "it answers, but has no version and came to no newer one in 4 s (metarl.weights." in whys["deaf"]
+            assert "silent for 4 s (metarl.servers.start_timeout_s of the run): waited 0.8 s for http" in whys["mute"]
             assert run.states() == {"good": "serving", "deaf": "lost", "mute": "lost"}
             await life.aclose()  # whoever started it does so again
             await until(lambda: run.keeper._tended["deaf"].gone, "its end to be seen")
