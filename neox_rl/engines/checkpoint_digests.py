@@ -88,25 +88,31 @@ def check_digests(checkpoint: Path, meta: Mapping[str, Any], rank: int, num_rank
 
 
 def fix(checkpoint: Path) -> str:
-    """What helps where ``checkpoint`` cannot be used: the last one before it, else the newest other one, or none."""
-    others = [path for path in whole(checkpoint.parent) if path != checkpoint]
-    if not others:
-        return "put back a copy; there is no other checkpoint beside it: start again without --resume"
-    here = NAME.fullmatch(checkpoint.name)
-    earlier = [path for path in others if here and _step(path) < int(here[1])] or others
-    return f"put back a copy, or go on from another one: echo {earlier[0].name} > {checkpoint.parent / 'latest'}"
+    """What helps where ``checkpoint`` cannot be used: the last one before it, or none. Later ones are of a timeline that was undone."""
+    before = earlier(checkpoint)
+    if not before:
+        return "put back a copy; there is no earlier checkpoint beside it: start again without --resume"
+    return f"put back a copy, or go on from another one: echo {before[0].name} > {checkpoint.parent / 'latest'}"
+
+
+def earlier(checkpoint: Path) -> list[Path]:
+    """The whole checkpoints beside it that are of lower steps, the highest first; all where its own name says no step."""
+    here = step_of(checkpoint.name)
+    return [path for path in whole(checkpoint.parent) if path != checkpoint and (here is None or (step_of(path.name) or 0) < here)]
 
 
 def whole(directory: Path, suffix: str = "") -> list[Path]:
     """The whole checkpoints in ``directory``, of the highest step first. What was cut short in writing is none."""
     paths = [path for path in (directory.iterdir() if directory.is_dir() else ()) if path.name.endswith(suffix)]
-    steps = {path: NAME.fullmatch(path.name.removesuffix(suffix)) for path in paths}
-    found = {path: int(step[1]) for path, step in steps.items() if step and (path / META).is_file()}
+    steps = {path: step_of(path.name.removesuffix(suffix)) for path in paths}
+    found = {path: step for path, step in steps.items() if step is not None and (path / META).is_file()}
     return sorted(found, key=found.__getitem__, reverse=True)
 
 
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("step")[2])
+def step_of(name: str) -> int | None:
+    """Of a checkpoint of this name; None where it is no name of one."""
+    found = NAME.fullmatch(name)
+    return int(found[1]) if found else None
 
 
 def _seal(meta: Mapping[str, Json]) -> str:

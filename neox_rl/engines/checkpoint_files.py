@@ -17,7 +17,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from neox_rl.engines.checkpoint_digests import FILES, META, check_digests, fix, noted, read_sealed, sealed, whole
+from neox_rl.engines.checkpoint_digests import FILES, META, check_digests, earlier, fix, noted, read_sealed, sealed, whole
 from neox_rl.errors import DamagedError, WeightError
 from neox_rl.telemetry.jsonl import FULL, to_disk
 from neox_rl.types import Json
@@ -45,10 +45,13 @@ def publish(temporary: Path, final: Path, meta: Mapping[str, Json]) -> None:
 
 
 def prune(newest: Path, keep: int) -> None:
-    """Removes all checkpoints beside ``newest`` but the ``keep`` - 1 of the highest steps; 0 keeps all."""
+    """Removes all checkpoints beside ``newest`` but the ``keep`` - 1 last ones before it; 0 keeps all.
+
+    Those of higher steps are of a timeline that was undone: one that is damaged must not stay in the place of a good one.
+    """
     if keep:
-        others = [path for path in whole(newest.parent) if path != newest]
-        for path in others[keep - 1 :]:
+        before = earlier(newest)[: keep - 1]
+        for path in [path for path in whole(newest.parent) if path != newest and path not in before]:
             # Without its meta data it is no checkpoint: a removal that is cut short leaves none that looks whole.
             (path / META).unlink()
             shutil.rmtree(path, ignore_errors=True)
@@ -62,8 +65,7 @@ def find(directory: Path) -> Path:
     """
     if (directory / META).is_file():
         return directory
-    pointer = directory / LATEST
-    name = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
+    pointer, name = directory / LATEST, pointed(directory)
     named = [directory / name, _replaced(directory / name)] if name else []
     for found in named or (*whole(directory), *whole(directory, ".old")):
         if (found / META).is_file():
@@ -73,6 +75,12 @@ def find(directory: Path) -> Path:
     if name:
         raise DamagedError(f"{pointer} names {name[:80]!r}, which is no checkpoint: it has no {META}; {fix(directory / name[:80])}")
     raise WeightError(f"{directory} holds neither a checkpoint ({META}) nor a file {LATEST!r} that names one")
+
+
+def pointed(directory: Path) -> str:
+    """The name that the pointer in ``directory`` holds; empty without one."""
+    pointer = directory / LATEST
+    return pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
 
 
 def find_foreign(directory: Path) -> Path | None:

@@ -10,6 +10,8 @@ from typing import Any
 from neox_rl.config.derived import warmstart_skipped
 from neox_rl.config.load import load_resolved
 from neox_rl.config.run import RunConfig
+from neox_rl.engines.checkpoint_digests import META, step_of
+from neox_rl.engines.checkpoint_files import pointed
 from neox_rl.errors import ConfigError
 from neox_rl.queue.history import fold
 from neox_rl.queue.journal import read_journal
@@ -18,8 +20,6 @@ from neox_rl.telemetry.events import read_events
 from neox_rl.telemetry.jsonl import read_json, read_jsonl
 from neox_rl.telemetry.paths import RunPaths
 
-META = "meta.json"
-"""Of a checkpoint: written last, so that one without it is none."""
 SERVER_EVENTS = ("serving", "staged")
 
 
@@ -95,7 +95,11 @@ def _rows(audit: Audit, rows: list[dict[str, Any]], warm_steps: int, finished: b
 
 
 def _checkpoints(audit: Audit, directory: Path) -> None:
+    """Those behind the one that the pointer names are of a timeline that was undone: the user went back."""
+    newest = step_of(pointed(directory))
     for path in sorted(directory.glob(f"*/{META}")):
+        if newest is not None and (step_of(path.parent.name) or 0) > newest:
+            continue
         state = _object(path).get("client_state") or {}
         feed = state.get("feed") or {}
         audit.saved(path.parent.name, int(state.get("rl_step", 0)), feed.get("queue") if isinstance(feed, dict) else None)

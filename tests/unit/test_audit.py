@@ -276,6 +276,16 @@ def test_the_command_names_a_violation_and_fails(run_dir: Path, capsys: pytest.C
     assert "VIOLATION: bound: step 4: 4 of 25 tokens are beyond S = 2; 0 masked" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("latest", "status"), [("step000004", 0), ("step000006", 1)])
+def test_a_checkpoint_of_a_timeline_that_the_user_undid_is_left_out(run_dir: Path, latest: str, status: int) -> None:
+    """Step 6 took no batch that survives: a violation where the run stands there, none once the user went back before it."""
+    later = run_dir / "checkpoints" / "step000006"
+    later.mkdir()
+    (later / "meta.json").write_text(json.dumps({"client_state": {"rl_step": 6, "feed": {"queue": queue_after(4)}}}))
+    (later.parent / "latest").write_text(f"{latest}\n")
+    assert main([str(run_dir)]) == status
+
+
 def test_a_warm_start_that_a_checkpoint_took_the_place_of_has_no_rows(run_dir: Path) -> None:
     """The trainer's word is that its three steps are done; none was done here."""
     config = load_resolved(run_dir / "config.yml")

@@ -148,7 +148,7 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_touched(config: RunC
 
 def test_where_the_only_checkpoint_is_damaged_nothing_but_a_new_start_is_left(config: RunConfig) -> None:
     (save(prepare(config).checkpoints, 4) / "rank00000.safetensors").unlink()
-    with pytest.raises(ConfigError, match="there is no other checkpoint beside it: start again without --resume"):
+    with pytest.raises(ConfigError, match="there is no earlier checkpoint beside it: start again without --resume"):
         prepare(config, resume=True)
 
 
