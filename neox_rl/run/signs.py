@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from neox_rl.telemetry.heartbeat import Beat
 
-BUILD = "build"
+BUILD, LOAD = "build", "load"
 HAND_OVER = "hand_over"
-WAITING = ("wait_batch", "evaluate", "wait_disk", BUILD)
+WAITING = ("wait_batch", "evaluate", "wait_disk", BUILD, LOAD)
 """Spans of a rank with deadlines of their own: those of the requests to the orchestrator, of a full disk, and of the start."""
 STALL_S = 2.0
 """Between two looks: the launcher was stopped itself, perhaps with everything else, and what it did not hear counts for nothing."""

@@ -96,7 +96,8 @@ class Watch:
         unheard = [rank for rank in self._ranks if rank not in {beat.process for beat in beats}]
         more = f" and {len(unheard) - MAX_NAMED} more" if len(unheard) > MAX_NAMED else ""
         never = f"nothing was heard of {', '.join(unheard[:MAX_NAMED])}{more}" if unheard else ""
-        return f"did not come up within {self._start_s:.0f} s: {'; '.join(filter(None, (name_all(beats), never)))}"
+        fix = "if they were well, give them longer: metarl.deadlines.ranks_start_s"
+        return f"did not come up within {self._start_s:.0f} s: {'; '.join(filter(None, (name_all(beats), never, fix)))}"
 
     def _lost_rank(self, now: float) -> str:
         """A rank whose process is gone. Not where ranks are on other machines, too: one here may be gone because one there was."""

@@ -88,13 +88,15 @@ class TrainingLoop:
     def _begin(self, resume: bool) -> None:
         """Resuming goes on where the run's checkpoint was made. ``load`` takes weights and optimizer of another run: they are v0 here."""
         load, warmstart = self.config.neox.load, self.config.metarl.warmstart
-        if resume:
-            self.position = Position.from_json(self.engine.load(self._checkpoints))
-            self._saved = (self.position.sft_step, self.position.rl_step)
-        elif load:
-            self.engine.load(Path(load))
-        elif warmstart.hf_checkpoint:
-            self.engine.load_hf(Path(warmstart.hf_checkpoint))
+        source = str(self._checkpoints) if resume else load or warmstart.hf_checkpoint
+        with self.events.span("load", directory=source) if source else nullcontext():
+            if resume:
+                self.position = Position.from_json(self.engine.load(self._checkpoints))
+                self._saved = (self.position.sft_step, self.position.rl_step)
+            elif load:
+                self.engine.load(Path(load))
+            elif source:
+                self.engine.load_hf(Path(source))
         if not resume and warmstart_skipped(self.config):
             self.position.sft_step = warmstart.steps
         if self.leader is not None:

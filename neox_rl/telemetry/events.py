@@ -27,7 +27,8 @@ SPANS: Final[dict[str, str]] = {
     "heal": "from the death of a process to its successor's first sign of life",
     "shutdown": "processes are being ended",
     # trainer
-    "build": "the model and the optimizer are built or loaded",
+    "build": "the model and the optimizer are built",
+    "load": "a checkpoint is compared with its digests, and loaded",
     "wait_batch": "waiting for rollouts",
     "hand_over": "rank 0 has what it waited for, and gives it to the other ranks",
     "train_step": "forward, backward, optimizer",
@@ -68,7 +69,7 @@ INSTANTS: Final[dict[str, str]] = {
 }
 COUNTERS: Final[dict[str, str]] = {"queue": "groups ready and in flight", "tokens": "tokens generated so far"}
 _VOCABULARY: Final = {"span": SPANS, "instant": INSTANTS, "counter": COUNTERS}
-ONCE_A_PART: Final = ("start_ranks", "start_servers", "build")
+ONCE_A_PART: Final = ("start_ranks", "start_servers", "build", "load")
 """Spans that a process has once each time the run is started or resumed; no other event of a part is older than its start_ranks."""
 FLUSH_S: Final = 1.0
 MOST_BYTES: Final = 8 << 20

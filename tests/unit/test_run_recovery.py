@@ -128,7 +128,9 @@ def test_a_rank_that_does_not_take_what_rank_0_has_is_named(tmp_path: Path) -> N
     )
 
 
-@pytest.mark.parametrize("doing", ["wait_batch phase rl step 4", "evaluate label final version 9", "build", "wait_disk directory d"])
+@pytest.mark.parametrize(
+    "doing", ["wait_batch phase rl step 4", "evaluate label final version 9", "build", "load directory d", "wait_disk directory d"]
+)
 def test_waits_with_deadlines_of_their_own_are_no_standstill(doing: str) -> None:
     signs = Signs(silence_s=5.0, step_s=10.0, start_s=30.0)
     told(signs, *((float(t), [beat(0, t + 1, doing)]) for t in range(40)))

@@ -315,6 +315,7 @@ def starting(supervisor: Supervisor, restarts: int) -> Supervisor:
 def test_ranks_that_hang_while_they_start_are_named_with_what_they_are_at_and_those_never_heard_of(supervisor: Supervisor) -> None:
     supervisor = starting(supervisor, restarts=0)
     heard = r"trainer-0 \(pid \d+ on .*\), at train_step phase rl step 3; nothing was heard of trainer-1"
+    heard += r"; if they were well, give them longer: metarl\.deadlines\.ranks_start_s"
     with pytest.raises(ProcessDiedError, match=rf"^trainer did not come up within 2 s: {heard}; log .*trainer\.log"):
         run(supervisor, orchestrator=FOREVER, trainer=beating(supervisor, "trainer-0", "time.sleep(60)"))
     assert no_process_is_left(supervisor)

@@ -248,8 +248,12 @@ def test_a_loaded_or_imported_model_is_v0_of_a_run_without_a_warm_start(tmp_path
     run(with_neox(small_config(tmp_path, train_iters=1), load="/other/checkpoints"), story)
     assert story.said[:4] == ["load checkpoints", "hello sft 2 rl 0", "v0", "evaluate warmstart v0"]
     story = Story()
-    run(small_config(tmp_path, train_iters=1, warmstart={"hf_checkpoint": "/other/model"}), story)
+    config = small_config(tmp_path, train_iters=1, warmstart={"hf_checkpoint": "/other/model"})
+    run(config, story)
     assert story.said[:3] == ["load_hf", "hello sft 2 rl 0", "v0"]
+    run(config, story, resume=True)
+    loads = [str(event.fields["directory"]) for event in read_events(small_paths(config).events) if event.name == "load"]
+    assert loads[:2] == ["/other/checkpoints", "/other/model"] and loads[2].endswith("small/checkpoints"), "what beats and errors say then"
 
 
 def test_the_reference_policy_is_v0_also_after_a_resume(tmp_path: Path) -> None:
