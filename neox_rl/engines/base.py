@@ -243,7 +243,7 @@ class RankEngine(ABC):
         meta: dict[str, Any] = {}
         try:
             meta = read_meta(checkpoint, layout, rank, size)
-        except WeightError as error:
+        except (WeightError, OSError) as error:
             wrong = str(error)
         first = torch.tensor(rank if wrong else size)
         dist.all_reduce(first, dist.ReduceOp.MIN, group=self._world.control)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from neox_rl.errors import DamagedError
 from neox_rl.types import Json
 
 META, FILES, SEAL = "meta.json", "files", "xxh3"
-NAME = re.compile(r"(?:global_)?step(\d+)")
+NAME = re.compile(r"(?:global_)?step(\d{1,18})")
 _NOTE, _NOTES = "digests-rank{:05d}.json", "digests-rank*.json"
 _CHUNK_BYTES = 8 << 20
 
@@ -52,11 +53,12 @@ def sealed(meta: Mapping[str, Json]) -> str:
 
 
 def read_sealed(checkpoint: Path) -> dict[str, Any]:
-    """The meta data of a checkpoint. Raises DamagedError."""
+    """The meta data of a checkpoint. Raises DamagedError, PermissionError."""
     path = checkpoint / META
     try:
-        meta: dict[str, Any] = dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        with reading(path, checkpoint):
+            meta: dict[str, Any] = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
         raise DamagedError(f"{path} is damaged: it cannot be read ({error}); {fix(checkpoint)}") from error
     seal = meta.pop(SEAL, None)
     if seal is not None and seal != _seal(meta):
@@ -65,10 +67,11 @@ def read_sealed(checkpoint: Path) -> dict[str, Any]:
 
 
 def check_sizes(checkpoint: Path, meta: Mapping[str, Any]) -> None:
-    """Reads no file. Raises DamagedError for one that is missing or of another size than was saved."""
+    """Reads no file. Raises DamagedError for one that is missing or of another size than was saved, PermissionError."""
     for name, (size, _) in meta.get(FILES, {}).items():
         path = checkpoint / name
-        found = path.stat().st_size if path.is_file() else None
+        with reading(path, checkpoint):
+            found = path.stat().st_size if path.is_file() else None
         if found is None:
             raise DamagedError(f"{path} is missing: {META} says that it was saved, with {size} bytes; {fix(checkpoint)}")
         if found != size:
@@ -80,11 +83,24 @@ def num_bytes(meta: Mapping[str, Any]) -> int:
 
 
 def check_digests(checkpoint: Path, meta: Mapping[str, Any], rank: int, num_ranks: int) -> None:
-    """Reads the share of a rank. Raises DamagedError for one that does not hold what was saved."""
+    """Reads the share of a rank. Raises DamagedError for one that does not hold what was saved, PermissionError."""
     check_sizes(checkpoint, meta)
     for name, (_, digest) in sorted(meta.get(FILES, {}).items())[rank::num_ranks]:
-        if (found := _digest(checkpoint / name)) != digest:
+        with reading(checkpoint / name, checkpoint):
+            found = _digest(checkpoint / name)
+        if found != digest:
             raise DamagedError(f"{checkpoint / name} is damaged: its digest is {found}, and {digest} was saved; {fix(checkpoint)}")
+
+
+@contextmanager
+def reading(path: Path, checkpoint: Path) -> Iterator[None]:
+    """What a disk that fails does not give is damage; ``OSError`` of a read names no file. Who may not read it is another matter."""
+    try:
+        yield
+    except PermissionError:
+        raise
+    except OSError as error:
+        raise DamagedError(f"{path} is damaged: it cannot be read ({error}); {fix(checkpoint)}") from error
 
 
 def fix(checkpoint: Path) -> str:

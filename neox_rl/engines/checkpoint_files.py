@@ -17,7 +17,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from neox_rl.engines.checkpoint_digests import FILES, META, check_digests, earlier, fix, noted, read_sealed, sealed, whole
+from neox_rl.engines.checkpoint_digests import FILES, META, check_digests, earlier, fix, noted, read_sealed, reading, sealed, step_of, whole
 from neox_rl.errors import DamagedError, WeightError
 from neox_rl.telemetry.jsonl import FULL, to_disk
 from neox_rl.types import Json
@@ -66,6 +66,8 @@ def find(directory: Path) -> Path:
     if (directory / META).is_file():
         return directory
     pointer, name = directory / LATEST, pointed(directory)
+    if name and step_of(name) is None:
+        raise DamagedError(f"{pointer} names {name[:80]!r}, which is no checkpoint; {fix(pointer)}")
     named = [directory / name, _replaced(directory / name)] if name else []
     for found in named or (*whole(directory), *whole(directory, ".old")):
         if (found / META).is_file():
@@ -73,20 +75,20 @@ def find(directory: Path) -> Path:
                 logger.warning("%s names %r, which is no whole checkpoint; %s is taken", pointer, name, found)
             return found
     if name:
-        raise DamagedError(f"{pointer} names {name[:80]!r}, which is no checkpoint: it has no {META}; {fix(directory / name[:80])}")
+        raise DamagedError(f"{pointer} names {name!r}, which is no checkpoint: it has no {META}; {fix(directory / name)}")
     raise WeightError(f"{directory} holds neither a checkpoint ({META}) nor a file {LATEST!r} that names one")
 
 
 def pointed(directory: Path) -> str:
-    """The name that the pointer in ``directory`` holds; empty without one."""
+    """The name that the pointer in ``directory`` holds; empty without one. Raises DamagedError, PermissionError."""
     pointer = directory / LATEST
-    return pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
+    with reading(pointer, pointer):
+        return pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
 
 
 def find_foreign(directory: Path) -> Path | None:
     """The checkpoint of GPT-NeoX's own training that ``directory`` is or points to: it has no meta data of ours. None: none."""
-    pointer = directory / LATEST
-    found = directory / pointer.read_text().strip() if pointer.is_file() else directory
+    found = directory / pointed(directory)
     return found if found.name.startswith("global_step") and found.is_dir() and not (found / META).is_file() else None
 
 

@@ -103,8 +103,10 @@ def refuse_damaged(config: RunConfig, paths: RunPaths) -> None:
                 list(pool.map(lambda n: check_digests(checkpoint, meta, n, _READERS), range(_READERS)))
     except WeightError as error:
         raise ConfigError(f"--resume: {error}") from error
-    except OSError as error:
+    except PermissionError as error:
         raise ConfigError(f"--resume: cannot read {error.filename}: {error.strerror}; resume as the user who began the run") from error
+    except OSError as error:
+        raise ConfigError(f"--resume: cannot read {error.filename}: {error.strerror}; put the run on a disk that is well") from error
 
 
 def _refuse_another_release(config: RunConfig, paths: RunPaths) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -201,6 +202,23 @@ def test_a_checkpoint_that_is_not_what_was_saved_is_never_loaded(engine: Engine,
         file.write_bytes(whole)
     assert all(torch.equal(tensor, before[name]) for name, tensor in engine.named_tensors())
     assert engine.load(tmp_path) == {"cursor": [1]}
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_a_checkpoint_that_cannot_be_read_ends_the_rank_like_a_damaged_one(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """The others wait for this rank's word on its share."""
+    path, opened = engine.save(tmp_path, {}), Path.open
+
+    def failing(file: Path, *args: Any, **options: Any) -> Any:
+        if path in file.parents and file.name != "meta.json":
+            raise OSError(number, os.strerror(number))
+        return opened(file, *args, **options)
+
+    monkeypatch.setattr(Path, "open", failing)
+    with pytest.raises(DamagedError, match=os.strerror(number)):
+        engine.load(tmp_path)
 
 
 def test_checkpoint_of_another_layout_is_refused_by_name(engine: Engine, tmp_path: Path) -> None:

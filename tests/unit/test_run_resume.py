@@ -10,6 +10,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,6 +107,10 @@ def spoil_latest(path: Path) -> None:
     (path.parent / "latest").write_text("step000099")
 
 
+def spoil_latest_with_garbage(path: Path) -> None:
+    (path.parent / "latest").write_bytes(bytes(range(1, 256)) * 2)
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
@@ -128,6 +133,7 @@ def spoil_latest(path: Path) -> None:
         (flip, r"rank00001.safetensors is damaged: its digest is \w{32}, and \w{32} was saved"),
         (shutil.rmtree, "latest names 'step000008', which is no checkpoint: it has no meta.json"),
         (spoil_latest, "latest names 'step000099', which is no checkpoint: it has no meta.json"),
+        (spoil_latest_with_garbage, r"latest names '.*', which is no checkpoint"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_before_anything_is_touched(config: RunConfig, spoil: Callable[[Path], None], said: str) -> None:
@@ -137,13 +143,36 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_touched(config: RunC
     longer = RunConfig(replace(config.neox, train_iters=99), config.metarl)
     before = paths.config.read_text()
     spoil(newest)
-    earlier = "step000008" if spoil is spoil_latest else "step000004"
+    earlier = "step000008" if spoil in (spoil_latest, spoil_latest_with_garbage) else "step000004"
     fix = f"put back a copy, or go on from another one: echo {earlier} > {paths.checkpoints}/latest"
     with pytest.raises(ConfigError, match=rf"--resume: \S+{said}.*; {fix}"):
         prepare(longer, resume=True)
     assert paths.config.read_text() == before
     (paths.checkpoints / "latest").write_text(f"{earlier}\n")
     assert prepare(longer, resume=True).config.read_text() != before
+
+
+@pytest.mark.parametrize("name", ["rank00001.safetensors", "meta.json", "latest"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_a_disk_that_fails_is_damage_and_a_file_of_another_user_is_none(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, name: str, number: int
+) -> None:
+    """The system names no file where a read fails, only where an opening does."""
+    paths = prepare(config)
+    save(paths.checkpoints, 4)
+    save(paths.checkpoints, 8)
+    opened = Path.open
+
+    def failing(path: Path, *args: Any, **options: Any) -> Any:
+        if path.name == name and not path.match("step000004/*"):
+            raise OSError(number, os.strerror(number), *([str(path)] if number == errno.EACCES else []))
+        return opened(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", failing)
+    damaged = rf"{name} is damaged: it cannot be read \(\[Errno 5\] Input/output error\); put back a copy, or go on from another one: echo"
+    refused = rf"cannot read \S+/{name}: Permission denied; resume as the user who began the run"
+    with pytest.raises(ConfigError, match=damaged if number == errno.EIO else refused):
+        prepare(config, resume=True)
 
 
 def test_where_the_only_checkpoint_is_damaged_nothing_but_a_new_start_is_left(config: RunConfig) -> None:
