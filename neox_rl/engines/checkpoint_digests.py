@@ -1,7 +1,7 @@
 """Whether a checkpoint is what was saved: sizes and digests of its files, and of the meta data itself, in ``meta.json``.
 
     save: each rank notes what it wrote in digests-rank00000.json -> rank 0 moves all of it into meta.json
-    load: the launcher compares them before it starts anything, where they are not too large for it; so do the ranks, each a share
+    load: the launcher compares sizes before it starts anything, and digests where it takes a moment; the ranks all of them, each a share
 
 A damaged checkpoint is never loaded, and none is chosen in its place: who goes back to an earlier one undoes steps, and should know.
 """

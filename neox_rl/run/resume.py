@@ -33,8 +33,8 @@ FIXED = (
 )
 """Keys that a checkpoint, the queue in it or the curves of the run depend on. All others may change between two parts of a run."""
 
-READ_HERE_BYTES = 32 << 30
-"""Of a checkpoint: what one machine reads in less time than the start of the ranks takes, who read all of it anyway."""
+READ_HERE_BYTES = 2 << 30
+"""Of a checkpoint: what is read in a moment. Of a larger one the ranks find out, who read all of it anyway, and refuse it alike."""
 _READERS = 8
 _FIRST_RECORD_BYTES = 4096
 

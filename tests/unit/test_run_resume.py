@@ -26,7 +26,7 @@ from neox_rl.problems.tokenizer import SymbolicTokenizer
 from neox_rl.queue.book import Book
 from neox_rl.queue.journal import FORMAT, LEDGER
 from neox_rl.queue.records import payload_of, to_bytes
-from neox_rl.run import launch
+from neox_rl.run import launch, resume
 from neox_rl.run.launch import prepared
 from neox_rl.run.processes import ATTEMPT
 from neox_rl.run.resume import FIXED, hold, next_attempt, refuse_changes
@@ -150,6 +150,16 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_touched(config: RunC
     assert paths.config.read_text() == before
     (paths.checkpoints / "latest").write_text(f"{earlier}\n")
     assert prepare(longer, resume=True).config.read_text() != before
+
+
+def test_a_large_checkpoint_is_read_by_the_ranks_alone(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    newest = save(prepare(config).checkpoints, 8)
+    monkeypatch.setattr(resume, "READ_HERE_BYTES", 1999)
+    flip(newest)
+    prepare(config, resume=True)
+    os.truncate(newest / "rank00001.safetensors", 999)
+    with pytest.raises(ConfigError, match="is damaged: it has 999 bytes"):
+        prepare(config, resume=True)
 
 
 @pytest.mark.parametrize("name", ["rank00001.safetensors", "meta.json", "latest"])
