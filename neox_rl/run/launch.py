@@ -43,7 +43,6 @@ from neox_rl.run.processes import ORCHESTRATOR, RANKS, Program, programs
 from neox_rl.run.resume import (
     has_checkpoint,
     hold,
-    journaled_attempt,
     next_attempt,
     refuse_damaged,
     refuse_full_directories,
@@ -129,7 +128,7 @@ def prepared(config: RunConfig, script: str, resume: bool, by_hand: bool = True)
             write_endpoints(paths, endpoints)
             write_status(paths.status, Status(message="starting processes"))
             parts = programs(config, paths, endpoints, Machine.here(), script, resume, os.environ)
-            attempt = next_attempt(paths, journaled_attempt(paths) if resume else 0)
+            attempt = next_attempt(paths)
         except OSError as error:
             where = error.filename or "the run directory"
             raise ConfigError(

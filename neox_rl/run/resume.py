@@ -67,20 +67,18 @@ def _checkpoints(config: RunConfig, paths: RunPaths) -> Path:
     return Path(config.neox.save) if config.neox.save else paths.checkpoints
 
 
-def next_attempt(paths: RunPaths, last: int = 0) -> int:
-    """Counts the starts of the ranks in this run, resumes included, on the disk (also on a full one): 1, 2, ... ``last``: at least those.
+def next_attempt(paths: RunPaths) -> int:
+    """Counts the starts of the ranks in this run, resumes included, on the disk (also on a full one): 1, 2, ...
 
-    Durably: the journal knows the attempts of its sessions, and a trainer with the number of one before it is refused.
+    Durably: the journal knows the attempts of its sessions, and a trainer with the number of one before it is refused. So it is the journal
+    that says the last one where the count was lost, and only there: reading all of it takes as long as the orchestrator's recovery.
     """
-    with suppress(ValueError):
-        last = max(last, int(read_json(paths.attempt).get("attempt", 0)))
+    try:
+        last = int(read_json(paths.attempt)["attempt"])
+    except (ValueError, KeyError, TypeError):
+        last = max(0, fold(read_journal(paths.journal).records).attempt)
     rewrite_json(paths.attempt, {"attempt": last + 1}, durably=True)
     return last + 1
-
-
-def journaled_attempt(paths: RunPaths) -> int:
-    """Of the last session that the journal knows: the count may have been lost."""
-    return max(0, fold(read_journal(paths.journal).records).attempt)
 
 
 def refuse_resume(config: RunConfig, paths: RunPaths) -> None:

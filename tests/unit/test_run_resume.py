@@ -324,16 +324,25 @@ def test_a_power_cut_leaves_the_count_of_starts_and_the_config_whole(config: Run
     assert [path.read_text() for path in files] == before and not list(paths.root.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("left", ["", '{"attempt": 1}'])
-def test_a_count_of_starts_that_was_lost_is_taken_from_the_journal(config: RunConfig, left: str) -> None:
+@pytest.mark.parametrize("left", ["", "[1]", '{"attempt": null}', None])
+def test_a_count_of_starts_that_was_lost_is_taken_from_the_journal(config: RunConfig, left: str | None) -> None:
     paths = prepare(config)
     save(paths.checkpoints, 1)
     book = Book.open(paths.journal, 7, 0.02, 5.0)
     book.session("s", 7, 0, 0, {})
     book.close()
-    paths.attempt.write_text(left)
+    paths.attempt.unlink()
+    if left is not None:
+        paths.attempt.write_text(left)
     prepare(config, resume=True)
     assert json.loads(paths.attempt.read_text())["attempt"] == 8, "the orchestrator would refuse a trainer of attempt 2"
+
+
+def test_the_journal_is_not_read_for_a_count_that_is_there(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be large, and the orchestrator reads it anyway."""
+    save(prepare(config).checkpoints, 1)
+    monkeypatch.delattr(resume, "read_journal")
+    prepare(config, resume=True)
 
 
 def test_a_request_to_stop_does_not_outlive_its_run(config: RunConfig) -> None:
