@@ -171,12 +171,18 @@ def test_dropping_the_last_reference_ends_the_program(log: Path) -> None:
     wait_for(lambda: not alive(members))
 
 
+def noted(process: GuardedProcess, *paths: Path) -> bool:
+    """Whether the guardian has seen them, which looks from time to time."""
+    records = "".join(record.read_text() for record in Path("/dev/shm").glob(f"neox-rl-shm-{process.pid}-*"))
+    return all(str(path) in records for path in paths)
+
+
 def test_named_shared_memory_of_killed_processes_goes_and_that_of_others_stays(log: Path) -> None:
     process = guarded_popen(python(SHARING), os.environ, log)
     pid = pids(log, 1)[0]
     left, shared = (Path(f"/dev/shm/neox-rl-test-{pid}-{kind}") for kind in ("left", "shared"))
     with shared.open("rb"):
-        time.sleep(1.5)  # the first look
+        wait_for(lambda: noted(process, left, shared))
         os.kill(pid, signal.SIGKILL)
         assert process.wait(10) == -signal.SIGKILL
         assert not left.exists() and shared.exists()
@@ -188,7 +194,7 @@ def test_named_shared_memory_that_a_killed_guardian_left_goes_with_the_next_one(
     pid = pids(log, 1)[0]
     left, shared = (Path(f"/dev/shm/neox-rl-test-{pid}-{kind}") for kind in ("left", "shared"))
     with shared.open("rb"):
-        time.sleep(1.5)  # the first look
+        wait_for(lambda: noted(process, left, shared))
         os.kill(process.pid, signal.SIGKILL)
         stop(process, 0.0)
         wait_for(lambda: not alive([pid]))

@@ -27,7 +27,7 @@ from neox_rl.weights.watcher import Watcher
 from tests.unit.wire_peers import Recorder
 
 RESEND_S = 0.1
-SOON_S = 2.0
+SOON_S = 4.0
 """A deadline that a refusal must not need, and that what cannot be told apart from silence gets."""
 LONG_S = 60.0
 STRANGERS = ("no keys", "keys of another run", "another client's")

@@ -29,7 +29,7 @@ from tests.unit.small_run import scripted_server, small_config, small_snapshot
 BEAT_S = 1.6
 LIMITS = Deadlines(servers_s=20.0, publish_s=20.0, stage_s=10.0, switch_s=10.0, heartbeat_s=BEAT_S, drain_s=5.0)
 
-SLOW_BEAT_S, TOLERANCE_S = 4.0, 3.0
+SLOW_BEAT_S, TOLERANCE_S = 6.0, 5.0
 """Where delays are compared: a loaded machine may stand still for seconds, and one that is not waited for is told from one that is."""
 
 
@@ -362,8 +362,6 @@ def test_a_server_that_leaves_ends_what_it_has_begun(tmp_path: Path) -> None:
 
 
 def test_what_never_comes_is_named(tmp_path: Path) -> None:
-    short = Deadlines(servers_s=0.5, publish_s=0.5, stage_s=0.3, switch_s=0.3, heartbeat_s=0.4, drain_s=1.0)
-
     async def no_server(run: Run) -> None:
         await run.start(run.spec("absent"))
         with pytest.raises(ExceptionGroup) as caught:
@@ -379,5 +377,5 @@ def test_what_never_comes_is_named(tmp_path: Path) -> None:
                 await run.running
             assert caught.group_contains(DeadlineError, match="for v3 from tcp://")
 
-    story(no_server, tmp_path / "1", short)
-    story(no_version, tmp_path / "2", short)
+    story(no_server, tmp_path / "1", replace(LIMITS, servers_s=2.0))
+    story(no_version, tmp_path / "2", replace(LIMITS, publish_s=0.5))
