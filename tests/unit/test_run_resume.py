@@ -154,6 +154,7 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_touched(config: RunC
 
 def test_a_large_checkpoint_is_read_by_the_ranks_alone(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     newest = save(prepare(config).checkpoints, 8)
+    assert resume.READ_HERE_BYTES == 2 << 30, "as docs/FAILURES.md says: what is read in a moment"
     monkeypatch.setattr(resume, "READ_HERE_BYTES", 1999)
     flip(newest)
     prepare(config, resume=True)
