@@ -118,6 +118,7 @@ class _SharedMemory:
             found: set[str] = set()
             for pid in _group(self._child) if set(self._all()) - self._before else ():
                 found |= _mapped(pid)
+            found &= set(self._all())  # what is below a directory there is somebody's files: a model, a run directory
             self._note(found - self._before - self._seen)
             self._seen |= found
 
@@ -166,7 +167,7 @@ def _remove_recorded() -> None:
             for line in lines:
                 inode, _, path = line.partition(" ")
                 with contextlib.suppress(OSError):  # it went meanwhile
-                    if path.startswith(_SHARED_MEMORY + "/") and str(os.lstat(path).st_ino) == inode:  # not another's of that name
+                    if os.path.dirname(path) == _SHARED_MEMORY and str(os.lstat(path).st_ino) == inode:  # not another's of that name
                         kept = kept or path in held
                         if path not in held:
                             os.unlink(path)

@@ -313,7 +313,8 @@ class DeadlinesConfig:
     step_s: float = key(900.0, "a training rank's one step, publish or save, and each collective operation in it", low=1.0)
     silence_s: float = key(
         30.0,
-        "a rank or orchestrator that shows no sign of life for this long is stuck, and is ended; a rank that is built has ranks_start_s",
+        "a rank or orchestrator that shows no sign of life for this long is stuck, and is ended; a rank that is built or loads a checkpoint"
+        " has ranks_start_s",
         low=1.0,
     )
     publish_s: float = key(180.0, "the orchestrator waits for a version that the trainer promised", low=1.0)

@@ -115,11 +115,11 @@ class Members:
     def answers(self, member: Member, silent_since: float, now: float) -> None:
         """It is there after all. One that was suspended serves again if it has the live version; else it must switch first.
 
-        ``silent_since`` is inf where it answered before. While it was silent it could not stage, so it has that time anew; a probe that
-        came late gives it none, or a server that answers most probes and stages nothing would never be overdue.
+        ``silent_since`` is inf where it answered before. While it was silent it could not stage, so that time does not count; a probe that
+        came late takes none, or a server that answers most probes and stages nothing would never be overdue.
         """
         if now - silent_since > self._heartbeat_s:
-            self._owe(member, now)
+            member.owes_since += now - silent_since
         if member.state is State.SUSPENDED and member.version != NO_VERSION and member.version >= self.live:
             self._set(member, State.SERVING, "", now)
 

@@ -80,8 +80,9 @@ class Signs:
         return ""
 
     def _patience(self, beat: Beat) -> float:
-        """Imports and compilations of the start hold the interpreter for long, and longer where many processes start on few cores."""
-        return max(self._start_s, self._silence_s) if beat.doing.startswith(BUILD) else self._silence_s
+        """Imports and compilations of the start hold the interpreter for long, and longer where many processes start on few cores; so does
+        torch while it reads a large tensor of a checkpoint."""
+        return max(self._start_s, self._silence_s) if beat.doing.startswith((BUILD, LOAD)) else self._silence_s
 
 
 def name_all(beats: list[Beat]) -> str:

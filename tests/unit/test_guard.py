@@ -35,6 +35,7 @@ def make(name):
     descriptor = os.open("/dev/shm/" + name, os.O_CREAT | os.O_RDWR)
     os.ftruncate(descriptor, 4096)
     return mmap.mmap(descriptor, 4096)
+files = [make(name) for name in sys.argv[1:]]
 held = [make(f"neox-rl-test-{os.getpid()}-{kind}") for kind in ("left", "shared")]
 print(os.getpid(), 0, 0, flush=True)
 time.sleep(60)
@@ -190,7 +191,12 @@ def test_named_shared_memory_of_killed_processes_goes_and_that_of_others_stays(l
 
 
 def test_named_shared_memory_that_a_killed_guardian_left_goes_with_the_next_one(log: Path, tmp_path: Path) -> None:
-    process = guarded_popen(python(SHARING), os.environ, log)
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="neox-rl-test-files-") as directory:
+        _left_by_a_killed_guardian(log, tmp_path, Path(directory, "a-model-that-was-staged-there"))
+
+
+def _left_by_a_killed_guardian(log: Path, tmp_path: Path, file: Path) -> None:
+    process = guarded_popen([*python(SHARING), str(file.relative_to("/dev/shm"))], os.environ, log)
     pid = pids(log, 1)[0]
     left, shared = (Path(f"/dev/shm/neox-rl-test-{pid}-{kind}") for kind in ("left", "shared"))
     with shared.open("rb"):
@@ -200,7 +206,7 @@ def test_named_shared_memory_that_a_killed_guardian_left_goes_with_the_next_one(
         wait_for(lambda: not alive([pid]))
         assert left.exists() and shared.exists(), "who could have removed them is gone"
         assert guarded_popen(python("pass"), {}, tmp_path / "next.log").wait(20.0) == 0
-        assert not left.exists() and shared.exists()
+        assert not left.exists() and shared.exists() and file.exists()
     other = Path(f"/dev/shm/neox-rl-test-{pid}-left")
     other.touch()  # its name was given again, to what is nobody's business here
     assert guarded_popen(python("pass"), {}, tmp_path / "next.log").wait(20.0) == 0

@@ -193,7 +193,7 @@ def test_a_server_that_moves_on_or_owes_nothing_has_time() -> None:
     assert not story.members.overdue(story.of["slow"], math.inf, 1e6, 300.0, 10.0), "after a rollback it owes nothing"
 
 
-def test_a_silence_that_was_allowed_leaves_the_whole_time_to_stage_and_a_late_probe_gives_none() -> None:
+def test_a_silence_that_was_allowed_does_not_count_as_time_to_stage_and_a_late_probe_does() -> None:
     story = Story("good", "cut off")
     story.serving(0, "good", "cut off")
     member = story.of["cut off"]
@@ -203,11 +203,22 @@ def test_a_silence_that_was_allowed_leaves_the_whole_time_to_stage_and_a_late_pr
     assert not story.members.overdue(member, 3.0, 250.0, 300.0, 180.0)
     story.members.answers(member, 3.0, 250.0)
     assert not story.members.overdue(member, math.inf, 250.0, 300.0, 180.0)
-    for at in range(260, 430, 10):  # now and then a probe of it comes late
+    for at in range(260, 420, 10):  # now and then a probe of it comes late
         story.members.answers(member, at - BEAT, float(at))
         story.members.answers(member, math.inf, at + 1.0)
-    assert not story.members.overdue(member, math.inf, 430.0, 300.0, 180.0)
-    assert "came to no newer one in 180 s" in story.members.overdue(member, math.inf, 430.1, 300.0, 180.0)
+    assert not story.members.overdue(member, math.inf, 428.0, 300.0, 180.0), "1 s before the silence, which began at 3 s"
+    assert "came to no newer one in 180 s" in story.members.overdue(member, math.inf, 428.1, 300.0, 180.0)
+
+
+def test_a_server_that_falls_silent_again_and_again_and_stages_nothing_is_overdue_all_the_same() -> None:
+    story = Story("good", "flaps")
+    story.serving(0, "good", "flaps")
+    story.members.offer(1, 0.0)
+    now = 0.0
+    for _ in range(18):
+        story.members.answers(story.of["flaps"], now + 10.0, now + 15.0 + BEAT)
+        now += 15.0 + BEAT
+    assert "came to no newer one in 180 s" in story.members.overdue(story.of["flaps"], math.inf, now + 0.1, 300.0, 180.0)
 
 
 ACTIONS = st.sampled_from(["switch", "suspend", "lose", "answers", "begin", "tick"])

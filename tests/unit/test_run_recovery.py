@@ -137,11 +137,12 @@ def test_waits_with_deadlines_of_their_own_are_no_standstill(doing: str) -> None
     assert signs.stuck("trainer-", 39.0) == ""
 
 
-def test_a_rank_that_is_built_may_be_silent_as_long_as_a_start_may_take() -> None:
+@pytest.mark.parametrize("doing", ["build", "load directory d"])
+def test_a_rank_that_is_built_or_loads_may_be_silent_as_long_as_a_start_may_take(doing: str) -> None:
     signs = Signs(silence_s=5.0, step_s=10.0, start_s=30.0)
-    told(signs, *((float(t), [beat(0, 1, "build"), beat(1, t + 1, "build")]) for t in range(40)))
+    told(signs, *((float(t), [beat(0, 1, doing), beat(1, t + 1, doing)]) for t in range(40)))
     assert signs.stuck("trainer-", 30.0) == ""
-    assert signs.stuck("trainer-", 31.0) == "shows no sign of life for 31 s: trainer-0 (pid 100 on here), at build"
+    assert signs.stuck("trainer-", 31.0) == f"shows no sign of life for 31 s: trainer-0 (pid 100 on here), at {doing}"
 
 
 def test_time_in_which_the_launcher_was_stopped_itself_counts_for_nothing() -> None:
