@@ -6,6 +6,9 @@
 
 A checkpoint is written to ``<name>.tmp`` and renamed once every rank is done: a reader never sees half of one. One of the same step is
 moved to ``<name>.old`` until the new one stands in its place. Every file is on the disk before the rename that makes it count.
+
+Who points ``latest`` at an earlier one undoes those of higher steps: the next save moves them to ``<name>.undone1`` (2, ...), where
+nothing sees them any more. Its own step may be higher than theirs, and they would pass for what lies between the two.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -31,6 +35,7 @@ def publish(temporary: Path, final: Path, meta: Mapping[str, Json]) -> None:
     """Makes a whole checkpoint visible: meta last, then the rename, then the pointer."""
     _write(temporary / META, sealed({**meta, FILES: noted(temporary)}))
     to_disk(temporary)
+    _set_undone_aside(final)
     replaced = _replaced(final)
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
@@ -44,14 +49,23 @@ def publish(temporary: Path, final: Path, meta: Mapping[str, Json]) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def prune(newest: Path, keep: int) -> None:
-    """Removes all checkpoints beside ``newest`` but the ``keep`` - 1 last ones before it; 0 keeps all.
+def _set_undone_aside(final: Path) -> None:
+    """The pointer still names what was loaded or saved last: no checkpoint of a higher step is of this timeline."""
+    last = min(step for step in (step_of(pointed(final.parent)), step_of(final.name)) if step is not None)
+    for path in whole(final.parent):
+        if (step_of(path.name) or 0) > last:
+            names = (path.with_name(f"{path.name}.undone{n}") for n in count(1))
+            aside = next(name for name in names if not name.exists())
+            logger.warning("%s was undone and is now %s: training went on from step %d", path, aside.name, last)
+            path.rename(aside)
 
-    Those of higher steps are of a timeline that was undone: one that is damaged must not stay in the place of a good one.
-    """
+
+def prune(newest: Path, keep: int) -> None:
+    """Removes all checkpoints beside ``newest`` but the ``keep`` - 1 last ones before it, also those that were undone; 0 keeps all."""
     if keep:
         before = earlier(newest)[: keep - 1]
-        for path in [path for path in whole(newest.parent) if path != newest and path not in before]:
+        undone = [path for path in newest.parent.glob("*step*.undone*") if (path / META).is_file()]
+        for path in [path for path in (*whole(newest.parent), *undone) if path != newest and path not in before]:
             # Without its meta data it is no checkpoint: a removal that is cut short leaves none that looks whole.
             (path / META).unlink()
             shutil.rmtree(path, ignore_errors=True)

@@ -10,7 +10,7 @@ from typing import Any
 from neox_rl.config.derived import warmstart_skipped
 from neox_rl.config.load import load_resolved
 from neox_rl.config.run import RunConfig
-from neox_rl.engines.checkpoint_digests import META, step_of
+from neox_rl.engines.checkpoint_digests import META, step_of, whole
 from neox_rl.engines.checkpoint_files import pointed
 from neox_rl.errors import ConfigError
 from neox_rl.queue.history import fold
@@ -95,14 +95,15 @@ def _rows(audit: Audit, rows: list[dict[str, Any]], warm_steps: int, finished: b
 
 
 def _checkpoints(audit: Audit, directory: Path) -> None:
-    """Those behind the one that the pointer names are of a timeline that was undone: the user went back."""
+    """Those behind the one that the pointer names are of a timeline that was undone: the user went back. So is what the next save moved
+    aside, and what a save of the same step replaced."""
     newest = step_of(pointed(directory))
-    for path in sorted(directory.glob(f"*/{META}")):
-        if newest is not None and (step_of(path.parent.name) or 0) > newest:
+    for path in reversed(whole(directory)):
+        if newest is not None and (step_of(path.name) or 0) > newest:
             continue
-        state = _object(path).get("client_state") or {}
+        state = _object(path / META).get("client_state") or {}
         feed = state.get("feed") or {}
-        audit.saved(path.parent.name, int(state.get("rl_step", 0)), feed.get("queue") if isinstance(feed, dict) else None)
+        audit.saved(path.name, int(state.get("rl_step", 0)), feed.get("queue") if isinstance(feed, dict) else None)
 
 
 def _summary(audit: Audit, summary: dict[str, Any], rows: list[dict[str, Any]], finished: bool) -> None:

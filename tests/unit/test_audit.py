@@ -15,6 +15,7 @@ import pytest
 
 from neox_rl.config.dump import dump
 from neox_rl.config.load import load_resolved
+from neox_rl.engines import checkpoint_files
 from neox_rl.errors import StalenessError
 from neox_rl.queue.book import Book
 from neox_rl.queue.journal import LEDGER, open_journal
@@ -284,6 +285,19 @@ def test_a_checkpoint_of_a_timeline_that_the_user_undid_is_left_out(run_dir: Pat
     (later / "meta.json").write_text(json.dumps({"client_state": {"rl_step": 6, "feed": {"queue": queue_after(4)}}}))
     (later.parent / "latest").write_text(f"{latest}\n")
     assert main([str(run_dir)]) == status
+
+
+@pytest.mark.parametrize("keep", [0, 2])
+def test_a_checkpoint_that_the_user_undid_is_left_out_once_a_later_one_is_saved(run_dir: Path, keep: int) -> None:
+    """As step 40, 47, back to 40, then 50: its step lies between two of this timeline, and its queue is of another."""
+    checkpoints = run_dir / "checkpoints"
+    for name, queue in (("step000006", queue_after(3)), ("step000007", queue_after(4))):
+        (checkpoints / "latest").write_text("step000004\n")
+        (checkpoints / f"{name}.tmp").mkdir()
+        state = {"client_state": {"rl_step": 4, "feed": {"queue": queue}}}
+        checkpoint_files.publish(checkpoints / f"{name}.tmp", checkpoints / name, state)
+        checkpoint_files.prune(checkpoints / name, keep)
+        assert main([str(run_dir)]) == (1 if name == "step000006" else 0)
 
 
 def test_a_warm_start_that_a_checkpoint_took_the_place_of_has_no_rows(run_dir: Path) -> None:

@@ -127,7 +127,8 @@ def test_kill_9_at_any_moment_of_saving_leaves_the_newest_whole_checkpoint(tmp_p
 
 
 def test_the_pointer_decides_and_without_it_the_newest_whole_one(tmp_path: Path) -> None:
-    newest, pointed = save(tmp_path, 10_000_000), save(tmp_path, 9)
+    pointed, newest = save(tmp_path, 9), save(tmp_path, 10_000_000)
+    (tmp_path / "latest").write_text(f"{pointed.name}\n")
     (tmp_path / "step99999999.tmp").mkdir()
     (tmp_path / "step99999999").mkdir()
     assert checkpoint_files.find(tmp_path) == pointed
@@ -160,13 +161,37 @@ def test_who_cannot_use_one_is_told_the_last_whole_one_before_it(tmp_path: Path,
     assert "there is no earlier checkpoint beside it" in checkpoint_digests.fix(tmp_path / first), "later ones are of an undone timeline"
 
 
-@pytest.mark.parametrize(("keep", "left"), [(0, [1, 2, 3, 8, 5]), (1, [5]), (2, [3, 5]), (3, [2, 3, 5]), (9, [1, 2, 3, 5])])
+@pytest.mark.parametrize(("keep", "left"), [(0, [1, 2, 3, 5]), (1, [5]), (2, [3, 5]), (3, [2, 3, 5]), (9, [1, 2, 3, 5])])
 def test_the_newest_and_the_last_ones_before_it_are_kept(tmp_path: Path, keep: int, left: list[int]) -> None:
-    """Step 8 is from before a return to step 3: it may be damaged, and is never kept in the place of a good one."""
+    """Step 8 is from before a return to step 3: it may be damaged, and never stays in the place of a good one."""
     for step in (1, 2, 3, 8, 5):
         newest = save(tmp_path, step)
     (tmp_path / "notes").mkdir()
     checkpoint_files.prune(newest, keep)
-    assert {path.name for path in tmp_path.iterdir()} == {"latest", "notes", *(f"step{step:06d}" for step in left)}
+    undone = [] if keep else ["step000008.undone1"]
+    assert {path.name for path in tmp_path.iterdir()} == {"latest", "notes", *undone, *(f"step{step:06d}" for step in left)}
     assert checkpoint_files.find(tmp_path) == newest
     assert "step000008" not in checkpoint_digests.fix(newest)
+
+
+@pytest.mark.parametrize(("keep", "left"), [(0, ["step000040", "step000047.undone1", "step000050"]), (2, ["step000040", "step000050"])])
+def test_what_was_undone_is_no_checkpoint_before_a_later_one(tmp_path: Path, keep: int, left: list[str]) -> None:
+    """The stop at step 47 saved one that is damaged: the user went back to step 40, and the next one is of step 50."""
+    stock = tmp_path / "global_step45"
+    stock.mkdir()
+    for step in (40, 47):
+        save(tmp_path, step)
+    (tmp_path / "latest").write_text("step000040\n")
+    newest = save(tmp_path, 50)
+    checkpoint_files.prune(newest, keep)
+    assert {path.name for path in tmp_path.iterdir()} == {"latest", stock.name, *left}
+    assert f": echo step000040 > {tmp_path}/latest" in checkpoint_digests.fix(newest)
+
+
+def test_who_undoes_a_step_twice_finds_both(tmp_path: Path) -> None:
+    save(tmp_path, 40)
+    for step in (47, 47, 50):
+        (tmp_path / "latest").write_text("step000040\n")
+        save(tmp_path, step)
+    assert [path.name for path in checkpoint_digests.whole(tmp_path)] == ["step000050", "step000040"]
+    assert {path.name for path in tmp_path.glob("*.undone*")} == {"step000047.undone1", "step000047.undone2"}
