@@ -48,6 +48,10 @@ class DamagedError(WeightError):
     """A checkpoint that does not hold what was saved, or does not fit. Names the file; a new start would only find it again."""
 
 
+class UnreadableError(WeightError):
+    """A checkpoint that the system does not give now: a disk that is away for a moment, no memory, no files. A new start may read it."""
+
+
 class ProcessDiedError(NeoxRLError):
     """A process of the run ended when it should not have. Names the process, its exit status and its log."""
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from neox_rl.errors import ConfigError, DamagedError
+from neox_rl.errors import ConfigError, WeightError
 from neox_rl.run.audit import names, table
 from neox_rl.run.audit_files import Audited, audit_run
 from neox_rl.telemetry.paths import RunPaths
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="run directory")
     try:
         found = audit_run(RunPaths.of(parser.parse_args(argv).run))
-    except (ConfigError, DamagedError) as error:
+    except (ConfigError, WeightError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     print(report(found))

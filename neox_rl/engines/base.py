@@ -31,7 +31,7 @@ from neox_rl.engines.model_shape import ModelShape, model_shape
 from neox_rl.engines.packed import Gather
 from neox_rl.engines.port import LossFn, Policy, StepReport, Topology
 from neox_rl.engines.weight_parts import WeightParts, World
-from neox_rl.errors import DamagedError, DiskFullError, NeoxRLError, WeightError
+from neox_rl.errors import DamagedError, DiskFullError, NeoxRLError, UnreadableError, WeightError
 from neox_rl.loss.metrics import is_max
 from neox_rl.loss.vocab_parallel import token_logprobs_and_entropy
 from neox_rl.types import Json
@@ -238,18 +238,23 @@ class RankEngine(ABC):
                 tensor.data = data
 
     def _read_meta(self, checkpoint: Path, layout: Mapping[str, Json]) -> dict[str, Any]:
-        """See ``checkpoint_files.read_meta``. What one rank finds wrong is raised on all: the last word of each is then the same."""
-        rank, size, wrong = self.topology.rank, self.topology.world_size, ""
+        """See ``checkpoint_files.read_meta``. What one rank finds wrong is raised on all: the last word of each is then the same.
+
+        Damage that one has read counts before what another could not read: only the latter is worth a new start.
+        """
+        rank, size, wrong, place = self.topology.rank, self.topology.world_size, "", 2 * self.topology.world_size
         meta: dict[str, Any] = {}
         try:
             meta = read_meta(checkpoint, layout, rank, size)
         except (WeightError, OSError) as error:
-            wrong = str(error)
-        first = torch.tensor(rank if wrong else size)
+            unreadable = isinstance(error, UnreadableError | OSError) and not isinstance(error, PermissionError)
+            wrong, place = str(error), rank + size * unreadable
+        first = torch.tensor(place)
         dist.all_reduce(first, dist.ReduceOp.MIN, group=self._world.control)
-        if int(first) < size:
-            data = wrong.encode() if rank == int(first) else None
-            raise DamagedError(broadcast(data, self._world.control, int(first), torch.device("cpu")).decode())
+        if int(first) < 2 * size:
+            source = int(first) % size
+            words = broadcast(wrong.encode() if rank == source else None, self._world.control, source, torch.device("cpu")).decode()
+            raise DamagedError(words) if int(first) < size else UnreadableError(words)
         return meta
 
     # Control

@@ -17,7 +17,7 @@ from typing import Any
 
 from xxhash import xxh3_64_hexdigest, xxh3_128
 
-from neox_rl.errors import DamagedError
+from neox_rl.errors import DamagedError, UnreadableError
 from neox_rl.types import Json
 
 META, FILES, SEAL = "meta.json", "files", "xxh3"
@@ -53,7 +53,7 @@ def sealed(meta: Mapping[str, Json]) -> str:
 
 
 def read_sealed(checkpoint: Path) -> dict[str, Any]:
-    """The meta data of a checkpoint. Raises DamagedError, PermissionError."""
+    """The meta data of a checkpoint. Raises DamagedError, UnreadableError, PermissionError."""
     path = checkpoint / META
     try:
         with reading(path, checkpoint):
@@ -94,13 +94,13 @@ def check_digests(checkpoint: Path, meta: Mapping[str, Any], rank: int, num_rank
 
 @contextmanager
 def reading(path: Path, checkpoint: Path) -> Iterator[None]:
-    """What a disk that fails does not give is damage; ``OSError`` of a read names no file. Who may not read it is another matter."""
+    """What the system does not give may be whole: that undoes no steps yet. ``OSError`` of a read names no file; one of rights does."""
     try:
         yield
     except PermissionError:
         raise
     except OSError as error:
-        raise DamagedError(f"{path} is damaged: it cannot be read ({error}); {fix(checkpoint)}") from error
+        raise UnreadableError(f"{path} cannot be read ({error}): try again; if it stays so, {fix(checkpoint)}") from error
 
 
 def fix(checkpoint: Path) -> str:

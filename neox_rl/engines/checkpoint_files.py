@@ -94,7 +94,7 @@ def find(directory: Path) -> Path:
 
 
 def pointed(directory: Path) -> str:
-    """The name that the pointer in ``directory`` holds; empty without one. Raises DamagedError, PermissionError."""
+    """The name that the pointer in ``directory`` holds; empty without one. Raises UnreadableError, PermissionError."""
     pointer = directory / LATEST
     with reading(pointer, pointer):
         return pointer.read_text(errors="replace").strip() if pointer.is_file() else ""

@@ -27,7 +27,7 @@ from neox_rl.engines import checkpoint_files, mcore_state
 from neox_rl.engines.gpt_neox import GptNeoXEngine
 from neox_rl.engines.port import Engine
 from neox_rl.engines.registry import build_engine
-from neox_rl.errors import ConfigError, DamagedError, DiskFullError, NeoxRLError, WeightError
+from neox_rl.errors import GIVES_UP, ConfigError, DamagedError, DiskFullError, NeoxRLError, WeightError, exit_status
 from tests.invariance.engine_batches import VOCAB, loss_fn, sequences, split
 
 NEOX = NeoXConfig(hidden_size=32, num_attention_heads=2, num_layers=2, seq_length=64)
@@ -204,11 +204,13 @@ def test_a_checkpoint_that_is_not_what_was_saved_is_never_loaded(engine: Engine,
     assert engine.load(tmp_path) == {"cursor": [1]}
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
-def test_a_checkpoint_that_cannot_be_read_ends_the_rank_like_a_damaged_one(
-    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+@pytest.mark.parametrize(
+    ("number", "status"), [(errno.EIO, 1), (errno.ESTALE, 1), (errno.EMFILE, 1), (errno.ENOMEM, 1), (errno.EACCES, GIVES_UP)]
+)
+def test_a_checkpoint_that_cannot_be_read_ends_the_rank_and_may_be_tried_again(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int
 ) -> None:
-    """The others wait for this rank's word on its share."""
+    """The others wait for this rank's word on its share. A disk that is away for a moment has damaged nothing; rights stay as they are."""
     path, opened = engine.save(tmp_path, {}), Path.open
 
     def failing(file: Path, *args: Any, **options: Any) -> Any:
@@ -217,8 +219,9 @@ def test_a_checkpoint_that_cannot_be_read_ends_the_rank_like_a_damaged_one(
         return opened(file, *args, **options)
 
     monkeypatch.setattr(Path, "open", failing)
-    with pytest.raises(DamagedError, match=os.strerror(number)):
+    with pytest.raises(WeightError, match=os.strerror(number)) as raised:
         engine.load(tmp_path)
+    assert exit_status(raised.value) == status and ("try again; if it stays so" in str(raised.value)) is (status == 1)
 
 
 def test_checkpoint_of_another_layout_is_refused_by_name(engine: Engine, tmp_path: Path) -> None:

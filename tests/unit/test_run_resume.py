@@ -165,7 +165,7 @@ def test_a_large_checkpoint_is_read_by_the_ranks_alone(config: RunConfig, monkey
 
 @pytest.mark.parametrize("name", ["rank00001.safetensors", "meta.json", "latest"])
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
-def test_a_disk_that_fails_is_damage_and_a_file_of_another_user_is_none(
+def test_a_disk_that_fails_is_tried_again_and_a_file_of_another_user_is_not(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch, name: str, number: int
 ) -> None:
     """The system names no file where a read fails, only where an opening does."""
@@ -180,7 +180,8 @@ def test_a_disk_that_fails_is_damage_and_a_file_of_another_user_is_none(
         return opened(path, *args, **options)
 
     monkeypatch.setattr(Path, "open", failing)
-    damaged = rf"{name} is damaged: it cannot be read \(\[Errno 5\] Input/output error\); put back a copy, or go on from another one: echo"
+    again = r"try again; if it stays so, put back a copy, or go on from another one: echo"
+    damaged = rf"{name} cannot be read \(\[Errno 5\] Input/output error\): {again}"
     refused = rf"cannot read \S+/{name}: Permission denied; resume as the user who began the run"
     with pytest.raises(ConfigError, match=damaged if number == errno.EIO else refused):
         prepare(config, resume=True)
