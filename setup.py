@@ -25,6 +25,7 @@ REQUIRED = [
     "sympy>=1.13",
     "pyzmq>=26",
     "aiohttp",
+    "uvloop>=0.19",
     "msgspec",
     "blake3",
     "xxhash>=3",

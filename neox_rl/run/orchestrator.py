@@ -22,6 +22,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+import uvloop
+
 from neox_rl.codec import encode_group
 from neox_rl.config.derived import shares_prefixes
 from neox_rl.config.load import load_resolved
@@ -366,7 +368,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     paths = RunPaths.of(args.run_dir)
     failures: list[BaseException] = []
     try:
-        asyncio.run(serve(load_resolved(paths.config), paths))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(serve(load_resolved(paths.config), paths))
     except asyncio.CancelledError:
         return 128 + signal.SIGTERM
     except BaseExceptionGroup as group:
