@@ -204,7 +204,7 @@ class Growth:
             return
         for i, score in zip(unknown, scores.values, strict=True):
             good = math.isfinite(score) and 0.0 <= score <= 1.0
-            self.counts[BAD_VALUE] += not good and not (scores.failed and math.isnan(score))
+            self.counts[BAD_VALUE] += not good and not (math.isnan(score) and (scores.failed or scores.unpaid))
             self.nodes[i].value, self.nodes[i].scored = float(score) if good else 0.0, good
             self.nodes[i].exact = float(score) if good and scores.exact else None
         if scores.failed:

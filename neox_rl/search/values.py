@@ -17,12 +17,14 @@ from neox_rl.types import Completion, Finish, SamplingParams
 
 class Scores(NamedTuple):
     """One value a position, NaN where there is none, and the tokens they cost. No values at all: what is left cannot pay for them.
-    ``exact``: they are no estimates. ``failed``: why some are missing, which are NaN and may be asked for again; the others are as good."""
+    ``exact``: they are no estimates. ``failed``: why some are missing, which are NaN and may be asked for again; the others are as good.
+    ``unpaid``: those that are NaN are it because what is left could not pay for them."""
 
     values: Sequence[float]
     num_tokens: int = 0
     exact: bool = False
     failed: Exception | None = None
+    unpaid: bool = False
 
 
 class Value(Protocol):
@@ -70,15 +72,27 @@ class HeuristicValue:
         return Scores([p.domain.guess(p.state) for p in positions])
 
 
+class Played(NamedTuple):
+    """Ways to go on from a place: how many came to a right end, how many ``max_tokens`` cut off, and the tokens of all."""
+
+    right: int
+    cut: int
+    num_tokens: int
+
+
 class Playouts(Protocol):
-    async def play(self, position: Position, k: int, max_tokens: int) -> tuple[int, int]:
-        """(right ends, tokens) of ``k`` ways to go on from ``position``, each of at most ``max_tokens`` tokens."""
+    async def play(self, position: Position, k: int, max_tokens: int) -> Played:
+        """``k`` ways to go on from ``position``, each of at most ``max_tokens`` tokens."""
         ...
 
 
 @dataclass(frozen=True)
 class MonteCarloValue:
-    """(11): the mean reward of ``k`` completions from the node. The paper takes 16 a step for labels and 128 to evaluate."""
+    """(11): the mean reward of ``k`` completions from the node. The paper takes 16 a step for labels and 128 to evaluate.
+
+    A completion that is not done after ``max_tokens`` tokens is wrong. One that is cut off before, since no more is left of the search's
+    budget, says nothing: the mean is over the others, and a node without any has no value.
+    """
 
     playouts: Playouts
     k: int = 8
@@ -89,11 +103,13 @@ class MonteCarloValue:
         cap = self.max_tokens if max_tokens is None else min(self.max_tokens, max_tokens // (self.k * max(1, unended)))
         if cap < 1 and unended:
             return Scores(())
-        return await every(self._played(position, cap) for position in positions)
+        scores = await every(self._mean(position, cap) for position in positions)
+        return scores._replace(unpaid=cap < self.max_tokens)
 
-    async def _played(self, position: Position, cap: int) -> tuple[float, int]:
-        right, tokens = await self.playouts.play(position, self.k, cap)
-        return right / self.k, tokens
+    async def _mean(self, position: Position, cap: int) -> tuple[float, int]:
+        played = await self.playouts.play(position, self.k, cap)
+        told = self.k - (played.cut if cap < self.max_tokens else 0)
+        return played.right / told if told else math.nan, played.num_tokens
 
 
 @dataclass(frozen=True)
@@ -104,19 +120,21 @@ class PolicyPlayouts:
     proposer: PolicyProposer
     verifier: Verifier
 
-    async def play(self, position: Position, k: int, max_tokens: int) -> tuple[int, int]:
+    async def play(self, position: Position, k: int, max_tokens: int) -> Played:
         if position.domain.is_end(position.state):
-            return k * (await position.domain.judge(position.texts, position.state)).correct, 0
+            return Played(k * (await position.domain.judge(position.texts, position.state)).correct, 0, 0)
         policy = self.proposer
         prompt = (*policy.prompt_ids(position.problem), *position.ids)
-        cap = min(max_tokens, policy.max_context - len(prompt)) if policy.max_context else max_tokens
+        room = policy.max_context - len(prompt) if policy.max_context else max_tokens + 1
+        cap = min(max_tokens, room)
         if cap < 1:
-            return 0, 0
+            return Played(0, 0, 0)
         seed = position.seed if policy.seeded else None
         params = SamplingParams(cap, policy.temperature, policy.top_p, (), seed)
         completions = await policy.generator.sample(prompt, params, k, f"{position.problem.id}/playout")
         right = await asyncio.gather(*(self._right(position, completion) for completion in completions))
-        return sum(right), sum(len(c.ids) for c in completions)
+        cut = sum(c.finish is Finish.LENGTH for c in completions) if max_tokens < room else 0  # else the context ended them
+        return Played(sum(right), cut, sum(len(c.ids) for c in completions))
 
     async def _right(self, position: Position, completion: Completion) -> bool:
         """A completion that was cut off has no answer."""
@@ -132,20 +150,22 @@ class StepPlayouts:
 
     proposer: Proposer
 
-    async def play(self, position: Position, k: int, max_tokens: int) -> tuple[int, int]:
+    async def play(self, position: Position, k: int, max_tokens: int) -> Played:
         played = await asyncio.gather(*(self._play(replace(position, seed=derived_seed(position.seed, i)), max_tokens) for i in range(k)))
-        return sum(right for right, _ in played), sum(tokens for _, tokens in played)
+        return Played(*map(sum, zip(*played, strict=True)))
 
-    async def _play(self, position: Position, max_tokens: int) -> tuple[bool, int]:
+    async def _play(self, position: Position, max_tokens: int) -> Played:
         spent = 0
         while not position.domain.is_end(position.state):
             proposals = await self.proposer.propose(position, 1, max_tokens - spent)
-            if not proposals or spent + proposals[0].num_tokens > max_tokens:
-                return False, spent
+            if not proposals:
+                return Played(0, int(spent >= max_tokens), spent)
+            if spent + proposals[0].num_tokens > max_tokens:
+                return Played(0, 1, spent)
             spent += proposals[0].num_tokens
             stepped = position.domain.step(position.state, proposals[0].text, proposals[0].ended)
             if isinstance(stepped, Rejection):
-                return False, spent
+                return Played(0, 0, spent)
             position = replace(
                 position,
                 state=stepped.state,
@@ -153,4 +173,4 @@ class StepPlayouts:
                 ids=(*position.ids, *proposals[0].ids),
                 seed=derived_seed(position.seed, "next"),
             )
-        return (await position.domain.judge(position.texts, position.state)).correct, spent
+        return Played(int((await position.domain.judge(position.texts, position.state)).correct), 0, spent)

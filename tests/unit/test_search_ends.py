@@ -24,7 +24,7 @@ from neox_rl.search.scorers import JudgeValue
 from neox_rl.search.search import Search
 from neox_rl.search.strategy import Options
 from neox_rl.search.text_domain import TextDomain
-from neox_rl.search.values import MonteCarloValue, NoValue, PolicyPlayouts
+from neox_rl.search.values import MonteCarloValue, NoValue, Played, PolicyPlayouts
 from neox_rl.types import Completion, End, Finish, Problem, Reason, SamplingParams, Verdict, VersionSpan
 from tests.unit.search_worlds import GRAPH_PROBLEM, Graph, countdown
 
@@ -111,7 +111,7 @@ def test_a_request_of_a_value_that_fails_takes_nothing_from_the_others_and_is_as
     paid, running = list[str](), 0
 
     class Plays:
-        async def play(self, position: Position, k: int, max_tokens: int) -> tuple[int, int]:
+        async def play(self, position: Position, k: int, max_tokens: int) -> Played:
             nonlocal running
             if str(position.state) == "b" and "a" not in paid:
                 raise DeadlineError("a playout", 1.0)
@@ -119,7 +119,7 @@ def test_a_request_of_a_value_that_fails_takes_nothing_from_the_others_and_is_as
             await asyncio.sleep(0.01)
             running -= 1
             paid.append(str(position.state))
-            return 1, 10
+            return Played(1, 0, 10)
 
     graph = Graph({"R": ["a", "b", "c"], "a": ["x"], "b": ["x"], "c": ["x"], "x": ["y"]})
     search = Search("bfs", lambda _: graph, Options(3), max_retries=retries)

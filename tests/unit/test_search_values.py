@@ -89,6 +89,41 @@ def test_monte_carlo_with_a_policy_completes_in_one_request_and_asks_the_verifie
         assert generator.prompts == [f"{TASK.prompt} 7 *3 =21"]
 
 
+def test_a_playout_that_the_budget_cut_says_nothing() -> None:
+    """What a search has left may end a completion that had a right to go on: that is no wrong answer."""
+    text = "21 +5 =26 goal solution ( 7 * 3 ) + 5"
+
+    class Mixed(Writes):
+        async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> tuple[Completion, ...]:
+            right, *_ = await super().sample(prompt_ids, params, 1, rollout_id)
+            cut = Completion((self.ids[0],) * params.max_tokens, (-1.0,) * params.max_tokens, (), Finish.LENGTH)
+            whole = len(right.ids) == len(self.ids)
+            return (right, right, right, cut) if whole else (cut,) * 4
+
+    proposer = PolicyProposer(Mixed(text), TOKENIZER, step_ends(TOKENIZER))
+    value = MonteCarloValue(PolicyPlayouts(proposer, ArithmeticVerifier()), k=4, max_tokens=40)
+    n = len(TOKENIZER.encode(text))
+    assert score(value, GOOD) == Scores([0.75], 3 * n + 40), "cut off at its own length it is wrong"
+    assert score(value, GOOD, max_tokens=4 * n + 4) == Scores([1.0], 3 * n + n + 1, unpaid=True)
+    none = score(value, GOOD, max_tokens=4)
+    assert math.isnan(none.values[0]) and none.num_tokens == 4 and none.unpaid
+
+    random_play = MonteCarloValue(StepPlayouts(ExhaustiveProposer()), k=2, max_tokens=3)
+    here = Position(GRAPH_PROBLEM, Graph({"R": ["a"], "a": ["b"], "b": ["c"]}, frozenset({"c"})), "R", (), (), 0)
+    short = score(random_play, here, max_tokens=5)
+    assert math.isnan(short.values[0]) and short.num_tokens == 4 and short.unpaid
+
+
+def test_a_step_without_a_value_for_want_of_tokens_is_no_bad_value() -> None:
+    class Unpaid:
+        async def score(self, positions: Sequence[Position], max_tokens: int | None) -> Scores:
+            return Scores([math.nan] * len(positions), unpaid=True)
+
+    tree = text_search("answer 1", lambda text: 0.5, value=Unpaid())
+    assert "bad_value" not in tree.counts
+    assert {node.value for node in tree.nodes[1:] if node.verdict is None} == {None}
+
+
 def test_a_process_reward_model_sees_the_path_and_the_meta_critic_earlier_attempts_too() -> None:
     seen: list[str] = []
 
