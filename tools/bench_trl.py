@@ -136,12 +136,14 @@ class Evaluator:
 
 
 def time_to(side: Side, curve: dict[int, float], start: float, target: float) -> float | None:
-    """Seconds of training until the accuracy is reached, between two policies along a straight line."""
+    """Seconds of training until the accuracy is reached, between two policies along a straight line; 0 where it was there at the start."""
+    if start >= target:
+        return 0.0
     before = (0.0, start)
     for step, accuracy in sorted(curve.items()):
         at = (side.seconds[step], accuracy)
         if accuracy >= target:
-            share = (target - before[1]) / (at[1] - before[1]) if at[1] > before[1] else 1.0
+            share = (target - before[1]) / (at[1] - before[1])
             return before[0] + share * (at[0] - before[0])
         before = at
     return None

@@ -23,58 +23,67 @@ from neox_rl.verify.pool import VerifierPool
 BLOCK = 64
 ANSWERS = 8
 Row = tuple[str, str]
+Kind = tuple[str, str, str]
+"""A right answer, the same in another spelling, and a wrong one."""
 _PROSE = "We write the condition down and simplify it. Both cases lead to the same equation, which has one root in the given range. "
 
 
 def plain_rows(count: int, rng: random.Random) -> list[Row]:
     """Numbers, as in GSM8K: an integer is asked for, and boxed or given after hashes."""
-    return [row for _ in range(0, count, ANSWERS) for row in _answers(str(rng.randint(-5000, 5000)), str(rng.randint(-5000, 5000)), rng)]
+    return [row for _ in range(0, count, ANSWERS) for row in _answers(*_number(rng), rng)]
 
 
 def mixed_rows(count: int, rng: random.Random) -> list[Row]:
-    """Formulas, as in MATH: each answer is spelled in another way than the gold answer."""
-    return [row for _ in range(0, count, ANSWERS) for row in _answers(*rng.choice(_KINDS)(rng), rng=rng)]
+    """Formulas and some numbers, as in MATH: half of the right answers are spelled in another way than the gold answer."""
+    return [row for _ in range(0, count, ANSWERS) for row in _answers(*rng.choice(_KINDS)(rng), rng)]
 
 
-def _answers(right: str, wrong: str, rng: random.Random, other: str = "") -> list[Row]:
+def _answers(right: str, other: str, wrong: str, rng: random.Random) -> list[Row]:
+    """``other``: the right answer in a second spelling."""
     rows: list[Row] = []
     for _ in range(ANSWERS):
-        said = rng.choice((right, other or right)) if rng.random() < 0.5 else wrong
+        said = rng.choice((right, other)) if rng.random() < 0.5 else wrong
         ending = f"#### {said}" if right.lstrip("-").isdigit() and rng.random() < 0.3 else rf"Hence the answer is $\boxed{{{said}}}$."
         rows.append((right, _PROSE * rng.randint(1, 6) + ending))
     return rows
 
 
-def _fraction(rng: random.Random) -> Row:
+def _number(rng: random.Random) -> Kind:
+    right = str(rng.randint(-5000, 5000))
+    return right, right, str(rng.randint(-5000, 5000))
+
+
+def _fraction(rng: random.Random) -> Kind:
     a, b = rng.randint(1, 40), rng.randint(2, 40)
-    return rf"\frac{{{a}}}{{{b}}}", rf"\dfrac{{{a + 1}}}{{{b}}}"
+    return rf"\frac{{{a}}}{{{b}}}", rf"\frac{{{3 * a}}}{{{3 * b}}}", rf"\dfrac{{{a + 1}}}{{{b}}}"
 
 
-def _root(rng: random.Random) -> Row:
+def _root(rng: random.Random) -> Kind:
     a, b = rng.randint(2, 9), rng.choice((2, 3, 5, 7, 11))
-    return rf"{a}\sqrt{{{b}}}", rf"\sqrt{{{a * a * b + 1}}}"
+    return rf"{a}\sqrt{{{b}}}", rf"\sqrt{{{a * a * b}}}", rf"\sqrt{{{a * a * b + 1}}}"
 
 
-def _polynomial(rng: random.Random) -> Row:
+def _polynomial(rng: random.Random) -> Kind:
     a, b = rng.randint(1, 9), rng.randint(1, 9)
-    return rf"x^2+{a}x+{b}", rf"{b}+{a}x-x^2"
+    return rf"x^2+{a}x+{b}", rf"{b}+{a}x+x^2", rf"{b}+{a}x-x^2"
 
 
-def _pair(rng: random.Random) -> Row:
-    a, b = rng.randint(-9, 9), rng.randint(1, 9)
-    return rf"({a}, {b})", rf"\left({b}, {a}\right)"
+def _pair(rng: random.Random) -> Kind:
+    a, b = rng.randint(-9, 9), rng.randint(10, 19)
+    return rf"({a}, {b})", rf"\left({a},{b}\right)", rf"\left({b}, {a}\right)"
 
 
-def _interval(rng: random.Random) -> Row:
+def _interval(rng: random.Random) -> Kind:
     a, b = rng.randint(-9, 0), rng.randint(1, 9)
-    return rf"({a},{b}]", rf"({a},{b})"
+    return rf"({a},{b}]", rf"\left({a}, {b}\right]", rf"({a},{b})"
 
 
-def _integer(rng: random.Random) -> Row:
-    return str(rng.randint(0, 999)), str(rng.randint(0, 999))
+def _integer(rng: random.Random) -> Kind:
+    right = rng.randint(0, 999)
+    return str(right), rf"\frac{{{2 * right}}}{{2}}", str(rng.randint(0, 999))
 
 
-_KINDS: tuple[Callable[[random.Random], Row], ...] = (_fraction, _root, _polynomial, _pair, _interval, _integer, _integer, _integer)
+_KINDS: tuple[Callable[[random.Random], Kind], ...] = (_fraction, _root, _polynomial, _pair, _interval, _integer, _integer, _integer)
 
 
 def read_rows(path: Path) -> list[Row]:
