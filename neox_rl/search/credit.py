@@ -33,6 +33,6 @@ def value_labels(tree: Tree) -> Iterator[tuple[tuple[Node, ...], float]]:
 
 def before(tree: Tree, node: Node, verdicts: bool) -> Tree:
     """The tree as a value saw it that was asked for ``node``: what was made before its round. ``verdicts``: those of ends are known without
-    the gold answer."""
+    the gold answer, and so are their exact values."""
     made = tree.nodes[: node.seen]
-    return replace(tree, nodes=made if verdicts else tuple(replace(n, verdict=None) for n in made), answer=NO_NODE)
+    return replace(tree, nodes=made if verdicts else tuple(replace(n, verdict=None, exact=None) for n in made), answer=NO_NODE)

@@ -177,14 +177,15 @@ class Growth:
         return stepped
 
     async def judge(self, ids: Sequence[int]) -> None:
-        """Gives the ended nodes of ``ids`` their verdict. Raises what the verifier raises."""
+        """Gives the ended nodes of ``ids`` their verdict, and by it their exact value. The search goes by that where the question alone can
+        tell it; where only the gold answer does, the search must not know it. Raises what the verifier raises."""
         ends = [self.nodes[i] for i in ids if self.nodes[i].ended]
         paths = [[leaf.text for leaf in self.path(end.id)] for end in ends]
         verdicts = await asyncio.gather(*(self.domain.judge(path, end.state) for path, end in zip(paths, ends, strict=True)))
         for end, verdict in zip(ends, verdicts, strict=True):
             end.verdict, end.scored = verdict, self.domain.checkable
-            end.value = float(verdict.correct and end.scored)
-            end.exact = end.value if end.scored else None
+            end.exact = float(verdict.correct)
+            end.value = end.exact if end.scored else 0.0
         self.ends += [end.id for end in ends]
         self._ended += map(tuple, paths)
 
@@ -206,13 +207,14 @@ class Growth:
             good = math.isfinite(score) and 0.0 <= score <= 1.0
             self.counts[BAD_VALUE] += not good and not (math.isnan(score) and (scores.failed or scores.unpaid))
             self.nodes[i].value, self.nodes[i].scored = float(score) if good else 0.0, good
-            self.nodes[i].exact = float(score) if good and scores.exact else None
+            if self.nodes[i].verdict is None:
+                self.nodes[i].exact = float(score) if good and scores.exact else None
         if scores.failed:
             raise scores.failed
 
     def _visited(self, count: int) -> Tree:
-        """The first ``count`` nodes; without their verdicts where only the gold answer tells them, which no value may see."""
-        leaves = self.nodes[:count] if self.domain.checkable else [replace(leaf, verdict=None) for leaf in self.nodes[:count]]
+        """The first ``count`` nodes; without what the verdicts say where only the gold answer tells them, which no value may see."""
+        leaves = self.nodes[:count] if self.domain.checkable else [replace(leaf, verdict=None, exact=None) for leaf in self.nodes[:count]]
         return Tree(self.problem.id, tuple(map(_node, leaves)))
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -14,16 +15,17 @@ from neox_rl.search.domain import Rejection, State
 from neox_rl.search.earlier import earlier_of, told_earlier
 from neox_rl.search.growth import Budget
 from neox_rl.search.linearize import solution_of
-from neox_rl.search.proposers import ExhaustiveProposer, Position, derived_seed
-from neox_rl.search.rollouts import Remembering, Sample, all_samples, preferences
+from neox_rl.search.proposers import ExhaustiveProposer, Position, Proposal, derived_seed
+from neox_rl.search.rollouts import Baseline, Remembering, Sample, advantages, all_samples, node_samples, preferences
 from neox_rl.search.scorers import Discouraged
 from neox_rl.search.search import Grown, Search
+from neox_rl.search.strategies import STRATEGIES
 from neox_rl.search.strategy import Options
 from neox_rl.search.styles import backtrack
 from neox_rl.search.trees import read_tree, tree_line
 from neox_rl.search.values import HeuristicValue, OracleValue, Scores, Value
-from neox_rl.types import NO_NODE, Finish
-from tests.unit.search_worlds import GRAPH_PROBLEM, TOKENIZER, Graph, RandomPlayer, countdown, policy
+from neox_rl.types import NO_NODE, Finish, VersionSpan
+from tests.unit.search_worlds import GRAPH_PROBLEM, TOKENIZER, Graph, RandomPlayer, Table, countdown, policy
 
 TASK = countdown([2, 3, 5, 7], 24)
 
@@ -80,6 +82,37 @@ def test_an_estimate_is_trained_as_the_mean_of_what_was_seen_below(value: Value)
     assert ends and all(n.exact == n.value == float(n.verdict is not None and n.verdict.correct) for n in ends)
     assert all(n.exact is None for n in grown.tree.nodes if n not in ends)
     assert dict(value_labels(grown.tree)) == {grown.tree.path(n.id): n.value for n in grown.tree.nodes[1:]}
+
+
+class Steps(Graph):
+    """Every step of a graph as a policy would have sampled it."""
+
+    step_tokens = 1
+
+    async def propose(self, position: Position, n: int, max_tokens: int) -> Sequence[Proposal]:
+        return [Proposal(text, 1, (ord(text),), (-1.0,), (VersionSpan(1, 0, 1),)) for text in self.legal(position.state)]
+
+
+@pytest.mark.parametrize("strategy", sorted(set(STRATEGIES) - {"best-of-n"}))
+@pytest.mark.parametrize("value", [Table({"r": 0.0, "w": 1.0}), Discouraged(Table({"r": 0.0, "w": 1.0}))])
+def test_the_end_of_a_text_is_credited_by_its_verdict_and_chosen_without_it(strategy: str, value: Value) -> None:
+    """What guides the search thinks the wrong end right and the right one wrong."""
+    texts = Steps({"R": ["a"], "a": ["r", "w"]}, frozenset("r"), checkable=False)
+    blind = replace(texts, goals=frozenset())
+    one, other = (
+        asyncio.run(Search(strategy, lambda _, graph=graph: graph, Options(2)).run(GRAPH_PROBLEM, graph, value, Budget(9)))
+        for graph in (texts, blind)
+    )
+    ends = {n.text: n for n in one.nodes if n.verdict is not None}
+    samples = [s for s in node_samples(one) if s.node in (ends["r"].id, ends["w"].id)]
+    credit = advantages(one, samples, Baseline.SIBLINGS)
+    assert {one.nodes[s.node].text: a for s, a in zip(samples, credit, strict=True)} == {"r": 0.5, "w": -0.5}
+    assert {path[-1].text: v for path, v in value_labels(one) if path[-1].verdict} == {"r": 1.0, "w": 0.0}
+    assert [(p.better.node, p.worse.node) for p in preferences(samples, 0.2)] == [(ends["r"].id, ends["w"].id)]
+    assert (one.answer, ends["r"].value, ends["w"].value) == (ends["w"].id, 0.0, 1.0), "nobody told the search"
+    told = [replace(tree, nodes=tuple(replace(n, verdict=None, exact=None) for n in tree.nodes)) for tree in (one, other)]
+    assert told[0] == told[1]
+    assert all(n.exact is None for n in before(replace(one, nodes=tuple(replace(n, seen=9) for n in one.nodes)), ends["r"], False).nodes)
 
 
 class Same:
