@@ -69,27 +69,31 @@ class Episodes:
     async def _episode(
         self, context: _Context, params: SamplingParams, max_tokens: int, episode: int, name: str
     ) -> tuple[str, int, Finish]:
-        """Samples one episode onto ``context``: its text as the policy wrote it, tools left out, its tokens, and why it ended."""
-        written: list[int] = []
-        finish = Finish.LENGTH
+        """Samples one episode onto ``context``: its text as the policy wrote it, its tokens, and why it ended.
+
+        In the text a line break stands for what a tool said: what follows an answer is words of their own, never the rest of the call.
+        """
+        texts: list[str] = []
+        used, finish = 0, Finish.LENGTH
         for call in range(MAX_CALLS + 1):
-            room = min(max_tokens - len(written), self.rules.max_context - context.num_tokens)
+            room = min(max_tokens - used, self.rules.max_context - context.num_tokens)
             if room < 1:
-                return self.tokenizer.decode(written), len(written), Finish.LENGTH
+                finish = Finish.LENGTH
+                break
             seed = None if params.seed is None else (params.seed + 7919 * episode + 104_729 * call) & 0x7FFFFFFF
             (completion,) = await self.generator.sample(context.ids, replace(params, max_tokens=room, seed=seed), 1, name)
             context.segments.extend(policy_segments(completion, episode))
-            written += completion.ids
-            finish = completion.finish
+            texts.append(self.tokenizer.decode(completion.ids))
+            used, finish = used + len(completion.ids), completion.finish
             if self.tool is None or finish is not Finish.STOP or call == MAX_CALLS:
                 break
-            said = await self.tool(self.tokenizer.decode(completion.ids))
+            said = await self.tool(texts[-1])
             if said is None:
                 break
             if not context.hear(self.tokenizer.encode(said), episode, self.rules.max_context - 1):
                 finish = Finish.LENGTH
                 break
-        return self.tokenizer.decode(written), len(written), finish
+        return "\n".join(texts), used, finish
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,14 @@ import pytest
 from neox_rl.codec import decode_group, encode_group
 from neox_rl.config.derived import num_episodes, symbolic_words
 from neox_rl.config.run import RunConfig
+from neox_rl.config.schema import TokenizerConfig
 from neox_rl.episodes.tools import Tool
 from neox_rl.errors import ConfigError
 from neox_rl.metacot import UNKNOWN
+from neox_rl.ports import Tokenizer
+from neox_rl.problems.make_tokenizer import EOS, MIN_VOCAB, PAD, train_tokenizer
 from neox_rl.problems.sources import load_problems
-from neox_rl.problems.tokenizer import SymbolicTokenizer, load_tokenizer
+from neox_rl.problems.tokenizer import SymbolicTokenizer, load_tokenizer, save_hf
 from neox_rl.rollout.groups import Attempts
 from neox_rl.run.demonstrating import demonstration_source
 from neox_rl.run.episode_demonstrations import AGAIN_FRAC
@@ -205,6 +209,46 @@ def test_a_tool_is_made_for_episodes_alone(tmp_path: Path) -> None:
 
         assert asyncio.run(said(calculator, "[CALC 2 * 3]")) == "\n= 6\n"
         assert asyncio.run(said(python, "[PYTHON]\nprint(2 * 3)\n[/PYTHON]")) == "\n> 6\n"
+
+
+class Counter:
+    """Asks the calculator for a door, and names the one that it said: 1 in the first episode, 2 in the second ..."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> tuple[Completion, ...]:
+        first, *later = self.tokenizer.decode(prompt_ids).split("[EPISODE")
+        here, number = (later[-1] if later else first), len(later)
+        said = here.rpartition("\n= ")[2].split("\n")[0] if "\n= " in here else f"[CALC 1 + {number}]"
+        ids = (*self.tokenizer.encode(said), self.tokenizer.eos_id)
+        return (Completion(ids, (-0.5,) * len(ids), (VersionSpan(4, 0, len(ids)),), Finish.STOP),)
+
+
+def test_a_policy_that_asks_the_calculator_in_each_episode_is_judged_by_what_it_says_afterwards(tmp_path: Path) -> None:
+    """The run's maker, tool, tokenizer from a directory and verifier."""
+    save_hf(train_tokenizer(["door"], MIN_VOCAB), {"pad_token": PAD, "eos_token": EOS}, tmp_path / "tokenizer")
+    config = goals(tmp_path, tool="calculator", objective="any")
+    blocks = {"tokenizer": TokenizerConfig(str(tmp_path / "tokenizer")), "rollout": replace(config.metarl.rollout, max_new_tokens=40)}
+    config = replace(config, neox=replace(config.neox, seq_length=400), metarl=replace(config.metarl, **blocks))
+    tokenizer = load_tokenizer(config.metarl.tokenizer, config.metarl.problems, num_episodes(config))
+    verifier = make_verifier(config.metarl.verify, config.metarl.problems.source)
+    attempts = Attempts(Counter(tokenizer), verifier, tokenizer, lambda problem, verdict, text, tokens: float(verdict.correct))
+    with ExitStack() as stack:
+        made = make_maker(config, attempts, make_tool(config, stack))
+        group = asyncio.run(made.group(hidden_at(config, 2), 7, SamplingParams(40), 1))
+    (trace,) = group.traces
+    assert (trace.verdict.extracted, trace.reward) == ("-+-", 1.0)
+    told = [(s.role is Role.ENV, tokenizer.decode(s.ids).strip()) for s in trace.segments[1:]]
+    assert told[:6] == [
+        (False, "[CALC 1 + 0]"),
+        (True, "= 1"),
+        (False, "1"),
+        (True, "[EPISODE 2] wrong"),
+        (False, "[CALC 1 + 1]"),
+        (True, "= 2"),
+    ]
+    assert decode_group(encode_group(group)) == group
 
 
 def test_problems_that_nobody_can_attempt_here_are_refused(tmp_path: Path) -> None:

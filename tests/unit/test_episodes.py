@@ -217,6 +217,17 @@ def test_what_a_calculator_says_is_context_and_a_policy_that_only_calls_comes_to
     assert all(sum(len(s.ids) for s in forever.trace.segments if s.episode == e and s.mask) <= 40 for e in (0, 1))
 
 
+@pytest.mark.parametrize(
+    ("after", "extracted", "stopped", "unknown"),
+    [("1", "++", False, 0), (STOP, "-", True, 0), (f"1 {STOP}", "+", True, 0), ("[RESET s1]", "--", False, 2)],
+)
+def test_first_words_behind_an_answer_are_not_the_end_of_the_call(after: str, extracted: str, stopped: bool, unknown: int) -> None:
+    problem = next(p for i in range(99) if (p := goal_problem(3, 2, i)).answer == "1")
+    made = roll_out(problem, lambda context: after if "= 21" in context.split("[EPISODE")[-1] else "[CALC 3*7]", 2, calculate)
+    assert made.trace.verdict.extracted == extracted
+    assert (made.progress.stopped, made.progress.unknown_resets) == (stopped, unknown)
+
+
 def test_what_a_program_prints_is_context_without_loss_and_the_episode_goes_on() -> None:
     problem, box = goal_problem(3, 2, 0), PythonSandbox()
     program = "[PYTHON]\nprint(6 * 7)\n[/PYTHON]"
