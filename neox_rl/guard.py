@@ -28,10 +28,13 @@ _KILL_S = 15.0
 
 
 class GuardedProcess(subprocess.Popen[bytes]):
-    """A ``Popen`` of the guardian, with the program's ``argv`` and ``log_path``, and the write end of the lifeline."""
+    """A ``Popen`` of the guardian, with the program's ``argv`` and ``log_path``, and the write end of the lifeline.
+
+    ``is_over``: it was stopped, and whoever has its number now is a stranger.
+    """
 
     def __init__(self, argv: Sequence[str], log_path: Path, lifeline: int, command: list[str], **popen: Any) -> None:
-        self.program, self.log_path, self.lifeline = tuple(argv), log_path, lifeline
+        self.program, self.log_path, self.lifeline, self.is_over = tuple(argv), log_path, lifeline, False
         super().__init__(command, **popen)
 
     def __del__(self, *args: Any) -> None:
@@ -69,20 +72,30 @@ def guarded_popen(
         os.close(reader)
 
 
-def stop(process: subprocess.Popen[bytes], deadline_s: float) -> int:
-    """SIGTERM to the program's group, SIGKILL after ``deadline_s``. Returns the exit status once the whole group is gone."""
+def stop(process: GuardedProcess, deadline_s: float) -> int:
+    """SIGTERM to the program's group, SIGKILL after ``deadline_s``. Returns the exit status once the whole group is gone.
+
+    Signals nobody when it is called again.
+    """
     for number, wait_s in ((signal.SIGTERM, deadline_s), (signal.SIGQUIT, _KILL_S), (signal.SIGKILL, _KILL_S)):
         if process.poll() is None:
             process.send_signal(number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(wait_s)
     status = process.wait(_KILL_S)
-    _end_session(process.pid)
+    if not process.is_over:
+        _end_session(process.pid)
+        process.is_over = True
     return status
 
 
 def _end_session(leader: int) -> None:
-    """A guardian that was killed itself could end nobody but its child: who is left in its session goes now."""
+    """A guardian that was killed itself could end nobody but its child: who is left in its session goes now.
+
+    ``leader`` was waited for. Its number is nobody's as long as the session has a member: where somebody has it, the session is his.
+    """
+    if Path(f"/proc/{leader}").exists():
+        return
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError, IndexError):
             if int(path.read_text().rpartition(")")[2].split()[3]) == leader:

@@ -140,6 +140,45 @@ def test_when_the_guardian_is_killed_the_program_goes_too(family: GuardedProcess
     os.kill(daemon, signal.SIGKILL)  # in a session of its own nobody is left to find it: the one gap, and two kill -9 wide
 
 
+@contextlib.contextmanager
+def stranger_of_its_own(leaves: bool) -> Iterator[subprocess.Popen[str]]:
+    """The leader of a session, which answers a line with the same; if it ``leaves``, its child does, as a daemon."""
+    answer = "[print(line, end='', flush=True) for line in sys.stdin]"
+    code = f"import os, sys; print(os.getpid(), flush=True); {leaves} and os.fork() and os._exit(0); {answer}"
+    with subprocess.Popen(python(code), text=True, start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as leader:
+        assert leader.stdout is not None
+        leader.stdout.readline()
+        if leaves:
+            leader.wait(30.0)
+        yield leader
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_whoever_has_the_number_of_a_process_that_was_stopped_is_not_signalled(family: GuardedProcess, leaves: bool) -> None:
+    stop(family, 10.0)
+    with stranger_of_its_own(leaves) as stranger:
+        family.pid = stranger.pid
+        stop(family, 10.0)
+        assert answers(stranger)
+
+
+def test_a_number_that_was_given_anew_names_another_session(family: GuardedProcess) -> None:
+    family.send_signal(signal.SIGKILL)
+    family.wait(30.0)
+    with stranger_of_its_own(False) as stranger:
+        family.pid = stranger.pid
+        stop(family, 10.0)
+        assert answers(stranger)
+
+
+def answers(stranger: subprocess.Popen[str]) -> bool:
+    assert stranger.stdin is not None and stranger.stdout is not None
+    with contextlib.suppress(BrokenPipeError):
+        stranger.stdin.write("well\n")
+        stranger.stdin.flush()
+    return stranger.stdout.readline() == "well\n"
+
+
 @pytest.mark.parametrize("forked", [False, True], ids=["alone", "with a forked child that keeps the pipe open"])
 def test_when_the_launcher_is_killed_everything_goes(log: Path, tmp_path: Path, forked: bool) -> None:
     code = f"""
