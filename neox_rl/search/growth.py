@@ -193,7 +193,8 @@ class Growth:
         """Scores the nodes of ``ids``, those left out that have a value already: of a verdict, or of a call that failed half way. Raises
         what ``value`` raises, and what some of its values failed of once the others are kept.
 
-        A value that is not in [0, 1] counts as ``bad_value`` and leaves its node unscored, as one that cannot be paid does.
+        A value that is not in [0, 1], as the NaN of a path that is too long for its model, counts as ``bad_value`` and leaves its node
+        unscored, as one that cannot be paid does.
         """
         unknown = [i for i in ids if not self.nodes[i].scored]
         if not unknown:

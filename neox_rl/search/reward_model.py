@@ -71,7 +71,8 @@ def value_trace(
 
 @dataclass(frozen=True)
 class WordValue:
-    """The value of a position by a served model of this kind; it writes one token a position. NaN where it says neither word.
+    """The value of a position by a served model of this kind; it writes one token a position. NaN where it says neither word, and
+    for a path that leaves no room for one in ``max_context`` (0: no bound), which is not asked about.
 
     ``sees_earlier``: the model was trained as a meta-critic, and what the search did before is told to it.
     """
@@ -86,8 +87,12 @@ class WordValue:
             return Scores(())
         room = max(0, self.max_context - 1)
         prompts = [value_context(p.problem, p.texts, self.tokenizer, self._before(p), room) for p in positions]
-        found = await self.model.next_token(prompts, value_ids(self.tokenizer))
-        return Scores([_share(*map(math.exp, pair)) for pair in found], len(positions))
+        fitting = [i for i, prompt in enumerate(prompts) if not self.max_context or len(prompt) < self.max_context]
+        found = await self.model.next_token([prompts[i] for i in fitting], value_ids(self.tokenizer)) if fitting else ()
+        values = [math.nan] * len(positions)
+        for i, pair in zip(fitting, found, strict=True):
+            values[i] = _share(*map(math.exp, pair))
+        return Scores(values, len(fitting))
 
     def _before(self, position: Position) -> tuple[str, ...]:
         return told_before_path(earlier_of(position), position.problem) if self.sees_earlier else ()

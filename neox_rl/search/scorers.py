@@ -21,6 +21,8 @@ from neox_rl.types import SamplingParams
 JUDGE_PROMPT = "{path}\n\nCan this be continued to a right answer? Answer with one word: sure, likely or impossible.\nAnswer:"
 VOTES: Mapping[str, float] = {"sure": 1.0, "likely": 0.5, "impossible": 0.0}
 """The three words of Tree of Thoughts (arXiv 2305.10601), as values."""
+SHORT = "?"
+"""A text that every scorer can read."""
 
 
 class Scorer(Protocol):
@@ -48,27 +50,37 @@ def path_text(position: Position, earlier_chars: int = 0) -> str:
 @dataclass(frozen=True)
 class PrmValue:
     """A process reward model v(q, S_t) (arXiv 2501.04682, 3.2); with ``sees_earlier`` the meta-critic v(Z_t, S_t, q) (8.3.4),
-    told as much of what the search did before as the scorer can read."""
+    told as much of what the search did before as the scorer can read. NaN for a path that alone is too long for it."""
 
     scorer: Scorer
     sees_earlier: bool = False
 
     async def score(self, positions: Sequence[Position], max_tokens: int | None) -> Scores:
+        """See ``Value``. Raises TextsRefusedError where the scorer refuses texts of any length."""
         chars = MAX_EARLIER_CHARS if self.sees_earlier else 0
         while True:
             try:
                 return Scores(await self.scorer.score([path_text(p, chars) for p in positions]))
             except TextsRefusedError:  # nobody tells the length of its context in characters
                 if not chars:
-                    raise
+                    return Scores([await self._alone(position) for position in positions])
                 chars //= 2
+
+    async def _alone(self, position: Position) -> float:
+        """One text that is too long has all that are asked with it refused."""
+        try:
+            return (await self.scorer.score([path_text(position)]))[0]
+        except TextsRefusedError:
+            await self.scorer.score([SHORT])  # refused too, it is not the length: a search would go on without any value
+            return math.nan
 
 
 @dataclass(frozen=True)
 class JudgeValue:
     """The mean of ``votes`` sampled verdicts of a language model. A vote that names no word of VOTES is not counted; with none left: NaN.
 
-    Only what the judge writes costs tokens, as with the policy. ``max_context`` bounds prompt and answer; 0: no bound.
+    Only what the judge writes costs tokens, as with the policy. ``max_context`` bounds prompt and answer, 0: no bound; a path that leaves
+    no room for an answer is not asked about: NaN.
     """
 
     generator: Generator
@@ -87,8 +99,11 @@ class JudgeValue:
         return await every(self._ask(position, cap) for position in positions)
 
     async def _ask(self, position: Position, cap: int) -> tuple[float, int]:
+        prompt = self._prompt(position, cap)
+        if self.max_context and len(prompt) + cap > self.max_context:
+            return math.nan, 0
         params = SamplingParams(cap, seed=position.seed)
-        completions = await self.generator.sample(self._prompt(position, cap), params, self.votes, f"{position.problem.id}/judge")
+        completions = await self.generator.sample(prompt, params, self.votes, f"{position.problem.id}/judge")
         votes = [vote for c in completions if (vote := self._vote(self.tokenizer.decode(c.ids))) is not None]
         return (sum(votes) / len(votes) if votes else math.nan), sum(len(c.ids) for c in completions)
 

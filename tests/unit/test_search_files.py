@@ -32,7 +32,7 @@ from neox_rl.search.values import HeuristicValue
 from neox_rl.types import NO_NODE, End, Node, Reason, Tree, Verdict, VersionSpan
 from neox_rl.verify.verifier import ArithmeticVerifier
 from tests.unit.search_worlds import RandomPlayer, countdown, policy
-from tests.unit.test_search_values import server
+from tests.unit.test_search_scorers import server
 
 ROOT = Path(__file__).resolve().parents[2]
 
