@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
@@ -16,13 +17,16 @@ from typing import Any, Self, TypeVar
 import aiohttp
 import msgspec
 
-from neox_rl.errors import DeadlineError, NeoxRLError, WireError
+from neox_rl.errors import DeadlineError, NeoxRLError, WeightError, WireError
 from neox_rl.rollout.vllm_control import parse_version
 from neox_rl.types import NO_VERSION, Completion, Finish, SamplingParams, VersionSpan
 
 ROUTE = "/inference/v1/generate"
 _NAN_LOGPROB = -9999.0
 """What vLLM sends for a log-prob that is NaN or minus infinity."""
+SPARED_S, MAX_DOUBLINGS = 10.0, 6
+"""A server that failed comes last for so long, and twice as long each time that it fails again before it answers: a ticket that it failed
+is handed on within that time, and having nothing in flight would make it the first choice. Never for good: it may be well again."""
 
 
 class _Token(msgspec.Struct):
@@ -78,21 +82,25 @@ class _MovedError(Exception):
 
 @dataclass(slots=True)
 class _Server:
-    """``calls``: its requests in flight; ``inflight``: the completions that these ask for. ``left``: what is in flight is to move."""
+    """``calls``: its requests in flight; ``inflight``: the completions that these ask for. ``left``: what is in flight is to move.
+    ``failures``: how often it was spared since it last answered; ``spared_until``: when that ends."""
 
     serving: bool = True
     left: bool = False
     inflight: int = 0
     failures: int = 0
+    spared_until: float = 0.0
     calls: set[asyncio.Task[tuple[int, bytes]]] = field(default_factory=set)
 
 
 class VllmGenerator:
-    """Samples from whichever serving server has the fewest completions in flight. ``async with VllmGenerator(...) as generator``.
+    """Samples from whichever serving server has the fewest completions in flight, of those that did not fail just now.
+    ``async with VllmGenerator(...) as generator``.
 
     ``addresses`` as in ``http://127.0.0.1:8000``: those that serve from the start. Others come and go (``serve``, ``suspend``, ``forget``);
     with none serving a request waits for one. A request that fails because its server did is sent to others, at most ``max_attempts`` times
-    in all, within the one deadline ``request_timeout_s``. ``on_failure(address)`` is called for each such failure.
+    in all, within the one deadline ``request_timeout_s``; so is one whose answer cannot be. ``on_failure(address, why)`` is called for each
+    such failure. A deadline that passes is no such failure: the server may be well and busy. It only comes last for a while.
     """
 
     def __init__(self, addresses: Sequence[str] = (), request_timeout_s: float = 120.0, max_attempts: int = 3) -> None:
@@ -101,7 +109,7 @@ class VllmGenerator:
         self._max_attempts = max_attempts
         self._session: aiohttp.ClientSession | None = None
         self._served = asyncio.Event()
-        self.on_failure: Callable[[str], None] = lambda _: None
+        self.on_failure: Callable[[str, str], None] = lambda *_: None
 
     async def __aenter__(self) -> Self:
         # No connection limit: how many requests run at once is the caller's decision, and the deadline covers queueing in the server.
@@ -151,7 +159,7 @@ class VllmGenerator:
         return {address: server.inflight for address, server in self._servers.items()}
 
     async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> tuple[Completion, ...]:
-        """See ``ports.Generator``. Also raises ServerFailedError when every attempt failed, WireError for an answer that cannot be."""
+        """See ``ports.Generator``. Also raises ServerFailedError when every attempt failed, WireError when a server refuses the request."""
         body = request_body(prompt_ids, params, n, rollout_id)
         return await self._asked(body, n, rollout_id, lambda raw, server: parse_response(raw, n, server))
 
@@ -172,15 +180,17 @@ class VllmGenerator:
                 while len(failures) < self._max_attempts:
                     tried.append(await self._pick(tried))
                     try:
-                        return parse(await self._request(tried[-1], body, n), tried[-1])
+                        return await self._answer(tried[-1], body, n, parse)
                     except _MovedError:
                         continue
                     except ServerFailedError as error:
                         failures.append(str(error))
-                        self._failed(tried[-1])
+                        self._spare(tried[-1])
+                        self.on_failure(tried[-1], str(error))
         except TimeoutError as error:
             serving = [address for address, server in self._servers.items() if server.serving]
             where = tried[-1] if tried and tried[-1] in serving else "a server that serves"
+            self._spare(where)
             idle = "" if serving else f"no requests go to {', '.join(self._servers) or 'anybody'}: see the servers' logs"
             hint = "; ".join(filter(None, [*failures, idle])) or "raise servers.request_timeout_s, or lower max_inflight_groups"
             kind = DeadlineError if serving else NobodyServesError
@@ -188,16 +198,34 @@ class VllmGenerator:
         raise ServerFailedError(f"rollout {rollout_id}: {len(failures)} attempts failed: {'; '.join(failures)}")
 
     async def _pick(self, tried: Sequence[str]) -> str:
-        """The least loaded server, those of this rollout's failed attempts last, then those that failed least."""
+        """The least loaded server, those of this rollout's failed attempts last, before them those that failed others just now."""
         while not (serving := {address: server for address, server in self._servers.items() if server.serving}):
             self._served.clear()
             await self._served.wait()
-        return min(serving, key=lambda address: (tried.count(address), serving[address].inflight, serving[address].failures))
+        now = time.monotonic()
+        return min(serving, key=lambda address: (tried.count(address), now < serving[address].spared_until, serving[address].inflight))
 
-    def _failed(self, address: str) -> None:
-        if server := self._servers.get(address):
+    def _spare(self, address: str) -> None:
+        """What was in flight there fails at once where one does: that is one failure."""
+        server, now = self._servers.get(address), time.monotonic()
+        if server is not None and now >= server.spared_until:
+            server.spared_until = now + SPARED_S * 2 ** min(server.failures, MAX_DOUBLINGS)
             server.failures += 1
-        self.on_failure(address)
+
+    async def _answer(self, address: str, body: bytes, n: int, parse: Callable[[bytes, str], T]) -> T:
+        """What an answer does to ``parse``, whatever it is, is that server's failure too: the others and the run go on."""
+        raw = await self._request(address, body, n)
+        try:
+            found = parse(raw, address)
+        except ServerFailedError:
+            raise
+        except (WireError, WeightError) as error:
+            raise ServerFailedError(str(error)) from error
+        except Exception as error:
+            raise ServerFailedError(f"{address}: its answer cannot be read: {error!r:.300}") from error
+        if server := self._servers.get(address):
+            server.failures = 0
+        return found
 
     async def _request(self, address: str, body: bytes, n: int) -> bytes:
         server = self._servers[address]

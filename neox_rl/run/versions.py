@@ -313,10 +313,12 @@ class ServerKeeper:
         for tended in self._tended.values():
             tended.wake.set()
 
-    def _suspect(self, address: str) -> None:
+    def _suspect(self, address: str, why: str) -> None:
         """A request failed there: nothing new goes there before it has answered a probe."""
         member = self.members.at(address)
         if member is not None and (tended := self._tended.get(member.name)):
+            if not tended.suspect:  # one that dies fails all that is in flight there
+                self._log_of(member.name, address).instant("error", message=why)
             self._generator.suspend(address)
             tended.suspect = True
             tended.wake.set()

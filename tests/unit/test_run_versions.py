@@ -239,6 +239,23 @@ def test_a_server_whose_answers_break_the_reader_harms_nobody_else(tmp_path: Pat
     story(told, tmp_path)
 
 
+def test_what_a_server_answers_nonsense_to_is_made_elsewhere_and_its_log_says_so(tmp_path: Path) -> None:
+    async def told(run: Run) -> None:
+        good, bad = run.spec("good"), run.spec("bad")
+        async with server(run, good), server(run, bad) as it:
+            await run.start(good, bad)
+            run.publish(0)
+            await run.until_state("good", State.SERVING)
+            await run.until_state("bad", State.SERVING)
+            it.says = "{}"
+            assert len(await asyncio.gather(*(run.sample() for _ in range(4)))) == 4
+            run.logs["bad"].flush()
+            words = [str(e.fields["message"]) for e in read_events(tmp_path / "events") if e.process == "bad" and e.name == "error"]
+            assert words and all(bad.address in word and "answer not as expected" in word for word in words)
+
+    story(told, tmp_path)
+
+
 def test_a_server_whose_switch_failed_is_lost_until_another_process_answers(tmp_path: Path) -> None:
     async def told(run: Run) -> None:
         spec = run.spec("a")

@@ -11,6 +11,7 @@ import pytest
 from aiohttp import web
 
 from neox_rl.errors import DeadlineError, WeightError, WireError
+from neox_rl.rollout import vllm_client
 from neox_rl.rollout.vllm_client import (
     NobodyServesError,
     ServerFailedError,
@@ -191,13 +192,28 @@ async def aborts(request: web.Request) -> web.Response:
     return web.Response(body=answer(*found))
 
 
-@pytest.mark.parametrize("bad", [broken, hangs_up, aborts])
+async def no_number(_: web.Request) -> web.Response:
+    return web.Response(body=answer(choice(0, logprobs={"content": [{"token_id": t, "logprob": -9999.0} for t in (5, 6, 2)]})))
+
+
+async def of_somebody_else(_: web.Request) -> web.Response:
+    return web.Response(body=answer(choice(0, weight_versions=[{"version": "mine", "start": 0, "end": 3}]), choice(1)))
+
+
+async def too_deep(_: web.Request) -> web.Response:
+    return web.Response(body=b'{"x":' + b"[" * 200_000)
+
+
+@pytest.mark.parametrize("bad", [broken, hangs_up, aborts, no_number, of_somebody_else, too_deep])
 def test_a_request_that_a_server_failed_goes_to_another(bad: Handler) -> None:
     async def story() -> None:
         addresses, close = await serve([bad, good])
+        told: list[tuple[str, str]] = []
         async with VllmGenerator(addresses, 5.0) as generator:
+            generator.on_failure = lambda address, why: told.append((address, why))
             assert len(await generator.sample([1], PARAMS, 2, "g0")) == 2
             assert generator.num_inflight == 0
+        assert [address for address, _ in told] == addresses[:1] and told[0][1].startswith(addresses[0])
         await close()
 
     asyncio.run(story())
@@ -219,9 +235,54 @@ def test_a_deadline_names_the_rollout_and_the_server() -> None:
     async def story() -> None:
         addresses, close = await serve([silent])
         async with VllmGenerator(addresses, 0.1) as generator:
-            with pytest.raises(DeadlineError, match=f"rollout g000017 from {addresses[0]}"):
-                await generator.sample([1], PARAMS, 2, "g000017")
-            assert generator.num_inflight == 0
+            for _ in range(2):  # alone, it is asked again
+                with pytest.raises(DeadlineError, match=f"rollout g000017 from {addresses[0]}"):
+                    await generator.sample([1], PARAMS, 2, "g000017")
+                assert generator.num_inflight == 0
+        await close()
+
+    asyncio.run(story())
+
+
+def test_what_a_server_did_not_make_in_time_goes_to_another_though_that_has_more_in_flight() -> None:
+    async def story() -> None:
+        release = asyncio.Event()
+
+        async def busy(request: web.Request) -> web.Response:
+            await release.wait()
+            return await good(request)
+
+        addresses, close = await serve([silent, busy])
+        async with VllmGenerator(addresses, 2.0) as generator:
+            with pytest.raises(DeadlineError, match=addresses[0]):
+                await generator.sample([1], PARAMS, 2, "g0")
+            tasks = [asyncio.create_task(generator.sample([1], PARAMS, n, "g0")) for n in (8, 2)]
+            await asyncio.sleep(0)
+            assert generator.inflight == dict(zip(addresses, (0, 10), strict=True))
+            release.set()
+            assert [len(completions) for completions in await asyncio.gather(*tasks)] == [8, 2]
+        await close()
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize(("spared_s", "asked"), [(60.0, 1), (0.0, 2)])
+def test_a_server_that_failed_once_comes_last_for_a_while_and_not_for_good(
+    spared_s: float, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_client, "SPARED_S", spared_s)
+    seen: list[str] = []
+
+    async def fails_once(request: web.Request) -> web.Response:
+        seen.append(request.path)
+        return await (broken if len(seen) == 1 else good)(request)
+
+    async def story() -> None:
+        addresses, close = await serve([fails_once, good])
+        async with VllmGenerator(addresses, 5.0) as generator:
+            for _ in range(2):
+                assert len(await generator.sample([1], PARAMS, 2, "g0")) == 2
+        assert len(seen) == asked
         await close()
 
     asyncio.run(story())
