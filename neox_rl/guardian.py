@@ -178,11 +178,14 @@ def _remove_recorded() -> None:
 def _watch(child: int, lifeline: int, grace_s: float, wakeup: int, memory: _SharedMemory) -> None:
     """Returns when the child has ended."""
     parent, kill_at = os.getppid(), float("inf")
-    watched = [lifeline, wakeup]
+    # Not ``select``: the lifeline has the number that it has in the parent, which may be beyond 1,023.
+    watched = select.poll()
+    watched.register(lifeline, select.POLLIN)
+    watched.register(wakeup, select.POLLIN)
     while not _ended(child):
         memory.look()
         left = max(0.0, min(1.0, kill_at - time.monotonic()))
-        ready, _, _ = select.select(watched, [], [], left)
+        ready = [fd for fd, _ in watched.poll(left * 1e3)]
         for number in os.read(wakeup, 64) if wakeup in ready else b"":
             if number in (signal.SIGQUIT, signal.SIGTERM):
                 memory.look(now=True)
@@ -192,7 +195,7 @@ def _watch(child: int, lifeline: int, grace_s: float, wakeup: int, memory: _Shar
                 _signal_group(child, number)
         # A process that the parent forked keeps the pipe open; the change of parent does not depend on it.
         if kill_at == float("inf") and (lifeline in ready or os.getppid() != parent):
-            watched = [wakeup]
+            watched.unregister(lifeline)
             memory.look(now=True)
             kill_at = time.monotonic() + grace_s
             _signal_group(child, signal.SIGTERM)

@@ -16,7 +16,10 @@ STAGES = ("problems", "verify", "search", "episodes", "rollout", "queue", "batch
 # Parts of one floor may import one another, except the stages and megatron_patches, which stand alone.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("types", "config", "framing", "metacot", "arithmetic", "codec", "guard", "guardian", "ages", "keys", "sockets", "build_locks"),
+    (
+        *("types", "config", "framing", "metacot", "arithmetic", "codec"),
+        *("guard", "guardian", "ages", "keys", "sockets", "waits", "build_locks"),
+    ),
     ("ports", "telemetry"),
     (*STAGES, "megatron_patches"),
     ("engines",),

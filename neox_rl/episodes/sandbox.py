@@ -20,7 +20,6 @@ import contextlib
 import json
 import os
 import queue
-import select
 import signal
 import socket
 import subprocess
@@ -36,6 +35,7 @@ from typing import Any
 
 from neox_rl.episodes import sandbox_worker
 from neox_rl.errors import ConfigError, DeadlineError
+from neox_rl.waits import readable, writable
 
 START_S = 60.0
 KILL_S = 5.0
@@ -112,30 +112,35 @@ class _Slot:
 
     def run(self, program: str) -> Printed:
         started = time.monotonic()
-        deadline = started + self._limits.wall_s
+        try:
+            text, end = self._run(program, started + self._limits.wall_s)
+        except _SilentError:
+            self.replace()
+            text, end = "", End.DIED
+        except BaseException:
+            self.replace()  # the next program would read what is left of this one
+            raise
+        return Printed(text, end, (time.monotonic() - started) * 1e3)
+
+    def _run(self, program: str, deadline: float) -> tuple[str, End]:
         theirs, source = os.pipe()
         output, printed = os.pipe()
         try:
-            socket.send_fds(self._control, [b"R"], [theirs, printed])
-        except OSError:
-            os.close(source)
-            self.replace()
-            return Printed("", End.DIED, 0.0)
-        finally:
-            os.close(theirs)
-            os.close(printed)
-        try:
+            try:
+                socket.send_fds(self._control, [b"R"], [theirs, printed])
+            except OSError:
+                os.close(source)
+                raise _SilentError from None
+            finally:
+                os.close(theirs)
+                os.close(printed)
             _feed(source, program.encode(errors="replace")[: sandbox_worker.MAX_PROGRAM_BYTES], deadline)
             data, over = self._collect(output, deadline)
             status, over = self._status(over, deadline)
             data += _rest(output, 4 * self._limits.output_chars - len(data))
-        except _SilentError:
-            self.replace()
-            return Printed("", End.DIED, (time.monotonic() - started) * 1e3)
         finally:
             os.close(output)
-        end = over or _end_of(status)
-        return Printed(data.decode(errors="replace")[: self._limits.output_chars + 1], end, (time.monotonic() - started) * 1e3)
+        return data.decode(errors="replace")[: self._limits.output_chars + 1], over or _end_of(status)
 
     def _collect(self, output: int, deadline: float) -> tuple[bytes, End | None]:
         """What is printed until the program closes its output or is to be ended, and why it is."""
@@ -143,7 +148,7 @@ class _Slot:
         while True:
             if len(data) > 4 * self._limits.output_chars:
                 return data, End.OUTPUT
-            if not select.select([output], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            if not readable(output, deadline):
                 return data, End.TIME
             chunk = os.read(output, 1 << 16)
             if not chunk:
@@ -164,7 +169,7 @@ class _Slot:
             raise _SilentError from None
 
     def _message(self, deadline: float) -> dict[str, Any]:
-        if not select.select([self._control], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        if not readable(self._control.fileno(), deadline):
             raise _SilentError
         try:
             data = self._control.recv(MAX_MESSAGE_BYTES)
@@ -193,7 +198,7 @@ def _feed(source: int, program: bytes, deadline: float) -> None:
     os.set_blocking(source, False)
     try:
         rest = memoryview(program)
-        while rest and select.select([], [source], [], max(0.0, deadline - time.monotonic()))[1]:
+        while rest and writable(source, deadline):
             rest = rest[os.write(source, rest) :]
     except BrokenPipeError:
         pass

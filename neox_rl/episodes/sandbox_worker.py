@@ -249,11 +249,14 @@ def _watch(control: socket.socket, pid: int) -> int:
     """The child's exit status once it has ended, by itself or on order; negative: the signal that ended it."""
     ended = os.pidfd_open(pid)
     try:
-        waited: list[int] = [ended, control.fileno()]
-        while ended not in select.select(waited, [], [])[0]:
+        # Not ``select``: the socket has the number that it has in the pool's process, which may be beyond 1,023.
+        both = select.poll()
+        both.register(ended, select.POLLIN)
+        both.register(control, select.POLLIN)
+        while all(fd != ended for fd, _ in both.poll()):
             if control.recv(16) != b"R":
                 os.kill(pid, signal.SIGKILL)
-                select.select([ended], [], [])
+                break
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     finally:
         os.close(ended)

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import queue
-import select
 import struct
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from neox_rl.verify.extract import tail
 from neox_rl.verify.finding import Finding
 from neox_rl.verify.policy import DEFAULT_POLICY, MathPolicy
 from neox_rl.verify.quick import quick_finding
+from neox_rl.waits import readable, writable
 
 START_S = 120.0
 KILL_S = 5.0
@@ -107,7 +107,7 @@ class _Slot:
         body = json.dumps(request).encode("ascii")
         data = memoryview(struct.pack(">I", len(body)) + body)
         while data:
-            if not select.select([], [self._requests], [], max(0.0, deadline - time.monotonic()))[1]:
+            if not writable(self._requests, deadline):
                 raise _Silence
             try:
                 data = data[os.write(self._requests, data) :]
@@ -126,7 +126,7 @@ class _Slot:
                     body, self._buffer = self._buffer[4 : 4 + size], self._buffer[4 + size :]
                     frame: dict[str, Any] = json.loads(body)
                     return frame
-            if not select.select([self._responses], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            if not readable(self._responses, deadline):
                 raise _Silence
             chunk = os.read(self._responses, 1 << 16)
             if not chunk:

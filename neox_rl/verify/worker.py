@@ -21,6 +21,7 @@ import select
 import signal
 import struct
 import sys
+import time
 from typing import Any
 
 from neox_rl.types import Reason
@@ -28,6 +29,7 @@ from neox_rl.verify.finding import Finding
 from neox_rl.verify.math import check_math, readable_gold
 from neox_rl.verify.policy import MathPolicy
 from neox_rl.verify.warmup import warm_up
+from neox_rl.waits import readable
 
 KILL = b"K"
 RECYCLE_STATUS = 17
@@ -140,17 +142,21 @@ def main(argv: list[str]) -> None:
 
 def _drain(requests: int) -> None:
     """Drops what the killed child left unread: it may have died between the length and the body of a request."""
-    while select.select([requests], [], [], 0)[0] and os.read(requests, 1 << 16):
+    while readable(requests, time.monotonic()) and os.read(requests, 1 << 16):
         pass
 
 
 def _watch(control: int, alive: int, parent: int) -> bool | None:
     """Waits for the child to die (False), an order to kill it (True) or the end of the pool's process (None)."""
+    # Not ``select``: the control pipe has the number that it has in the pool's process, which may be beyond 1,023.
+    both = select.poll()
+    both.register(control, select.POLLIN)
+    both.register(alive, select.POLLIN)
     while True:
-        readable, _, _ = select.select([control, alive], [], [], PARENT_POLL_S)
-        if control in readable:
+        ready = [fd for fd, _ in both.poll(PARENT_POLL_S * 1e3)]
+        if control in ready:
             return True if os.read(control, 1) == KILL else None
-        if alive in readable:
+        if alive in ready:
             return False
         # A fork of the pool's process may hold the control pipe open after the process itself is gone.
         if os.getppid() != parent:

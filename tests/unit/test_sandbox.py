@@ -224,6 +224,21 @@ def test_a_template_that_is_killed_is_replaced_and_its_child_dies_with_it() -> N
     assert set(children()) <= others
 
 
+def test_a_failure_of_ours_in_the_middle_of_a_program_leaves_nothing_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = PythonSandbox(1, Limits(wall_s=20.0))
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("ours")
+
+    try:
+        with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="ours"):
+            patched.setattr(sandbox._Slot, "_collect", fails)
+            made.run_sync("import os\nos._exit(3)")
+        assert made.run_sync("print(1)").end is End.DONE, "not the status of the program before it"
+    finally:
+        made.close()
+
+
 def test_programs_run_beside_one_another_and_leave_nothing_to_the_next() -> None:
     made = PythonSandbox(2, Limits(wall_s=5.0))
     try:
