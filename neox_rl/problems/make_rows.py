@@ -22,9 +22,9 @@ from neox_rl.types import Json, Problem
 
 
 def row(problem: Problem) -> dict[str, Json]:
-    """The numbers are in the order of the problem's prompt, so that the search asks in the same words."""
+    """The search asks in the words of the run: the numbers are in the order of the problem's prompt, and the prompt of a text is whole."""
     if problem.task not in ARITHMETIC_TASKS:
-        return {"id": problem.id, "problem": problem.prompt, "answer": problem.answer}
+        return {"id": problem.id, "prompt": problem.prompt, "answer": problem.answer}
     words = problem.prompt.split()
     numbers: list[Json] = [int(word) for word in words[words.index(NUMBERS) + 1 : words.index(TARGET)]]
     return {"id": problem.id, "numbers": numbers, "target": problem.meta["target"], "max_value": problem.meta["max_value"]}

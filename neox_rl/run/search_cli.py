@@ -2,8 +2,8 @@
 
 Searches every problem of a file and prints one JSON line each, in the file's order: ``id``, ``solved``, ``answer``, ``nodes``,
 ``tokens``, ``end`` (why the search ended) and ``counts`` (what was refused). Rows are ``{numbers, target}``, target 24 unless given
-(``max_value`` restricts to integers within it, as in training), or ``{problem, answer}``. A row without a problem gets the end
-``malformed`` and an ``error``. A summary goes to stderr.
+(``max_value`` restricts to integers within it, as in training), ``{problem, answer}``, or ``{prompt, answer}``, which is asked as it
+stands. A row without a problem gets the end ``malformed`` and an ``error``. A summary goes to stderr.
 
 With ``--server`` the steps are sampled from the policy that a vLLM server serves, whose tokenizer is in ``--model``; without it they
 are all legal steps of the problem's rules (the exhaustive proposer), which needs no model. Exit status: 0; 1 when a search failed

@@ -1,4 +1,7 @@
-"""The problems of ``python -m neox_rl.search``, one JSON line each, and the line that it prints for each."""
+"""The problems of ``python -m neox_rl.search``, one JSON line each, and the line that it prints for each.
+
+A ``prompt`` (``neox_rl.problems.make_rows``) is asked as it stands, a ``problem`` or ``question`` with TEXT_PROMPT's instruction behind it.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +81,10 @@ def _row(number: int, line: bytes, words: bool, asking: Asking) -> Row:
             return Row(number, _text(number, data, text, str(answer), asking))
         case {"question": str() as text, "answer": str() | int() | float() as answer} if text.strip():
             return Row(number, _text(number, data, text, str(answer).rpartition("####")[2], asking))
-    return Row(number, error=f"line {number} holds no problem; a row is {{numbers, target}} (24 unless given) or {{problem, answer}}")
+        case {"prompt": str() as prompt, "answer": str() | int() | float() as answer} if prompt.strip():
+            return Row(number, Problem(_id(number, data), "math", prompt, str(answer).strip(), prompt))
+    known = "{numbers, target} (24 unless given), {problem, answer} or {prompt, answer}"
+    return Row(number, error=f"line {number} holds no problem; a row is {known}")
 
 
 def _arithmetic(number: int, data: Mapping[str, Any], numbers: list[Any], words: bool, asked: str) -> Problem:

@@ -18,9 +18,10 @@ from neox_rl.batch.packing import Layout
 from neox_rl.batch.record import record_batch
 from neox_rl.config.load import parse
 from neox_rl.config.run import RunConfig
+from neox_rl.config.schema import ProblemsConfig
 from neox_rl.errors import ConfigError
 from neox_rl.problems import make_rows
-from neox_rl.problems.sources import problems_of_run
+from neox_rl.problems.sources import load_problems, problems_of_run
 from neox_rl.problems.tokenizer import load_tokenizer
 from neox_rl.run import search_cli
 from neox_rl.run.demonstrating import demonstration_source
@@ -33,7 +34,7 @@ from neox_rl.search.linearize import Mask, solution_of
 from neox_rl.search.reward_model import WordValue, value_context, value_ids
 from neox_rl.search.styles import STYLES
 from neox_rl.search.trees import read_trees, write_trees
-from neox_rl.types import NO_VERSION, Finish, Group, Problem, Reason, Role, Segment, Trace, Tree, Verdict
+from neox_rl.types import NO_VERSION, Finish, Group, Reason, Role, Segment, Trace, Tree, Verdict
 from tests.unit.search_worlds import TOKENIZER, countdown
 from tests.unit.small_run import traces_of
 from tests.unit.test_search_values import BAD, GOOD
@@ -263,6 +264,10 @@ def test_words_that_begin_alike_make_no_reward_model() -> None:
         value_ids(OneToken())
 
 
-def test_rows_of_text_problems_keep_question_and_answer() -> None:
-    row = make_rows.row(Problem("p1", "math", "What is 2+2?", "4", "p1"))
-    assert json.loads(json.dumps(row)) == {"id": "p1", "problem": "What is 2+2?", "answer": "4"}
+@pytest.mark.parametrize("template", ["", "Q {problem}"])
+def test_a_search_over_rows_of_text_problems_asks_what_the_run_asks(tmp_path: Path, template: str) -> None:
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"problem": f"What is {i}+2?", "answer": i + 2}) + "\n" for i in range(9)))
+    problems = load_problems(ProblemsConfig(source="jsonl", path=str(tmp_path / "texts.jsonl"), template=template), 1).train
+    make_rows.write_rows(tmp_path / "rows.jsonl", problems)
+    read = [row.problem for row in read_rows(tmp_path / "rows.jsonl", False, Asking.of(template) if template else Asking())]
+    assert [(p.id, p.task, p.prompt, p.answer) for p in read if p] == [(p.id, p.task, p.prompt, p.answer) for p in problems]
