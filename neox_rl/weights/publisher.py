@@ -21,7 +21,9 @@ from neox_rl.framing import Frame
 from neox_rl.keys import Keys
 from neox_rl.sockets import bind_tcp
 from neox_rl.telemetry.events import EventLog
+from neox_rl.types import NO_VERSION
 from neox_rl.weights.snapshot import Snapshot
+from neox_rl.weights.stager import MAX_HELD
 from neox_rl.weights.wire import FETCH, FORGET_S, MAX_CONTROL_BYTES, OFFERED, STAGED, WATCH, control, prepare, read_control
 
 logger = logging.getLogger(__name__)
@@ -35,12 +37,15 @@ class _Peers:
     sending: dict[bytes, tuple[int, zmq.MessageTracker]] = field(default_factory=dict)
     watchers: dict[bytes, float] = field(default_factory=dict)
     staged: dict[str, str] = field(default_factory=dict)
+    acked: dict[str, int] = field(default_factory=dict)
+    """The last version of which each worker's ack is in the events."""
     ahead: dict[str, int] = field(default_factory=dict)
     """Who says that it staged a version that was not offered, and which: one publisher before this one offered it."""
 
 
 class Publisher:
-    """A ROUTER bound at ``bind_host:port`` (port 0: a free one; ``address`` says which). Only the newest snapshot is kept.
+    """A ROUTER bound at ``bind_host:port`` (port 0: a free one; ``address`` says which). Only the newest snapshot is kept, and
+    the digests of as many as a worker may hold: one that stages for longer than a step acks what is not the newest any more.
 
     Messages that are not of the protocol are counted in ``malformed`` and ignored. ``events`` has what each worker acks, by its digest.
     """
@@ -62,6 +67,7 @@ class Publisher:
         self._died: Exception | None = None
         self._offered: Snapshot | None = None
         self._newest: Snapshot | None = None
+        self._digests: dict[int, str] = {}
         self._peers = _Peers()
         self._wake = self._context.socket(zmq.PAIR)
         self._woken = self._context.socket(zmq.PAIR)
@@ -123,6 +129,7 @@ class Publisher:
         with self._lock:
             self._newest = newest = self._offered
         assert newest is not None
+        self._digests = dict(sorted({**self._digests, newest.version: newest.digest}.items())[-MAX_HELD:])
         self._peers.staged.clear()
         self._tell_watchers(control(OFFERED, version=newest.version, digest=newest.digest))
         for identity, have in list(self._peers.waiting.items()):
@@ -163,12 +170,15 @@ class Publisher:
                 return  # it repeats itself until it has a newer version; once was told
             self._peers.ahead[fields["who"]] = fields["version"]
             raise WireError(f"{fields['who']} staged v{fields['version']}, which was not offered: it is of steps that were undone")
-        if fields["version"] == newest.version:
-            if fields["digest"] != newest.digest:
-                raise WireError(f"{fields['who']} staged v{newest.version} with digest {fields['digest']}, offered was {newest.digest}")
-            if self._events is not None and fields["who"] not in self._peers.staged:
+        who, version, digest = fields["who"], fields["version"], fields["digest"]
+        if (offered := self._digests.get(version, digest)) != digest:
+            raise WireError(f"{who} staged v{version} with digest {digest}, offered was {offered}")
+        if version in self._digests and version > self._peers.acked.get(who, NO_VERSION):
+            self._peers.acked[who] = version
+            if self._events is not None:
                 self._events.instant("acked", **fields)  # the server's own reckoning: an audit has no other word of it
-            self._peers.staged[fields["who"]] = fields["digest"]
+        if version == newest.version:
+            self._peers.staged[who] = digest
         self._tell_watchers(control(STAGED, **fields))
 
     def _tell_watchers(self, message: list[Frame]) -> None:

@@ -330,17 +330,6 @@ def test_malformed_messages_are_counted_and_harm_nobody(stack: ExitStack, publis
     assert stager(stack, publisher.address, "a/0").take(0, 30.0).version == 0
 
 
-def test_a_digest_that_was_not_offered_is_no_ack(stack: ExitStack, publisher: Publisher) -> None:
-    publisher.offer(snapshot(0))
-    context = stack.enter_context(zmq.Context())
-    socket = stack.enter_context(context.socket(zmq.DEALER))
-    socket.linger = 0
-    socket.connect(publisher.address)
-    socket.send_multipart(control(STAGED, version=0, who="liar/0", digest="0" * 32))
-    wait_for(lambda: publisher.malformed == 1)
-    assert publisher._peers.staged == {}
-
-
 def test_versions_must_rise_and_a_closed_publisher_takes_none(publisher: Publisher) -> None:
     publisher.offer(snapshot(2))
     for version in (2, 1):
@@ -374,16 +363,3 @@ def wait_for(condition: object, deadline_s: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < end, "condition did not come"
         time.sleep(0.005)
-
-
-def test_an_ack_of_an_undone_version_is_told_once(stack: ExitStack, publisher: Publisher, caplog: pytest.LogCaptureFixture) -> None:
-    """A server that holds a later version of steps that a rollback undid repeats that every few seconds."""
-    publisher.offer(snapshot(1))
-    old = stack.enter_context(stack.enter_context(zmq.Context()).socket(zmq.DEALER))
-    old.linger = 0
-    old.connect(publisher.address)
-    for version in (5, 5, 5, 6, 6):
-        old.send_multipart(control(STAGED, version=version, who="a/0", digest="0" * 32))
-    old.send_multipart(control(WATCH))
-    assert old.poll(5000), "all of it was read"
-    assert publisher.malformed == 2 and caplog.text.count("it is of steps that were undone") == 2
