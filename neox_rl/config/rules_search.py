@@ -65,11 +65,6 @@ def pairs_are_whole(config: RunConfig, machine: Machine) -> Iterator[str]:
         )
     if m.search.width < 2:
         yield f"metarl.search.width = {m.search.width}: makes no pair, since each place has one step; set width: 4"
-    if m.search.value == "none" and m.problems.source not in ARITHMETIC_TASKS:
-        yield (
-            f"metarl.search.value = none: no step of {m.problems.source} problems is better than another, so no pair is worth anything; set"
-            " value: monte-carlo"
-        )
 
 
 def searches_have_room(config: RunConfig, machine: Machine) -> Iterator[str]:
@@ -89,9 +84,16 @@ def searches_have_room(config: RunConfig, machine: Machine) -> Iterator[str]:
 
 
 def values_know_the_problems(config: RunConfig, machine: Machine) -> Iterator[str]:
-    value, source = config.metarl.search.value, config.metarl.problems.source
-    if config.metarl.rollout.method == "search" and value in ("oracle", "heuristic") and source not in ARITHMETIC_TASKS:
-        yield f"metarl.search.value = {value}: knows arithmetic problems only, and source is {source}; set value: monte-carlo"
+    search, source = config.metarl.search, config.metarl.problems.source
+    if config.metarl.rollout.method != "search" or source in ARITHMETIC_TASKS:
+        return
+    if search.value in ("oracle", "heuristic"):
+        yield f"metarl.search.value = {search.value}: knows arithmetic problems only, and source is {source}; set value: monte-carlo"
+    if search.value == "none" and search.trains != "traces":
+        yield (
+            f"metarl.search.value = none: with {source} problems no step has a value but the one that ends an answer, and search.trains:"
+            f" {search.trains} trains steps by their values; set value: monte-carlo"
+        )
 
 
 def reward_model_is_served(config: RunConfig, machine: Machine) -> Iterator[str]:

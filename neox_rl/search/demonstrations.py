@@ -20,7 +20,7 @@ from typing import TypeAlias
 
 from neox_rl.errors import ConfigError
 from neox_rl.ports import Tokenizer
-from neox_rl.search.credit import before, value_labels
+from neox_rl.search.credit import before, value_labels, worth
 from neox_rl.search.dfs import MIXED, dfs, solution_path
 from neox_rl.search.earlier import told_before_path, told_earlier
 from neox_rl.search.linearize import Mask, Span, demonstration, glue_of, is_arithmetic, linearize, solution_of
@@ -163,12 +163,13 @@ def values(found: Sequence[tuple[Tree, Problem]], tokenizer: Tokenizer, sees_ear
     """A tree, and all of its steps, or MAX_LABELS of them: siblings are what a search compares, and share their path. Each word is drawn
     anew each time, hopeful with the chance of the step's value, so that the expected loss is the cross-entropy against the value itself.
     ``sees_earlier``: what the search did before is told too (the meta-critic, 8.3.4), as far as it fits in ``max_tokens``.
-    Raises ConfigError without a step."""
+    Raises ConfigError without a step, and where only ends have values, of their verdicts: a search asks of steps before them."""
     grown = [(tree, labels, problem) for tree, problem in found if (labels := list(value_labels(tree)))]
-    if not grown:
+    on_the_way = [node for tree, _ in found for node in tree.nodes[1:] if node.verdict is None]
+    if not grown or (on_the_way and all(worth(node) is None for node in on_the_way)):
         raise ConfigError(
-            f"warmstart.style values: none of {len(found)} trees of training problems has a step with a value; search with one, over"
-            " rows that python -m neox_rl.problems.make_rows wrote for this config"
+            f"warmstart.style values: none of {len(found)} trees of training problems has a step with a value before its end; search"
+            " with one (--value monte-carlo), over rows that python -m neox_rl.problems.make_rows wrote for this config"
         )
 
     def told(tree: Tree, node: Node, problem: Problem) -> tuple[str, ...]:

@@ -43,7 +43,7 @@ class Budget:
 @dataclass(slots=True)
 class Leaf:
     """A node in growth. ``value`` and ``visits`` belong to the strategy once the node was scored; until then it counts as hopeless, and
-    what is trained must leave it out. ``exact``, ``seen``: see ``Node``."""
+    what is trained must leave it out, as it must a ``guide`` (``Scores``). ``exact``, ``seen``: see ``Node``."""
 
     id: int
     parent: int
@@ -59,6 +59,7 @@ class Leaf:
     children: list[int] = field(default_factory=list)
     exact: float | None = None
     seen: int = 0
+    guide: bool = False
 
 
 class Growth:
@@ -208,6 +209,7 @@ class Growth:
             good = math.isfinite(score) and 0.0 <= score <= 1.0
             self.counts[BAD_VALUE] += not good and not (math.isnan(score) and (scores.failed or scores.unpaid))
             self.nodes[i].value, self.nodes[i].scored = float(score) if good else 0.0, good
+            self.nodes[i].guide = self.nodes[0].guide = scores.guide  # the root's value is a mean of theirs
             if self.nodes[i].verdict is None:
                 self.nodes[i].exact = float(score) if good and scores.exact else None
         if scores.failed:
@@ -240,5 +242,5 @@ class Growth:
 def _node(leaf: Leaf) -> Node:
     spans: tuple[VersionSpan, ...] = leaf.proposal.spans
     ids, logprobs = leaf.proposal.ids, leaf.proposal.logprobs
-    value = leaf.value if leaf.scored else None
+    value = leaf.value if leaf.scored and not leaf.guide else None
     return Node(leaf.id, leaf.parent, leaf.text, leaf.id, ids, logprobs, spans, value, leaf.visits, leaf.verdict, leaf.exact, leaf.seen)

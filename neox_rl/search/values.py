@@ -18,13 +18,15 @@ from neox_rl.types import Completion, Finish, SamplingParams
 class Scores(NamedTuple):
     """One value a position, NaN where there is none, and the tokens they cost. No values at all: what is left cannot pay for them.
     ``exact``: they are no estimates. ``failed``: why some are missing, which are NaN and may be asked for again; the others are as good.
-    ``unpaid``: those that are NaN are it because what is left could not pay for them."""
+    ``unpaid``: those that are NaN are it because what is left could not pay for them. ``guide``: they say nothing of the positions; a
+    search goes by them, and nobody else."""
 
     values: Sequence[float]
     num_tokens: int = 0
     exact: bool = False
     failed: Exception | None = None
     unpaid: bool = False
+    guide: bool = False
 
 
 class Value(Protocol):
@@ -55,7 +57,7 @@ class NoValue:
     """The same for every node: the search goes by its own order."""
 
     async def score(self, positions: Sequence[Position], max_tokens: int | None) -> Scores:
-        return Scores([0.5] * len(positions))
+        return Scores([0.5] * len(positions), guide=True)
 
 
 class OracleValue:

@@ -347,7 +347,6 @@ CASES = (
     Case("pairs_are_whole", f"{PAIRS} metarl.staleness.stale_tokens=truncate", "no importance ratio", "metarl.staleness.stale_tokens=mask"),
     Case("pairs_are_whole", f"{PAIRS} metarl.pack_tokens=300", "must hold the two sequences of a pair", "metarl.pack_tokens=1024"),
     Case("pairs_are_whole", f"{PAIRS} metarl.search.width=1", "makes no pair", "metarl.search.width=4"),
-    Case("pairs_are_whole", f"{JSONL}{PAIRS} metarl.search.value=none", "no step of jsonl problems is", "metarl.search.value=monte-carlo"),
     Case(
         "searches_have_room",
         "metarl.rollout.method=search metarl.search.max_step_tokens=300",
@@ -371,6 +370,15 @@ CASES = (
         "metarl.rollout.method=search metarl.search.value=prm metarl.search.prm_server=http://a:1",
         "metarl.search.prm_model is empty",
         "metarl.search.prm_model=classifier",
+    ),
+    *(
+        Case(
+            "values_know_the_problems",
+            f"{JSONL}{made} metarl.search.value=none",
+            f"with jsonl problems no step has a value but the one that ends an answer, and search.trains: {trains}",
+            "metarl.search.value=monte-carlo",
+        )
+        for trains, made in (("steps", "metarl.rollout.method=search"), ("preferences", PAIRS))
     ),
     Case(
         "values_know_the_problems",

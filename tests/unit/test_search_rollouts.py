@@ -39,12 +39,12 @@ from neox_rl.search.search import Search
 from neox_rl.search.strategies import STRATEGIES
 from neox_rl.search.strategy import Options
 from neox_rl.search.text_domain import TextDomain, TextState
-from neox_rl.search.values import HeuristicValue, NoValue, OracleValue
+from neox_rl.search.values import HeuristicValue, OracleValue
 from neox_rl.telemetry.events import EventLog
 from neox_rl.telemetry.jsonl import read_jsonl
 from neox_rl.telemetry.metrics import MetricsWriter
 from neox_rl.types import NO_NODE, NO_VERSION, Completion, End, Finish, Problem, Role, SamplingParams, Trace, Tree, Verdict, VersionSpan
-from tests.unit.search_worlds import MAX_VALUE, TOKENIZER, RandomPlayer, countdown, policy
+from tests.unit.search_worlds import MAX_VALUE, TOKENIZER, RandomPlayer, Table, countdown, policy
 from tests.unit.small_run import small_config, small_paths
 
 TASK = countdown([2, 4, 9, 1], 17)
@@ -182,7 +182,7 @@ def test_a_verifier_that_is_lost_costs_no_step_and_no_rollout() -> None:
     problem = Problem("text", "math", "search", "4", "")
     domain, asked = TextDomain(problem, Lost()), Remembering(policy(Ends()))  # type: ignore[arg-type]  # a generator is enough
     search = Search("dfs", lambda _: domain, Options(1), max_retries=0)
-    grown = asyncio.run(search.grown(problem, asked, NoValue(), Budget(9)))
+    grown = asyncio.run(search.grown(problem, asked, Table({}), Budget(9)))
     assert (grown.tree.end, [n.text for n in grown.tree.nodes]) == (End.FAILED, ["", "3 *5 =15", ""])
     assert grown.tree.nodes[2].verdict is None and grown.states[2] == TextState(("3 *5 =15", ""), True)
     assert [s.node for s in all_samples(grown, domain, asked.asked)] == [1], "the end has no value"

@@ -17,11 +17,12 @@ from neox_rl.search.demonstrations import values
 from neox_rl.search.growth import Budget
 from neox_rl.search.proposers import Position
 from neox_rl.search.rollouts import Baseline, Remembering, advantages, all_samples, node_samples, preferences
+from neox_rl.search.scorers import Discouraged
 from neox_rl.search.search import Grown, Search
 from neox_rl.search.strategies import STRATEGIES
 from neox_rl.search.strategy import Options
 from neox_rl.search.trees import read_tree, tree_line
-from neox_rl.search.values import Scores, ValueFailedError
+from neox_rl.search.values import NoValue, Scores, Value, ValueFailedError
 from neox_rl.types import End, Finish, SamplingParams
 from tests.unit.search_worlds import TOKENIZER, policy
 from tests.unit.test_search_rollouts import TASK, Sloppy, Unreliable, maker
@@ -44,7 +45,7 @@ class Dies:
         raise NeoxRLError("the scorer is gone")
 
 
-def search(value: Dies, strategy: str = "bfs") -> tuple[Grown, Remembering]:
+def search(value: Value, strategy: str = "bfs") -> tuple[Grown, Remembering]:
     asked = Remembering(policy(Sloppy()))
     return asyncio.run(Search(strategy, ArithmeticDomain, Options(4)).grown(TASK, asked, value, Budget(16))), asked
 
@@ -75,6 +76,23 @@ def test_a_tree_that_nothing_scored_is_no_demonstration_of_values() -> None:
     assert len(grown.tree.nodes) > 1 and not node_samples(grown.tree)
     with pytest.raises(ConfigError, match="step with a value"):
         values([(grown.tree, TASK)], TOKENIZER)
+
+
+@pytest.mark.parametrize("value", [NoValue(), Discouraged(NoValue())])
+@pytest.mark.parametrize("strategy", EVERY)
+def test_what_only_guides_a_search_is_no_value_of_its_steps(strategy: str, value: Value) -> None:
+    class Half:
+        async def score(self, positions: Sequence[Position], max_tokens: int | None) -> Scores:
+            return Scores([0.5] * len(positions))
+
+    grown, _ = search(value, strategy)
+    tree, ends = grown.tree, {n.id for n in grown.tree.nodes if n.verdict is not None}
+    assert {n.id for n in tree.nodes if n.value is not None} == {s.node for s in node_samples(tree)} == ends
+    guided = search(Half() if isinstance(value, NoValue) else Discouraged(Half()), strategy)[0].tree
+    assert [replace(n, value=None) for n in tree.nodes] == [replace(n, value=None) for n in guided.nodes], "it searches as it did"
+    with pytest.raises(ConfigError, match=r"step with a value before its end; search with one"):
+        values([(tree, TASK)], TOKENIZER)
+    assert values([(guided, TASK)], TOKENIZER)
 
 
 @pytest.mark.parametrize("rounds", [0, 1])
