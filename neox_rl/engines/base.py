@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from neox_rl.loss.metrics import is_max
 from neox_rl.loss.vocab_parallel import token_logprobs_and_entropy
 from neox_rl.types import Json
 
+Found = TypeVar("Found", bound=Path | None)
 _COUNTED = ("loss", "tokens")
 MAX_TRIES = 100
 """Of one optimizer step: a loss scale of 2^32 falls to 1 in 32 tries and those that hysteresis grants, 32 at most."""
@@ -237,6 +238,9 @@ class RankEngine(ABC):
             for tensor, data in zip(self._held(), current, strict=True):
                 tensor.data = data
 
+    def _located(self, directory: Path, find: Callable[[Path], Found]) -> Found:
+        return located(directory, find, self._world.control)
+
     def _read_meta(self, checkpoint: Path, layout: Mapping[str, Json]) -> dict[str, Any]:
         """See ``checkpoint_files.read_meta``. What one rank finds wrong is raised on all: the last word of each is then the same.
 
@@ -297,3 +301,45 @@ def broadcast(data: bytes | None, group: dist.ProcessGroup, source: int, device:
     if buffer.numel():
         dist.broadcast(buffer, group=group, group_src=source)
     return buffer.cpu().numpy().tobytes()
+
+
+def located(directory: Path, find: Callable[[Path], Found], group: dist.ProcessGroup) -> Found:
+    """What ``find`` finds in ``directory`` on the group's rank 0, on every rank. A network file system may show another rank what was there
+    before the last save, and weights of two steps would be trained together without a word.
+
+    Raises on all ranks what rank 0 finds wrong, and UnreadableError where one does not see what rank 0 found.
+    """
+    rank, word = dist.get_rank(group), b""
+    if rank == 0:
+        try:
+            found = find(directory)
+            word = json.dumps({"found": None if found is None else _below(found, directory)}).encode()
+        except (WeightError, OSError) as error:
+            kind = UnreadableError if isinstance(error, OSError) else type(error)
+            kind = DamagedError if isinstance(error, PermissionError) else kind
+            word = json.dumps({"kind": kind.__name__, "wrong": str(error)}).encode()
+    said = json.loads(broadcast(word if rank == 0 else None, group, 0, torch.device("cpu")))
+    if "wrong" in said:
+        raise {DamagedError.__name__: DamagedError, UnreadableError.__name__: UnreadableError}.get(said["kind"], WeightError)(said["wrong"])
+    if said["found"] is None:
+        return cast(Found, None)
+    checkpoint = directory / said["found"]
+    blind = torch.tensor(int(not _seen(checkpoint, find)))
+    dist.all_reduce(blind, group=group)
+    if int(blind):
+        raise UnreadableError(
+            f"{checkpoint}: {int(blind)} of {dist.get_world_size(group)} ranks do not see this checkpoint, which rank 0 found: try again;"
+            " if it stays so, give all machines one file system for checkpoints"
+        )
+    return cast(Found, checkpoint)
+
+
+def _below(found: Path, directory: Path) -> str:
+    return str(found.relative_to(directory) if found.is_relative_to(directory) else found)
+
+
+def _seen(checkpoint: Path, find: Callable[[Path], Path | None]) -> bool:
+    try:
+        return find(checkpoint) == checkpoint
+    except (WeightError, OSError):
+        return False

@@ -233,11 +233,11 @@ class GptNeoXEngine(RankEngine):
 
     def load(self, directory: Path) -> dict[str, Json]:
         """Also a checkpoint of GPT-NeoX's own training: its weights, with an optimizer that starts anew; nothing of the client's."""
-        stock = checkpoint_files.find_foreign(directory)
+        stock = self._located(directory, checkpoint_files.find_foreign)
         if stock is not None:
             self._load_stock(stock)
             return {}
-        checkpoint = checkpoint_files.find(directory)
+        checkpoint = self._located(directory, checkpoint_files.find)
         meta = self._read_meta(checkpoint, self._layout())
         # The learning rate is given with each step; GPT-NeoX's schedule refuses a run that asks for more steps than it was saved with.
         optimizer = self._engine.optimizer

@@ -112,7 +112,7 @@ class MegatronCoreEngine(RankEngine):
         return final
 
     def load(self, directory: Path) -> dict[str, Json]:
-        checkpoint = checkpoint_files.find(directory)
+        checkpoint = self._located(directory, checkpoint_files.find)
         meta = self._read_meta(checkpoint, self._layout())
         state = mcore_state.read_rank(checkpoint, self.topology.rank)
         self._reference = mcore_state.restore(state, self._inner, self._setup.torch_optimizers(self._optimizer))
