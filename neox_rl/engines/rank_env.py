@@ -12,17 +12,22 @@ from neox_rl.config.network import is_loopback
 from neox_rl.errors import ConfigError
 
 DEFAULT_PORT = 29500
+AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 
 
 @dataclass(frozen=True)
 class RankEnv:
-    """One process of the training world. ``local_rank`` counts the processes of this node."""
+    """One process of the training world. ``local_rank`` counts the processes of this node.
+
+    ``has_store``: the rendezvous is there already, torchrun's agent holds it.
+    """
 
     rank: int
     local_rank: int
     world_size: int
     master_addr: str
     master_port: int
+    has_store: bool = False
 
 
 _SCHEMES: tuple[tuple[str, str, str, str], ...] = (
@@ -56,7 +61,7 @@ def rank_environment(environ: Mapping[str, str], default_master: str = "127.0.0.
             raise ConfigError(f"{rank_key}={rank} is outside 0..{world_size - 1} ({world_key}={world_size}); unset what an outer job left")
         if not 0 <= local_rank <= rank:
             raise ConfigError(f"{local_key}={local_rank} is outside 0..{rank} ({rank_key}={rank}); unset what an outer job left")
-        return RankEnv(rank, local_rank, world_size, master, port)
+        return RankEnv(rank, local_rank, world_size, master, port, environ.get(AGENT_STORE) == "True")
     return RankEnv(0, 0, 1, master, port)
 
 
@@ -71,10 +76,10 @@ def _integer(environ: Mapping[str, str], name: str, default: int) -> int:
 
 
 def interface_towards(host: str) -> str:
-    """The network interface of this machine that reaches ``host``; empty where none does, or only loopback.
+    """The network interface of this machine that reaches ``host``; empty where none does, or only loopback though ``host`` is not.
 
     gloo and NCCL have to be told: gloo takes the address that this machine's name resolves to, which is often a loopback one or none, and
-    hands it to ranks on other machines.
+    hands it to ranks on other machines; or it is the network's, and ranks that are all here listen there.
     """
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -82,6 +87,6 @@ def interface_towards(host: str) -> str:
             own = str(probe.getsockname()[0])
     except OSError:
         return ""
-    if is_loopback(own):
+    if is_loopback(own) and not is_loopback(host):
         return ""
     return next((name for name, found in psutil.net_if_addrs().items() if any(address.address == own for address in found)), "")

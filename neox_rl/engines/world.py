@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import socket
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore  # torch.distributed has them, and says so to no type checker
 
 from neox_rl.config.neox import NeoXConfig
+from neox_rl.config.network import is_loopback
 from neox_rl.config.schema import DeadlinesConfig
 from neox_rl.engines.port import Topology
 from neox_rl.engines.rank_env import RankEnv
@@ -38,6 +42,8 @@ def backend_of(neox: NeoXConfig, device: torch.device) -> str:
 def join_ranks(neox: NeoXConfig, env: RankEnv, device: torch.device, timeout_s: float) -> None:
     """Rendezvous of all ranks, with a deadline for it and for every collective of the world's own group.
 
+    It has no keys: whoever reaches its port can read and set what the ranks tell one another there.
+
     Raises ConfigError for a world that TP x PP does not divide, DeadlineError when not all come.
     """
     tp, pp = neox.model_parallel_size, neox.pipe_stages
@@ -46,22 +52,55 @@ def join_ranks(neox: NeoXConfig, env: RankEnv, device: torch.device, timeout_s: 
             f"{env.world_size} ranks are not a multiple of model_parallel_size {tp} x pipe_parallel_size {pp}; "
             f"set num_gpus (or the number of processes) to a multiple of {tp * pp}"
         )
-    backend = backend_of(neox, device)
+    backend, timeout = backend_of(neox, device), timedelta(seconds=timeout_s)
     try:
         dist.init_process_group(
             backend,
-            init_method=f"tcp://{env.master_addr}:{env.master_port}",
+            store=PrefixStore("default_pg", _store(env, timeout)),
             rank=env.rank,
             world_size=env.world_size,
-            timeout=timedelta(seconds=timeout_s),
+            timeout=timeout,
             device_id=device if backend == "nccl" else None,
         )
-    except (dist.DistStoreError, dist.DistNetworkError) as error:
+    except (dist.DistStoreError, dist.DistNetworkError, OSError) as error:
         place = f"MASTER_ADDR {env.master_addr}, MASTER_PORT {env.master_port}"
-        if env.rank == 0 and isinstance(error, dist.DistNetworkError):
+        if env.rank == 0 and not isinstance(error, dist.DistStoreError):
             raise ConfigError(f"rank 0 cannot listen at {place}: {error}; set master_addr and metarl.network.master_port") from error
         where = f"rank {env.rank} met nobody else at {place}; see the logs of the other ranks ({error})"
         raise DeadlineError(f"all {env.world_size} training ranks", timeout_s, where) from error
+
+
+def _store(env: RankEnv, timeout: timedelta) -> TCPStore:
+    """What torch makes of ``tcp://``, except that it would listen on every interface of rank 0's machine. Raises OSError."""
+    listens = env.rank == 0 and not env.has_store
+    listener = listener_at(env.master_addr, env.master_port) if listens else None
+    return TCPStore(
+        env.master_addr.strip("[]"),
+        env.master_port,
+        env.world_size,
+        is_master=listens,
+        timeout=timeout,
+        master_listen_fd=None if listener is None else listener.detach(),  # the store closes it
+    )
+
+
+def listener_at(host: str, port: int) -> socket.socket | None:
+    """A socket bound to ``host`` alone. None where that is not one address of this machine, and only torch's way reaches all who come:
+    one that is forwarded to it, a name of several addresses, or one that means another to other machines. Raises OSError."""
+    found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+    if not is_loopback(host) and (len(found) != 1 or is_loopback(str(found[0][4][0]))):
+        return None
+    for family, kind, _, _, address in found:
+        listener = socket.socket(family, kind)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # of ranks that were just ended
+            listener.bind(address)
+            return listener
+        except OSError as error:
+            listener.close()
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+    return None
 
 
 def topology_of(neox: NeoXConfig, env: RankEnv, device: torch.device, tp_rank: int, pp_rank: int, dp_rank: int) -> Topology:

@@ -83,8 +83,8 @@ def train(paths: RunPaths, resume: bool) -> None:
     endpoints: dict[str, Any] = json.loads(paths.endpoints.read_text())
     os.environ.setdefault("MASTER_PORT", str(endpoints["master_port"]))  # mpirun and srun say nothing of it
     env = rank_environment(os.environ, config.neox.master_addr)
-    if not is_loopback(env.master_addr) and (interface := interface_towards(env.master_addr)):
-        for library in ("GLOO", "NCCL"):
+    if interface := interface_towards(env.master_addr):
+        for library in ("GLOO",) if is_loopback(env.master_addr) else ("GLOO", "NCCL"):  # NCCL finds its way within a machine
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface)
     pin(config, Machine.here(), env.local_rank)
     if env.local_rank == 0:

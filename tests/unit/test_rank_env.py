@@ -44,8 +44,15 @@ def test_the_master_is_the_environments_then_the_configs_then_the_node_that_srun
     assert rank_environment(SRUN).master_addr == "127.0.0.1"
 
 
-def test_the_interface_towards_a_host_is_none_for_loopback_and_for_what_no_route_leads_to() -> None:
-    assert interface_towards("127.0.0.1") == "" and interface_towards("no-such-host.invalid") == ""
+def test_the_store_of_torchruns_agent_is_taken() -> None:
+    assert rank_environment({**TORCHRUN, **MASTER, "TORCHELASTIC_USE_AGENT_STORE": "True"}).has_store
+    assert not rank_environment({**TORCHRUN, **MASTER, "TORCHELASTIC_USE_AGENT_STORE": "False"}).has_store
+
+
+def test_the_interface_towards_a_host_is_none_where_no_route_leads_there() -> None:
+    assert interface_towards("no-such-host.invalid") == ""
+    loopback = {address.address for address in psutil.net_if_addrs()[interface_towards("127.0.0.1")]}
+    assert "127.0.0.1" in loopback and interface_towards("localhost") == interface_towards("127.0.0.1")
     if not is_loopback(own_address()):
         assert interface_towards(own_address()) in psutil.net_if_addrs()
 

@@ -1,0 +1,81 @@
+"""How the ranks meet: where their rendezvous listens, and what is said where it cannot. One rank, real sockets."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
+
+from neox_rl.config.neox import NeoXConfig
+from neox_rl.engines.rank_env import RankEnv
+from neox_rl.engines.world import join_ranks, listener_at
+from neox_rl.errors import ConfigError
+from neox_rl.run.endpoints import free_port
+from tests.e2e.runs import own_address
+
+TIMEOUT_S = 60.0
+
+
+@contextmanager
+def joined(host: str, port: int, has_store: bool = False) -> Iterator[None]:
+    join_ranks(NeoXConfig(), RankEnv(0, 0, 1, host, port, has_store), torch.device("cpu"), TIMEOUT_S)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def listening(port: int) -> set[str]:
+    """The addresses at which this process listens on ``port``."""
+    found = psutil.Process(os.getpid()).net_connections("tcp")
+    return {c.laddr.ip for c in found if c.status == psutil.CONN_LISTEN and c.laddr.port == port}
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_ranks_of_one_machine_meet_where_no_other_machine_comes(host: str) -> None:
+    with joined(host, port := free_port("127.0.0.1")):
+        assert listening(port) <= {"127.0.0.1", "::1"} and len(listening(port)) == 1
+        total = torch.ones(2)
+        dist.all_reduce(total)
+        assert total.tolist() == [1.0, 1.0]
+    assert not listening(port), "another world may meet there"
+
+
+def test_ranks_of_several_machines_meet_at_the_address_that_they_were_told() -> None:
+    if not (host := own_address()):
+        pytest.skip("this machine has no address but loopback")
+    with joined(host, port := free_port(host)):
+        assert listening(port) == {host}
+
+
+def test_an_address_that_is_not_this_machines_is_somebodys_who_forwards_it() -> None:
+    assert listener_at("192.0.2.1", 1234) is None
+
+
+def test_a_name_that_is_loopback_only_here_is_no_address_for_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Debian writes a machine's own name into /etc/hosts."""
+    here = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 1234))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: here)
+    assert listener_at("node0", 1234) is None
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = int(other.getsockname()[1])
+        with pytest.raises(ConfigError, match=rf"cannot listen at MASTER_ADDR 127\.0\.0\.1, MASTER_PORT {port}: .*in use.*master_port"):
+            join_ranks(NeoXConfig(), RankEnv(0, 0, 1, "127.0.0.1", port), torch.device("cpu"), TIMEOUT_S)
+
+
+def test_the_store_of_torchruns_agent_is_joined_and_none_is_made() -> None:
+    agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=TIMEOUT_S))
+    before = listening(agent.port)
+    with joined("127.0.0.1", agent.port, has_store=True):
+        assert listening(agent.port) == before and agent.num_keys() > 1
