@@ -107,8 +107,6 @@ class Supervisor:
             self._warn(f"removed {lock}, which a killed compilation left")
         self.running[name] = self._programs[name].start(self.config.metarl.deadlines.shutdown_s)
         self._recovery.started(name, time.monotonic())
-        if name == RANKS:
-            self._up, self._served, self._trained = False, None, False
         self._show(name, replace(self._states.get(name, ProcessState()), state="running"))
 
     def _over(self) -> bool:
@@ -117,7 +115,7 @@ class Supervisor:
             self.interrupts.count = max(2, self.interrupts.count)  # nothing is trained yet
         if self.interrupts.count >= 2 or self._enough:
             return True
-        if self.running[RANKS].poll() != 0:
+        if RANKS in self._due or self.running[RANKS].poll() != 0:
             return False
         orchestrator = self.running.get(ORCHESTRATOR)
         if orchestrator is None or orchestrator.poll() == 0:
@@ -138,8 +136,9 @@ class Supervisor:
         for name in [name for name, due in self._due.items() if due <= self._now]:
             del self._due[name]
             self._start(name)
-            self.events.instant("restarted", process=name, restarts=self._states[name].restarts)
-            self.events.flush()
+            if name in self._healing:  # else it was well, and goes along with the ranks
+                self.events.instant("restarted", process=name, restarts=self._states[name].restarts)
+                self.events.flush()
         if not self._up and (RANKS not in self._due) and read_status(self.paths.status).phase != "starting":
             self._up = True
             self._healed(RANKS)
@@ -162,7 +161,7 @@ class Supervisor:
                 raise DeadlineError("the trainer to save after Ctrl-C", now - self._asked, log)
         orchestrator = self.running.get(ORCHESTRATOR)
         done = {name for name in (RANKS, ORCHESTRATOR) if (process := self.running.get(name)) is not None and process.poll() == 0}
-        if not done or orchestrator is None:
+        if not done or orchestrator is None or RANKS in self._due:
             return
         self._served = now if self._served is None else self._served
         if now - self._served > deadlines.shutdown_s:
@@ -220,7 +219,7 @@ class Supervisor:
             self._resume(decision)
         elif decision.act is Act.RESTART:
             self._due[name] = self._now + decision.delay_s
-        state = {Act.RESUME: "running", Act.RESTART: "restarting", Act.GO_ON: "lost"}[decision.act]
+        state = "lost" if decision.act is Act.GO_ON else "restarting"
         self._show(name, ProcessState(state, decision.used, decision.limit))
 
     def _end(self, name: str, said: ProcessDiedError, decision: Decision) -> ProcessDiedError:
@@ -238,9 +237,10 @@ class Supervisor:
 
     def _resume(self, decision: Decision) -> None:
         """A new attempt of orchestrator and ranks. The ranks went first: the old publisher is gone before the new one binds its port."""
+        self._up, self._served, self._trained = False, None, False
         if (orchestrator := self.running.get(ORCHESTRATOR)) is not None:
             stop(orchestrator, AT_ONCE_S)
-            self._due.pop(ORCHESTRATOR, None)
+            self._show(ORCHESTRATOR, replace(self._states[ORCHESTRATOR], state="restarting"))
         again = has_checkpoint(self.config, self.paths)
         where = "from the last checkpoint" if again else "from the start: there is no checkpoint yet"
         message = f"restart {decision.used} of {decision.limit}, {where}"
@@ -249,8 +249,7 @@ class Supervisor:
         for name in (ORCHESTRATOR, RANKS):
             if name in self._programs:
                 self._programs[name] = self._programs[name].in_attempt(attempt, again and name == RANKS)
-                self._start(name)
-        self.events.instant("restarted", process=RANKS, restarts=decision.used)
+                self._due[name] = self._now + decision.delay_s
 
     def _healed(self, name: str) -> None:
         if name in self._healing:

@@ -19,7 +19,7 @@ import pytest
 
 from neox_rl.config.run import RunConfig
 from neox_rl.errors import DeadlineError, ProcessDiedError
-from neox_rl.run import supervise
+from neox_rl.run import recovery, supervise
 from neox_rl.run.processes import ATTEMPT, ORCHESTRATOR, RANKS, Program
 from neox_rl.run.supervise import Supervisor
 from neox_rl.telemetry.events import EventLog, read_events
@@ -255,6 +255,39 @@ def test_a_lost_rank_takes_the_orchestrator_along_and_both_start_again_while_the
     assert json.loads((paths.root / "said").read_text()) == [["--resume"], "1"], "the launcher's own start was not counted here"
     assert [e.fields["process"] for e in read_events(paths.events) if e.name == "heal"] == [RANKS]
     assert no_process_is_left(supervisor)
+
+
+def test_ranks_that_die_again_right_after_their_start_wait_and_the_orchestrator_with_them(supervisor: Supervisor) -> None:
+    """A disk that is away for a moment must not cost every restart that the user allowed."""
+    supervisor = healing(supervisor, restarts=2)
+    starts = supervisor.paths.root / "starts"
+    noted = f"import time; open({str(starts)!r}, 'a').write('{{}} %r\\n' % time.time()); "
+    orchestrator = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); " + noted.format(ORCHESTRATOR) + FOREVER
+    with pytest.raises(ProcessDiedError, match=r"trainer ended with exit status 0 \(it was started again 2 times already\)"):
+        run(supervisor, orchestrator=orchestrator, trainer=noted.format(RANKS))
+    supervisor.events.flush()
+    died = [e.t_ns / 1e9 for e in read_events(supervisor.paths.events) if e.name == "died"]
+    rows = [line.split() for line in starts.read_text().splitlines()]
+    again = {who: [float(at) for name, at in rows if name == who] for who in (ORCHESTRATOR, RANKS)}
+    assert len(died) == len(again[ORCHESTRATOR]) == len(again[RANKS]) == 3
+    assert min(again[ORCHESTRATOR][2], again[RANKS][2]) - died[1] >= 1.0, "the first time at once, then after a second"
+    assert faults(supervisor) == [("died", RANKS), ("restarted", RANKS)] * 2 + [("died", RANKS)] and no_process_is_left(supervisor)
+
+
+def test_ctrl_c_while_ranks_wait_for_their_next_start_ends_the_run(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery, "BACKOFF_S", 3600.0)
+    monkeypatch.setattr(recovery, "LONGEST_BACKOFF_S", 3600.0)
+    supervisor = healing(supervisor, restarts=2)
+
+    def press() -> None:
+        end = time.monotonic() + 60.0
+        while time.monotonic() < end and read_processes(supervisor.paths.processes).get(RANKS) != ProcessState("restarting", 2, 2):
+            time.sleep(0.05)
+        supervisor.interrupts.count += 1
+
+    threading.Thread(target=press, daemon=True).start()
+    assert run(supervisor, orchestrator=FOREVER, trainer="raise SystemExit(7)") is False
+    assert read_processes(supervisor.paths.processes)[ORCHESTRATOR].state == "restarting" and no_process_is_left(supervisor)
 
 
 def test_a_server_is_started_again_when_the_orchestrator_asks_for_it(supervisor: Supervisor, capsys: pytest.CaptureFixture[str]) -> None:
