@@ -16,6 +16,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from xxhash import xxh3_64
@@ -93,6 +94,18 @@ def scan(segment: str, data: bytes | memoryview) -> Iterator[Record | Damage]:
                 break
     if lost >= 0:
         yield Damage(segment, lost, len(raw), torn=True)
+
+
+def beginning(path: Path, number: int) -> list[Record]:
+    """The first records of a segment, at most ``number`` and none behind one that is damaged; of the file nothing more is read."""
+    found: list[Record] = []
+    with path.open("rb") as file:
+        while len(found) < number and (head := _head_at(memoryview(data := file.read(HEAD_BYTES)), 0)) is not None:
+            record = _record_at(path.name, memoryview(data + file.read(head[0])), 0) if head[0] <= MAX_PAYLOAD_BYTES else None
+            if record is None:
+                break
+            found.append(record[0])
+    return found
 
 
 def first_unchecked(data: bytes | memoryview) -> Record | None:

@@ -208,8 +208,8 @@ class ExperienceServer:
         if self._attempt == NO_ATTEMPT:
             return "this orchestrator was restarted and knows no session: restart the run with --resume"
         return (
-            f"another trainer holds the session (attempt {self._attempt}): end it, then start orchestrator and ranks again "
-            f"with {ATTEMPT}={self._attempt + 1} in their environment"
+            f"another trainer holds the session (attempt {self._attempt}): end it, then go on with --resume; "
+            f"who starts orchestrator and ranks by hand gives both {ATTEMPT}={self._attempt + 1} in their environment"
         )
 
     def _begin(self, message: Message, handler: ExperienceHandler) -> None:

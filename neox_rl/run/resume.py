@@ -20,6 +20,7 @@ from neox_rl.errors import ConfigError, WeightError
 from neox_rl.keys import RUN_FILE, Keys
 from neox_rl.queue.history import fold
 from neox_rl.queue.journal import LEDGER, check_format, read_journal, segments
+from neox_rl.queue.records import beginning
 from neox_rl.telemetry.jsonl import read_json, rewrite_json
 from neox_rl.telemetry.paths import RunPaths
 
@@ -37,6 +38,8 @@ READ_HERE_BYTES = 2 << 30
 """Of a checkpoint: what is read in a moment. Of a larger one the ranks find out, who read all of it anyway, and refuse it alike."""
 _READERS = 8
 _FIRST_RECORD_BYTES = 4096
+_HAVE_ATTEMPT = 2
+"""Of these first records of a segment one says the attempt: ``opened`` or ``state``."""
 
 
 def refuse_changes(before: RunConfig, now: RunConfig) -> None:
@@ -71,12 +74,15 @@ def next_attempt(paths: RunPaths) -> int:
     """Counts the starts of the ranks in this run, resumes included, on the disk (also on a full one): 1, 2, ...
 
     Durably: the journal knows the attempts of its sessions, and a trainer with the number of one before it is refused. So it is the journal
-    that says the last one where the count was lost, and only there: reading all of it takes as long as the orchestrator's recovery.
+    that says the last one where the count was lost, and only there: reading all of it takes as long as the orchestrator's recovery. What
+    its segments begin with is read in any case: a count may be of an older copy of the run.
     """
+    begun = [int(record.meta.get("attempt", 0)) for path in segments(paths.journal) for record in beginning(path, _HAVE_ATTEMPT)]
     try:
         last = int(read_json(paths.attempt)["attempt"])
     except (ValueError, KeyError, TypeError):
         last = max(0, fold(read_journal(paths.journal).records).attempt)
+    last = max(last, *begun, 0)
     rewrite_json(paths.attempt, {"attempt": last + 1}, durably=True)
     return last + 1
 

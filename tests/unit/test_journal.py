@@ -19,7 +19,7 @@ from neox_rl.queue import journal as journal_file
 from neox_rl.queue import records as records_file
 from neox_rl.queue.history import chunk_body, chunk_of
 from neox_rl.queue.journal import FORMAT, LEDGER, Journal, Reading, open_journal, read_journal, segments
-from neox_rl.queue.records import Damage, Record, payload_of, scan, to_bytes
+from neox_rl.queue.records import Damage, Record, beginning, payload_of, scan, to_bytes
 from neox_rl.types import Completion, Finish, VersionSpan
 
 NAME = "000000000001.journal"
@@ -93,6 +93,16 @@ def test_bytes_put_in_are_never_taken_for_records(noise: bytes, at: int) -> None
     records, _ = found_in(DATA[:at] + noise + DATA[at:])
     hit = {i for i, stop in enumerate(ENDS) if stop - len(WHOLE[i]) < at < stop} if noise else set()
     assert plain(records) == plain([r for i, r in enumerate(RECORDS) if i not in hit])
+
+
+def test_the_beginning_of_a_segment_is_read_alone_and_ends_where_it_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / NAME
+    path.write_bytes(DATA)
+    assert plain(beginning(path, 2)) == plain(RECORDS[:2]) and plain(beginning(path, 99)) == plain(RECORDS)
+    path.write_bytes(DATA[: ENDS[0]] + b"x" + DATA[ENDS[0] + 1 :])
+    assert plain(beginning(path, 2)) == plain(RECORDS[:1])
+    path.write_bytes(b"")
+    assert beginning(path, 2) == []
 
 
 def test_a_record_copied_into_a_group_is_no_record_when_its_own_head_is_damaged() -> None:

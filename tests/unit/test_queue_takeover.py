@@ -65,7 +65,7 @@ def test_a_successor_whose_journal_lost_what_the_trainer_cannot_repeat_says_so()
 def test_a_new_trainer_needs_a_higher_attempt_and_an_orchestrator_that_has_not_heard_the_old_one() -> None:
     handler = Recorder()
     with serving(handler, session="", attempt=1) as running:
-        with connected(running.address, greet=False) as same, pytest.raises(NeoxRLError, match=r"attempt 1.*NEOX_RL_ATTEMPT=2"):
+        with connected(running.address, greet=False) as same, pytest.raises(NeoxRLError, match=r"attempt 1.*--resume.*NEOX_RL_ATTEMPT=2"):
             same.hello(world=1)
         with connected(running.address, greet=False, attempt=2) as client:
             client.hello(world=1)

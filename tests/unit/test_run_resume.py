@@ -326,12 +326,15 @@ def test_a_power_cut_leaves_the_count_of_starts_and_the_config_whole(config: Run
     assert [path.read_text() for path in files] == before and not list(paths.root.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("left", ["", "[1]", '{"attempt": null}', None])
-def test_a_count_of_starts_that_was_lost_is_taken_from_the_journal(config: RunConfig, left: str | None) -> None:
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("left", ["", "[1]", '{"attempt": null}', None, '{"attempt": 1}'])
+def test_a_count_of_starts_that_was_lost_or_is_older_is_taken_from_the_journal(config: RunConfig, left: str | None, saved: bool) -> None:
     paths = prepare(config)
     save(paths.checkpoints, 1)
     book = Book.open(paths.journal, 7, 0.02, 5.0)
     book.session("s", 7, 0, 0, {})
+    if saved:
+        book.checkpoint(2, 0, 0)
     book.close()
     paths.attempt.unlink()
     if left is not None:
