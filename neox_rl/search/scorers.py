@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -117,8 +118,9 @@ class JudgeValue:
             chars //= 2
 
     def _vote(self, text: str) -> float | None:
+        """By whole words: ``unlikely`` is none of them."""
         said = text.lower()
-        found = [(said.index(word), value) for word, value in self.words.items() if word in said]
+        found = [(match.start(), value) for word, value in self.words.items() if (match := re.search(rf"\b{re.escape(word)}\b", said))]
         return min(found)[1] if found else None
 
 

@@ -95,7 +95,12 @@ class Says:
 
 
 def test_the_judge_is_the_mean_of_the_votes_that_can_be_read() -> None:
-    for votes, expected in ((("Sure.", "likely", "impossible"), 0.5), (("sure", "what?", "sure"), 1.0), (("?", "!", ""), math.nan)):
+    for votes, expected in (
+        (("Sure.", "likely", "impossible"), 0.5),
+        (("sure", "what?", "sure"), 1.0),
+        (("Unlikely.", "impossible!", "unsure"), 0.0),
+        (("?", "!", ""), math.nan),
+    ):
         judge = Says(*votes)
         assert score(JudgeValue(judge, judge, votes=3), GOOD) == Scores([expected], 3)
         assert "7 *3 =21" in judge.asked
