@@ -182,7 +182,8 @@ class SamplingParams:
 
 
 class End(StrEnum):
-    """Why a search ended: a goal was found, nothing was left to try, the budget was spent, or the policy or the value gave no answer."""
+    """Why a search ended: a goal was found, nothing was left to try, the budget did not pay for more, or the policy or the value gave no
+    answer."""
 
     SOLVED = "solved"
     EXHAUSTED = "exhausted"

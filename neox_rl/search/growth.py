@@ -63,7 +63,8 @@ class Leaf:
 
 
 class Growth:
-    """The tree of one problem. Nodes are numbered as they are made; nothing is ever taken back."""
+    """The tree of one problem. Nodes are numbered as they are made; nothing is ever taken back. ``withheld``: the tokens left did not pay
+    for a step, or for all of it: the search was ended by its budget, even if it has nothing left to try."""
 
     def __init__(self, problem: Problem, domain: Domain, budget: Budget, distinct: Distinct, seed: int) -> None:
         self.problem, self.domain, self.budget, self.distinct, self.seed = problem, domain, budget, distinct, seed
@@ -71,6 +72,7 @@ class Growth:
         self.nodes = [root]
         self.counts: Counter[str] = Counter()
         self.num_tokens = 0
+        self.withheld = False
         self.ends: list[int] = []
         self.earlier: list[tuple[str, ...]] = []
         self._ended: list[tuple[str, ...]] = []
@@ -124,7 +126,10 @@ class Growth:
         added: list[int] = []
         for proposal in proposals:
             tokens_left = self.tokens_left
-            if self.nodes_left <= 0 or (tokens_left is not None and proposal.num_tokens > tokens_left):
+            if self.nodes_left <= 0:
+                break
+            if tokens_left is not None and proposal.num_tokens > tokens_left:
+                self.withheld = True
                 break
             self.num_tokens += proposal.num_tokens
             if (leaf := self._grown(above, proposal)) is not None:
@@ -150,6 +155,7 @@ class Growth:
 
     def _grown(self, above: Leaf, proposal: Proposal) -> Leaf | None:
         """The new child; None, and a count, where the step is refused."""
+        self.withheld |= proposal.cut_short
         stepped = self._step(above, proposal)
         if isinstance(stepped, Rejection):
             self.counts[stepped.value] += 1

@@ -81,7 +81,7 @@ class Search:
             if not waiting:
                 waiting.extend(asks_for(strategy.pick(growth), proposer))
             if not waiting:
-                return End.EXHAUSTED
+                return End.BUDGET if growth.withheld else End.EXHAUSTED
             await self._round(growth, strategy, proposer, value, affordable(waiting, growth, proposer.step_tokens))
         return End.SOLVED
 
@@ -168,6 +168,7 @@ def affordable(waiting: deque[Ask], growth: Growth, step_tokens: int) -> list[tu
                 break
             cap = min(step_tokens, tokens)
             n = min(n, tokens // cap)
+            growth.withheld |= n < min(waiting[0].n, nodes)
         taken.append((waiting.popleft()._replace(n=n), cap))
         nodes -= n
         tokens = None if tokens is None else tokens - n * step_tokens

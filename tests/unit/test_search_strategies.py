@@ -199,10 +199,26 @@ def test_no_budget_is_exceeded_and_every_search_ends(
     assert len(tree.nodes) - 1 <= nodes and (tokens is None or tree.num_tokens <= tokens)
     assert tree.num_tokens >= sum(len(node.ids) for node in tree.nodes)
     if tree.end is End.BUDGET:
-        assert len(tree.nodes) - 1 == nodes or (tokens is not None and tree.num_tokens == tokens)
+        assert len(tree.nodes) - 1 == nodes or tokens is not None
     if 0 in (nodes, tokens):
         assert (tree.end, len(tree.nodes), tree.num_tokens) == (End.BUDGET, 1, 0)
     assert all(node.versions == (3, 3) and len(node.logprobs) == len(node.ids) for node in tree.nodes[1:])
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+@pytest.mark.parametrize("proposer", [ExhaustiveProposer(), policy(RandomPlayer())])
+def test_only_a_search_that_had_the_tokens_for_all_it_tried_is_exhausted(strategy: str, proposer: Proposer) -> None:
+    problem, options = countdown([2, 2, 3], 59), Options(3)
+
+    def tree_of(tokens: int | None) -> Tree:
+        return search(strategy, options=options, proposer=proposer, value=HeuristicValue(), budget=Budget(10_000, tokens), problem=problem)
+
+    whole = tree_of(None)
+    assert whole.end is End.EXHAUSTED
+    for tokens in range(whole.num_tokens + 3 * 8 + 1):
+        tree = tree_of(tokens)
+        assert tree.end is not End.EXHAUSTED or [n.text for n in tree.nodes] == [n.text for n in whole.nodes], tokens
+    assert tree.end is End.EXHAUSTED
 
 
 def test_budgets_and_options_that_make_no_sense_are_refused() -> None:
