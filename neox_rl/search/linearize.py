@@ -106,6 +106,19 @@ def _jump(tree: Tree, path: list[int], to: int, restart: bool) -> Iterator[Told]
         yield Told(node, again=True)
 
 
+def _on_path(told: Sequence[Told], restart: bool, solution: Sequence[Node]) -> set[int]:
+    """Which moves are the steps of the solution path. Such a step is on it where it is told first; with ``restart`` where it is told last
+    before the right end, in the attempt that comes to it: told earlier, it belongs to an attempt that came out wrong."""
+    path = {node.id for node in solution}
+    found = dict[int, int]()
+    for at, (node, again) in enumerate(told):
+        if node is not None and node.id in path and (restart or not again):
+            found[node.id] = at
+            if node is solution[-1]:
+                break
+    return set(found.values())
+
+
 def solution_of(tree: Tree) -> tuple[Node, ...]:
     """The path to the first right end, empty without one."""
     goal = next((n.id for n in tree.nodes if n.verdict is not None and n.verdict.correct), NO_NODE)
@@ -137,13 +150,14 @@ def linearize(tree: Tree, problem: Problem, restart: bool = False) -> list[Span]
 def _words(tree: Tree, problem: Problem, restart: bool) -> list[Span]:
     target = int(str(problem.meta["target"]))
     solution = solution_of(tree)
-    on_path = {node.id for node in solution}
+    told = list(moves(tree, restart))
+    on_path = _on_path(told, restart, solution)
     spans: list[Span] = []
-    for node, again in moves(tree, restart):
+    for at, (node, _) in enumerate(told):
         if node is None:
             spans.append(_BACK)
             continue
-        good = node.id in on_path and not again
+        good = at in on_path
         spans.extend(_step_spans(node.text, good))
         if node.verdict is not None:
             spans.append(_compare_span(node.text, target, good))
@@ -154,15 +168,16 @@ def _words(tree: Tree, problem: Problem, restart: bool) -> list[Span]:
 
 def _lines(tree: Tree, restart: bool) -> list[Span]:
     solution = solution_of(tree)
-    on_path = {node.id for node in solution}
+    told = list(moves(tree, restart))
+    on_path = _on_path(told, restart, solution)
     spans: list[Span] = []
-    for node, again in moves(tree, restart):
+    for at, (node, _) in enumerate(told):
         if node is None:
             spans.append(_BACK_LINE)
             continue
         if "\n" in node.text or node.text in MARKER_LINES:
             raise ValueError(f"node {node.id} of {tree.problem_id} is not one line of its own: {node.text!r}")
-        good = node.id in on_path and not again
+        good = at in on_path
         spans.append(Span(node.text + "\n", Role.THINK, True, good))
         if node.verdict is not None:
             spans.append(Span((RIGHT_LINE if node.verdict.correct else WRONG_LINE) + "\n", Role.VERIFY, False, good))
@@ -181,7 +196,8 @@ def text_of(spans: Sequence[Span], glue: str = " ") -> str:
 
 
 def tree_of(problem: Problem, text: str) -> Tree:
-    """The tree that ``linearize`` wrote as ``text``. Raises ValueError on any other text: for a policy's output use ``replay``."""
+    """The tree that ``linearize`` wrote as ``text``. For a policy's output use ``replay``: of other texts ValueError refuses what cannot be
+    followed, and no more. Steps that the numbers do not allow, and what stands behind ``solution``, pass."""
     return _tree_of_words(problem, text) if is_arithmetic(problem) else _tree_of_lines(problem, text)
 
 

@@ -227,6 +227,34 @@ def test_masks_train_all_the_search_alone_or_the_path_alone() -> None:
     assert [text for text, role in path if role is Role.VERIFY] == [GOAL] and not any(role is Role.BACK for _, role in path)
 
 
+def test_of_a_revision_the_path_is_trained_where_the_right_attempt_tells_it() -> None:
+    """The step that both attempts begin with is context in the wrong one."""
+    steps, parents = ["", "7 *3 =21", "21 -5 =16", "21 +5 =26"], (-1, 0, 1, 1)
+    verdicts = [None, None, Verdict(False, "16", Reason.MISMATCH, 0.0), Verdict(True, "26", Reason.MATCH, 0.0)]
+    tree = Tree(TASKS[0].id, tuple(Node(i, parents[i], steps[i], i, verdict=verdicts[i]) for i in range(4)))
+    spans = linearize(tree, TASKS[0], restart=True)
+    assert [(span.text, span.on_path) for span in spans] == [
+        *(("7 *3", False), ("=21", False), ("21 -5", False), ("=16", False), (metacot.LOW, False), (BACK, False)),
+        *(("7 *3", True), ("=21", True), ("21 +5", True), ("=26", True), (GOAL, True), (f"{SOLUTION} ( 7 * 3 ) + 5", True)),
+    ]
+
+
+@settings(deadline=None)
+@given(trees, text_trees(), st.sampled_from(sorted(STYLES)), st.booleans(), st.integers(0, 99))
+def test_the_path_is_told_once_and_with_restarts_in_one_piece(
+    made: tuple[Problem, Tree], texts: Tree, style: str, restart: bool, seed: int
+) -> None:
+    for task, tree in (made, (Problem("text", "math", "", "", ""), texts)):
+        telling = STYLES[style](tree, random.Random(seed))
+        again = restart or telling.restart
+        spans = linearize(telling.tree, task, again)
+        alone = linearize(STYLES["solution"](tree, random.Random(0)).tree, task)
+        on_path = [i for i, span in enumerate(spans) if span.on_path]
+        assert [spans[i] for i in on_path] == alone
+        steps = on_path[:-1]  # without the solution
+        assert not again or steps == list(range(steps[0], steps[-1] + 1) if steps else ())
+
+
 def test_a_search_out_of_order_enters_known_steps_again() -> None:
     steps = ["", "7 +5 =12", "7 *3 =21", "12 +3 =15", "21 +5 =26"]
     verdicts = [None, None, None, Verdict(False, "15", Reason.MISMATCH, 0.0), Verdict(True, "26", Reason.MATCH, 0.0)]
