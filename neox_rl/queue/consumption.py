@@ -61,10 +61,11 @@ class Trained:
             self._beyond.remove(self._floor)
             self._floor += 1
 
-    def reset(self, tickets: Iterable[int]) -> None:
-        """Just these were trained, by steps that are forgotten."""
-        self._step_of, self._floor, self._beyond = dict.fromkeys(tickets, 0), 0, set()
-        self.forget(0)
+    def reset(self, fresh: int, untrained: Iterable[int]) -> None:
+        """Just those below ``fresh`` that are not ``untrained`` were trained, by steps that are forgotten."""
+        left = {ticket for ticket in untrained if ticket < fresh}
+        self._step_of, self._floor = {}, min(left, default=fresh)
+        self._beyond = set(range(self._floor, fresh)) - left
 
     def missing(self, fresh: int, known: Iterable[int] = ()) -> set[int]:
         """Of the tickets below ``fresh``, those that were neither trained nor are ``known``."""
@@ -81,7 +82,7 @@ class TrainedOnce:
         self._trained, self._begin = Trained(), 0
         match queue:
             case {"step": int() as step, "fresh": int() as fresh, "open": list() as tickets}:
-                self._trained.reset(set(range(fresh)).difference(tickets))
+                self._trained.reset(fresh, tickets)
                 self._begin = step
 
     def add(self, groups: Iterable[Group], step: int) -> None:

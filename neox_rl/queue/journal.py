@@ -6,7 +6,8 @@
     lock                   held by the one orchestrator that writes
 
 Record kinds, their meta and body, and what they mean are in ``history.py``. ``read_journal(directory)`` gives all records in order and the
-damage that was found; it never raises for damage, only for a journal of another format.
+damage that was found; it never raises for damage, only for a journal of another format. The ledger is never pruned, so who goes on with
+the run checks its bytes and reads what the segments know themselves from them alone: a recovery takes no longer in a long run.
 
 Writing is group commit: ``append`` only buffers; a thread writes and syncs everything buffered every ``flush_s``, or at once when somebody
 awaits ``durable``. A crash costs what was appended since the last sync, and nobody was told of that yet.
@@ -76,23 +77,27 @@ def segments(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob(f"*{SUFFIX}") if path.name != LEDGER)
 
 
-def read_journal(directory: Path) -> Reading:
-    """Everything that can be read; no journal is an empty one. Raises ConfigError for one that another release wrote."""
-    found: dict[int, Record] = {}
+def read_journal(directory: Path, ledger: bool = True) -> Reading:
+    """Everything that can be read; no journal is an empty one. Raises ConfigError for one that another release wrote.
+
+    Without ``ledger`` only the run's rules are read from it, where the segments begin with the state that its records led to.
+    """
     damage: list[Damage] = []
-    kept: list[int] = []
-    for path in (directory / LEDGER, *segments(directory)):
-        data = path.read_bytes() if path.is_file() else b""
-        check_format(path, data)
-        for item in scan(path.name, data):
-            if isinstance(item, Damage):
-                damage.append(item)
-                continue
-            found[item.seq] = item  # a crash while a segment was given up leaves its short records in both files
-            if path.name != LEDGER:
-                kept.append(item.seq)
-    lost = max(kept) - min(kept) + 1 - len(set(kept)) if kept else 0
-    return Reading(tuple(found[seq] for seq in sorted(found)), tuple(damage), lost)
+    kept = [record for path in segments(directory) for record in _records_of(path, damage)]
+    begin = next((record for record in kept if record.kind != "segment"), None)
+    told = begin is not None and begin.kind == "state" and not begin.meta.get("copy") and "queue" in begin.meta.get("state", {})
+    past = _records_of(directory / LEDGER, damage, "opened" if told and not ledger else "")
+    found = {record.seq: record for record in (*past, *kept)}  # a crash while a segment was given up leaves its short records in both files
+    seqs = {record.seq for record in kept}
+    return Reading(tuple(found[seq] for seq in sorted(found)), tuple(damage), max(seqs) - min(seqs) + 1 - len(seqs) if seqs else 0)
+
+
+def _records_of(path: Path, damage: list[Damage], only: str = "") -> list[Record]:
+    data = path.read_bytes() if path.is_file() else b""
+    check_format(path, data)
+    found = list(scan(path.name, data, only))
+    damage += [item for item in found if isinstance(item, Damage)]
+    return [item for item in found if isinstance(item, Record)]
 
 
 def check_format(path: Path, data: bytes) -> None:
@@ -118,14 +123,14 @@ class _Rotation:
 
 
 def open_journal(directory: Path, flush_s: float, full_s: float, lock_s: float = LOCK_S) -> tuple[Journal, Reading]:
-    """What the journal holds, and a writer that goes on behind it. Torn tails are cut off, so that their damage is told once.
+    """What the journal holds, of the ledger what is needed, and a writer that goes on behind it. Torn tails are cut off, and so told once.
 
     Raises ConfigError while another process holds the journal for longer than ``lock_s``, and like ``read_journal``.
     """
     directory.mkdir(parents=True, exist_ok=True)
     lock = _hold(directory, lock_s)
     try:
-        reading = read_journal(directory)
+        reading = read_journal(directory, ledger=False)
         for unfinished in directory.glob(f"*{SUFFIX}.tmp"):
             unfinished.unlink()
         for damage in reading.damage:

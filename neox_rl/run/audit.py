@@ -142,7 +142,7 @@ class Audit:
             self.trained.undo(self._undone[step])
         if rl_step < self._forgotten:  # by the trainer's own checkpoint, whose queue an audit of the whole journal compares
             queue = meta.get("state", {}).get("queue") or {"fresh": 0, "open": []}
-            self.trained.reset(set(range(queue["fresh"])).difference(queue["open"]))
+            self.trained.reset(queue["fresh"], queue["open"])
             self._forgotten = rl_step
         self.sft_step, self.last = int(meta["sft_step"]), rl_step
         known = {version: digest for version, digest in self.sessions[-1].published.items() if version <= rl_step}
@@ -224,8 +224,11 @@ class Audit:
         if step > self.last and isinstance(queue, dict):
             for check in ("bound", "once", "policy"):
                 self.gap(check, f"steps {self.last + 1} to {step}: what they took is in no record that is there")
-            for ticket in self.trained.missing(queue["fresh"], queue["open"]):
-                self.trained.add(ticket, step)
+            if self._living:
+                self.trained.reset(queue["fresh"], queue["open"])
+            else:
+                for ticket in self.trained.missing(queue["fresh"], queue["open"]):
+                    self.trained.add(ticket, step)
             self.sessions[-1].published |= {int(version): str(digest) for version, digest in meta["digests"]}
             self.last = self._unknown = step
             self.sft_step = int(meta["steps"]["sft"])

@@ -18,6 +18,7 @@ from neox_rl.config.load import load_resolved
 from neox_rl.engines import checkpoint_files
 from neox_rl.errors import StalenessError
 from neox_rl.queue.book import Book
+from neox_rl.queue.history import History
 from neox_rl.queue.journal import LEDGER, open_journal
 from neox_rl.queue.records import payload_of
 from neox_rl.run.audit import CHECKS, Audit
@@ -26,7 +27,7 @@ from neox_rl.run.live_audit import LiveAudit
 from neox_rl.run.members import Member, State
 from neox_rl.telemetry.events import EventLog, read_events
 from tests.contracts.test_floors import tool
-from tests.unit.audited_run import OLD, RULE, Run, good, queue_after, second_trainer
+from tests.unit.audited_run import BATCHES, OLD, RULE, Run, good, queue_after, second_trainer
 from tests.unit.small_run import rollout_group, small_config, small_paths
 
 main = tool("audit").main
@@ -237,6 +238,26 @@ def test_an_orchestrator_that_takes_over_audits_what_was_before_it(tmp_path: Pat
     journal.close()
     book = Book.open(tmp_path / "journal", 0, 0.01, 1.0, RULE.json())
     with pytest.raises(StalenessError, match="step 4 took its batch after step 4"):
+        LiveAudit(config, book, events)
+    book.close()
+    events.close()
+
+
+def test_an_orchestrator_that_takes_over_takes_the_word_of_the_state_for_what_the_ledger_holds(tmp_path: Path) -> None:
+    run, config = good(), small_config(tmp_path)
+    config = replace(config, metarl=replace(config.metarl, audit="stop"))
+    events = EventLog(tmp_path / "events.jsonl", "orchestrator")
+    journal, _ = open_journal(tmp_path / "journal", 0.01, 1.0)
+    history = History(steps={"sft": 1, "rl": 2}, fresh=8, open={3, 5, 6, 7}, digests={v: f"d{v}" for v in range(3)}, published=2)
+    history.state = {"queue": queue_after(2)}
+    run.of("taken", 4)["tickets"] = [3, BATCHES[2][0]]
+    for i, row in enumerate(run.records):
+        if i == second_trainer(run) + 1:
+            journal.rotate([payload_of(*record) for record in history.compact()])
+        journal.append(payload_of(row["kind"], {key: value for key, value in row.items() if key != "kind"}))
+    journal.close()
+    book = Book.open(tmp_path / "journal", 0, 0.01, 1.0, RULE.json())
+    with pytest.raises(StalenessError, match="g000002 was trained by step 2 or one before it and again by step 4"):
         LiveAudit(config, book, events)
     book.close()
     events.close()

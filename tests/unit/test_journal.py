@@ -176,6 +176,33 @@ def test_a_checkpoint_begins_a_segment_and_older_ones_leave_their_short_records(
     assert tickets_in(read_journal(tmp_path)) == [2, 3]
 
 
+def test_who_goes_on_reads_of_the_ledger_what_no_state_says_and_hears_of_its_damage(tmp_path: Path) -> None:
+    def fill(journal: Journal) -> None:
+        for kind, meta in (("opened", {"rule": {}}), ("taken", {"step": 1}), ("checkpoint", {"rl_step": 1})):
+            journal.append(payload_of(kind, meta))
+        journal.rotate([payload_of("state", {"state": {"queue": {}}}), payload_of("group", {"ticket": 2})])
+
+    def opened(directory: Path) -> Reading:
+        journal, reading = open_journal(directory, 0.01, 5.0)
+        journal.close()
+        return reading
+
+    write(tmp_path, 1, then=fill)
+    assert [r.kind for r in opened(tmp_path).records] == ["segment", "opened", "segment", "state", "group"][1:]
+    ledger = tmp_path / LEDGER
+    raw = bytearray(ledger.read_bytes())
+    raw[raw.index(b'"step":1')] ^= 1
+    ledger.write_bytes(raw + b"torn")
+    reading = opened(tmp_path)
+    assert reading.has_holes and [f"{LEDGER}: damaged" in word or f"{LEDGER}: torn" in word for word in reading.words()] == [True, True]
+    assert len(opened(tmp_path).words()) == 1, "the torn tail is cut off"
+    state, *later = segments(tmp_path)
+    raw = bytearray(state.read_bytes())
+    raw[raw.index(b'"queue"')] ^= 1
+    state.write_bytes(raw)
+    assert "checkpoint" in [r.kind for r in opened(tmp_path).records] and later, "nothing else says what was before"
+
+
 def test_a_crash_while_a_segment_is_given_up_doubles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, 1, then=lambda j: (j.append(payload_of("taken", {"step": 1})), None)[1])
     kept = {path.name: path.read_bytes() for path in segments(tmp_path)}
