@@ -93,6 +93,21 @@ def test_fits_find_the_curve_that_made_the_points(experiment) -> None:
     assert fit == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(
+    ("scores", "labels", "accuracy", "cut"),
+    [
+        ([0.5] * 6, [False, True] * 3, 0.5, 0.5),
+        ([0.5] * 6, [False] * 3 + [True] * 3, 0.5, 0.5),
+        ([0.1, 0.2, 0.2, 0.9], [False, True, False, True], 0.75, 0.2),
+        ([0.1, 0.2, 0.3], [False, False, True], 1.0, 0.3),
+        ([0.1, 0.2, 0.3], [True, True, True], 1.0, 0.1),
+        ([0.1, 0.2], [False, False], 1.0, np.inf),
+    ],
+)
+def test_the_best_cut_parts_no_equal_scores(experiment, scores: list[float], labels: list[bool], accuracy: float, cut: float) -> None:
+    assert experiment("prm").best_accuracy(scores, labels) == (accuracy, cut)
+
+
 def test_half_is_the_median_of_what_each_problem_took(experiment) -> None:
     """Two of four at 40 tokens: half are solved within 40, and a line from 32 to 64 would say 64."""
     test_time, spent = experiment("test_time"), experiment("searching").Spent

@@ -140,12 +140,14 @@ def interval(scores: Sequence[float], steps: Sequence[Step], draws: int = 200) -
 
 
 def best_accuracy(scores: Sequence[float], labels: Sequence[bool]) -> tuple[float, float]:
-    """(accuracy, cut) of the cut that is best on these very steps: what the ranking allows."""
+    """(accuracy, cut) of the cut that is best on these very steps: what the ranking allows. Scores from the cut on are called right; equal
+    ones fall on one side of it. The cut is infinite where it is best to call none right."""
     order = np.argsort(scores)
-    right = np.asarray(labels)[order]
+    values, right = np.asarray(scores, dtype=float)[order], np.asarray(labels)[order]
     correct = np.concatenate([[right.sum()], right.sum() + np.cumsum(1 - 2 * right.astype(int))])
-    at = int(correct.argmax())
-    return float(correct[at] / len(right)), float(np.asarray(scores)[order][min(at, len(right) - 1)])
+    places = np.concatenate([[0], np.flatnonzero(np.diff(values)) + 1, [len(values)]])
+    at = int(places[correct[places].argmax()])
+    return float(correct[at] / len(right)), float(np.append(values, np.inf)[at])
 
 
 def main() -> None:

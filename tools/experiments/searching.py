@@ -240,7 +240,8 @@ def within(spent: Sequence[Spent], budget: float) -> Interval:
 
 
 def run_of(found: Mapping[str, Sequence[Spent]], name: str, budget: int) -> Sequence[Spent]:
-    """Best-of-n has a run for each of BUDGETS; any other search is the same up to where a smaller budget ends."""
+    """Best-of-n has a run for each of BUDGETS; any other search is the same up to where a smaller budget ends, or, with Monte-Carlo play,
+    up to its last rounds, whose playouts are cut to what is left of the budget: there it is what the large budget's search had found."""
     return found[f"{BEST_OF_N}, {budget}" if name == BEST_OF_N else name]
 
 

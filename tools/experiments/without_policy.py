@@ -53,7 +53,9 @@ def searched(args: argparse.Namespace, path: Path, strategy: str, value: str) ->
 
 
 def within(lines: Sequence[Mapping[str, Any]]) -> list[Interval]:
-    """Share solved within each of BUDGETS: a search with a smaller budget is the beginning of this one."""
+    """Share solved within each of BUDGETS, read off the run with the largest: a search with a smaller budget is the beginning of this one.
+    With the value monte-carlo that holds to within its last rounds, whose playouts are cut to what is left of the budget: what is read is
+    what the large budget's search had found by then."""
     spent = [line["tokens"] if line["solved"] else np.inf for line in lines]
     return [cluster_mean_ci([float(s <= budget) for s in spent], [line["id"] for line in lines]) for budget in BUDGETS]
 
