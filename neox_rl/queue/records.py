@@ -106,7 +106,7 @@ def beginning(path: Path, number: int) -> list[Record]:
     with path.open("rb") as file:
         while len(found) < number and (head := _head_at(memoryview(data := file.read(HEAD_BYTES)), 0)) is not None:
             record = _record_at(path.name, memoryview(data + file.read(head[0])), 0) if head[0] <= MAX_PAYLOAD_BYTES else None
-            if record is None:
+            if record is None or record[0] is None:
                 break
             found.append(record[0])
     return found
@@ -132,7 +132,7 @@ def _head_at(view: memoryview, at: int) -> tuple[int, int, bytes] | None:
     return length, seq, checksum
 
 
-def _record_at(segment: str, view: memoryview, at: int, only: str) -> tuple[Record | None, int] | None:
+def _record_at(segment: str, view: memoryview, at: int, only: str = "") -> tuple[Record | None, int] | None:
     if (head := _head_at(view, at)) is None:
         return None
     length, seq, checksum = head

@@ -74,7 +74,7 @@ def next_attempt(paths: RunPaths) -> int:
     """Counts the starts of the ranks in this run, resumes included, on the disk (also on a full one): 1, 2, ...
 
     Durably: the journal knows the attempts of its sessions, and a trainer with the number of one before it is refused. So it is the journal
-    that says the last one where the count was lost, and only there: reading all of it takes as long as the orchestrator's recovery. What
+    that says the last one where the count was lost, and only there: reading all of it takes seconds where the run is long. What
     its segments begin with is read in any case: a count may be of an older copy of the run.
     """
     begun = [int(record.meta.get("attempt", 0)) for path in segments(paths.journal) for record in beginning(path, _HAVE_ATTEMPT)]
