@@ -112,8 +112,9 @@ class _Slot:
 
     def run(self, program: str) -> Printed:
         started = time.monotonic()
+        pipes = _pipes()
         try:
-            text, end = self._run(program, started + self._limits.wall_s)
+            text, end = self._run(program, pipes, started + self._limits.wall_s)
         except _SilentError:
             self.replace()
             text, end = "", End.DIED
@@ -122,9 +123,8 @@ class _Slot:
             raise
         return Printed(text, end, (time.monotonic() - started) * 1e3)
 
-    def _run(self, program: str, deadline: float) -> tuple[str, End]:
-        theirs, source = os.pipe()
-        output, printed = os.pipe()
+    def _run(self, program: str, pipes: tuple[int, int, int, int], deadline: float) -> tuple[str, End]:
+        theirs, source, output, printed = pipes
         try:
             try:
                 socket.send_fds(self._control, [b"R"], [theirs, printed])
@@ -191,6 +191,17 @@ class _Slot:
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
         self._process.wait(KILL_S)
+
+
+def _pipes() -> tuple[int, int, int, int]:
+    """Both ends of two pipes. Raises OSError, with none left open, where there are no descriptors for them."""
+    first = os.pipe()
+    try:
+        return (*first, *os.pipe())
+    except OSError:
+        for each in first:
+            os.close(each)
+        raise
 
 
 def _feed(source: int, program: bytes, deadline: float) -> None:

@@ -24,7 +24,7 @@ from neox_rl.types import NO_VERSION, Completion, Finish, SamplingParams, Versio
 ROUTE = "/inference/v1/generate"
 _NAN_LOGPROB = -9999.0
 """What vLLM sends for a log-prob that is NaN or minus infinity."""
-SPARED_S, MAX_DOUBLINGS = 10.0, 6
+SPARED_S, MAX_DOUBLINGS = 10.0, 3
 """A server that failed comes last for so long, and twice as long each time that it fails again before it answers: a ticket that it failed
 is handed on within that time, and having nothing in flight would make it the first choice. Never for good: it may be well again."""
 
@@ -123,6 +123,8 @@ class VllmGenerator:
     def serve(self, address: str) -> None:
         """Requests may go there from now on."""
         server = self._servers.setdefault(address, _Server())
+        if server.left:
+            server.failures, server.spared_until = 0, 0.0  # it was started anew, or is another
         server.serving, server.left = True, False
         self._served.set()
         self._move()
@@ -175,10 +177,12 @@ class VllmGenerator:
         """What ``parse`` reads in the answer of a server to a request for ``n`` completions."""
         tried: list[str] = []
         failures: list[str] = []
+        began = time.monotonic()
         try:
             async with asyncio.timeout(self._timeout_s):
                 while len(failures) < self._max_attempts:
                     tried.append(await self._pick(tried))
+                    began = time.monotonic()
                     try:
                         return await self._answer(tried[-1], body, n, parse)
                     except _MovedError:
@@ -190,7 +194,8 @@ class VllmGenerator:
         except TimeoutError as error:
             serving = [address for address, server in self._servers.items() if server.serving]
             where = tried[-1] if tried and tried[-1] in serving else "a server that serves"
-            self._spare(where)
+            if time.monotonic() - began > self._timeout_s / 2:  # else it had the little that others had left
+                self._spare(where)
             idle = "" if serving else f"no requests go to {', '.join(self._servers) or 'anybody'}: see the servers' logs"
             hint = "; ".join(filter(None, [*failures, idle])) or "raise servers.request_timeout_s, or lower max_inflight_groups"
             kind = DeadlineError if serving else NobodyServesError
@@ -206,11 +211,15 @@ class VllmGenerator:
         return min(serving, key=lambda address: (tried.count(address), now < serving[address].spared_until, serving[address].inflight))
 
     def _spare(self, address: str) -> None:
-        """What was in flight there fails at once where one does: that is one failure."""
+        """What was in flight there fails soon after where one does: that is one failure."""
         server, now = self._servers.get(address), time.monotonic()
-        if server is not None and now >= server.spared_until:
-            server.spared_until = now + SPARED_S * 2 ** min(server.failures, MAX_DOUBLINGS)
-            server.failures += 1
+        if server is None:
+            return
+        if now < server.spared_until:
+            server.spared_until = max(server.spared_until, now + SPARED_S)
+            return
+        server.spared_until = now + SPARED_S * 2 ** min(server.failures, MAX_DOUBLINGS)
+        server.failures += 1
 
     async def _answer(self, address: str, body: bytes, n: int, parse: Callable[[bytes, str], T]) -> T:
         """What an answer does to ``parse``, whatever it is, is that server's failure too: the others and the run go on."""

@@ -58,19 +58,25 @@ class PrmValue:
 
     async def score(self, positions: Sequence[Position], max_tokens: int | None) -> Scores:
         """See ``Value``. Raises TextsRefusedError where the scorer refuses texts of any length."""
+        try:
+            return Scores(await self._told(positions))
+        except TextsRefusedError:  # one text that is too long has all that are asked with it refused
+            return Scores([await self._alone(position) for position in positions])
+
+    async def _told(self, positions: Sequence[Position]) -> Sequence[float]:
+        """Raises TextsRefusedError where the paths alone are too long."""
         chars = MAX_EARLIER_CHARS if self.sees_earlier else 0
         while True:
             try:
-                return Scores(await self.scorer.score([path_text(p, chars) for p in positions]))
+                return await self.scorer.score([path_text(p, chars) for p in positions])
             except TextsRefusedError:  # nobody tells the length of its context in characters
                 if not chars:
-                    return Scores([await self._alone(position) for position in positions])
+                    raise
                 chars //= 2
 
     async def _alone(self, position: Position) -> float:
-        """One text that is too long has all that are asked with it refused."""
         try:
-            return (await self.scorer.score([path_text(position)]))[0]
+            return (await self._told([position]))[0]
         except TextsRefusedError:
             await self.scorer.score([SHORT])  # refused too, it is not the length: a search would go on without any value
             return math.nan

@@ -162,13 +162,17 @@ def test_whoever_has_the_number_of_a_process_that_was_stopped_is_not_signalled(f
         assert answers(stranger)
 
 
-def test_a_number_that_was_given_anew_names_another_session(family: GuardedProcess) -> None:
+def test_a_number_that_was_given_anew_names_another_session(family: GuardedProcess, log: Path) -> None:
+    program, child, daemon = pids(log)
     family.send_signal(signal.SIGKILL)
     family.wait(30.0)
     with stranger_of_its_own(False) as stranger:
         family.pid = stranger.pid
         stop(family, 10.0)
         assert answers(stranger)
+    wait_for(lambda: not alive([program]))
+    for left in alive([child, daemon]):
+        os.kill(left, signal.SIGKILL)
 
 
 def answers(stranger: subprocess.Popen[str]) -> bool:

@@ -198,6 +198,20 @@ def test_a_path_that_a_classifier_cannot_read_has_no_value_and_takes_none_from_t
         asyncio.run(scores(0))
 
 
+def test_beside_a_path_that_is_too_long_the_others_are_still_told_the_search() -> None:
+    here, long = replace(position("7 *3 =21"), visited=lambda: BEFORE), replace(GOOD, texts=("x" * 9000,))
+    limit = len(path_text(here, MAX_EARLIER_CHARS))
+
+    class Reads:
+        async def score(self, texts: Sequence[str]) -> Sequence[float]:
+            if max(map(len, texts)) > limit:
+                raise TextsRefusedError("too long")
+            return [0.75 if "12 +3 =15 low" in text else 0.25 for text in texts]
+
+    values = asyncio.run(PrmValue(Reads(), sees_earlier=True).score([here, long], None)).values
+    assert list(map(str, values)) == ["0.75", "nan"]
+
+
 @pytest.mark.parametrize("judged", [False, True])
 def test_a_path_too_long_for_the_model_is_not_asked_about_and_ends_no_search(judged: bool) -> None:
     """A server refuses what is longer than its context, and a ticket that fails of that fails again when it is made again."""

@@ -288,6 +288,21 @@ def test_a_server_that_failed_once_comes_last_for_a_while_and_not_for_good(
     asyncio.run(story())
 
 
+def test_a_failure_late_in_the_time_that_a_server_is_spared_makes_that_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(vllm_client.time, "monotonic", lambda: now[0])
+    generator = VllmGenerator(["http://a"], 1.0)
+    for at, until in ((100.0, 110.0), (101.0, 111.0), (110.9, 120.9), (121.0, 141.0)):
+        now[0] = at
+        generator._spare("http://a")
+        assert generator._servers["http://a"].spared_until == until
+    generator.serve("http://a")
+    assert generator._servers["http://a"].spared_until == 141.0
+    generator.move("http://a")
+    generator.serve("http://a")
+    assert generator._servers["http://a"].spared_until == 0.0, "it was started anew"
+
+
 def test_a_refused_request_is_not_repeated() -> None:
     async def story() -> None:
         addresses, close = await serve([refuses, refuses])
