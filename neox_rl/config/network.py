@@ -18,6 +18,15 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def is_address(host: str) -> bool:
+    """Whether ``host`` is an IP address, and no name."""
+    try:
+        ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return False
+    return True
+
+
 def is_unreachable(host: str) -> bool:
     """Whether another machine cannot connect to what is bound to ``host``, under this name."""
     return is_loopback(host) or host == WILDCARD

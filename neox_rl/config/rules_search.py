@@ -85,14 +85,14 @@ def searches_have_room(config: RunConfig, machine: Machine) -> Iterator[str]:
 
 def values_know_the_problems(config: RunConfig, machine: Machine) -> Iterator[str]:
     search, source = config.metarl.search, config.metarl.problems.source
-    if config.metarl.rollout.method != "search" or source in ARITHMETIC_TASKS:
+    if config.metarl.rollout.method != "search":
         return
-    if search.value in ("oracle", "heuristic"):
+    if search.value in ("oracle", "heuristic") and source not in ARITHMETIC_TASKS:
         yield f"metarl.search.value = {search.value}: knows arithmetic problems only, and source is {source}; set value: monte-carlo"
     if search.value == "none" and search.trains != "traces":
         yield (
-            f"metarl.search.value = none: with {source} problems no step has a value but the one that ends an answer, and search.trains:"
-            f" {search.trains} trains steps by their values; set value: monte-carlo"
+            f"metarl.search.value = none: no step has a value but the one that ends an answer, and search.trains: {search.trains} trains"
+            " steps by their values; set value: monte-carlo"
         )
 
 

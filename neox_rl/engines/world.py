@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore  # torch.distributed has them, and says so to no type checker
 
 from neox_rl.config.neox import NeoXConfig
-from neox_rl.config.network import is_loopback
+from neox_rl.config.network import is_address, is_loopback
 from neox_rl.config.schema import DeadlinesConfig
 from neox_rl.engines.port import Topology
 from neox_rl.engines.rank_env import RankEnv
@@ -85,11 +85,11 @@ def _store(env: RankEnv, timeout: timedelta) -> TCPStore:
 
 
 def listener_at(host: str, port: int) -> socket.socket | None:
-    """A socket bound to ``host`` alone. None where that is not one address of this machine, and only torch's way reaches all who come:
-    one that is forwarded to it, a name of several addresses, or one that means another to other machines. Raises OSError."""
-    found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
-    if not is_loopback(host) and (len(found) != 1 or is_loopback(str(found[0][4][0]))):
+    """A socket bound to ``host`` alone. None where that is not an address of this machine, and only torch's way reaches all who come: one
+    that is forwarded to it, or a name, which may mean another address to other machines, or none yet. Raises OSError."""
+    if not is_loopback(host) and not is_address(host):
         return None
+    found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
     for family, kind, _, _, address in found:
         listener = socket.socket(family, kind)
         try:

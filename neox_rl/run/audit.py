@@ -232,6 +232,8 @@ class Audit:
             self.sessions[-1].published |= {int(version): str(digest) for version, digest in meta["digests"]}
             self.last = self._unknown = step
             self.sft_step = int(meta["steps"]["sft"])
+        elif self._living and step == self.last and not self.sessions[-1].published:  # before the first step of RL: v0 alone
+            self.sessions[-1].published |= {int(version): str(digest) for version, digest in meta["digests"]}
         self._compare(queue, step)
 
     def _forget(self) -> None:

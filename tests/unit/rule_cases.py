@@ -374,11 +374,12 @@ CASES = (
     *(
         Case(
             "values_know_the_problems",
-            f"{JSONL}{made} metarl.search.value=none",
-            f"with jsonl problems no step has a value but the one that ends an answer, and search.trains: {trains}",
+            f"{source}{made} metarl.search.value=none",
+            f"metarl.search.value = none: no step has a value but the one that ends an answer, and search.trains: {trains}",
             "metarl.search.value=monte-carlo",
         )
         for trains, made in (("steps", "metarl.rollout.method=search"), ("preferences", PAIRS))
+        for source in (JSONL, "")
     ),
     Case(
         "values_know_the_problems",

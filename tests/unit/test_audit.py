@@ -20,7 +20,7 @@ from neox_rl.errors import StalenessError
 from neox_rl.queue.book import Book
 from neox_rl.queue.history import History
 from neox_rl.queue.journal import LEDGER, open_journal
-from neox_rl.queue.records import payload_of
+from neox_rl.queue.records import Record, payload_of
 from neox_rl.run.audit import CHECKS, Audit
 from neox_rl.run.audit_files import _rows, sft_steps
 from neox_rl.run.live_audit import LiveAudit
@@ -261,6 +261,16 @@ def test_an_orchestrator_that_takes_over_takes_the_word_of_the_state_for_what_th
         LiveAudit(config, book, events)
     book.close()
     events.close()
+
+
+def test_an_orchestrator_that_takes_over_before_the_first_step_knows_what_v0_is() -> None:
+    heard: list[str] = []
+    audit = Audit(RULE, on_violation=lambda check, what: heard.append(what), living=True)
+    audit.apply(Record(0, "state", {"state": {"queue": queue_after(0)}, "steps": {"sft": 1, "rl": 0}, "digests": [[0, "d0"]]}))
+    audit.apply(Record(1, "live", {"version": 0, "digest": "d0"}))
+    assert heard == []
+    audit.apply(Record(2, "live", {"version": 0, "digest": "other"}))
+    assert heard == ["live is v0 with digest other, published was d0"]
 
 
 # --- from the command line

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -15,6 +14,7 @@ from neox_rl.weights.publisher import Publisher
 from neox_rl.weights.stager import MAX_HELD
 from neox_rl.weights.wire import OFFERED, STAGED, WATCH, control, read_control
 from tests.unit.small_run import small_snapshot
+from tests.unit.test_weights_wire import wait_for
 
 
 @pytest.fixture
@@ -48,8 +48,7 @@ def test_an_ack_that_comes_after_the_next_offer_is_an_event_too(stack: ExitStack
             pass
     for version, of in ((0, 0), (1, 5), (1, 1), (1, 1), (3, 3), (1, 5)):
         slow.send_multipart(control(STAGED, version=version, who="a/0", digest=small_snapshot(of).digest))
-    while publisher.malformed < 2:  # v1 with another's digest, the second time after all others
-        time.sleep(0.005)
+    wait_for(lambda: publisher.malformed >= 2)  # v1 with another's digest, the second time after all others
     log.close()
     acked = [(e.fields["version"], e.fields["who"], e.fields["digest"]) for e in read_events(tmp_path)]
     assert acked == [(version, "a/0", small_snapshot(version).digest) for version in (1, 3)]
