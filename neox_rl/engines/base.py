@@ -251,8 +251,7 @@ class RankEngine(ABC):
         try:
             meta = read_meta(checkpoint, layout, rank, size)
         except (WeightError, OSError) as error:
-            unreadable = isinstance(error, UnreadableError | OSError) and not isinstance(error, PermissionError)
-            wrong, place = str(error), rank + size * unreadable
+            wrong, place = str(error), rank + size * issubclass(_kind(error), UnreadableError)
         first = torch.tensor(place)
         dist.all_reduce(first, dist.ReduceOp.MIN, group=self._world.control)
         if int(first) < 2 * size:
@@ -315,9 +314,7 @@ def located(directory: Path, find: Callable[[Path], Found], group: dist.ProcessG
             found = find(directory)
             word = json.dumps({"found": None if found is None else _below(found, directory)}).encode()
         except (WeightError, OSError) as error:
-            kind = UnreadableError if isinstance(error, OSError) else type(error)
-            kind = DamagedError if isinstance(error, PermissionError) else kind
-            word = json.dumps({"kind": kind.__name__, "wrong": str(error)}).encode()
+            word = json.dumps({"kind": _kind(error).__name__, "wrong": str(error)}).encode()
     said = json.loads(broadcast(word if rank == 0 else None, group, 0, torch.device("cpu")))
     if "wrong" in said:
         raise {DamagedError.__name__: DamagedError, UnreadableError.__name__: UnreadableError}.get(said["kind"], WeightError)(said["wrong"])
@@ -332,6 +329,13 @@ def located(directory: Path, find: Callable[[Path], Found], group: dist.ProcessG
             " if it stays so, give all machines one file system for checkpoints"
         )
     return cast(Found, checkpoint)
+
+
+def _kind(error: WeightError | OSError) -> type[WeightError]:
+    """What may not be read stays so; what cannot be read now may be read later."""
+    if isinstance(error, PermissionError):
+        return DamagedError
+    return UnreadableError if isinstance(error, OSError) else type(error)
 
 
 def _below(found: Path, directory: Path) -> str:

@@ -76,6 +76,13 @@ class Run:
     def states(self) -> dict[str, str]:
         return self.keeper.states()
 
+    async def serving(self, *specs: ServerSpec) -> None:
+        """Starts with ``specs`` and v0, which all of them serve then."""
+        await self.start(*specs)
+        self.publish(0)
+        for spec in specs:
+            await self.until_state(spec.name, State.SERVING)
+
     async def until_state(self, name: str, state: State) -> None:
         await until(lambda: self.states().get(name) == state, f"{name} to be {state}")
 
@@ -172,10 +179,7 @@ def test_a_silent_server_gets_no_requests_and_those_it_had_are_made_elsewhere(tm
     async def told(run: Run) -> None:
         good, mute = run.spec("good"), run.spec("mute")
         async with server(run, good), server(run, mute) as it:
-            await run.start(good, mute)
-            run.publish(0)
-            await run.until_state("good", State.SERVING)
-            await run.until_state("mute", State.SERVING)
+            await run.serving(good, mute)
             seen = it.probes
             await until(lambda: it.probes > seen, "an answered probe: the next one is the longest way off")
             it.hold.clear()
@@ -223,10 +227,7 @@ def test_a_server_whose_answers_break_the_reader_harms_nobody_else(tmp_path: Pat
     async def told(run: Run) -> None:
         good, bad = run.spec("good"), run.spec("bad")
         async with server(run, good), server(run, bad) as it:
-            await run.start(good, bad)
-            run.publish(0)
-            await run.until_state("good", State.SERVING)
-            await run.until_state("bad", State.SERVING)
+            await run.serving(good, bad)
             it.says = "[" * 200_000  # a RecursionError in the reader of JSON
             await run.until_state("bad", State.SUSPENDED)
             member = run.keeper.members.get("bad")
@@ -243,10 +244,7 @@ def test_what_a_server_answers_nonsense_to_is_made_elsewhere_and_its_log_says_so
     async def told(run: Run) -> None:
         good, bad = run.spec("good"), run.spec("bad")
         async with server(run, good), server(run, bad) as it:
-            await run.start(good, bad)
-            run.publish(0)
-            await run.until_state("good", State.SERVING)
-            await run.until_state("bad", State.SERVING)
+            await run.serving(good, bad)
             it.says = "{}"
             assert len(await asyncio.gather(*(run.sample() for _ in range(4)))) == 4
             run.logs["bad"].flush()
