@@ -186,7 +186,7 @@ def main() -> int:
     options.add_argument("--steps", type=int, default=160, help="optimizer steps of each side")
     options.add_argument("--targets", type=float, nargs="+", default=[0.55, 0.6], help="held-out accuracies")
     options.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of TRL's process")
-    options.add_argument("--policy", type=Path, metavar="DIR", help="an HF directory to begin from, not the main config's after its warm start")
+    options.add_argument("--policy", type=Path, metavar="DIR", help="an HF directory to begin from instead of that after the warm start")
     options.add_argument("--max-new-tokens", type=int, default=192, help="token budget; 192: whole searches; the main config has 40")
     options.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for both sides, as for deepy.py")
     options.add_argument("--micro-batch", type=int, default=0, help="TRL's per_device_train_batch_size; 0: the whole step at once")
