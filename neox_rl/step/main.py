@@ -19,7 +19,7 @@ import torch
 from neox_rl.build_locks import remove_stale_locks
 from neox_rl.config.load import load_resolved
 from neox_rl.config.machine import Machine
-from neox_rl.config.network import curve_on, is_loopback
+from neox_rl.config.network import curve_on
 from neox_rl.config.placement import place
 from neox_rl.config.run import RunConfig
 from neox_rl.engines.rank_env import interface_towards, rank_environment
@@ -84,7 +84,7 @@ def train(paths: RunPaths, resume: bool) -> None:
     os.environ.setdefault("MASTER_PORT", str(endpoints["master_port"]))  # mpirun and srun say nothing of it
     env = rank_environment(os.environ, config.neox.master_addr)
     if interface := interface_towards(env.master_addr):
-        for library in ("GLOO",) if is_loopback(env.master_addr) else ("GLOO", "NCCL"):  # NCCL finds its way within a machine
+        for library in ("GLOO", "NCCL"):  # NCCL by itself listens on another interface than loopback wherever there is one
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface)
     pin(config, Machine.here(), env.local_rank)
     if env.local_rank == 0:
