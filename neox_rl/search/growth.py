@@ -63,8 +63,8 @@ class Leaf:
 
 
 class Growth:
-    """The tree of one problem. Nodes are numbered as they are made; nothing is ever taken back. ``withheld``: the tokens left did not pay
-    for a step, or for all of it: the search was ended by its budget, even if it has nothing left to try."""
+    """The tree of one problem. Nodes are numbered as they are made; nothing is ever taken back. ``withheld``: the budget left did not
+    pay for a step that was to be had, or for all of it: it ended the search, even if that has nothing left to try."""
 
     def __init__(self, problem: Problem, domain: Domain, budget: Budget, distinct: Distinct, seed: int) -> None:
         self.problem, self.domain, self.budget, self.distinct, self.seed = problem, domain, budget, distinct, seed

@@ -29,6 +29,14 @@ RETRIES = "retries"
 AHEAD = 4
 
 
+class Order(NamedTuple):
+    """What the budget pays of an ask: ``ask.n`` steps of at most ``cap`` tokens. ``cut``: it paid for fewer than the strategy asked for."""
+
+    ask: Ask
+    cap: int
+    cut: bool
+
+
 class Grown(NamedTuple):
     """A tree, and the state of each of its nodes: its texts alone do not always tell it, a verdict that failed among them. ``error``: what
     it FAILED of."""
@@ -85,13 +93,14 @@ class Search:
             await self._round(growth, strategy, proposer, value, affordable(waiting, growth, proposer.step_tokens))
         return End.SOLVED
 
-    async def _round(self, growth: Growth, strategy: Strategy, proposer: Proposer, value: Value, asks: Sequence[tuple[Ask, int]]) -> None:
-        """Expands the nodes of ``asks``. When one cannot be expanded the others are admitted and scored before its error is raised."""
+    async def _round(self, growth: Growth, strategy: Strategy, proposer: Proposer, value: Value, orders: Sequence[Order]) -> None:
+        """Expands the nodes of ``orders``. When one cannot be expanded the others are admitted and scored before its error is raised."""
         growth.begin_round()
-        answers = await asyncio.gather(*(self._propose(growth, proposer, ask, cap) for ask, cap in asks), return_exceptions=True)
+        answers = await asyncio.gather(*(self._propose(growth, proposer, order) for order in orders), return_exceptions=True)
         before, added = len(growth.nodes), list[tuple[Ask, list[int]]]()
-        for (ask, _), answer in zip(asks, answers, strict=True):
+        for (ask, _, cut), answer in zip(orders, answers, strict=True):
             if not isinstance(answer, BaseException):
+                growth.withheld |= cut and len(answer) >= ask.n  # with fewer there was no more to be had
                 added.append((ask, attempts_admitted(growth, ask.node, answer) if ask.whole else growth.admit(ask.node, _flat(answer))))
         new = range(before, len(growth.nodes))
         await self._persist(growth, lambda: growth.judge(new))
@@ -107,8 +116,9 @@ class Search:
             if isinstance(answer, BaseException):
                 raise answer
 
-    async def _propose(self, growth: Growth, proposer: Proposer, ask: Ask, cap: int) -> Sequence[Sequence[Proposal]]:
+    async def _propose(self, growth: Growth, proposer: Proposer, order: Order) -> Sequence[Sequence[Proposal]]:
         """Chains of steps: of one step each, unless whole attempts were asked for."""
+        ask, cap, _ = order
         position = growth.position(ask.node, f"propose/{ask.draw}")
         if ask.whole and isinstance(proposer, Attempter):
             return await self._persist(growth, lambda: proposer.attempt(position, ask.n, cap))
@@ -147,13 +157,13 @@ def _flat(chains: Sequence[Sequence[Proposal]]) -> list[Proposal]:
     return [step for chain in chains for step in chain]
 
 
-def affordable(waiting: deque[Ask], growth: Growth, step_tokens: int) -> list[tuple[Ask, int]]:
-    """Takes from ``waiting`` what the budget can pay at worst, at least one: the asks and the tokens that each of their steps may have.
+def affordable(waiting: deque[Ask], growth: Growth, step_tokens: int) -> list[Order]:
+    """Takes from ``waiting`` what the budget can pay at worst, at least one ask.
 
     The rest waits for what refused or short steps leave over. So no budget is exceeded, however many requests run at once. Whole attempts
     share all that is left.
     """
-    taken: list[tuple[Ask, int]] = []
+    taken: list[Order] = []
     nodes, tokens = growth.nodes_left, growth.tokens_left
     while waiting and nodes > 0:
         n, cap = min(waiting[0].n, nodes), step_tokens or UNBOUNDED
@@ -161,18 +171,21 @@ def affordable(waiting: deque[Ask], growth: Growth, step_tokens: int) -> list[tu
             if not taken:
                 n = n if tokens is None else min(n, tokens)
                 cap = min(nodes // n * cap, UNBOUNDED if tokens is None else tokens // n)
-                taken.append((waiting.popleft()._replace(n=n), cap))
+                taken.append(_order(waiting.popleft(), n, cap))
             break
         if tokens is not None and n * step_tokens > tokens:
             if taken:
                 break
             cap = min(step_tokens, tokens)
             n = min(n, tokens // cap)
-            growth.withheld |= n < min(waiting[0].n, nodes)
-        taken.append((waiting.popleft()._replace(n=n), cap))
+        taken.append(_order(waiting.popleft(), n, cap))
         nodes -= n
         tokens = None if tokens is None else tokens - n * step_tokens
     return taken
+
+
+def _order(ask: Ask, n: int, cap: int) -> Order:
+    return Order(ask._replace(n=n), cap, n < ask.n)
 
 
 async def run_all(jobs: Iterable[Callable[[], Awaitable[T]]], parallel: int) -> AsyncIterator[T]:

@@ -31,7 +31,7 @@ class BestOfN(Strategy):
     def pick(self, tree: Growth) -> list[Ask]:
         if self._tips is None:
             self._tips = []
-            return [Ask(0, min(self.options.width, tree.budget.nodes), whole=True)]
+            return [Ask(0, self.options.width, whole=True)]
         asks, self._tips = [Ask(tip, 1) for tip in self._tips], []
         return asks
 

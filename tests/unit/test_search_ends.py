@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,14 +20,15 @@ from neox_rl.run.search_rows import Row
 from neox_rl.search.demonstrations import TraceStyle, trees
 from neox_rl.search.growth import Budget
 from neox_rl.search.linearize import solution_of
-from neox_rl.search.proposers import ExhaustiveProposer, PolicyProposer, Position
+from neox_rl.search.proposers import ExhaustiveProposer, PolicyProposer, Position, Proposal
 from neox_rl.search.scorers import JudgeValue
 from neox_rl.search.search import Search
+from neox_rl.search.strategies import STRATEGIES
 from neox_rl.search.strategy import Options
 from neox_rl.search.text_domain import TextDomain
 from neox_rl.search.values import MonteCarloValue, NoValue, Played, PolicyPlayouts
 from neox_rl.types import Completion, End, Finish, Problem, Reason, SamplingParams, Verdict, VersionSpan
-from tests.unit.search_worlds import GRAPH_PROBLEM, Graph, countdown
+from tests.unit.search_worlds import GRAPH_PROBLEM, Graph, Script, countdown
 
 PROBLEM = Problem("p", "math", "q\n", "5", "q")
 EOS, NEWLINE, PLAYOUTS = 0, 10, 4
@@ -156,3 +158,31 @@ def test_a_tree_whose_lines_were_cut_is_not_imitated() -> None:
     cut = replace(tree, nodes=(root, replace(line, text="lin", ids=line.ids[:3], logprobs=line.logprobs[:3], spans=()), end))
     with pytest.raises(ConfigError, match=r"tree of p goes on in the midst of the line 'lin'.*without --cut-steps"):
         trees([(tree, PROBLEM), (cut, PROBLEM)], TraceStyle(), writer)
+
+
+LOOP = Graph({"R": ["a"], "a": ["R"]})
+
+
+class Refused(Script):
+    """Steps that no state allows, also as whole attempts."""
+
+    def __init__(self) -> None:
+        super().__init__(itertools.repeat(Proposal("nowhere", 4)))
+
+    async def attempt(self, position: Position, n: int, max_tokens: int) -> Sequence[Sequence[Proposal]]:
+        return [[step] for step in await self.propose(position, n, max_tokens)]
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+@pytest.mark.parametrize(("nodes", "end"), [(2, End.BUDGET), (3, End.BUDGET), (4, End.EXHAUSTED)])
+def test_a_search_whose_last_ask_the_nodes_cut_short_was_ended_by_its_budget(strategy: str, nodes: int, end: End) -> None:
+    """Steps that are refused leave nodes over, which does not mean that those never asked for were tried."""
+    search = Search(strategy, lambda _: Graph({"R": ["a"], "a": ["x"]}), Options(4))
+    tree = asyncio.run(search.run(GRAPH_PROBLEM, Refused(), NoValue(), Budget(nodes)))
+    assert len(tree.nodes) == 1 and (tree.end, tree.counts) == (end, {"illegal": nodes})
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES.keys() - {"best-of-n"}))
+def test_a_proposer_that_has_fewer_steps_than_the_budget_pays_was_not_cut_short(strategy: str) -> None:
+    tree = asyncio.run(Search(strategy, lambda _: LOOP, Options(4)).run(GRAPH_PROBLEM, ExhaustiveProposer(), NoValue(), Budget(3)))
+    assert [n.text for n in tree.nodes] == ["", "a"] and tree.end is End.EXHAUSTED
