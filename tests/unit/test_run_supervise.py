@@ -13,14 +13,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from neox_rl.config.run import RunConfig
 from neox_rl.errors import DeadlineError, ProcessDiedError
+from neox_rl.guard import died
 from neox_rl.run import recovery, supervise
 from neox_rl.run.processes import ATTEMPT, ORCHESTRATOR, RANKS, Program
+from neox_rl.run.recovery import Decision, Recovery
 from neox_rl.run.supervise import Supervisor
 from neox_rl.telemetry.events import EventLog, read_events
 from neox_rl.telemetry.paths import RunPaths
@@ -48,6 +51,15 @@ def supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Supe
     events = EventLog(paths.event_log("launcher"), "launcher")
     yield Supervisor(config, paths, events)
     events.close()
+
+
+def there(path: Path) -> str:
+    return f"os.path.exists({str(path)!r})"
+
+
+def until(*conditions: str) -> str:
+    """A program that ends once all of them hold; after a minute in any case."""
+    return f"import os, time; any(({' and '.join(conditions)}) or time.sleep(0.05) for _ in range(1200))"
 
 
 def program(supervisor: Supervisor, name: str, code: str) -> Program:
@@ -107,16 +119,18 @@ def test_a_server_that_ends_with_status_0_has_died_too(supervisor: Supervisor) -
 
 
 def test_who_fell_with_the_first_is_named_after_it(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervise, "FALL_S", 6.0)  # far above what a loaded machine needs to start two processes
+    monkeypatch.setattr(supervise, "FALL_S", 60.0)  # it is over sooner: nobody is left
+    first_is_seen = supervisor.paths.root / "seen"
+    monkeypatch.setattr(supervise, "died", lambda *of: (first_is_seen.touch(), died(*of))[1])
     with pytest.raises(ProcessDiedError, match=r"(?s)orchestrator ended with exit status 1.*server-0 ended with exit status 3"):
-        late, first = ("import sys, time; time.sleep({}); sys.exit({})".format(*how) for how in ((3.0, 3), (0.5, 1)))
-        run(supervisor, server0=late, orchestrator=first, trainer=FOREVER)
+        late = until(there(first_is_seen))
+        run(supervisor, server0=f"{late}; raise SystemExit(3)", orchestrator="raise SystemExit(1)", trainer=late)
 
 
 def test_ctrl_c_reaches_the_orchestrator_and_the_ranks_end_by_themselves(supervisor: Supervisor) -> None:
     later(supervisor)
     asked = f"'asked' in open({str(supervisor.paths.log(ORCHESTRATOR))!r}).read()"
-    assert run(supervisor, orchestrator=POLITE, trainer=f"import time; any({asked} or time.sleep(0.1) for _ in range(600))") is False
+    assert run(supervisor, orchestrator=POLITE, trainer=until(asked)) is False
     assert supervisor.running[RANKS].returncode == 0 and supervisor.running[ORCHESTRATOR].returncode == 0
 
 
@@ -143,9 +157,8 @@ def test_ctrl_c_that_came_too_late_stopped_nothing(supervisor: Supervisor) -> No
 
 
 def test_ranks_without_an_orchestrator_are_asked_by_a_file(supervisor: Supervisor) -> None:
-    waits = f"import os, time\nwhile not os.path.exists({str(supervisor.paths.stop)!r}): time.sleep(0.05)"
     supervisor.interrupts.count = 1
-    assert run(supervisor, trainer=waits) is False and supervisor.running[RANKS].returncode == 0
+    assert run(supervisor, trainer=until(there(supervisor.paths.stop))) is False and supervisor.running[RANKS].returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -202,8 +215,7 @@ def last_word(paths: RunPaths, after_s: float) -> str:
 
 def until_said(paths: RunPaths, *also: str) -> str:
     """Ranks that end once the orchestrator has said its last word and the conditions ``also`` hold; after a minute in any case."""
-    conditions = " and ".join((f"'report' in open({str(paths.status)!r}).read()", *also))
-    return f"import os, time; any(({conditions}) or time.sleep(0.1) for _ in range(600))"
+    return until(f"'report' in open({str(paths.status)!r}).read()", *also)
 
 
 DIE = "import time; time.sleep(0.3); os.kill(os.getpid(), 9)"
@@ -219,13 +231,10 @@ def test_a_server_and_an_orchestrator_that_were_killed_come_back_and_the_ranks_n
     supervisor: Supervisor, capsys: pytest.CaptureFixture[str]
 ) -> None:
     supervisor = healing(supervisor)
-    back = str(supervisor.paths.root / "server-is-back")
-    server = once(supervisor.paths, "server", DIE, f"open({back!r}, 'w').close(); {FOREVER}")
+    back = supervisor.paths.root / "server-is-back"
+    server = once(supervisor.paths, "server", DIE, f"open({str(back)!r}, 'w').close(); {FOREVER}")
     orchestrator = once(supervisor.paths, "orchestrator", DIE, last_word(supervisor.paths, 0.5))
-    assert (
-        run(supervisor, server0=server, orchestrator=orchestrator, trainer=until_said(supervisor.paths, f"os.path.exists({back!r})"))
-        is True
-    )
+    assert run(supervisor, server0=server, orchestrator=orchestrator, trainer=until_said(supervisor.paths, there(back))) is True
     assert sorted(faults(supervisor)) == [(what, who) for what in ("died", "restarted") for who in ("orchestrator", "server-0")]
     said = capsys.readouterr().err
     for name in ("server-0", ORCHESTRATOR):
@@ -248,7 +257,8 @@ def test_a_lost_rank_takes_the_orchestrator_along_and_both_start_again_while_the
     paths = supervisor.paths
     (paths.checkpoints / "step000001").mkdir()
     said = f"import json, sys; open({str(paths.root / 'said')!r}, 'w').write(json.dumps([sys.argv[1:], os.environ[{ATTEMPT!r}]]))"
-    trainer = program(supervisor, RANKS, once(paths, "trainer", DIE, f"{said}; {until_said(paths)}; time.sleep(2.0)"))
+    up, healed = until(there(paths.root / "orchestrator-was-here")), f"'\"heal\"' in open({str(paths.event_log('launcher'))!r}).read()"
+    trainer = program(supervisor, RANKS, once(paths, "trainer", f"{up}; {DIE}", f"{said}; {until_said(paths, healed)}"))
     orchestrator = program(supervisor, ORCHESTRATOR, once(paths, "orchestrator", FOREVER, last_word(paths, 0.4)))
     assert supervisor.run([program(supervisor, "server-0", FOREVER), orchestrator, trainer]) is True
     assert faults(supervisor) == [("died", RANKS), ("restarted", RANKS)]
@@ -257,26 +267,37 @@ def test_a_lost_rank_takes_the_orchestrator_along_and_both_start_again_while_the
     assert no_process_is_left(supervisor)
 
 
-def test_ranks_that_die_again_right_after_their_start_wait_and_the_orchestrator_with_them(supervisor: Supervisor) -> None:
+def test_ranks_that_die_again_right_after_their_start_wait_and_the_orchestrator_with_them(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A disk that is away for a moment must not cost every restart that the user allowed."""
+    starts: dict[str, list[float]] = {ORCHESTRATOR: [], RANKS: []}
+    deaths: list[float] = []
+
+    class Told(Recovery):
+        def started(self, name: str, now: float) -> None:
+            starts[name].append(now)
+            super().started(name, now)
+
+        def fell(self, name: str, now: float, *how: Any) -> Decision:
+            deaths.append(now)
+            return super().fell(name, now, *how)
+
+    monkeypatch.setattr(supervise, "Recovery", Told)
+    monkeypatch.setattr(recovery, "SOON_S", 600.0)  # also where a process takes long to start
     supervisor = healing(supervisor, restarts=2)
-    starts = supervisor.paths.root / "starts"
-    noted = f"import time; open({str(starts)!r}, 'a').write('{{}} %r\\n' % time.time()); "
-    orchestrator = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); " + noted.format(ORCHESTRATOR) + FOREVER
+    orchestrator = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); " + FOREVER
     with pytest.raises(ProcessDiedError, match=r"trainer ended with exit status 0 \(it was started again 2 times already\)"):
-        run(supervisor, orchestrator=orchestrator, trainer=noted.format(RANKS))
-    supervisor.events.flush()
-    died = [e.t_ns / 1e9 for e in read_events(supervisor.paths.events) if e.name == "died"]
-    rows = [line.split() for line in starts.read_text().splitlines()]
-    again = {who: [float(at) for name, at in rows if name == who] for who in (ORCHESTRATOR, RANKS)}
-    assert len(died) == len(again[ORCHESTRATOR]) == len(again[RANKS]) == 3
-    assert min(again[ORCHESTRATOR][2], again[RANKS][2]) - died[1] >= 0.5, "the first time at once, then after a second"
+        run(supervisor, orchestrator=orchestrator, trainer="pass")
+    assert len(deaths) == len(starts[ORCHESTRATOR]) == len(starts[RANKS]) == 3
+    assert min(at[2] for at in starts.values()) - deaths[1] >= 1.0, "the first time at once, then after a second"
     assert faults(supervisor) == [("died", RANKS), ("restarted", RANKS)] * 2 + [("died", RANKS)] and no_process_is_left(supervisor)
 
 
 def test_ctrl_c_while_ranks_wait_for_their_next_start_ends_the_run(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recovery, "BACKOFF_S", 3600.0)
     monkeypatch.setattr(recovery, "LONGEST_BACKOFF_S", 3600.0)
+    monkeypatch.setattr(recovery, "SOON_S", 600.0)
     supervisor = healing(supervisor, restarts=2)
 
     def press() -> None:
@@ -292,17 +313,9 @@ def test_ctrl_c_while_ranks_wait_for_their_next_start_ends_the_run(supervisor: S
 
 def test_a_server_is_started_again_when_the_orchestrator_asks_for_it(supervisor: Supervisor, capsys: pytest.CaptureFixture[str]) -> None:
     supervisor = healing(supervisor)
-    request = str(supervisor.paths.restart / "server-0")
-    asks = f"import time; time.sleep(0.5); open({request!r}, 'w').write('answers nothing'); " + last_word(supervisor.paths, 1.5)
-    assert (
-        run(
-            supervisor,
-            server0=FOREVER,
-            orchestrator=asks,
-            trainer=until_said(supervisor.paths, f"not os.listdir({str(supervisor.paths.restart)!r})"),
-        )
-        is True
-    )
+    request = supervisor.paths.restart / "server-0"
+    asks = f"open({str(request)!r}, 'w').write('answers nothing'); {until(f'not {there(request)}')}; {last_word(supervisor.paths, 0.0)}"
+    assert run(supervisor, server0=FOREVER, orchestrator=asks, trainer=until_said(supervisor.paths)) is True
     assert "server-0 was to be started again: answers nothing; log " in capsys.readouterr().err
     assert not list(supervisor.paths.restart.iterdir())
 
@@ -331,7 +344,7 @@ def test_ranks_that_stand_still_say_where_they_are_before_they_are_ended(supervi
     beats += "    time.sleep(0.1); row['number'] += 1; open({path!r}, 'w').write(json.dumps(row))"
     rank = beating(supervisor, "trainer-0", beats.format(path=str(supervisor.paths.beats / "trainer-0.json")))
     with pytest.raises(
-        ProcessDiedError, match=r"trainer stands still for 1 s: trainer-0 .* at train_step phase rl step 3; .*(?s:.*)line \d+ in <module>"
+        ProcessDiedError, match=r"trainer stands still for \d+ s: trainer-0 .* at train_step phase rl step 3; .*(?s:.*)line \d+ in <module>"
     ):
         run(supervisor, orchestrator=FOREVER, trainer=rank)
     assert no_process_is_left(supervisor)
