@@ -108,7 +108,7 @@ class DyingServer(Agent):
     def start(self) -> None:
         self.restarts.started = self.now
         self.process = guarded_popen(["false"], {"PATH": "/bin:/usr/bin"}, self.log)
-        self.process.wait(10.0)
+        self.process.wait(SOON_S)
 
     def _start(self, spec: object, welcome: object) -> None:
         self.starts.append(self.now)

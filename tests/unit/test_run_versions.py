@@ -27,7 +27,7 @@ from neox_rl.weights.publisher import Publisher
 from tests.unit.small_run import scripted_server, small_config, small_snapshot
 
 BEAT_S = 1.6
-LIMITS = Deadlines(servers_s=20.0, publish_s=20.0, stage_s=10.0, switch_s=10.0, heartbeat_s=BEAT_S, drain_s=5.0)
+LIMITS = Deadlines(servers_s=60.0, publish_s=60.0, stage_s=30.0, switch_s=30.0, heartbeat_s=BEAT_S, drain_s=60.0)
 
 SLOW_BEAT_S, TOLERANCE_S = 6.0, 5.0
 """Where delays are compared: a loaded machine may stand still for seconds, and one that is not waited for is told from one that is."""
@@ -204,7 +204,7 @@ def test_a_server_that_was_started_again_comes_back_at_the_live_version(tmp_path
                 run.publish(0)
                 await run.until_state("victim", State.SERVING)
                 run.publish(1)
-                await run.until_live(1)
+                await until(lambda: [member.version for member in run.keeper.members.serving] == [1, 1], "both to serve v1")
             await run.until_state("victim", State.SUSPENDED)
             run.publish(2)
             await run.until_live(2)
@@ -368,7 +368,7 @@ def test_a_server_that_leaves_ends_what_it_has_begun(tmp_path: Path) -> None:
                 run.keeper.add(spec, lambda _: None)
             begun = asyncio.create_task(run.sample(8))
             await until(lambda: run.generator.num_inflight == 8, "the request")
-            await run.keeper.remove("a", "asked to", 5.0)
+            await run.keeper.remove("a", "asked to", 60.0)
             assert begun.done() and len(begun.result()) == 8 and run.states() == {}
             run.keeper.add(spec, lambda _: None)
             await run.until_state("a", State.SERVING)
@@ -380,9 +380,12 @@ def test_what_never_comes_is_named(tmp_path: Path) -> None:
     async def no_server(run: Run) -> None:
         spec = run.spec("absent")
         await run.start(spec)
+        (member,) = run.keeper.members.all
+        await until(lambda: bool(member.why), "its first probe")
+        member.since -= 60.0
         with pytest.raises(ExceptionGroup) as caught:
             await run.running
-        assert caught.group_contains(DeadlineError, match=rf"a server to serve v0, which did not come; absent is starting \(.*{spec.address}")
+        assert caught.group_contains(DeadlineError, match=rf"a server to serve v0, .*; absent is starting \(.*{spec.address}")
 
     async def no_version(run: Run) -> None:
         spec = run.spec("a")
@@ -393,5 +396,5 @@ def test_what_never_comes_is_named(tmp_path: Path) -> None:
                 await run.running
             assert caught.group_contains(DeadlineError, match="for v3 from tcp://")
 
-    story(no_server, tmp_path / "1", replace(LIMITS, servers_s=2.0))
+    story(no_server, tmp_path / "1")
     story(no_version, tmp_path / "2", replace(LIMITS, publish_s=0.5))
