@@ -18,7 +18,7 @@ from neox_rl.episodes.environments import Judged, Stepwise, environment_of, reac
 from neox_rl.episodes.objectives import Objective, credits, discounted, qstar_reward, tagged, tags_of, total
 from neox_rl.episodes.protocol import Ending, Feedback, Outcome, Progress, Rules, announcement, read_ending
 from neox_rl.episodes.rollout import MAX_CALLS, Episodes, Rollout
-from neox_rl.episodes.sandbox import PythonSandbox
+from neox_rl.episodes.sandbox import Limits, PythonSandbox
 from neox_rl.episodes.tools import Tool, calculate, python_tool
 from neox_rl.errors import ConfigError
 from neox_rl.metacot import STOP
@@ -229,7 +229,7 @@ def test_first_words_behind_an_answer_are_not_the_end_of_the_call(after: str, ex
 
 
 def test_what_a_program_prints_is_context_without_loss_and_the_episode_goes_on() -> None:
-    problem, box = goal_problem(3, 2, 0), PythonSandbox()
+    problem, box = goal_problem(3, 2, 0), PythonSandbox(1, Limits(wall_s=60.0))
     program = "[PYTHON]\nprint(6 * 7)\n[/PYTHON]"
     try:
         made = roll_out(problem, lambda context: "1" if "> 42" in context else program, 1, python_tool(box), max_episode_tokens=100)

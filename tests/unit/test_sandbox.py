@@ -8,6 +8,7 @@ import socket
 import struct
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -19,16 +20,24 @@ from neox_rl.episodes import sandbox, sandbox_worker
 from neox_rl.episodes.sandbox import End, Limits, PythonSandbox, why_not
 from neox_rl.episodes.tools import calculate, framed, python_tool
 from neox_rl.errors import ConfigError
+from neox_rl.waits import readable
 
-WALL_S = 2.0
+WALL_S, PATIENT_S = 2.0, 60.0
+"""Where a program is to reach its limit, and where it is not: a machine that stands still for seconds ends no program."""
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not() or "confined")
 
 
 @pytest.fixture(scope="module")
-def box() -> Iterator[PythonSandbox]:
-    made = PythonSandbox(1, Limits(wall_s=WALL_S, memory_mib=128, output_chars=500))
+def made() -> Iterator[PythonSandbox]:
+    made = PythonSandbox(1, Limits(wall_s=PATIENT_S, memory_mib=128, output_chars=500))
     yield made
     made.close()
+
+
+@pytest.fixture
+def box(made: PythonSandbox) -> PythonSandbox:
+    made.limits = replace(made.limits, wall_s=PATIENT_S)
+    return made
 
 
 def children() -> list[psutil.Process]:
@@ -125,7 +134,7 @@ def test_nothing_of_the_run_is_inherited(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("NEOX_RL_SECRET", "hunter2")
     held = socket.socket()
     os.set_inheritable(held.fileno(), True)
-    made = PythonSandbox(1)
+    made = PythonSandbox(1, Limits(wall_s=PATIENT_S))
     try:
         program = "import os, sys, gc\nprint('hunter2' in repr(os.environ) or 'SECRET' in repr(os.environb))\nfor fd in range(3, 200):\n"
         program += "    try: os.fstat(fd)\n    except OSError: continue\n    print('open', fd)"
@@ -148,26 +157,29 @@ def test_nothing_of_the_run_is_inherited(monkeypatch: pytest.MonkeyPatch) -> Non
     ],
 )
 def test_what_does_not_end_is_ended(box: PythonSandbox, program: str) -> None:
-    started = time.monotonic()
+    started, patient = time.monotonic(), box.limits
+    box.limits = replace(patient, wall_s=WALL_S)
     made = box.run_sync(program)
     assert made.end is End.TIME and time.monotonic() - started < 2 * WALL_S + 5
+    box.limits = patient
     assert box.run_sync("print(1)").end is End.DONE
 
 
-def test_one_deadline_is_over_all_of_a_program() -> None:
-    """It closes its output when most of the time is over, and goes on: it gets the rest of the time, not the whole of it again."""
-    made = PythonSandbox(1, Limits(wall_s=6.0, memory_mib=128, output_chars=500))
-    try:
-        ended = made.run_sync("import os, time\ntime.sleep(4)\nos.close(1), os.close(2)\ntime.sleep(60)")
-    finally:
-        made.close()
-    assert ended.end is End.TIME and 6.0 <= ended.ms / 1e3 < 10.0
+def test_one_deadline_is_over_all_of_a_program(box: PythonSandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It closes its output when some of the time is over, and goes on: it gets the rest of the time, not the whole of it again."""
+    deadlines: list[float] = []
+    monkeypatch.setattr(sandbox, "readable", lambda fd, deadline: (deadlines.append(deadline), readable(fd, deadline))[1])
+    box.limits = replace(box.limits, wall_s=WALL_S)
+    ended = box.run_sync("import os, time\ntime.sleep(0.5)\nos.close(1), os.close(2)\ntime.sleep(60)")
+    *of_the_program, of_its_end = deadlines
+    assert ended.end is End.TIME and ended.ms / 1e3 >= WALL_S
+    assert len(set(of_the_program)) == 1 and of_its_end > of_the_program[0]
 
 
 def test_the_limit_on_cpu_time_is_a_limit_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """It alone ends the program here: nobody looks at the clock for a minute."""
     monkeypatch.setattr(sandbox, "CPU_SLACK_S", -59)
-    made = PythonSandbox(1, Limits(wall_s=60.0, memory_mib=128, output_chars=500))
+    made = PythonSandbox(1, Limits(wall_s=PATIENT_S, memory_mib=128, output_chars=500))
     try:
         assert made.run_sync("while True: pass").end is End.TIME
         assert made.run_sync("print(1)").text == "1\n"
@@ -181,12 +193,8 @@ def test_memory_is_bounded(box: PythonSandbox, program: str) -> None:
     assert made.end in (End.RAISED, End.DIED) and made.text in ("MemoryError\n", "")
 
 
-def test_output_without_end_is_cut_and_its_writer_ended() -> None:
-    patient = PythonSandbox(1, Limits(wall_s=60.0, memory_mib=128, output_chars=500))  # only the output ends it
-    try:
-        made = patient.run_sync("while True: print('x' * 1024)")
-    finally:
-        patient.close()
+def test_output_without_end_is_cut_and_its_writer_ended(box: PythonSandbox) -> None:
+    made = box.run_sync("while True: print('x' * 1024)")  # only that ends it
     assert made.end is End.OUTPUT and len(made.text) <= 501
     assert len(framed(made.text, 500)) < 600
 
@@ -199,7 +207,7 @@ def test_a_process_that_dies_takes_nothing_along(box: PythonSandbox, program: st
 
 def test_a_template_that_is_killed_is_replaced_and_its_child_dies_with_it() -> None:
     others = set(children())
-    made = PythonSandbox(1, Limits(wall_s=20.0))
+    made = PythonSandbox(1, Limits(wall_s=PATIENT_S))
     try:
         before = set(children())
         with asyncio.Runner() as runner:
@@ -213,7 +221,7 @@ def test_a_template_that_is_killed_is_replaced_and_its_child_dies_with_it() -> N
                 assert template is not None
                 template.kill()
                 ended = await running
-                psutil.wait_procs([child], timeout=5)
+                psutil.wait_procs([child], timeout=PATIENT_S)
                 assert not child.is_running()
                 return ended.end
 
@@ -225,7 +233,7 @@ def test_a_template_that_is_killed_is_replaced_and_its_child_dies_with_it() -> N
 
 
 def test_a_failure_of_ours_in_the_middle_of_a_program_leaves_nothing_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = PythonSandbox(1, Limits(wall_s=20.0))
+    made = PythonSandbox(1, Limits(wall_s=PATIENT_S))
 
     def fails(*_: object) -> None:
         raise RuntimeError("ours")
@@ -240,7 +248,7 @@ def test_a_failure_of_ours_in_the_middle_of_a_program_leaves_nothing_to_the_next
 
 
 def test_programs_run_beside_one_another_and_leave_nothing_to_the_next() -> None:
-    made = PythonSandbox(2, Limits(wall_s=5.0))
+    made = PythonSandbox(2, Limits(wall_s=PATIENT_S))
     try:
 
         async def together() -> list[str]:
@@ -260,6 +268,10 @@ def test_a_machine_that_does_not_confine_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sandbox_worker, "machines", lambda: ("riscv64",))
     with pytest.raises(ConfigError, match="no system call filter"):
         PythonSandbox(1)
+
+
+def test_a_machine_that_stands_still_for_as_long_as_a_program_may_run_confines_all_the_same() -> None:
+    PythonSandbox(1, Limits(wall_s=0.0)).close()
 
 
 HOLES = (
@@ -324,11 +336,12 @@ def test_what_a_program_prints_is_framed_and_is_no_marker(box: PythonSandbox) ->
         return await python_tool(box)(text)
 
     assert asyncio.run(said("so [PYTHON]\nprint('[STOP]')\nprint('[EPISODE 2] right')\n[/PYTHON]")) == "\n> [STOP]\n> [EPISODE 2] right\n"
-    assert asyncio.run(said("[PYTHON]while 1: pass[/PYTHON]")) == f"\n> ended: time limit of {WALL_S:g} s\n"
     assert asyncio.run(said("[PYTHON]\nx = 1\n[/PYTHON]\n")) == "\n> nothing was printed\n"
     assert asyncio.run(said("[PYTHON]\nprint(1)\n[/PYTHON] and on")) is None and asyncio.run(said("nothing")) is None
     assert "no program" in (asyncio.run(said(f"[PYTHON]{'#' * 20_000}[/PYTHON]")) or "")
     assert asyncio.run(calculate("so [CALC 6 * 7]")) == "\n= 42\n"
+    box.limits = replace(box.limits, wall_s=WALL_S)
+    assert asyncio.run(said("[PYTHON]while 1: pass[/PYTHON]")) == f"\n> ended: time limit of {WALL_S:g} s\n"
 
 
 @given(st.text(max_size=300))

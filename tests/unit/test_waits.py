@@ -23,10 +23,14 @@ def fill():
     while os.open(os.devnull, os.O_RDONLY) < 1100: pass
 """
 SANDBOX = """
-from neox_rl.episodes.sandbox import PythonSandbox
-programs = ["print(1)", "import os; os.close(1), os.close(2)\\nwhile True: pass", "import os; os._exit(3)", "print(2)"]
+from neox_rl.episodes.sandbox import Limits, PythonSandbox
 def check(box):
-    assert [str(box.run_sync(p).end) for p in programs] == ["done", "time", "died", "done"]
+    ended = lambda program: str(box.run_sync(program).end)
+    box.limits = Limits(wall_s=60.0)
+    assert [ended("print(1)"), ended("import os; os._exit(3)")] == ["done", "died"]
+    box.limits = Limits()
+    assert ended("import os; os.close(1), os.close(2)\\nwhile True: pass") == "time"
+    box.limits = Limits(wall_s=60.0)
     assert box.run_sync("print(3)").text == "3\\n"
 """
 STORIES = {
@@ -36,7 +40,7 @@ STORIES = {
 from neox_rl.types import Problem
 from neox_rl.verify.pool import VerifierPool
 fill()
-with VerifierPool(1, 20.0) as pool:
+with VerifierPool(1, 60.0) as pool:
     half = Problem("p", "math", "", "\\\\frac{1}{2}", "c")
     found = [str(pool.check_sync(half, "\\\\boxed{" + x + "}").reason) for x in ("\\\\frac{2}{4}", "x^2", "\\\\frac{3}{6}")]
     assert found == ["match", "mismatch", "match"], found
