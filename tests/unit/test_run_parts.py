@@ -18,7 +18,7 @@ from neox_rl.verify.verifier import TaskVerifier, make_verifier
 
 @pytest.fixture(scope="module")
 def verifier() -> Iterator[TaskVerifier]:
-    verifier = make_verifier(VerifyConfig(), "math")
+    verifier = make_verifier(VerifyConfig(deadline_s=60.0), "math")
     yield verifier
     verifier.close()
 
