@@ -73,9 +73,14 @@ def discounts_shrink_no_cost(config: RunConfig, machine: Machine) -> Iterator[st
 
 def tools_can_be_called(config: RunConfig, machine: Machine) -> Iterator[str]:
     m = config.metarl
-    if m.episodes.tool == "none" or m.rollout.method != "episodes":
+    if m.episodes.tool == "none":
         return
-    if not m.tokenizer.path:
+    if m.rollout.method != "episodes":
+        yield (
+            f"metarl.episodes.tool = {m.episodes.tool}: is called in episodes alone, and rollout.method is {m.rollout.method}; set method:"
+            " episodes, with metarl.episodes.count: 1 where there is to be one attempt, or tool: none"
+        )
+    elif not m.tokenizer.path:
         yield (
             f"metarl.episodes.tool = {m.episodes.tool}: the symbolic tokenizer has no words for a call; set tool: none, or"
             " metarl.tokenizer.path"

@@ -51,7 +51,23 @@ def _trees(paths: str) -> Iterator[Tree]:
         raise ConfigError(f"metarl.warmstart.path = {paths!r}: {error}; give files that python -m neox_rl.search --trees wrote") from error
 
 
+def refuse_unrecorded(config: RunConfig) -> None:
+    """For ``debug.mode: train_only``, which would else train nothing and call that a success. Raises ConfigError."""
+    directory, warm = Path(config.metarl.debug.batches), 0 if warmstart_skipped(config) else config.metarl.warmstart.steps
+    for phase, steps in ((Phase.SFT, warm), (Phase.RL, config.neox.train_iters)):
+        if steps and not recorded_steps(directory, phase.value):
+            raise ConfigError(
+                f"metarl.debug.batches = '{directory}': holds no batch of phase {phase.value}, and {steps} such steps are to be trained;"
+                " give a directory that a run with debug.record_batches filled"
+            )
+
+
 def _attempts(directory: Path) -> Iterator[Trace]:
+    if not recorded_steps(directory, Phase.RL.value):
+        raise ConfigError(
+            f"metarl.warmstart.path = '{directory}': holds no batch of phase {Phase.RL.value}; give a directory that a run with"
+            " debug.record_batches filled"
+        )
     try:
         for step in recorded_steps(directory, Phase.RL.value):
             for group in read_batch(directory, Phase.RL.value, step)[0]:

@@ -35,7 +35,7 @@ from neox_rl.keys import Keys
 from neox_rl.ports import Tokenizer
 from neox_rl.problems.sources import problems_of_run
 from neox_rl.problems.tokenizer import SymbolicTokenizer, load_tokenizer
-from neox_rl.run.demonstrating import demonstration_source
+from neox_rl.run.demonstrating import demonstration_source, refuse_unrecorded
 from neox_rl.run.endpoints import choose_endpoints, write_endpoints
 from neox_rl.run.hosts import BY_SSH, check_hosts, read_hosts
 from neox_rl.run.preflight import check_servers
@@ -108,7 +108,9 @@ def prepared(config: RunConfig, script: str, resume: bool, by_hand: bool = True)
     Whatever a user can get wrong is found first: a start that fails leaves the directory as it was. Raises ConfigError.
     """
     tokenizer = load_tokenizer(config.metarl.tokenizer, config.metarl.problems, num_episodes(config))
-    if config.metarl.debug.mode != "train_only":
+    if config.metarl.debug.mode == "train_only":
+        refuse_unrecorded(config)
+    else:
         problems = with_references(config, problems_of_run(config, tokenizer), tokenizer)
         demonstration_source(config, problems.train, tokenizer)
         with ExitStack() as tools:

@@ -170,6 +170,7 @@ RUN_CASES = (
         for trains in ("steps", "preferences", "traces")
     ),
     Case("discounts_are_shares", "metarl.episodes.gammas=[]", "must be 1 to 3 different numbers", "metarl.episodes.gammas=1.0"),
+    Case("tools_can_be_called", "metarl.episodes.tool=calculator", "rollout.method is sample", "metarl.episodes.tool=none"),
     Case(
         "tools_can_be_called",
         "metarl.rollout.method=episodes metarl.episodes.tool=python",

@@ -25,6 +25,7 @@ from neox_rl.problems.sources import load_problems, problems_of_run
 from neox_rl.problems.tokenizer import load_tokenizer
 from neox_rl.run import search_cli
 from neox_rl.run.demonstrating import demonstration_source
+from neox_rl.run.launch import prepared
 from neox_rl.run.search_rows import Asking, read_rows
 from neox_rl.search.credit import before
 from neox_rl.search.demonstrations import Demonstrations, TraceStyle, values
@@ -36,7 +37,7 @@ from neox_rl.search.styles import STYLES
 from neox_rl.search.trees import read_trees, write_trees
 from neox_rl.types import NO_VERSION, Finish, Group, Reason, Role, Segment, Trace, Tree, Verdict
 from tests.unit.search_worlds import TOKENIZER, countdown
-from tests.unit.small_run import traces_of
+from tests.unit.small_run import rollout_group, small_config, traces_of
 from tests.unit.test_search_values import BAD, GOOD
 
 TASK = countdown([3, 5, 7], 26)
@@ -137,6 +138,27 @@ def test_right_rollouts_are_imitated_as_they_were_written_whoever_wrote_them(tmp
     assert 0.3 < share < 0.7, "by problem, not by rollout"
     with pytest.raises(ConfigError, match="none of 5 recorded rollouts is a right one"):
         demonstration_source(config, problems.train[2:], tokenizer)
+    for path in (tmp_path / "rl-000001.batch", tmp_path / "rl-000002.batch"):
+        path.unlink()
+    with pytest.raises(ConfigError, match="holds no batch of phase rl; give a directory"):
+        demonstration_source(config, problems.train, tokenizer)
+
+
+def test_training_alone_on_batches_that_nobody_recorded_is_refused(tmp_path: Path) -> None:
+    """It would train no step and end with status 0."""
+    config = small_config(tmp_path, debug={"mode": "train_only", "batches": str(tmp_path)}, warmstart={"steps": 0})
+
+    def start(config: RunConfig) -> None:
+        with prepared(config, "train.py", resume=False):
+            pass
+
+    with pytest.raises(ConfigError, match="holds no batch of phase rl, and 3 such steps are to be trained"):
+        start(config)
+    record_batch(tmp_path, "rl", 1, [rollout_group(0, 0)])
+    start(config)
+    warm = replace(config, metarl=replace(config.metarl, warmstart=replace(config.metarl.warmstart, steps=2)))
+    with pytest.raises(ConfigError, match="holds no batch of phase sft, and 2 such steps are to be trained"):
+        start(warm)
 
 
 @pytest.mark.parametrize(("name", "content"), [("bad.jsonl", b"{}\n"), ("gone.jsonl", None)])
