@@ -51,6 +51,7 @@ class Cluster:
         self.training = False
         self.idle_since = 0.0
         self.promised = self.target = NO_VERSION
+        self.staging = False
         self._switching: set[Server] = set()
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._serial = 0
@@ -235,23 +236,29 @@ class Cluster:
 
     def _follow(self) -> None:
         """Stages the newest version, one at a time: what was superseded meanwhile is skipped."""
-        if self.up and not self._switching and self.promised > self.target:
+        if self.up and not self.staging and not self._switching and self.promised > self.target:
             self.target = self.promised
-            self.in_era(self.scenario.publishing.stage_s, self._switch_all)
+            publishing, running = self.scenario.publishing, [s.num_running for s in self.servers if s.state is Member.SERVING]
+            self._stage(publishing.stage_s + publishing.stage_seq_s * sum(running) / max(1, len(running)))
+
+    def _stage(self, delay: float) -> None:
+        self.staging = True
+        self.in_era(delay, self._switch_all)
 
     def _switch_all(self) -> None:
-        self.target = self.promised
+        self.staging, self.target = False, self.promised
         members = [s for s in self.servers if s.state is Member.SERVING or (s.state is Member.CATCHING_UP and not s.paused)]
         self._switching = set(members)
         for server in members:
             self.begin_switch(server)
         if not members:
-            self.in_era(max(AGAIN_S, self.scenario.publishing.pause_s), self._switch_all)
+            self._stage(max(AGAIN_S, self.scenario.publishing.pause_s))
 
     def begin_switch(self, server: Server) -> None:
         server.advance(self.now)
         server.paused = True
-        duration = self.scenario.publishing.pause_s + self.lateness(server)
+        publishing = self.scenario.publishing
+        duration = publishing.pause_s + publishing.pause_seq_s * server.num_running + self.lateness(server)
         self.at(duration, partial(self._switched, server, server.life, self.target, self.era))
         self.watch(server)
 
@@ -266,14 +273,21 @@ class Cluster:
         server.paused = False
         server.switch(version)
         self.watch(server)
+        publishing = self.scenario.publishing
+        delay = publishing.attest_s + publishing.attest_seq_s * server.num_running
+        self.at(delay, partial(self._attests, server, life, version, era))
+
+    def _attests(self, server: Server, life: int, version: int, era: int) -> None:
         if era != self.era:
             return  # its orchestrator is gone: the next one brings it to the version of then
-        self.attested(server)
+        if server.life == life and server.version == version and not server.paused:  # else it died, or switches again already
+            self.attested(server)
 
     def attested(self, server: Server) -> None:
-        self.join_switch(server)
-        if server.version < self.target:
-            self.begin_switch(server)  # late: the others are further
+        late = server.version < self.target
+        self.join_switch(server)  # may begin with the next version, whose staging comes first
+        if late:
+            self.begin_switch(server)  # the others are further
             return
         if server.state is Member.CATCHING_UP:
             server.state = Member.SERVING
@@ -291,7 +305,7 @@ class Cluster:
     def _live(self) -> None:
         version = self.target
         if not any(s.state in (Member.SERVING, Member.CATCHING_UP) and s.version == version for s in self.servers):
-            self.in_era(AGAIN_S, self._switch_all)  # none of them made it
+            self._stage(AGAIN_S)  # none of them made it
             return
         self.live(version)
         self._follow()

@@ -178,7 +178,7 @@ class FaultyCluster(Cluster):
         self._switching.clear()
         for server in self.servers:
             self._lose(server)
-        self.target = NO_VERSION
+        self.target, self.staging = NO_VERSION, False
         self.stranded.clear()
         self.flights = {f.ticket: f for f in map(self._from_chunks, flights) if f is not None}
         flushed = self.now - self.faults.flush_s

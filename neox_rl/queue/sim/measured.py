@@ -68,7 +68,7 @@ def measure(run_dir: Path) -> Measured:
     if len(waits) < 10 or len(groups) < 20:
         raise ConfigError(f"{run_dir} has {len(waits)} RL steps and {len(groups)} groups in its events: 10 and 20 are needed to measure")
     servers = max(1, num_servers(config))
-    rl = config.metarl
+    rl, running = config.metarl, running_of(groups)
     wait_s = np.array([e.dur_ns for e in waits[1:]]) / NS
     busy = np.array([b.t_ns - a.end_ns for a, b in pairwise(waits)]) / NS
     scenario = Scenario(
@@ -78,10 +78,10 @@ def measure(run_dir: Path) -> Measured:
         num_servers=servers,
         max_inflight_groups=rl.rollout.max_inflight_groups,
         lengths=Recorded([e.fields["lengths"] for e in groups]),
-        decoding=_decoding(run, groups, servers, rl.servers.max_num_seqs),
+        decoding=_decoding(run, groups, running, servers, rl.servers.max_num_seqs),
         step=StepTimes(measured=tuple(busy.tolist())),
         delivery_s=_delivery_s(run, waits),
-        publishing=_publishing(run, rl.weights.publish_every),
+        publishing=publishing_of(run.events, running, servers, rl.weights.publish_every),
         evaluations=_evaluations(run, rl.evaluation.every_steps),
         seed=rl.seed,
     )
@@ -113,12 +113,12 @@ def _delivery_s(run: RunData, waits: Sequence[Event]) -> float:
     return float(np.median([e.end_ns - sent[step] for e in waits if (step := e.fields["step"]) in sent])) / NS
 
 
-def _pauses(run: RunData) -> dict[int, list[Event]]:
+def _pauses(events: Sequence[Event]) -> dict[int, list[Event]]:
     """By version, the pause of each server that switched to it before it, or a newer one, was live: a later switch held nobody up."""
-    live = [e for e in run.events if e.name == "live"]
+    live = [e for e in events if e.name == "live"]
     versions = [e.fields["version"] for e in live]
     pauses: dict[int, list[Event]] = {}
-    for event in run.events:
+    for event in events:
         if event.name == "paused":
             after = bisect_left(versions, event.fields["version"])
             if after == len(live) or event.t_ns <= live[after].t_ns:
@@ -126,14 +126,38 @@ def _pauses(run: RunData) -> dict[int, list[Event]]:
     return pauses
 
 
-def _publishing(run: RunData, every: int) -> Publishing:
-    """Means over the run; the first version has no step before it."""
-    ended = {e.fields["step"]: e.end_ns for e in run.events if e.name == "train_step" and e.fields.get("phase") == "rl"}
-    switched = [(pause, ended[version]) for version, pauses in _pauses(run).items() if version in ended for pause in pauses]
-    if not switched:
-        raise ConfigError(f"{run.paths.root} has no switch of a server to a version that a step made: nothing says what publishing takes")
-    stage_s = float(np.mean([pause.t_ns - end for pause, end in switched])) / NS
-    return Publishing(every, stage_s, float(np.mean([pause.dur_ns for pause, _ in switched])) / NS)
+def publishing_of(events: Sequence[Event], running: _Steps, servers: int, every: int) -> Publishing:
+    """Each part of a switch, fitted to what ran at its begin; the first version has no step before it.
+
+    A version that finds the one before it not yet live waits for that: what its staging takes is counted from there.
+    """
+    ended = {e.fields["step"]: e.end_ns for e in events if e.name == "train_step" and e.fields.get("phase") == "rl"}
+    live = np.sort([e.t_ns for e in events if e.name == "live"])
+    pauses = {version: found for version, found in _pauses(events).items() if version in ended}
+    if not pauses:
+        raise ConfigError("the run has no switch of a server to a version that a step made: nothing says what publishing takes")
+    stages, attests = [], []
+    for version, found in pauses.items():
+        begun, done = min(e.t_ns for e in found), max(e.end_ns for e in found)
+        before, after = np.searchsorted(live, begun, side="right"), np.searchsorted(live, done)
+        stages.append((max(ended[version], live[before - 1]) if before else ended[version], begun))
+        attests += [(done, live[after])] if after < len(live) else []
+
+    def parts(spans: Sequence[tuple[int, int]]) -> tuple[float, ...]:
+        starts, ends = np.array(spans, dtype=np.float64).reshape(-1, 2).T / NS
+        return non_negative_fit(np.stack([np.ones_like(starts), running.at(starts - NS_TICK) / servers], axis=1), ends - starts)
+
+    fits = parts(stages), parts([(e.t_ns, e.end_ns) for found in pauses.values() for e in found]), parts(attests)
+    (stage_s, stage_seq_s), (pause_s, pause_seq_s), (attest_s, attest_seq_s) = fits
+    return Publishing(every, stage_s, pause_s, attest_s, stage_seq_s, pause_seq_s, attest_seq_s)
+
+
+def running_of(groups: Sequence[Event]) -> _Steps:
+    """Sequences running on all servers. A rollout of l tokens in a group whose longest has L runs for l / L of the group's span, as far as
+    anyone can tell."""
+    lengths = [np.array(e.fields["lengths"], dtype=np.float64) for e in groups]
+    stops = np.concatenate([(e.t_ns + e.dur_ns * n / n.max()) / NS for e, n in zip(groups, lengths, strict=True)])
+    return _Steps(np.repeat([e.t_ns / NS for e in groups], [len(n) for n in lengths]), stops)
 
 
 def _evaluations(run: RunData, every: int) -> Evaluations:
@@ -141,15 +165,11 @@ def _evaluations(run: RunData, every: int) -> Evaluations:
     return Evaluations(every, [max(1, int(attempt[3])) for attempt in rows[-1]["per_problem"]]) if every and rows else Evaluations()
 
 
-def _decoding(run: RunData, groups: Sequence[Event], servers: int, max_num_seqs: int) -> Decoding:
+def _decoding(run: RunData, groups: Sequence[Event], running: _Steps, servers: int, max_num_seqs: int) -> Decoding:
     """One row of the fit for each stretch of a group's longest rollout between two switches: the versions say how far it had come."""
-    switches = {v: (min(e.t_ns for e in pauses) / NS, max(e.end_ns for e in pauses) / NS) for v, pauses in _pauses(run).items()}
+    switches = {v: (min(e.t_ns for e in pauses) / NS, max(e.end_ns for e in pauses) / NS) for v, pauses in _pauses(run.events).items()}
     rows = np.array([row for group in groups for row in _stretches(group, switches)])
     starts, ends, tokens, first = rows.T
-    lengths = [np.array(e.fields["lengths"], dtype=np.float64) for e in groups]
-    # A rollout of l tokens in a group whose longest has L runs for l / L of the group's span, as far as anyone can tell.
-    stops = np.concatenate([(e.t_ns + e.dur_ns * n / n.max()) / NS for e, n in zip(groups, lengths, strict=True)])
-    running = _Steps(np.repeat([e.t_ns / NS for e in groups], [len(n) for n in lengths]), stops)
     sent = np.sort([e.t_ns / NS for e in groups])
     prefilled = (np.searchsorted(sent, ends) - np.searchsorted(sent, starts - first * TOGETHER_S)) / servers
     before, after = (np.sort([edge[side] for edge in switches.values()]) for side in (0, 1))

@@ -93,11 +93,20 @@ class StepTimes:
 
 @dataclass(frozen=True, slots=True)
 class Publishing:
-    """From the end of a step to its version live: ``stage_s`` while generation goes on, then ``pause_s`` in which nothing is sampled."""
+    """From the end of a step to its version live: ``stage_s`` while generation goes on, ``pause_s`` in which nothing is sampled, then
+    ``attest_s`` until the server says what it serves, while generation goes on again.
+
+    A server heeds such a call between two of its steps, so each part takes ``..._seq_s`` longer for each sequence that it runs: the longer
+    steps, and after the pause the KV that is computed again first. Only then is the next version staged.
+    """
 
     every: int = 1
     stage_s: float = 0.1
     pause_s: float = 0.0
+    attest_s: float = 0.0
+    stage_seq_s: float = 0.0
+    pause_seq_s: float = 0.0
+    attest_seq_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
