@@ -29,14 +29,18 @@ class GroupMaker(Protocol):
     """How the groups of a run are made: by sampling whole attempts, by searches, by episodes (``metarl.rollout.method``)."""
 
     async def group(self, problem: Problem, ticket: int, params: SamplingParams, size: int) -> Group:
-        """``size`` rollouts of ``problem``, verified and rewarded, as traces named ``g<ticket>/r<i>``. Raises what the generator raises."""
+        """``size`` rollouts of ``problem``, verified and rewarded, as traces named ``g<ticket>/r<i>``. Raises what the generator raises.
+
+        Made again after a crash it asks the same requests as before, as far as the answers are the same: what it chooses depends on
+        ``ticket`` and the answers alone, never on time.
+        """
         ...
 
     def chunked(self, chunks: Callable[[Generator], Generator]) -> Self:
-        """The same, with every long completion made by ``chunks`` of its generator: what is finished of one survives a crash.
+        """The same, with every completion made by ``chunks`` of its generator: what is finished survives a crash, and is given again.
 
-        The chunked generator knows one request a group, named ``g<ticket>``. A maker of many short ones returns itself: its tickets
-        start over.
+        A request to it is named ``g<ticket>`` where it asks for all rollouts of the group at once, once a group; else ``g<ticket>/r<i>``
+        after the rollout it belongs to. Equal requests of one rollout are told apart by the order in which they are made.
         """
         ...
 

@@ -114,7 +114,7 @@ class RolloutConfig:
     max_new_tokens: int = key(128, "token budget of a completion", low=1)
     flush_tokens: int = key(
         512,
-        "a longer completion is made by several requests, each of so many tokens at most: what is finished survives a crash; 0: never",
+        "a longer completion is made by several requests, each of so many tokens at most: finished requests survive a crash; 0: one each",
         low=0,
     )
     max_inflight_groups: int = key(0, "groups generated at once; 0: as many as the admission rule allows", low=0)

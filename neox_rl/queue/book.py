@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from neox_rl.codec import encode_group
-from neox_rl.queue.history import KEPT_VERSIONS, chunk_body, fold
+from neox_rl.queue.answers import Answer, body_of
+from neox_rl.queue.history import KEPT_VERSIONS, fold
 from neox_rl.queue.journal import LOCK_S, Journal, open_journal
 from neox_rl.queue.records import Record, payload_of
-from neox_rl.types import NO_VERSION, Completion, Group, Json
+from neox_rl.types import NO_VERSION, Group, Json
 
 logger = logging.getLogger(__name__)
 SEGMENT_BYTES = 512 << 20
@@ -104,18 +105,12 @@ class Book:
             rollouts=len(group.traces),
         )
 
-    def chunk(self, ticket: int, rollout: int, start: int, chunk: Completion) -> None:
-        """``chunk`` follows on the ``start`` tokens of the rollout's earlier ones."""
-        self.add(
-            "span",
-            chunk_body(chunk),
-            ticket=ticket,
-            rollout=rollout,
-            start=start,
-            spans=[[span.version, span.start, span.end] for span in chunk.spans],
-            finish=chunk.finish.value,
-            digests=self._digests(span.version for span in chunk.spans),
-        )
+    def answer(self, ticket: int, answer: Answer) -> bytes:
+        """Of a server, for a group that is not finished. Returns its bytes."""
+        body = body_of(answer)
+        versions = sorted({span.version for chunk in answer.chunks for span in chunk.spans})
+        self.add("span", body, ticket=ticket, digests=self._digests(versions))
+        return body
 
     def refused(self, group: Group) -> None:
         self.add("refused", ticket=group.ticket, tokens=generated_tokens(group), rollouts=len(group.traces))

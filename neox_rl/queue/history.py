@@ -5,13 +5,13 @@
     session     session, attempt, sft_step, rl_step, time, state        a trainer says hello with the position of its checkpoint: what came
                                                                         after it is undone
     issued      ticket, position, live                                  the ticket is in flight, with the cursor's problem at ``position``
-    span        ticket, rollout, start, spans, finish, digests; body    a finished chunk of an unfinished group, behind ``start`` tokens
-                                                                        (``chunk_body``)
+    span        ticket, digests; body                                   what a server answered for an unfinished group (``answers``)
     group       ticket, digests, tokens, rollouts; body                 all rollouts of the ticket, verified (``codec.encode_group``)
     refused     ticket, tokens, rollouts                                dynamic sampling refused the group
-    failed      ticket                                                  the generation failed; finished chunks are kept
-    discarded   tickets, parted                                         made by a policy that a rollback undid and that did not come back;
-                                                                        parted: nor will any other of those steps
+    failed      ticket                                                  the generation failed; what was answered is kept
+    discarded   tickets, parted                                         made by a policy that a rollback undid and that did not come back,
+                                                                        or another attempt would fail of it; parted: nor will any other
+                                                                        of those steps come back
     taken       id, phase, step, tickets, versions, made, state         the batch of a step; versions: {version: tokens} a ticket; made:
                                                                         {version: digests of its weights}; for sft instead draws, ticket:
                                                                         where the demonstrations stood before
@@ -22,7 +22,7 @@
     reported    id, phase, step                                         the step's metrics are written
     checkpoint  id, sft_step, rl_step                                   the trainer has saved; a new segment begins
     state       (this class)                                            first in the segment after a checkpoint, or a full one, before its
-                                                                        open groups and chunks (copy: true), and once more, as a copy,
+                                                                        open groups and answers (copy: true), and once more, as a copy,
                                                                         behind them
 
 ``id`` is the number of the trainer's message. ``digests`` is {version: digest of the weights} of the policies that made the tokens: by it
@@ -37,12 +37,8 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
 
-import numpy as np
-
-from neox_rl.codec import IDS, LOGPROBS, narrowed
-from neox_rl.errors import JournalError
 from neox_rl.queue.records import Record
-from neox_rl.types import Completion, Finish, Json, VersionSpan
+from neox_rl.types import Json
 
 PHASES = ("sft", "rl")
 KEPT_VERSIONS = 256
@@ -66,7 +62,7 @@ class Standing(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A group or chunk as it lies in the journal: ``body`` is its bytes, ``digests`` who made it. None: not known any more."""
+    """A group or answer as it lies in the journal: ``body`` is its bytes, ``digests`` who made it. None: not known any more."""
 
     body: bytes | memoryview
     digests: Mapping[int, str | None]
@@ -137,19 +133,10 @@ class History:
         return found
 
     def standing_of(self, ticket: int) -> Standing:
-        """Of an open ticket's group, or of the chunks of its unfinished rollouts."""
+        """Of an open ticket's group, or of the answers for its unfinished one."""
         made = [self.groups[ticket]] if ticket in self.groups else self.spans.get(ticket, [])
         found = [self.standing(m.digests) for m in made]
         return next((s for s in (Standing.FOREIGN, Standing.WAITING) if s in found), Standing.USABLE)
-
-    def chunks(self, ticket: int) -> dict[int, list[Completion]]:
-        """Rollout -> its finished chunks, each following on the one before it; what comes after one that was lost is of no use."""
-        found: dict[int, list[Completion]] = {}
-        for made in self.spans.get(ticket, ()):
-            earlier = found.setdefault(int(made.meta["rollout"]), [])
-            if sum(len(chunk.ids) for chunk in earlier) == made.meta["start"]:
-                earlier.append(chunk_of(made.meta, made.body))
-        return found
 
     def queue_state(self, groups_per_step: int) -> dict[str, Json]:
         """For ``TicketQueue.restore``."""
@@ -253,8 +240,11 @@ class History:
 
     def _span(self, meta: Mapping[str, Any], body: bytes | memoryview) -> None:
         ticket = self._know(meta.get("ticket"))
-        if ticket is not None and ticket in self.open:
-            self.spans.setdefault(ticket, []).append(Made(body, _digests(meta), meta))
+        if ticket is not None and ticket in self.open and ticket not in self.groups:
+            made = self.spans.setdefault(ticket, [])
+            # A search has thousands: their words, which are the same, are kept once.
+            same = made[-1] if made and made[-1].meta == meta else None
+            made.append(Made(body, same.digests, same.meta) if same else Made(body, _digests(meta), meta))
 
     def _group(self, meta: Mapping[str, Any], body: bytes | memoryview) -> None:
         ticket = self._know(meta.get("ticket"))
@@ -368,25 +358,3 @@ def _digests(meta: Mapping[str, Any]) -> dict[int, str | None]:
 def _pairs(table: Mapping[int, Any]) -> list[Json]:
     """JSON has no integer keys."""
     return [[key, list(value) if isinstance(value, tuple) else value] for key, value in table.items()]
-
-
-def chunk_body(completion: Completion) -> bytes:
-    """ids, then log-probs, as ``codec`` has them; before them a byte each, whether they are wide."""
-    ids = narrowed(np.asarray(completion.ids, IDS[1]))
-    logprobs = narrowed(np.asarray(completion.logprobs, LOGPROBS[1]))
-    return bytes((ids.dtype == IDS[1], logprobs.dtype == LOGPROBS[1])) + ids.tobytes() + logprobs.tobytes()
-
-
-def chunk_of(meta: Mapping[str, Any], body: bytes | memoryview) -> Completion:
-    """The chunk of a ``span`` record; ``spans`` and ``finish`` are in its meta. Raises JournalError where the body is none."""
-    widths, said = bytes(body[:2]), f"ticket {meta.get('ticket')}: a chunk of {len(body)} bytes"
-    if len(widths) < 2 or max(widths) > 1:
-        raise JournalError(f"{said} begins with {list(widths)}: must be two bytes, each 0 or 1")
-    of_ids, of_logprobs = IDS[widths[0]], LOGPROBS[widths[1]]
-    count, rest = divmod(len(body) - 2, of_ids.itemsize + of_logprobs.itemsize)
-    if rest:
-        raise JournalError(f"{said} is not whole: {rest} are left behind {count} tokens")
-    ids = np.frombuffer(body, of_ids, count, 2)
-    logprobs = np.frombuffer(body, of_logprobs, count, 2 + ids.nbytes)
-    spans = tuple(VersionSpan(*map(int, span)) for span in meta["spans"])
-    return Completion(tuple(ids.tolist()), tuple(logprobs.tolist()), spans, Finish(meta["finish"]))

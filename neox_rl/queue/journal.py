@@ -38,7 +38,7 @@ from neox_rl.errors import ConfigError, JournalError, JournalFullError
 from neox_rl.queue.records import HEAD_BYTES, Damage, Record, first_unchecked, parts_of, payload_of, scan, to_bytes
 from neox_rl.telemetry.jsonl import to_disk
 
-FORMAT: Final = 4
+FORMAT: Final = 5
 SUFFIX: Final = ".journal"
 LEDGER: Final = f"ledger{SUFFIX}"
 LEDGER_KINDS: Final = frozenset(

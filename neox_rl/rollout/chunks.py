@@ -1,8 +1,11 @@
-"""Completions made chunk by chunk, so that a crash costs at most the chunk in flight.
+"""Completions made chunk by chunk and written down, so that a crash costs at most the requests in flight.
 
-    request 1   prompt                     -> chunk 1 of all n rollouts
-    request 2   prompt + chunk 1           -> chunk 2 of one rollout        until it stops or has ``max_tokens``
+    request 1   prompt                     -> chunk 1 of all n completions
+    request 2   prompt + chunk 1           -> chunk 2 of one completion     until it stops or has ``max_tokens``
     ...
+
+Who makes a group again after a crash asks the same again, and gets what is written down of the answer; servers are asked for what is not.
+So an attempt goes on in its completion, and a search or a rollout of several episodes walks as it did before, up to where it was.
 
 Every chunk brings its own log-probs and version spans from the engine, and their concatenation is what one request would have given: the
 same budget, the same stop tokens, log-probs under the weights that were live. The server's prefix cache has the earlier tokens' keys and
@@ -14,18 +17,38 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import TypeAlias
+from typing import Protocol
 
 from neox_rl.ports import Generator
 from neox_rl.rollout.vllm_client import ServerFailedError
 from neox_rl.types import Completion, Finish, SamplingParams, VersionSpan
 
-OnChunk: TypeAlias = Callable[[str, int, int, Completion], None]
-"""(rollout id of the request, rollout's index, tokens before the chunk, chunk)."""
-Earlier: TypeAlias = Callable[[str], Mapping[int, Sequence[Completion]]]
-"""rollout id of the request -> index -> chunks that are there already."""
+
+class Kept(Protocol):
+    """What is written down of the answer to one request. ``whole``: it asks for all rollouts of a group."""
+
+    whole: bool
+
+    def earlier(self) -> Mapping[int, Sequence[Completion]]:
+        """Number of a completion -> its finished chunks."""
+        ...
+
+    def keep(self, index: int, start: int, chunks: Sequence[Completion]) -> None:
+        """Of the completions from number ``index`` on a chunk each, behind ``start`` tokens."""
+        ...
+
+
+class Record(Protocol):
+    """What is written down of the answers to all requests."""
+
+    def request(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> AbstractContextManager[Kept]:
+        """Left without an error the request is answered, and the next equal one is another; with one it may be made again."""
+        ...
+
+
 BEHIND_TRIES, BEHIND_S = 6, 0.1
 """A server switches within moments of another; the pause before the next try doubles."""
 
@@ -33,37 +56,47 @@ BEHIND_TRIES, BEHIND_S = 6, 0.1
 class ChunkedGenerator:
     """``ports.Generator`` around another. ``flush_tokens`` is the most of one chunk; 0: a completion is one chunk.
 
-    ``on_chunk`` gets each finished chunk, unless the first one finishes all rollouts at once: then the group is as good as there.
+    ``record`` gets each finished chunk, unless the first one finishes all rollouts of a group at once: then the group is as good as there.
     """
 
-    def __init__(self, generator: Generator, flush_tokens: int, on_chunk: OnChunk, earlier: Earlier) -> None:
-        self._generator, self._flush_tokens, self._on_chunk, self._earlier = generator, flush_tokens, on_chunk, earlier
+    def __init__(self, generator: Generator, flush_tokens: int, record: Record) -> None:
+        self._generator, self._flush_tokens, self._record = generator, flush_tokens, record
 
     async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> tuple[Completion, ...]:
         """See ``ports.Generator``. Raises ServerFailedError too when only servers with older weights than those of the chunks answer."""
-        chunks = {index: list(found) for index, found in self._earlier(rollout_id).items() if found and index < n}
-        if not chunks:
-            first = await self._generator.sample(prompt_ids, self._params(params, 0, 0), n, rollout_id)
-            chunks = {index: [self._stopped(chunk, params)] for index, chunk in enumerate(first)}
-            if all(self._done(found, params) for found in chunks.values()):
-                return tuple(merged(found) for found in chunks.values())
-            for index, found in chunks.items():
-                self._on_chunk(rollout_id, index, 0, found[0])
-        rest = (self._rest(prompt_ids, params, index, chunks.get(index, []), rollout_id) for index in range(n))
+        with self._record.request(prompt_ids, params, n, rollout_id) as kept:
+            chunks = {index: list(found) for index, found in kept.earlier().items() if found and index < n}
+            if chunks:
+                await asyncio.sleep(0)  # a search that is walked again waits for nobody: others have their turn
+            else:
+                first = await self._generator.sample(prompt_ids, self._params(params, 0, 0), n, rollout_id)
+                chunks = {index: [self._stopped(chunk, params)] for index, chunk in enumerate(first)}
+                if not kept.whole or not all(self._done(found, params) for found in chunks.values()):
+                    kept.keep(0, 0, [found[0] for found in chunks.values()])
+            if len(chunks) < n or not all(self._done(found, params) for found in chunks.values()):
+                await self._finish(prompt_ids, params, n, rollout_id, chunks, kept)
+            return tuple(merged(chunks[index]) for index in range(n))
+
+    async def _finish(
+        self, prompt_ids: Sequence[int], params: SamplingParams, n: int, name: str, chunks: dict[int, list[Completion]], kept: Kept
+    ) -> None:
+        rest = (self._rest(prompt_ids, params, index, chunks.setdefault(index, []), name, kept) for index in range(n))
         tasks = [asyncio.ensure_future(work) for work in rest]
         try:
-            return tuple(await asyncio.gather(*tasks))
+            await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()  # one that failed fails the request: no other may hand on chunks after that
 
-    async def _rest(self, prompt_ids: Sequence[int], params: SamplingParams, index: int, chunks: list[Completion], name: str) -> Completion:
+    async def _rest(
+        self, prompt_ids: Sequence[int], params: SamplingParams, index: int, chunks: list[Completion], name: str, kept: Kept
+    ) -> None:
+        one = f"{name}/r{index}" if kept.whole else name
         while not self._done(chunks, params):
             ids = [i for chunk in chunks for i in chunk.ids]
-            chunk = await self._next([*prompt_ids, *ids], self._params(params, index, len(ids)), chunks, f"{name}/r{index}")
+            chunk = await self._next([*prompt_ids, *ids], self._params(params, index, len(ids)), chunks, one)
             chunks.append(self._stopped(chunk, params))
-            self._on_chunk(name, index, len(ids), chunks[-1])
-        return merged(chunks)
+            kept.keep(index, len(ids), chunks[-1:])
 
     async def _next(self, ids: Sequence[int], params: SamplingParams, chunks: Sequence[Completion], name: str) -> Completion:
         reached = max((span.version for chunk in chunks for span in chunk.spans), default=0)

@@ -39,6 +39,18 @@ async def patiently(ask: Callable[[], Awaitable[Answer]]) -> Answer:
 
 
 @dataclass(frozen=True, slots=True)
+class Named:
+    """Another generator, whose requests are all named after one rollout, whoever makes them for it."""
+
+    generator: Generator
+    rollout_id: str
+
+    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> tuple[Completion, ...]:
+        """See ``ports.Generator``."""
+        return await self.generator.sample(prompt_ids, params, n, self.rollout_id)
+
+
+@dataclass(frozen=True, slots=True)
 class Attempts:
     """How a problem is attempted by sampling: the ``ports.GroupMaker`` of ``rollout.method: sample``.
 

@@ -2,7 +2,7 @@
 
     at the start, or at a trainer's hello     every open ticket is judged by what the journal has for it:
         nothing                               it is generated again, from the problem it had
-        all made by policies of this timeline a group is ready at once; an unfinished one is continued where it was
+        all made by policies of this timeline a group is ready at once; an unfinished one goes on where it was
         some beyond the rule as it is now     it is generated again: the run goes on with smaller slacks, its timeline parts
         some by a version that was undone     held, until the trainer publishes that version again, or something else in its place
     v published again, same digest            what waited for v alone is in use
@@ -104,7 +104,7 @@ class Comeback:
         if ticket in history.groups:
             self._queue.preload(ticket, history.groups[ticket].digests, lambda: self._load(ticket))
         elif ticket in self._queue.held:
-            self._queue.release(ticket)  # its chunks are found when it is issued
+            self._queue.release(ticket)  # what was answered for it is found when it is issued
 
     def _load(self, ticket: int) -> Group:
         try:

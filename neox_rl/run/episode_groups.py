@@ -57,8 +57,8 @@ class EpisodeGroups:
         return tuple(rollout.trace for rollout in await self._roll_out(problem, name, params, size, max(self.gammas)))
 
     def chunked(self, chunks: Callable[[Generator], Generator]) -> Self:
-        """See ``ports.GroupMaker``: an episode is short, so a ticket starts over."""
-        return self
+        """See ``ports.GroupMaker``: tools and environments are asked again after a crash."""
+        return replace(self, attempts=self.attempts.chunked(chunks))
 
     async def _roll_out(self, problem: Problem, name: str, params: SamplingParams, size: int, gamma: float) -> Sequence[Rollout]:
         a = self.attempts

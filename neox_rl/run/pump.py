@@ -5,22 +5,23 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from neox_rl.config.run import RunConfig
 from neox_rl.config.schema import IMITATION
 from neox_rl.errors import DeadlineError, NeoxRLError
-from neox_rl.ports import Generator, GroupMaker
+from neox_rl.ports import GroupMaker
 from neox_rl.problems.sources import ProblemCursor
 from neox_rl.queue.book import Book
-from neox_rl.queue.history import Standing
 from neox_rl.queue.state import TicketQueue
 from neox_rl.rollout.chunks import ChunkedGenerator
 from neox_rl.rollout.groups import teaches
 from neox_rl.rollout.vllm_client import ServerFailedError
 from neox_rl.run.pulse import Pulse
+from neox_rl.run.unfinished import Unfinished
 from neox_rl.telemetry.events import EventLog
-from neox_rl.types import Completion, Group, Problem, SamplingParams
+from neox_rl.types import Group, Problem, SamplingParams
 
 MAX_FAILURES = 3
 """Failed generations of one ticket before the run ends: by then it is not the server that is at fault."""
@@ -47,7 +48,8 @@ class RolloutPump:
         retry_s: float = RETRY_S,
     ) -> None:
         self._config, self._book, self._queue, self._cursor, self._params = config, book, queue, cursor, params
-        self._maker = maker.chunked(self._chunks)
+        self._unfinished = Unfinished(book)
+        self._maker = maker.chunked(partial(ChunkedGenerator, flush_tokens=config.metarl.rollout.flush_tokens, record=self._unfinished))
         self._events, self._on_group, self._retry_s = events, on_group, retry_s
         self._positions: dict[int, int] = {}
         self.changed = Pulse()
@@ -86,30 +88,15 @@ class RolloutPump:
     def _may_issue(self, limit: int) -> bool:
         return self._queue.num_in_flight < limit and not self._book.journal.full
 
-    def _chunks(self, generator: Generator) -> Generator:
-        return ChunkedGenerator(generator, self._config.metarl.rollout.flush_tokens, self._on_chunk, self._earlier_chunks)
-
-    def _on_chunk(self, rollout_id: str, index: int, start: int, chunk: Completion) -> None:
-        self._book.chunk(_ticket(rollout_id), index, start, chunk)
-
-    def _earlier_chunks(self, rollout_id: str) -> Mapping[int, Sequence[Completion]]:
-        """What an earlier attempt at this ticket has finished, if the policies that made it are of this timeline."""
-        ticket, history = _ticket(rollout_id), self._book.history
-        if ticket not in history.spans:
-            return {}
-        if history.standing_of(ticket) is Standing.USABLE:
-            return history.chunks(ticket)
-        self._book.add("discarded", tickets=[ticket], parted=False)
-        return {}
-
     async def _make(self, ticket: int) -> None:
         problem = self._cursor.at(self._positions[ticket])
         started, begin = time.time_ns(), time.monotonic_ns()
+        failures = self._queue.failures(ticket)
         try:
-            group = await self._maker.group(problem, ticket, self._params, self._config.metarl.rollout.group_size)
+            with self._unfinished.attempt(ticket, anew=failures + 1 == MAX_FAILURES):  # it may fail of what it was answered
+                group = await self._maker.group(problem, ticket, self._params, self._config.metarl.rollout.group_size)
         except (ServerFailedError, DeadlineError) as error:
             self._events.instant("error", ticket=ticket, message=str(error))
-            failures = self._queue.failures(ticket)
             await asyncio.sleep(self._retry_s * 2**failures)
             if failures + 1 >= MAX_FAILURES:
                 raise NeoxRLError(f"ticket g{ticket:06d} failed {MAX_FAILURES} times, the last time so: {error}") from error
@@ -140,8 +127,3 @@ def _sizes(group: Group) -> dict[str, list[Any]]:
     spans = [[(s.version, len(s.ids)) for s in trace.written if s.logprobs] for trace in group.traces]
     lengths = [sum(tokens for _, tokens in rollout) for rollout in spans]
     return {"lengths": lengths, "longest": spans[lengths.index(max(lengths))] if lengths else []}
-
-
-def _ticket(rollout_id: str) -> int:
-    """Of ``g000017``."""
-    return int(rollout_id[1:])

@@ -3,8 +3,9 @@
     ticket -> group_size searches of one problem, each by requests for steps to whatever serves -> trees -> traces (search/rollouts.py)
 
 A search is one rollout of the ticket's group and may give several traces. A request that fails is made again, by the generator on other
-servers and by the search, so a lost server loses no finished node; while none serves, or the reward model is away, the search waits. What
-the orchestrator had of an unfinished search when it died is not in the journal: the ticket is searched again.
+servers and by the search, so a lost server loses no finished node; while none serves, or the reward model is away, the search waits. When
+the orchestrator died, its successor searches open tickets again: seeds and answers are the same, so a tree grows as it did before, from
+what the journal has of the policy's steps, playouts and votes; a reward model of its own is asked again.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Self
 from neox_rl.config.run import RunConfig
 from neox_rl.config.schema_search import SearchConfig
 from neox_rl.ports import Generator
-from neox_rl.rollout.groups import Attempts, Patient
+from neox_rl.rollout.groups import Attempts, Named, Patient
 from neox_rl.rollout.vllm_client import ServerFailedError
 from neox_rl.run.search_parts import domain_of, own_value, prm_value
 from neox_rl.run.served_value import ServedValue
@@ -49,13 +50,13 @@ TRACES, PREFERENCES = "traces", "preferences"
 
 @dataclass(frozen=True)
 class SearchGroups:
-    """``max_tokens``: of a told trace, prompt included. ``config`` says what is trained."""
+    """``max_tokens``: of a told trace, prompt included. ``config`` says what is trained. ``value``: of a search with this policy."""
 
     config: SearchConfig
     attempts: Attempts
     search: Search
     proposer: PolicyProposer
-    value: Value
+    value: Callable[[PolicyProposer], Value]
     max_tokens: int
 
     async def group(self, problem: Problem, ticket: int, params: SamplingParams, size: int) -> Group:
@@ -76,14 +77,15 @@ class SearchGroups:
         return Group(ticket, problem.id, tuple(named), max(0, paid - shown))
 
     def chunked(self, chunks: Callable[[Generator], Generator]) -> Self:
-        """See ``ports.GroupMaker``: no request is longer than a step or a playout."""
-        return self
+        """See ``ports.GroupMaker``."""
+        return replace(self, proposer=replace(self.proposer, generator=chunks(self.proposer.generator)))
 
     async def _rollout(self, problem: Problem, ticket: int, index: int) -> tuple[Tree, Sequence[Trace]]:
         seed = derived_seed(self.search.seed, ticket, index)
-        proposer = Remembering(self.proposer)
+        policy = replace(self.proposer, generator=Patient(Named(self.proposer.generator, f"g{ticket:06d}/r{index}")))
+        proposer = Remembering(policy)
         budget = Budget(self.config.nodes, self.config.tokens or None)
-        grown = await replace(self.search, seed=seed).grown(problem, proposer, self.value, budget)
+        grown = await replace(self.search, seed=seed).grown(problem, proposer, self.value(policy), budget)
         tree, failed = grown.tree, grown.tree.end is End.FAILED
         if failed and (len(tree.nodes) == 1 or isinstance(grown.error, ValueFailedError)):
             raise ServerFailedError(f"search g{ticket:06d}/{index}: {tree.error}")
@@ -121,7 +123,7 @@ def search_groups(config: RunConfig, attempts: Attempts, prm: Value | None = Non
     """``prm``: the ``reward_model``. Raises ConfigError where no token of the tokenizer ends a step."""
     metarl, block = config.metarl, config.metarl.search
     proposer = PolicyProposer(
-        Patient(attempts.generator),
+        attempts.generator,
         attempts.tokenizer,
         step_ends(attempts.tokenizer),
         block.max_step_tokens,
@@ -132,7 +134,10 @@ def search_groups(config: RunConfig, attempts: Attempts, prm: Value | None = Non
         cut_steps=block.cut_steps,
     )
     plays = (block.playouts, block.playout_tokens, block.votes, block.sees_earlier)
-    value = prm or own_value(block.value, proposer, attempts.verifier, *plays)
+
+    def value(policy: PolicyProposer) -> Value:
+        return prm or own_value(block.value, policy, attempts.verifier, *plays)
+
     prune = 0.0 if block.value == "oracle" and block.prune else None
     options = Options(block.width, block.batch, block.beam, prune, exploration=block.exploration)
     search = Search(block.strategy, lambda problem: domain_of(problem, attempts.verifier), options, metarl.seed)

@@ -116,6 +116,7 @@ class PolicyProposer:
     seeded: bool = True
     cut_steps: bool = False
     _prompts: dict[str, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
+    _marks: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def step_tokens(self) -> int:
@@ -178,8 +179,10 @@ class PolicyProposer:
 
     @cached_property
     def _attempt_ends(self) -> tuple[int, ...]:
-        marks = (*MARKS, metacot.SOLUTION)
-        return tuple(i for i in self.stop_token_ids if self.tokenizer.decode((i,)).strip() in marks)
+        if self.stop_token_ids not in self._marks:  # a run asks with thousands, for each of its searches
+            marks = (*MARKS, metacot.SOLUTION)
+            self._marks[self.stop_token_ids] = tuple(i for i in self.stop_token_ids if self.tokenizer.decode((i,)).strip() in marks)
+        return self._marks[self.stop_token_ids]
 
 
 def piece(c: Completion, start: int, end: int, finish: Finish) -> Completion:

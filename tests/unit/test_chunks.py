@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import pytest
 from hypothesis import given
@@ -45,22 +46,26 @@ class Greedy:
 
 
 class Kept:
-    """What was handed on, and what is there from before."""
+    """A record of one request: what was handed on, and what is there from before."""
 
-    def __init__(self, earlier: Mapping[int, Sequence[Completion]] | None = None) -> None:
+    def __init__(self, earlier: Mapping[int, Sequence[Completion]] | None = None, whole: bool = True) -> None:
         self.chunks: list[tuple[int, int, Completion]] = []
-        self.before = earlier or {}
+        self.before, self.whole = earlier or {}, whole
 
-    def on_chunk(self, rollout_id: str, index: int, start: int, chunk: Completion) -> None:
-        self.chunks.append((index, start, chunk))
+    @contextmanager
+    def request(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> Iterator[Kept]:
+        yield self
 
-    def earlier(self, rollout_id: str) -> Mapping[int, Sequence[Completion]]:
+    def keep(self, index: int, start: int, chunks: Sequence[Completion]) -> None:
+        self.chunks += [(index + i, start, chunk) for i, chunk in enumerate(chunks)]
+
+    def earlier(self) -> Mapping[int, Sequence[Completion]]:
         return self.before
 
 
 def sample(policy: Greedy, flush: int, params: SamplingParams, n: int = 1, kept: Kept | None = None) -> tuple[Completion, ...]:
     kept = kept or Kept()
-    return asyncio.run(ChunkedGenerator(policy, flush, kept.on_chunk, kept.earlier).sample((7, 8), params, n, "g000001"))
+    return asyncio.run(ChunkedGenerator(policy, flush, kept).sample((7, 8), params, n, "g000001"))
 
 
 TEXTS = st.lists(st.integers(2, 9), min_size=1, max_size=25).map(lambda ids: [*ids, STOP])
@@ -113,6 +118,9 @@ def test_short_completions_are_one_request_and_nothing_is_written_down_for_them(
     policy, kept = Greedy([2, 3, STOP]), Kept()
     assert [c.ids for c in sample(policy, 512, SamplingParams(1000, stop_token_ids=(STOP,)), 4, kept)] == [(2, 3, STOP)] * 4
     assert policy.requests == [(2, 512, 4, "g000001")] and kept.chunks == []
+    part = Kept(whole=False)
+    sample(policy, 512, SamplingParams(1000, stop_token_ids=(STOP,)), 4, part)
+    assert [(index, start) for index, start, _ in part.chunks] == [(i, 0) for i in range(4)], "of a search no request is all there is"
 
 
 def test_every_later_chunk_draws_other_numbers_and_repeats_them() -> None:

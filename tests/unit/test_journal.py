@@ -14,13 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neox_rl.errors import GIVES_UP, ConfigError, JournalError, JournalFullError, exit_status
+from neox_rl.errors import GIVES_UP, ConfigError, JournalFullError, exit_status
 from neox_rl.queue import journal as journal_file
 from neox_rl.queue import records as records_file
-from neox_rl.queue.history import chunk_body, chunk_of
 from neox_rl.queue.journal import FORMAT, LEDGER, Journal, Reading, open_journal, read_journal, segments
 from neox_rl.queue.records import Damage, Record, beginning, payload_of, scan, to_bytes
-from neox_rl.types import Completion, Finish, VersionSpan
 
 NAME = "000000000001.journal"
 PAYLOADS = [payload_of("group", {"ticket": i}, bytes([i, 0, 255, 7]) * i) for i in range(6)]
@@ -44,21 +42,6 @@ def test_records_come_back_as_they_were() -> None:
     assert [(r.seq, r.kind, r.meta["ticket"], bytes(r.body)) for r in RECORDS] == [
         (10 + i, "group", i, bytes([i, 0, 255, 7]) * i) for i in range(6)
     ]
-
-
-@pytest.mark.parametrize(("ids", "logprobs"), [((1, 2), (-0.5, -1.0)), ((1, 70_000), (-0.1, -1.0)), ((), ())])
-def test_a_chunk_comes_back_as_it_was_or_says_what_is_wrong_with_it(ids: tuple[int, ...], logprobs: tuple[float, ...]) -> None:
-    whole = Completion(ids, logprobs, (VersionSpan(3, 0, len(ids)),) if ids else (), Finish.LENGTH)
-    meta = {"ticket": 4, "spans": [[3, 0, len(ids)]] if ids else [], "finish": "length"}
-    body = chunk_body(whole)
-    assert chunk_of(meta, body) == whole
-    for broken in (b"", body[:1], b"\x02" + body[1:], body[:1] + b"\xff" + body[2:]):
-        with pytest.raises(JournalError, match=r"ticket 4: a chunk of \d+ bytes begins with .*: must be two bytes, each 0 or 1"):
-            chunk_of(meta, broken)
-    with pytest.raises(
-        JournalError, match=rf"ticket 4: a chunk of {len(body) + 1} bytes is not whole: 1 are left behind {len(ids)} tokens"
-    ):
-        chunk_of(meta, body + b"x")
 
 
 @given(st.integers(0, len(DATA)))

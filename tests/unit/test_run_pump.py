@@ -21,6 +21,7 @@ from neox_rl.telemetry.events import EventLog, read_events
 from neox_rl.types import Completion, Finish, Group, Problem, SamplingParams, VersionSpan
 from tests.unit.small_run import EveryOtherVerifier, small_config, small_paths
 
+BAD = 33
 PROBLEMS = [Problem(f"p{i}", "math", f"{i}", "1", f"{i}") for i in range(5)]
 
 
@@ -41,11 +42,11 @@ class Words:
 
 class Generator:
     """Three tokens of the version that is live; ``fail`` requests fail first. Waits while ``gate`` is closed. For ``alone`` requests
-    there is no server."""
+    there is no server. The first ``bad`` answers are such that no server goes on behind them."""
 
     def __init__(self, queue: TicketQueue, fail: int = 0) -> None:
         self.queue, self.fail, self.most, self.running = queue, fail, 0, 0
-        self.alone = 0
+        self.alone = self.bad = 0
         self.gate = asyncio.Event()
         self.gate.set()
 
@@ -62,6 +63,11 @@ class Generator:
         if self.fail:
             self.fail -= 1
             raise ServerFailedError(f"{rollout_id}: connection refused")
+        if BAD in prompt_ids:
+            raise ServerFailedError(f"{rollout_id}: the server died of it")
+        if self.bad:
+            self.bad -= 1
+            return (Completion((BAD,), (-0.5,), (VersionSpan(version, 0, 1),), Finish.LENGTH),) * n
         return tuple(Completion((65, 66, 67), (-0.5,) * 3, (VersionSpan(version, 0, 3),), Finish.STOP) for _ in range(n))
 
 
@@ -151,6 +157,17 @@ def test_a_ticket_that_always_fails_ends_the_run_with_its_name(tmp_path: Path) -
         asyncio.run(story.until(4))
     found = caught.group_contains(NeoxRLError, match=rf"ticket g00000\d failed {MAX_FAILURES} times, .*connection refused")
     assert found
+
+
+def test_a_ticket_that_fails_of_what_it_was_answered_is_at_last_made_anew(tmp_path: Path) -> None:
+    """What was answered is given again to the second attempt; a third would be the last, with the same end."""
+    story = Story(tmp_path)
+    story.book.add("published", id=1, version=0, digest="d0")
+    story.generator.bad = 1
+    story.queue.set_live(0)
+    story.go(4)
+    assert sorted(g.ticket for g in story.groups) == [0, 1, 2, 3] and story.queue.counts.failed == MAX_FAILURES - 1
+    assert not any(BAD in s.ids for g in story.groups for trace in g.traces for s in trace.segments) and not story.book.history.spans
 
 
 def test_a_ticket_has_not_failed_while_there_is_no_server_to_make_it(tmp_path: Path) -> None:
