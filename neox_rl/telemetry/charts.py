@@ -195,11 +195,11 @@ def _heldout(axes: Axes, run: RunData) -> None:
         span = np.vstack([np.maximum(mean - low, 0.0), np.maximum(high - mean, 0.0)])
         axes.errorbar(x, mean, yerr=span, color=COLORS[color], label=mode, marker="o", markersize=4, capsize=3, elinewidth=1.1)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    _finish(axes, "RL step (0: after the warm start)")
+    _finish(axes, f"RL step (0: {run.first})")
 
 
 def _episodes(axes: Axes, run: RunData) -> None:
-    for label, name, color in (("warmstart", "after the warm start", "muted"), ("final", "after RL", "blue")):
+    for label, name, color in (("warmstart", run.first, "muted"), ("final", "after RL", "blue")):
         row = run.evaluation(label, "sampled") or run.evaluation(label, "greedy")
         if row is None or not row.get("found_by"):
             continue

@@ -57,8 +57,9 @@ def page_data(run: RunData) -> dict[str, Any]:
         "name": run.paths.name,
         "state": _state(run),
         "lead": _lead(run, summary),
-        "accuracy": _accuracy(summary),
-        "facts": _facts(summary),
+        "accuracy": _accuracy(run, summary),
+        "first": run.first,
+        "facts": _facts(run, summary),
         "charts": charts(run),
         "shares": _shares(run),
         "span_meaning": SPANS | {IDLE: "nothing that is recorded"},
@@ -89,9 +90,12 @@ def _lead(run: RunData, summary: Mapping[str, Any]) -> str:
     parts = []
     if run.sft:
         parts.append(f"The model imitated demonstrations for {run.sft[-1]['step']:,} steps.")
-    if run.rl:
+    if run.rl and not run.trained:
+        parts.append(f"The rollouts of {run.rl[-1]['step']:,} steps were made, and no weights were changed.")
+    elif run.rl:
         made = "searches under its own steps" if any(row.get("searched") for row in run.rl) else "its own attempts"
-        parts.append(f"It then practiced on {made} for {run.rl[-1]['step']:,} steps of asynchronous RL.")
+        who = "It then" if run.sft else "The model"
+        parts.append(f"{who} practiced on {made} for {run.rl[-1]['step']:,} steps of asynchronous RL.")
     before, after = summary["heldout_accuracy_warmstart"], summary["heldout_accuracy_final"]
     if before and after:
         parts.append(f"Of held-out problems it solved {_pct(before)} before RL, and solves {_pct(after)} now.")
@@ -102,11 +106,11 @@ def _pct(interval: Mapping[str, Any]) -> str:
     return f"{100 * interval['mean']:.1f}\u00a0%"
 
 
-def _accuracy(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _accuracy(run: RunData, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Rows of the figure in the head: one a mode and end of the run, with positions in percent."""
     rows = []
     for mode in MODES:
-        for label, title in (("warmstart", "after the warm start"), ("final", "after RL")):
+        for label, title in (("warmstart", run.first), ("final", "after RL")):
             found = summary[f"heldout_accuracy_{label}_{mode}"]
             if found:
                 low, mean, high = (100 * found[key] for key in ("ci95_low", "mean", "ci95_high"))
@@ -114,7 +118,7 @@ def _accuracy(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _facts(summary: Mapping[str, Any]) -> list[Fact]:
+def _facts(run: RunData, summary: Mapping[str, Any]) -> list[Fact]:
     facts = []
     for mode in MODES:
         gain = summary[f"heldout_accuracy_gain_{mode}"]
@@ -137,7 +141,7 @@ def _facts(summary: Mapping[str, Any]) -> list[Fact]:
         updates = f"median pause of a server, {summary['weight_updates']} updates"
         facts.append(Fact("Weight update", f"{1e3 * summary['weight_pause_s_median']:.0f} ms", updates))
     if summary["tokens_generated"] is not None:
-        facts.append(Fact("Tokens generated", _short(summary["tokens_generated"]), _token_note(summary)))
+        facts.append(Fact("Tokens generated", _short(summary["tokens_generated"]), _token_note(summary) if run.trained else "none trained"))
     return facts
 
 

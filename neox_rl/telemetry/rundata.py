@@ -55,6 +55,16 @@ class RunData:
     def rl(self) -> list[Row]:
         return [row for row in self.metrics if row["phase"] == "rl"]
 
+    @property
+    def first(self) -> str:
+        """When the first evaluation was, in words."""
+        return "after the warm start" if self.sft else "before RL"
+
+    @property
+    def trained(self) -> bool:
+        """Whether an RL step changed the weights: with ``debug.mode: rollout_only`` rows have rewards, and nothing was learned by them."""
+        return any(row.get("lr") or row.get("grad_norm") for row in self.rl)
+
     def evaluation(self, label: str, mode: str) -> Row | None:
         """The last evaluation with this label and mode."""
         return next((e for e in reversed(self.evaluations) if e["label"] == label and e["mode"] == mode), None)

@@ -25,6 +25,7 @@ from neox_rl.telemetry.rundata import load_run
 from neox_rl.telemetry.shares import time_shares
 from neox_rl.telemetry.status import Status, write_status
 from neox_rl.telemetry.summary import build_summary, write_summary
+from neox_rl.telemetry.table import before_after
 from neox_rl.types import Problem
 
 REQUIRED = (
@@ -349,6 +350,30 @@ def test_a_process_that_is_started_again_begins_no_new_part_of_the_run() -> None
     healed = [at(0, "launcher", "start_ranks"), at(1, "trainer-0", "build"), at(5, "launcher", "restarted"), at(6, "trainer-0", "build")]
     assert len(parts_of(healed)) == 1
     assert len(parts_of([*healed[:2], healed[3]])) == 2
+
+
+def test_a_run_without_a_warm_start_is_told_as_one_before_rl_and_after_it(tmp_path: Path) -> None:
+    paths = write_run(tmp_path / "cold", sft_steps=0, rl_steps=20)
+    page = write_report(paths.root).read_text()
+    assert "The model practiced on its own attempts for 20 steps" in page and "greedy before RL" in re.sub(
+        r"<[^>]+>|\s+", " ", page
+    ).replace("  ", " ")
+    assert "Before RL" in page and "fter the warm start" not in page
+    assert [str(column.header) for column in before_after(build_summary(load_run(paths.root))).columns] == [
+        "",
+        "before RL",
+        "after RL",
+        "difference",
+    ]
+
+
+def test_a_run_that_stepped_nothing_trained_nothing(tmp_path: Path) -> None:
+    """``debug.mode: rollout_only``."""
+    paths = write_run(tmp_path / "rollouts", sft_steps=0, rl_steps=20)
+    rows = [json.loads(line) | {"grad_norm": 0.0, "loss": 0.0, "lr": 0.0} for line in paths.metrics.read_text().splitlines()]
+    paths.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_report(paths.root).read_text()
+    assert "The rollouts of 20 steps were made, and no weights were changed." in page and "none trained" in page
 
 
 def test_a_run_of_searches_shows_what_they_found(tmp_path: Path) -> None:
