@@ -82,7 +82,7 @@ def test_nothing_is_acknowledged_before_it_is_durable() -> None:
 
     class Slow(Recorder):
         async def durable(self) -> None:
-            await asyncio.to_thread(on_disk.wait, 10)
+            await asyncio.to_thread(on_disk.wait, 60)
 
     with serving(Slow()) as running:
         peer = raw_peer(running.address)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from unittest.mock import patch
 
 import zmq
 
 from neox_rl.codec import encode_group
 from neox_rl.errors import NeoxRLError
+from neox_rl.queue import wire_client
 from neox_rl.queue.wire import Delivery, ExperienceServer, Phase
 from neox_rl.queue.wire_client import ExperienceClient
 from neox_rl.types import Finish, Group, Json, Reason, Role, Segment, Trace, Verdict
@@ -25,11 +27,25 @@ def make_group(ticket: int) -> Group:
     return Group(ticket, "p", (Trace(f"g{ticket:06d}/r0", "p", (segment,), 1.0, Finish.STOP, Verdict(True, "1", Reason.MATCH, 0.1)),))
 
 
-class Recorder:
-    """A handler that writes down what it is asked, in order. ``delay_s`` is how long a batch takes."""
+class Awake:
+    """A clock on which the time that this process stood still is short: the machine's, and no silence of the peer."""
 
-    def __init__(self, delay_s: float = 0.0, failure: Exception | None = None, stuck: bool = False, same: bool = False) -> None:
-        self.delay_s, self.failure, self.stuck, self.same = delay_s, failure, stuck, same
+    def __init__(self) -> None:
+        self._now, self._looked = 0.0, time.monotonic()
+
+    def monotonic(self) -> float:
+        before, self._looked = self._looked, time.monotonic()
+        self._now += min(self._looked - before, 2.0 * RESEND_S)
+        return self._now
+
+
+class Recorder:
+    """A handler that writes down what it is asked, in order. ``delay_s`` is how long a batch takes; the event loop itself stands still
+    while it is ``stuck``."""
+
+    def __init__(self, delay_s: float = 0.0, failure: Exception | None = None, same: bool = False) -> None:
+        self.delay_s, self.failure, self.same = delay_s, failure, same
+        self.stuck: Callable[[], bool] = lambda: False
         self.calls: list[tuple[object, ...]] = []
 
     async def hello(self, session: str, world: int, pid: int, attempt: int, state: Mapping[str, Json]) -> None:
@@ -37,8 +53,8 @@ class Recorder:
 
     async def next_groups(self, id: int, phase: Phase, step: int) -> Delivery:
         self.calls.append(("next", phase, step))
-        if self.stuck:
-            time.sleep(self.delay_s)  # the event loop itself stands still: no heartbeat either
+        while self.stuck():
+            time.sleep(0.01)
         await asyncio.sleep(self.delay_s)
         if self.failure:
             raise self.failure
@@ -77,7 +93,7 @@ class Running:
         self._stop: asyncio.Event
         self._loop: asyncio.AbstractEventLoop
         self.result = ThreadPoolExecutor(1).submit(lambda: asyncio.run(self._main()))
-        assert self._up.wait(10)
+        assert self._up.wait(60)
         self.address = f"tcp://127.0.0.1:{self.server.port}"
 
     async def _main(self) -> str | None:
@@ -121,15 +137,22 @@ def serving(handler: Recorder, port: int = 0, session: str | None = None, attemp
 
 @contextmanager
 def connected(
-    address: str, deadline_s: float = 30, silence_s: float = 30, greet: bool = True, attempt: int = 0
+    address: str,
+    deadline_s: float = 30,
+    evaluate_s: float = 30,
+    silence_s: float = 30,
+    greet: bool = True,
+    attempt: int = 0,
+    resend_s: float = RESEND_S,
 ) -> Iterator[ExperienceClient]:
-    client = ExperienceClient(address, deadline_s, silence_s=silence_s, resend_s=RESEND_S, attempt=attempt)
-    try:
-        if greet:
-            client.hello(world=2)
-        yield client
-    finally:
-        client.close()
+    client = ExperienceClient(address, deadline_s, evaluate_s, silence_s, resend_s, attempt=attempt)
+    with patch.object(wire_client, "time", Awake()):
+        try:
+            if greet:
+                client.hello(world=2)
+            yield client
+        finally:
+            client.close()
 
 
 class Gated(Recorder):
@@ -147,6 +170,6 @@ class Gated(Recorder):
 
 def raw_peer(address: str) -> zmq.Socket[bytes]:
     peer: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-    peer.setsockopt(zmq.RCVTIMEO, 5000)
+    peer.setsockopt(zmq.RCVTIMEO, 60_000)
     peer.connect(address)
     return peer
