@@ -152,7 +152,8 @@ def _tone(good: bool) -> str:
 def _token_note(summary: Mapping[str, Any]) -> str:
     trained, masked = summary["tokens_trained"], summary["tokens_masked_stale"]
     share = f", {100 * masked / (trained + masked):.1f} % too old and masked" if masked is not None and trained else ""
-    return f"{_short(trained or 0)} trained by RL{share}"
+    given = ", given solutions among them" if (trained or 0) > summary["tokens_generated"] else ""
+    return f"{_short(trained or 0)} trained by RL{given}{share}"
 
 
 def _duration(seconds: float) -> str:

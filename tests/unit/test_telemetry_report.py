@@ -376,6 +376,15 @@ def test_a_run_that_stepped_nothing_trained_nothing(tmp_path: Path) -> None:
     assert "The rollouts of 20 steps were made, and no weights were changed." in page and "none trained" in page
 
 
+def test_given_solutions_that_are_trained_too_are_named(tmp_path: Path) -> None:
+    """Where their likelihood is the reward more tokens are trained than the policies wrote."""
+    paths = write_run(tmp_path / "given", sft_steps=0, rl_steps=20)
+    assert "given solutions" not in write_report(paths.root).read_text()
+    rows = [json.loads(line) | {"tokens_generated": 10} for line in paths.metrics.read_text().splitlines()]
+    paths.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "trained by RL, given solutions among them" in write_report(paths.root).read_text()
+
+
 def test_a_run_of_searches_shows_what_they_found(tmp_path: Path) -> None:
     paths = write_run(tmp_path / "searches", rl_steps=20)
     rows = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
