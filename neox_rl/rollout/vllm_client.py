@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
@@ -72,6 +72,10 @@ class ServerFailedError(NeoxRLError):
     """A server that did not answer, answered 5xx, or answered with what no policy made: another one may."""
 
 
+class _RefusedError(ServerFailedError):
+    """A server that does not want the request: its own fault where another one answers it, the request's where all refuse."""
+
+
 class NobodyServesError(DeadlineError):
     """No server served when the request's deadline passed: nothing is wrong with it. Who keeps the servers has a deadline for that."""
 
@@ -99,8 +103,9 @@ class VllmGenerator:
 
     ``addresses`` as in ``http://127.0.0.1:8000``: those that serve from the start. Others come and go (``serve``, ``suspend``, ``forget``);
     with none serving a request waits for one. A request that fails because its server did is sent to others, at most ``max_attempts`` times
-    in all, within the one deadline ``request_timeout_s``; so is one whose answer cannot be. ``on_failure(address, why)`` is called for each
-    such failure. A deadline that passes is no such failure: the server may be well and busy. It only comes last for a while.
+    in all, within the one deadline ``request_timeout_s``; so is one whose answer cannot be, and one that is refused (4xx), which does not
+    go there again. ``on_failure(address, why)`` is called for each such failure. A deadline that passes is no such failure: the server may
+    be well and busy. It only comes last for a while.
     """
 
     def __init__(self, addresses: Sequence[str] = (), request_timeout_s: float = 120.0, max_attempts: int = 3) -> None:
@@ -161,7 +166,7 @@ class VllmGenerator:
         return {address: server.inflight for address, server in self._servers.items()}
 
     async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> tuple[Completion, ...]:
-        """See ``ports.Generator``. Also raises ServerFailedError when every attempt failed, WireError when a server refuses the request."""
+        """See ``ports.Generator``. Also raises ServerFailedError when every attempt failed, WireError when all servers refuse it."""
         body = request_body(prompt_ids, params, n, rollout_id)
         return await self._asked(body, n, rollout_id, lambda raw, server: parse_response(raw, n, server))
 
@@ -177,11 +182,12 @@ class VllmGenerator:
         """What ``parse`` reads in the answer of a server to a request for ``n`` completions."""
         tried: list[str] = []
         failures: list[str] = []
+        refused: set[str] = set()
         began = time.monotonic()
         try:
             async with asyncio.timeout(self._timeout_s):
                 while len(failures) < self._max_attempts:
-                    tried.append(await self._pick(tried))
+                    tried.append(await self._pick(tried, refused))
                     began = time.monotonic()
                     try:
                         return await self._answer(tried[-1], body, n, parse)
@@ -191,6 +197,10 @@ class VllmGenerator:
                         failures.append(str(error))
                         self._spare(tried[-1])
                         self.on_failure(tried[-1], str(error))
+                        if isinstance(error, _RefusedError):
+                            refused.add(tried[-1])
+                            if refused >= self._servers.keys():
+                                raise WireError("; ".join(failures)) from error
         except TimeoutError as error:
             serving = [address for address, server in self._servers.items() if server.serving]
             where = tried[-1] if tried and tried[-1] in serving else "a server that serves"
@@ -202,9 +212,9 @@ class VllmGenerator:
             raise kind(f"rollout {rollout_id} from {where}", self._timeout_s, hint) from error
         raise ServerFailedError(f"rollout {rollout_id}: {len(failures)} attempts failed: {'; '.join(failures)}")
 
-    async def _pick(self, tried: Sequence[str]) -> str:
+    async def _pick(self, tried: Sequence[str], refused: Collection[str]) -> str:
         """The least loaded server, those of this rollout's failed attempts last, before them those that failed others just now."""
-        while not (serving := {address: server for address, server in self._servers.items() if server.serving}):
+        while not (serving := {address: server for address, server in self._servers.items() if server.serving and address not in refused}):
             self._served.clear()
             await self._served.wait()
         now = time.monotonic()
@@ -253,7 +263,7 @@ class VllmGenerator:
         if status >= 500:
             raise ServerFailedError(f"{address} answered {status}: {raw[:200]!r}")
         if status != 200:
-            raise WireError(f"{address} refused the request with {status}: {raw[:500]!r}")
+            raise _RefusedError(f"{address} refused the request with {status}: {raw[:500]!r}")
         return raw
 
     async def _post(self, address: str, body: bytes) -> tuple[int, bytes]:

@@ -182,10 +182,6 @@ async def silent(_: web.Request) -> web.Response:
     return web.Response()
 
 
-async def refuses(_: web.Request) -> web.Response:
-    return web.Response(status=400, text="max_tokens is too large")
-
-
 async def aborts(request: web.Request) -> web.Response:
     body = await request.json()
     found = [choice(i, (), finish_reason="abort", weight_versions=None) for i in range(body["sampling_params"]["n"])]
@@ -301,17 +297,6 @@ def test_a_failure_late_in_the_time_that_a_server_is_spared_makes_that_longer(mo
     generator.move("http://a")
     generator.serve("http://a")
     assert generator._servers["http://a"].spared_until == 0.0, "it was started anew"
-
-
-def test_a_refused_request_is_not_repeated() -> None:
-    async def story() -> None:
-        addresses, close = await serve([refuses, refuses])
-        async with VllmGenerator(addresses, 5.0) as generator:
-            with pytest.raises(WireError, match=r"400.*max_tokens is too large"):
-                await generator.sample([1], PARAMS, 2, "g0")
-        await close()
-
-    asyncio.run(story())
 
 
 def test_requests_go_to_the_server_with_the_fewest_completions_in_flight() -> None:
