@@ -17,8 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from neox_rl.errors import ConfigError, WeightError
-from neox_rl.run.audit import names, table
 from neox_rl.run.audit_files import Audited, audit_run
+from neox_rl.run.audit_results import names, table
 from neox_rl.telemetry.paths import RunPaths
 
 MAX_SHOWN = 20

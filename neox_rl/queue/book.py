@@ -12,6 +12,7 @@ from neox_rl.codec import encode_group
 from neox_rl.queue.answers import Answer, body_of
 from neox_rl.queue.history import KEPT_VERSIONS, fold
 from neox_rl.queue.journal import LOCK_S, Journal, open_journal
+from neox_rl.queue.positions import packed
 from neox_rl.queue.records import Record, payload_of
 from neox_rl.types import NO_VERSION, Group, Json
 
@@ -86,7 +87,8 @@ class Book:
     def session(self, session: str, attempt: int, sft_step: int, rl_step: int, state: Mapping[str, Json]) -> None:
         """A trainer says hello, at its checkpoint."""
         self._attested.clear()
-        self.add("session", id=1, session=session, attempt=attempt, sft_step=sft_step, rl_step=rl_step, time=time.time(), state=dict(state))
+        who: dict[str, Json] = {"session": session, "attempt": attempt, "sft_step": sft_step, "rl_step": rl_step}
+        self.add("session", b"", id=1, **who, anew=rl_step < self.history.forgotten, time=time.time(), state=dict(state))
 
     def attested(self, version: int, digest: str) -> None:
         """A server serves ``version``: it may do so, and its tokens come, before the trainer's own word of that version is here."""
@@ -112,16 +114,23 @@ class Book:
         self.add("span", body, ticket=ticket, digests=self._digests(versions))
         return body
 
-    def refused(self, group: Group) -> None:
-        self.add("refused", ticket=group.ticket, tokens=generated_tokens(group), rollouts=len(group.traces))
+    def refused(self, group: Group, position: int) -> None:
+        self.add("refused", ticket=group.ticket, position=position, tokens=generated_tokens(group), rollouts=len(group.traces))
 
-    def taken(self, id: int, step: int, groups: Iterable[Group], state: Mapping[str, Json]) -> None:
-        """The batch of an RL step, which may leave once this is durable."""
+    def lost(self) -> None:
+        """Says which problems nobody knows the end of, if there are any; in a journal without damage there are none."""
+        if lost := self.history.lost():
+            logger.warning("no record says what became of the problems at %s", ", ".join(f"{a} to {b - 1}" for a, b in lost))
+            self.add("lost", positions=[[start, stop] for start, stop in lost], holes=self.has_holes)
+
+    def taken(self, id: int, step: int, groups: Iterable[Group], positions: Mapping[int, int], state: Mapping[str, Json]) -> None:
+        """The batch of an RL step, which may leave once this is durable. ``positions``: ticket -> that of its problem."""
         taken = list(groups)
         versions: list[Json] = [{str(version): tokens for version, tokens in version_tokens(group).items()} for group in taken]
         tickets: list[Json] = [group.ticket for group in taken]
         made = self._makers(group.ticket for group in taken)
-        self.add("taken", id=id, phase="rl", step=step, tickets=tickets, versions=versions, made=made, state=dict(state))
+        where = packed([group.ticket for group in taken], positions)
+        self.add("taken", id=id, phase="rl", step=step, tickets=tickets, positions=where, versions=versions, made=made, state=dict(state))
 
     def checkpoint(self, id: int, sft_step: int, rl_step: int) -> None:
         """A new segment, without what a resume from this checkpoint cannot need."""

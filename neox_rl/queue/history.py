@@ -2,19 +2,22 @@
 
     kind        meta                                                    means
     opened      attempt, pid, time, rule                                an orchestrator starts; ``rule`` is what the run keeps to
-    session     session, attempt, sft_step, rl_step, time, state        a trainer says hello with the position of its checkpoint: what came
-                                                                        after it is undone
+    session     session, attempt, sft_step, rl_step, anew, time, state  a trainer says hello with the position of its checkpoint: what came
+                                                                        after it is undone; anew: and forgotten, refusals too
     issued      ticket, position, live                                  the ticket is in flight, with the cursor's problem at ``position``
     span        ticket, digests; body                                   what a server answered for an unfinished group (``answers``)
     group       ticket, digests, tokens, rollouts; body                 all rollouts of the ticket, verified (``codec.encode_group``)
-    refused     ticket, tokens, rollouts                                dynamic sampling refused the group
+    refused     ticket, position, tokens, rollouts                      dynamic sampling refused the group, and its problem with it
     failed      ticket                                                  the generation failed; what was answered is kept
     discarded   tickets, parted                                         made by a policy that a rollback undid and that did not come back,
                                                                         or another attempt would fail of it; parted: nor will any other
                                                                         of those steps come back
-    taken       id, phase, step, tickets, versions, made, state         the batch of a step; versions: {version: tokens} a ticket; made:
-                                                                        {version: digests of its weights}; for sft instead draws, ticket:
-                                                                        where the demonstrations stood before
+    lost        positions, holes                                        problems of which no record says what became of them (ranges);
+                                                                        holes: the journal is damaged
+    taken       id, phase, step, tickets, positions, versions, made,    the batch of a step; positions: of its problems (``packed``);
+                state                                                   versions: {version: tokens} a ticket; made: {version: digests of
+                                                                        its weights}; for sft instead draws, ticket: where the
+                                                                        demonstrations stood before
     published   id, version, digest                                     the trainer offers weights
     live        version, digest                                         every serving server attests it
     evaluated   id, label, version, metrics                             the answer to an evaluation
@@ -37,6 +40,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
 
+from neox_rl.queue.positions import Range, Ranges, spent_by, unpacked
 from neox_rl.queue.records import Record
 from neox_rl.types import Json
 
@@ -95,6 +99,8 @@ class History:
     cursor: int = 0
     open: set[int] = field(default_factory=set)
     positions: dict[int, int] = field(default_factory=dict)
+    spent: Ranges = field(default_factory=Ranges)
+    """Positions that no ticket has any more: trained, refused or lost."""
     refusals: dict[int, int] = field(default_factory=dict)
     groups: dict[int, Made] = field(default_factory=dict)
     spans: dict[int, list[Made]] = field(default_factory=dict)
@@ -146,6 +152,13 @@ class History:
         step = self.steps["rl"]
         return {"groups_per_step": groups_per_step, "step": step, "fresh": self.fresh, "open": opened, "counts": {**counts}}
 
+    def lost(self) -> list[Range]:
+        """Positions that were handed out, and of which no record says what became of them."""
+        known = Ranges(self.spent)
+        for ticket in self.open & self.positions.keys():
+            known.add(self.positions[ticket], self.positions[ticket] + 1)
+        return known.gaps(self.cursor)
+
     def release(self, tickets: Iterable[int]) -> None:
         """Forgets the bytes of trained groups: a living orchestrator has delivered them, and one that takes over reads the journal."""
         for ticket in tickets:
@@ -164,7 +177,7 @@ class History:
         self._prune()
         meta: dict[str, Any] = {name: getattr(self, name) for name in _PLAIN}
         meta |= {name: _pairs(getattr(self, name)) for name in ("positions", "refusals", "replay", "digests")}
-        meta |= {"open": sorted(self.open), "tally": dict(vars(self.tally))}
+        meta |= {"open": sorted(self.open), "spent": self.spent.json(), "tally": dict(vars(self.tally))}
         yield "state", meta, b""
         for ticket in sorted(self.open):
             for made in self._made(ticket):
@@ -205,19 +218,25 @@ class History:
 
         Where it has forgotten some of them it supplies none: problems and tickets follow on the checkpoint's as they did the first time.
         """
+        unknown = rl_step < self.forgotten or rl_step > self.steps["rl"]
         if rl_step < self.forgotten:
             self.tally.failed += len(self.groups.keys() & self.open)
-            self.fresh, self.cursor, self.forgotten = 0, 0, rl_step
+            self.fresh, self.cursor, self.spent, self.forgotten = 0, 0, Ranges(), rl_step
             for table in (self.groups, self.spans, self.positions, self.refusals, self.replay, self.taken):
                 table.clear()
-        self.replay |= {step: tickets for step, tickets in self.taken.items() if step > rl_step}
+        undone = {step: tickets for step, tickets in self.taken.items() if step > rl_step}
+        for position in (self.positions[ticket] for tickets in undone.values() for ticket in tickets if ticket in self.positions):
+            self.spent.discard(position, position + 1)
+        for spent in spent_by(state) if unknown else ():
+            self.spent.add(*spent)
+        self.replay |= undone
         self.replay = {step: tickets for step, tickets in self.replay.items() if step > rl_step}
         self.taken = {step: tickets for step, tickets in self.taken.items() if step <= rl_step}
         queue = state.get("queue") or {}
         fresh = int(queue.get("fresh", 0))
         self.fresh = max(self.fresh, fresh)
         self.open = {int(t) for t in queue.get("open", ())} | set(range(fresh, self.fresh))
-        saved = {int(t): int(p) for t, p in (state.get("problems") or {}).items()}
+        saved = {int(t): int(p) for t, p in (state.get("problems") or {}).items() if p not in self.spent}
         self.positions = saved | self.positions
         self.cursor = max([self.cursor, int((state.get("cursor") or {}).get("position", 0)), *(p + 1 for p in self.positions.values())])
         # v(rl_step) is published again by whoever says hello, and must prove to be the same.
@@ -265,6 +284,7 @@ class History:
             self.tally.rollouts_refused += int(meta["rollouts"])
             self.refusals[ticket] = self.refusals.get(ticket, 0) + 1
             self.positions.pop(ticket, None)
+            self.spent.add(int(meta["position"]), int(meta["position"]) + 1)
             self.release((ticket,))
 
     def _failed(self, meta: Mapping[str, Any], _: bytes | memoryview) -> None:
@@ -275,6 +295,10 @@ class History:
         self.release(meta["tickets"])
         if meta["parted"]:
             self.replay = {}
+
+    def _lost(self, meta: Mapping[str, Any], _: bytes | memoryview) -> None:
+        for start, stop in meta["positions"]:
+            self.spent.add(start, stop)
 
     def _taken(self, meta: Mapping[str, Any], _: bytes | memoryview) -> None:
         phase, step = str(meta["phase"]), int(meta["step"])
@@ -293,8 +317,10 @@ class History:
         queue = self.state["queue"]
         self.open = {int(t) for t in queue["open"]} | set(range(int(queue["fresh"]), self.fresh))
         self.fresh = max(self.fresh, int(queue["fresh"]))
-        for ticket in tickets:
+        for ticket, position in zip(tickets, unpacked(tickets, meta["positions"]), strict=True):
             self.refusals.pop(ticket, None)
+            if position is not None:
+                self.spent.add(position, position + 1)
 
     def _published(self, meta: Mapping[str, Any], _: bytes | memoryview) -> None:
         self.published = int(meta["version"])
@@ -324,7 +350,7 @@ class History:
         self.complete = not meta.get("copy")
         for name in _PLAIN:
             setattr(self, name, copy(meta.get(name, getattr(self, name))))  # the record stays as it was read
-        self.open = set(meta["open"])
+        self.open, self.spent = set(meta["open"]), Ranges(meta["spent"])
         self.positions, self.refusals = ({int(t): int(v) for t, v in meta[name]} for name in ("positions", "refusals"))
         self.replay = {int(step): tuple(tickets) for step, tickets in meta["replay"]}
         self.digests = {int(version): str(digest) for version, digest in meta["digests"]}
@@ -336,9 +362,8 @@ class History:
 _HANDLERS = {
     kind: getattr(History, f"_{kind}")
     for kind in (
-        *("session", "issued", "span", "group", "refused", "failed", "discarded", "taken", "published", "evaluated", "reported"),
-        "stopped",
-        *("checkpoint", "state"),
+        *("session", "issued", "span", "group", "refused", "failed", "discarded", "lost", "taken", "published", "evaluated"),
+        *("reported", "stopped", "checkpoint", "state"),
     )
 }
 

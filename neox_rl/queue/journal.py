@@ -42,7 +42,7 @@ FORMAT: Final = 5
 SUFFIX: Final = ".journal"
 LEDGER: Final = f"ledger{SUFFIX}"
 LEDGER_KINDS: Final = frozenset(
-    {"opened", "session", "taken", "published", "live", "checkpoint", "refused", "failed", "discarded", "evaluated"}
+    {"opened", "session", "taken", "published", "live", "checkpoint", "refused", "lost", "failed", "discarded", "evaluated"}
 )
 """What stays of a segment that is not needed any more: who trained which tickets, of which versions, in which order."""
 NOT_IN_LEDGER: Final = frozenset({"state"})

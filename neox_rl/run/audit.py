@@ -3,6 +3,8 @@
     bound         no trained token is older than S, and those that are were masked, token by token
     admission     no token is older than its ticket's admission allows, or made by a version that was not there yet
     once          in the timeline that survives no ticket is trained twice, and none is lost
+    problems      every position of the problem cursor was trained by one ticket, refused, or is open: no problem is passed over, none comes
+                  twice in an epoch; what damage of the journal lost is told by name
     steps         steps follow one another; those that a rollback undid were done again
     policy        the policies that made the trained tokens are of this timeline, by the digest of their weights
     digests       servers hold and serve what the trainer published, by digest
@@ -18,8 +20,8 @@ memory does not grow with the run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from neox_rl.config.run import RunConfig
@@ -28,10 +30,11 @@ from neox_rl.queue.history import KEPT_VERSIONS
 from neox_rl.queue.records import Record
 from neox_rl.queue.staleness import bound, oldest_version
 from neox_rl.queue.state import name
+from neox_rl.run.audit_problems import Spent, named
+from neox_rl.run.audit_results import MAX_NAMED, Result, names
 from neox_rl.types import NO_VERSION, Json
 
-CHECKS = ("bound", "admission", "once", "steps", "policy", "digests", "versions", "checkpoints", "metrics", "summary")
-MAX_NAMED = 8
+CHECKS = ("bound", "admission", "once", "problems", "steps", "policy", "digests", "versions", "checkpoints", "metrics", "summary")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +59,6 @@ class Rule:
 
     def json(self) -> dict[str, Json]:
         return asdict(self)
-
-
-@dataclass(slots=True)
-class Result:
-    """Of one check: how many things were checked, what is wrong with which, and what could not be checked, and why."""
-
-    checked: int = 0
-    violations: list[str] = field(default_factory=list)
-    gaps: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +95,7 @@ class Audit:
         self.undecided = 0
         """Findings that would be violations, were no records lost: no one can say."""
         self.sessions = [Session(None, 0, {})]
-        self.trained = Trained()
+        self.trained, self.spent = Trained(), Spent()
         self._undone: dict[int, tuple[int, ...]] = {}
         self._served: dict[str, int] = {}
         self._queue: dict[str, Any] = {}
@@ -120,6 +114,12 @@ class Audit:
                 self.rule = Rule(**rule)
             case "session":
                 self._begin(record.meta)
+            case "issued":
+                self._problems(self.spent.issue(int(record.meta["position"])), 0)
+            case "refused":
+                self._problems(self.spent.refuse(int(record.meta["position"]), self.last), 1)
+            case "lost":
+                self._lose(record.meta)
             case "taken":
                 self._take(record.meta)
             case "published":
@@ -140,9 +140,13 @@ class Audit:
             self._undone[step] = self.steps.pop(step).tickets
             self.num_undone += 1
             self.trained.undo(self._undone[step])
+        self.spent.undo(rl_step, bool(meta.get("anew")))
+        if rl_step > self.last:
+            self.spent.adopt(meta.get("state"))
         if rl_step < self._forgotten:  # by the trainer's own checkpoint, whose queue an audit of the whole journal compares
             queue = meta.get("state", {}).get("queue") or {"fresh": 0, "open": []}
             self.trained.reset(queue["fresh"], queue["open"])
+            self.spent.adopt(meta.get("state"), instead=True)
             self._forgotten = rl_step
         self.sft_step, self.last = int(meta["sft_step"]), rl_step
         known = {version: digest for version, digest in self.sessions[-1].published.items() if version <= rl_step}
@@ -168,7 +172,9 @@ class Audit:
         self.num_repeated += self._undone.pop(step, ()) == tickets
         self.steps[step], self.last = Step(tickets, ages, self.rule), step
         self._judge_policies(step, meta.get("made"))
+        self._problems(self.spent.train(step, tickets, meta["positions"]), len(tickets))
         self._compare(meta.get("state", {}).get("queue"), step)
+        self._problems(self.spent.compare(meta.get("state")))
 
     def _train(self, ticket: int, step: int) -> None:
         self.results["once"].checked += 1
@@ -178,6 +184,21 @@ class Audit:
         if not 0 <= ticket < self.rule.groups_per_step * self.rule.num_steps:
             self._violated("once", f"{name(ticket)} was trained by step {step}: no ticket of this run has that number")
         self.trained.add(ticket, step)
+
+    def _problems(self, wrong: Iterable[str], checked: int = 0) -> None:
+        self.results["problems"].checked += checked
+        for what in wrong:
+            self._missing("problems", what)
+
+    def _lose(self, meta: Mapping[str, Any]) -> None:
+        """An orchestrator that took over names the problems that the records it found say no end of."""
+        if not (lost := self.spent.lose(meta["positions"], self.last)):
+            return
+        what = f"{named(lost)}: no record says what became of it"
+        if meta["holes"]:
+            self.gap("problems", f"{what} (records were lost)")
+        else:
+            self._violated("problems", what)
 
     def _judge(self, ticket: int, step: int, version: int, tokens: int) -> None:
         rule, age = self.rule, step - 1 - version
@@ -222,7 +243,7 @@ class Audit:
         """What a segment begins with. Where the records before it are gone, this is all that is known of their steps."""
         queue, step = meta["state"].get("queue"), int(meta["steps"]["rl"])
         if step > self.last and isinstance(queue, dict):
-            for check in ("bound", "once", "policy"):
+            for check in ("bound", "once", "problems", "policy"):
                 self.gap(check, f"steps {self.last + 1} to {step}: what they took is in no record that is there")
             if self._living:
                 self.trained.reset(queue["fresh"], queue["open"])
@@ -232,15 +253,18 @@ class Audit:
             self.sessions[-1].published |= {int(version): str(digest) for version, digest in meta["digests"]}
             self.last = self._unknown = step
             self.sft_step = int(meta["steps"]["sft"])
+            self.spent.known = False
         elif self._living and step == self.last and not self.sessions[-1].published:  # before the first step of RL: v0 alone
             self.sessions[-1].published |= {int(version): str(digest) for version, digest in meta["digests"]}
         self._compare(queue, step)
+        self._problems(self.spent.compare({"cursor": {"position": meta["cursor"]}, "problems": dict(meta["positions"])}))
 
     def _forget(self) -> None:
         """No trainer that the journal can serve goes back behind this."""
         self._forgotten = self.last
         self.steps.clear()
         self.trained.forget(self.last)
+        self.spent.forget()
         del self.sessions[:-1]
         session = self.sessions[-1]
         session.published = {version: digest for version, digest in session.published.items() if version > self.last - KEPT_VERSIONS}
@@ -374,23 +398,3 @@ class Audit:
         if not self._living:
             self.results[check].violations.append(what)
         self._on_violation(check, what)
-
-
-def names(tickets: Iterable[int]) -> str:
-    """``g000001, g000002 and 3 more``."""
-    ordered = sorted(tickets)
-    more = len(ordered) - MAX_NAMED
-    return ", ".join(name(ticket) for ticket in ordered[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
-
-
-def table(results: Mapping[str, Result]) -> Sequence[str]:
-    """One line a check."""
-    return [f"{check:<12} {result.checked:>9}  {_verdict(result)}" for check, result in results.items()]
-
-
-def _verdict(result: Result) -> str:
-    if result.violations:
-        return f"{len(result.violations)} VIOLATED"
-    if result.gaps:
-        return f"holds; {len(result.gaps)} could not be checked" if result.checked else "could not be checked"
-    return "holds" if result.checked else "nothing to check"

@@ -44,6 +44,7 @@ class Comeback:
     def restore(self) -> dict[str, Json]:
         """Before the first ticket. Returns what was found, for the events. Raises ConfigError for a checkpoint of another config."""
         history = self._book.history
+        self._book.lost()
         self._queue.restore(history.queue_state(self._queue.groups_per_step), history.refusals)
         if isinstance(cursor := history.state.get("cursor"), dict):
             self._cursor.restore(cursor)

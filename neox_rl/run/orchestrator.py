@@ -209,9 +209,9 @@ class Orchestrator:
             return Delivery(())
         self._parts.events.instant("delivered", step=step, ready=self._queue.num_ready, in_flight=self._queue.num_in_flight)
         self._board.delivered(groups)
-        self._pump.taken(groups)
+        positions = self._pump.taken(groups)
         bodies, state = self._book.bodies(groups), self._state()
-        self._book.taken(id, step, groups, state)
+        self._book.taken(id, step, groups, positions, state)
         self._book.history.release(group.ticket for group in groups)
         return Delivery(bodies, state)
 

@@ -80,10 +80,9 @@ class RolloutPump:
         """Of an open ticket, where it has one."""
         return self._cursor.at(self._positions[ticket]) if ticket in self._positions else None
 
-    def taken(self, groups: Sequence[Group]) -> None:
-        """A step took these groups: their tickets are closed."""
-        for group in groups:
-            self._positions.pop(group.ticket, None)
+    def taken(self, groups: Sequence[Group]) -> dict[int, int]:
+        """A step took these groups: their tickets are closed. Returns the positions that they had, where they are known."""
+        return {group.ticket: self._positions.pop(group.ticket) for group in groups if group.ticket in self._positions}
 
     def _may_issue(self, limit: int) -> bool:
         return self._queue.num_in_flight < limit and not self._book.journal.full
@@ -113,8 +112,7 @@ class RolloutPump:
         refusable = staleness.dynamic_sampling and self._queue.refusals(group.ticket) < staleness.max_refusals
         if refusable and not teaches(group.traces, imitated):
             self._queue.refuse(group.ticket)
-            self._book.refused(group)
-            del self._positions[group.ticket]  # another problem may teach something
+            self._book.refused(group, self._positions.pop(group.ticket))  # another problem may teach something
             self._events.instant("refused", ticket=group.ticket)
         else:
             self._book.group(group)  # first: no step takes a group that is not in the book

@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from neox_rl.queue.positions import packed
 from neox_rl.queue.records import Record
 from neox_rl.run.audit import Audit, Rule
 
 RULE = Rule(groups_per_step=2, admission_slack=1, delivery_slack=1, mode="token", stale_tokens="mask", num_steps=4)
 BATCHES = {1: (0, 1), 2: (2, 4), 3: (5, 6), 4: (3, 7)}
+POSITIONS = {0: 0, 1: 1, 2: 2, 3: 3, 4: 6, 5: 5, 6: 7, 7: 8}
+"""Of the problems that were trained. Ticket 4 had another before, which was refused between steps 1 and 2."""
+REFUSED, CURSORS = 4, {0: 4, 1: 6, 2: 9, 3: 9, 4: 9}
 OLD = 4
 """Tokens of v0 in step 4: one step beyond the bound, so that they are masked. Their rollout was written slowly, over three versions."""
 
@@ -54,6 +58,12 @@ def queue_after(step: int) -> dict[str, Any]:
     return {"step": step, "fresh": fresh, "open": sorted(set(range(fresh)) - trained)}
 
 
+def state_after(step: int) -> dict[str, Any]:
+    queue = queue_after(step)
+    problems = {str(ticket): POSITIONS[ticket] for ticket in queue["open"]}
+    return {"queue": queue, "cursor": {"position": CURSORS[step]}, "problems": problems | ({"4": REFUSED} if step == 1 else {})}
+
+
 def versions_of(step: int) -> list[dict[str, int]]:
     newest = {str(step - 1): 10}
     return [{"0": OLD, "2": 5, "3": 6}, newest] if step == 4 else [newest, newest]
@@ -76,13 +86,15 @@ def good() -> Run:
         versions = versions_of(step)
         made = {version: [f"d{version}"] for row in versions for version in row}
         taken = {"kind": "taken", "phase": "rl", "step": step, "tickets": list(BATCHES[step]), "versions": versions, "made": made}
-        run.records.append(taken | {"state": {"queue": queue_after(step)}})
+        run.records.append(taken | {"positions": packed(BATCHES[step], POSITIONS), "state": state_after(step)})
         publish(step)
 
     session(1, 0)
     run.records.append({"kind": "taken", "phase": "sft", "step": 1, "draws": 0, "ticket": 0, "state": {}})
     for step in (1, 2, 3, 4):
         take(step)
+        if step == 1:
+            run.records.append({"kind": "refused", "ticket": 4, "position": REFUSED, "tokens": 20, "rollouts": 2})
     session(2, 2)
     for step in (3, 4):
         take(step)

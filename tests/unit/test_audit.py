@@ -27,7 +27,7 @@ from neox_rl.run.live_audit import LiveAudit
 from neox_rl.run.members import Member, State
 from neox_rl.telemetry.events import EventLog, read_events
 from tests.contracts.test_floors import tool
-from tests.unit.audited_run import BATCHES, OLD, RULE, Run, good, queue_after, second_trainer
+from tests.unit.audited_run import BATCHES, CURSORS, OLD, POSITIONS, RULE, Run, good, queue_after, second_trainer, state_after
 from tests.unit.small_run import rollout_group, small_config, small_paths
 
 main = tool("audit").main
@@ -157,7 +157,8 @@ def test_where_records_were_lost_what_they_would_have_said_is_not_known_and_not_
 def test_without_the_records_of_a_time_its_state_says_what_was_trained_then() -> None:
     """The ledger is gone: what remains begins with a state after step 2."""
     run = good()
-    state = {"kind": "state", "state": {"queue": queue_after(2)}, "steps": {"sft": 1, "rl": 2}, "digests": [[v, f"d{v}"] for v in range(3)]}
+    state = {"kind": "state", "state": state_after(2), "steps": {"sft": 1, "rl": 2}, "digests": [[v, f"d{v}"] for v in range(3)]}
+    state |= {"cursor": CURSORS[2], "positions": [[ticket, POSITIONS[ticket]] for ticket in queue_after(2)["open"]]}
     run.records[: second_trainer(run)] = [run.records[0], state]
     audit = run.audit()
     assert audit.violations == []
@@ -249,7 +250,8 @@ def test_an_orchestrator_that_takes_over_takes_the_word_of_the_state_for_what_th
     events = EventLog(tmp_path / "events.jsonl", "orchestrator")
     journal, _ = open_journal(tmp_path / "journal", 0.01, 1.0)
     history = History(steps={"sft": 1, "rl": 2}, fresh=8, open={3, 5, 6, 7}, digests={v: f"d{v}" for v in range(3)}, published=2)
-    history.state = {"queue": queue_after(2)}
+    history.state, history.cursor = state_after(2), CURSORS[2]
+    history.positions = {ticket: POSITIONS[ticket] for ticket in history.open}
     run.of("taken", 4)["tickets"] = [3, BATCHES[2][0]]
     for i, row in enumerate(run.records):
         if i == second_trainer(run) + 1:
@@ -266,7 +268,8 @@ def test_an_orchestrator_that_takes_over_takes_the_word_of_the_state_for_what_th
 def test_an_orchestrator_that_takes_over_before_the_first_step_knows_what_v0_is() -> None:
     heard: list[str] = []
     audit = Audit(RULE, on_violation=lambda check, what: heard.append(what), living=True)
-    audit.apply(Record(0, "state", {"state": {"queue": queue_after(0)}, "steps": {"sft": 1, "rl": 0}, "digests": [[0, "d0"]]}))
+    begin = {"state": state_after(0), "steps": {"sft": 1, "rl": 0}, "digests": [[0, "d0"]], "cursor": 4}
+    audit.apply(Record(0, "state", begin | {"positions": [[ticket, POSITIONS[ticket]] for ticket in range(4)]}))
     audit.apply(Record(1, "live", {"version": 0, "digest": "d0"}))
     assert heard == []
     audit.apply(Record(2, "live", {"version": 0, "digest": "other"}))

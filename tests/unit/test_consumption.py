@@ -87,7 +87,10 @@ def take(book: Book, queue: TicketQueue, step: int) -> None:
         queue.deliver(group)
     batch = queue.take(step)
     assert batch is not None
-    book.taken(0, step, batch, {"queue": queue.snapshot()})
+    state = queue.snapshot()
+    problems: dict[str, Json] = {str(ticket): ticket for ticket in book.history.open.difference(group.ticket for group in batch)}
+    positions = {group.ticket: group.ticket for group in batch}
+    book.taken(0, step, batch, positions, {"queue": state, "cursor": {"position": state["fresh"]}, "problems": problems})
     book.history.release(group.ticket for group in batch)
 
 
@@ -97,19 +100,23 @@ def test_the_audit_of_a_run_that_goes_on_holds_few_steps_and_judges_by_all(tmp_p
     audit = live._audit
     assert len(audit.trained) == B * STEPS and audit.last == STEPS
     assert len(audit.steps) < 60 and audit.trained.num_kept < 60 * B
+    assert len(list(audit.spent._all)) < 60 and len(audit.spent._ends) < 60
     assert len(audit.sessions[-1].published) < KEPT_VERSIONS + 60
     batch = replace(rollout_group(1, STEPS), ticket=B)
     book.add("published", id=0, version=STEPS, digest="d")
     with pytest.raises(StalenessError, match=rf"g{B:06d} was trained by step \d+ or one before it and again by step {STEPS + 1}"):
-        book.add("taken", phase="rl", step=STEPS + 1, tickets=[batch.ticket], versions=[{str(STEPS): 3}], made={}, state={})
+        book.add(
+            "taken", phase="rl", step=STEPS + 1, tickets=[batch.ticket], positions=[[0, 1]], versions=[{str(STEPS): 3}], made={}, state={}
+        )
     book.close()
 
 
 def test_a_trainer_that_goes_back_behind_what_is_forgotten_begins_at_its_checkpoint(tmp_path: Path) -> None:
     book, live = trained_run(tmp_path, 5)
-    state: dict[str, Json] = {"queue": {"step": 2, "fresh": 9, "open": [2, 7, 8]}}
+    state: dict[str, Json] = {"queue": {"step": 2, "fresh": 9, "open": [2, 7, 8]}, "cursor": {"position": 10}, "problems": {"2": 2, "7": 8}}
     book.session("s2", 1, 0, 2, state)
     assert live._audit.trained.until(9) == {0, 1, 3, 4, 5, 6} and live._audit.last == 2
+    assert list(live._audit.spent._all) == list(book.history.spent) == [(0, 2), (3, 8), (9, 10)]
     book.session("s3", 2, 0, 0, {})
-    assert len(live._audit.trained) == 0
+    assert len(live._audit.trained) == len(live._audit.spent._all) == len(book.history.spent) == 0
     book.close()
