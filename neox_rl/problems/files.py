@@ -138,6 +138,15 @@ def _question_and_answer(row: Row, where: str) -> tuple[str, str]:
     return text.strip(), answer.strip()
 
 
+def unspeakable(row: object) -> bool:
+    """Whether JSON holds half of a surrogate pair: legal there, but no text that could be hashed, sent to a server or printed."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError):
+        return True
+    return False
+
+
 def _rows(path: Path) -> Iterator[tuple[str, Row]]:
     """``(file:line, row)``. Blank lines are passed over."""
     if not path.is_file():
@@ -156,6 +165,10 @@ def _rows(path: Path) -> Iterator[tuple[str, Row]]:
                 raise ConfigError(f"{where}: not a JSON line ({error}); write one object a line") from error
             if not isinstance(row, dict):
                 raise ConfigError(f"{where}: a {type(row).__name__} where an object was expected; write one object a line")
+            if unspeakable(row):
+                raise ConfigError(
+                    f"{where}: half of a surrogate pair, an escape such as \\ud800 alone; write both halves, or remove the row"
+                )
             yield where, row
 
 

@@ -15,6 +15,7 @@ from typing import Any, Self
 from neox_rl.config.schema import PLACE
 from neox_rl.errors import ConfigError
 from neox_rl.metacot import SOLUTION, prompt_text
+from neox_rl.problems.files import unspeakable
 from neox_rl.search.domain import Domain
 from neox_rl.types import NO_NODE, Json, Problem, Tree
 
@@ -74,6 +75,8 @@ def _row(number: int, line: bytes, words: bool, asking: Asking) -> Row:
         data = json.loads(line)
     except (ValueError, RecursionError) as error:
         return Row(number, error=f"line {number} is not JSON: {error}")
+    if unspeakable(data):
+        return Row(number, error=f"line {number} holds half of a surrogate pair, an escape such as \\ud800 alone, which is no text")
     match data:
         case {"numbers": list() as numbers} | {"nums": list() as numbers}:
             return Row(number, _arithmetic(number, data, numbers, words, asking.arithmetic))

@@ -60,6 +60,7 @@ def test_duplicates_and_empty_answers_are_left_out_and_counted(tmp_path: Path) -
         ('{"question": "q", "final_answer": [null]}', "hold no problem"),
         ("\udcff", "not a JSON line"),
         ("[" * 100_000, "not a JSON line"),
+        (r'{"problem": "q \ud800", "answer": "2"}', "half of a surrogate pair"),
     ],
 )
 def test_errors_name_file_and_line(tmp_path: Path, line: str, message: str) -> None:

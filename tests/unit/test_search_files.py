@@ -240,6 +240,20 @@ def test_the_command_prints_one_line_a_problem_in_the_order_of_the_file(
     assert again == lines
 
 
+@pytest.mark.parametrize(
+    "line", [r'{"id":"\ud800","numbers":[1,2,3]}', r'{"problem":"\ud83d","answer":"1"}', r'{"numbers":["\udfff",2],"target":3}']
+)
+def test_half_of_a_surrogate_pair_spoils_its_own_row_alone(line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(line + "\n" + r'{"id":"\ud83d\ude00","numbers":[1,2,3],"target":6}' + "\n")
+    status, lines, summary = run(["--strategy", "dfs", "--problems", str(path), "--budget-nodes", "800"], capsys)
+    assert (
+        status == 0 and [at["end"] for at in lines] == ["malformed", "solved"] and lines[1]["solved"] and "surrogate" in lines[0]["error"]
+    )
+    assert lines[1]["id"] == "\U0001f600", "both halves are one character"
+    assert summary["malformed"] == 1 and json.dumps(lines, ensure_ascii=False).encode()
+
+
 @pytest.mark.parametrize("value", ["none", "heuristic", "monte-carlo"])
 def test_every_value_that_needs_no_model_works_without_one(value: str, problems: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["--strategy", "best-first", "--problems", str(problems), "--budget-nodes", "3000", "--playouts", "2", "--sees-earlier"]
