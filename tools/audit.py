@@ -30,6 +30,7 @@ def report(found: Audited) -> str:
     lines = [f"{'check':<12} {'checked':>9}  result", *table(audit.results), ""]
     again = f"; {audit.num_undone} steps were undone and {audit.num_repeated} done again with the same groups" if audit.num_undone else ""
     lines.append(f"{audit.sft_step} warm start and {audit.last} RL steps, {len(audit.sessions) - 1} trainers{again}")
+    lines.append(f"{found.compared} versions were compared with a server's own digest, each in each life of each server")
     if not found.finished:
         lines.append(f"the run is not done: {len(found.open)} tickets are open" + (f": {names(found.open)}" if found.open else ""))
     if audit.undecided:

@@ -91,7 +91,7 @@ class Audit:
         self.rule, self.damaged, self._on_violation, self._living = rule, damaged, on_violation, living
         self.results = {check: Result() for check in CHECKS}
         self.steps: dict[int, Step] = {}
-        self.last = self.sft_step = self.num_undone = self.num_repeated = self.num_acked = 0
+        self.last = self.sft_step = self.num_undone = self.num_repeated = 0
         self.undecided = 0
         """Findings that would be violations, were no records lost: no one can say."""
         self.sessions = [Session(None, 0, {})]
@@ -297,7 +297,6 @@ class Audit:
 
     def acked(self, who: str, version: int, digest: str, t_ns: int | None = None) -> None:
         """A worker of a server told the trainer what it holds: by its own digest, where ``served`` has that of the trainer's offer."""
-        self.num_acked += 1
         self._attest(f"{who} holds", version, digest, t_ns)
 
     def _attest(self, who: str, version: int, digest: str, t_ns: int | None) -> None:

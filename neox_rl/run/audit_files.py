@@ -16,21 +16,25 @@ from neox_rl.errors import ConfigError
 from neox_rl.queue.history import fold
 from neox_rl.queue.journal import read_journal
 from neox_rl.run.audit import Audit, Rule
+from neox_rl.run.audit_results import MAX_NAMED
 from neox_rl.telemetry.events import read_events
 from neox_rl.telemetry.jsonl import read_json, read_jsonl
 from neox_rl.telemetry.paths import RunPaths
+from neox_rl.types import NO_VERSION
 
 SERVER_EVENTS = ("serving", "staged")
 
 
 @dataclass
 class Audited:
-    """``damage``: words about what of the journal could not be read; ``open``: tickets that are in hand, of a run that is not done."""
+    """``damage``: words about what of the journal could not be read; ``open``: tickets that are in hand, of a run that is not done;
+    ``compared``: versions that a server held by its own digest, too, counted for each life of each server."""
 
     audit: Audit
     finished: bool
     damage: list[str]
     open: list[int]
+    compared: int
 
 
 def audit_run(paths: RunPaths) -> Audited:
@@ -48,19 +52,7 @@ def audit_run(paths: RunPaths) -> Audited:
         audit.apply(record)
     summary = _object(paths.summary)
     finished = summary.get("phase") == "done" and _object(paths.status).get("message") != "stopped by the user"
-    for event in read_events(paths.events):
-        if event.name in SERVER_EVENTS and event.kind == "instant":
-            said = event.fields
-            audit.served(
-                event.process, str(said.get("incarnation", "")), int(said.get("version", -1)), str(said.get("digest", "")), event.t_ns
-            )
-        elif event.name == "acked":
-            said = event.fields
-            audit.acked(str(said.get("who", "")), int(said.get("version", -1)), str(said.get("digest", "")), event.t_ns)
-    if audit.last and not audit.results["versions"].checked:
-        audit.gap("versions", f"no server says in {paths.events} what it served")
-    elif audit.last and not audit.num_acked:
-        audit.gap("digests", f"no server's own digest is in {paths.events}: what it holds is known by the trainer's word alone")
+    compared = _servers(audit, paths.events)
     rows = read_jsonl(paths.metrics)
     _rows(audit, rows, sft_steps(config, audit), finished)
     _checkpoints(audit, Path(config.neox.save) if config.neox.save else paths.checkpoints)
@@ -70,7 +62,32 @@ def audit_run(paths: RunPaths) -> Audited:
         generated = summary.get("tokens_generated") or 0  # null where no RL step was trained
         audit.expect("summary", "tokens_generated", generated, fold(reading.records).tally.tokens_generated)
     audit.close(finished)
-    return Audited(audit, finished, reading.words(), audit.open_tickets())
+    return Audited(audit, finished, reading.words(), audit.open_tickets(), compared)
+
+
+def _servers(audit: Audit, directory: Path) -> int:
+    """Returns how many versions were compared with what a server reckoned itself, counted for each life of each server.
+
+    What a server serves is told with the digest of the trainer's offer, which is the trainer's word; by its own it acks what it holds.
+    """
+    served: set[tuple[str, int]] = set()
+    acked: set[tuple[str, int]] = set()
+    for event in read_events(directory):
+        said = event.fields
+        version, digest = int(said.get("version", NO_VERSION)), str(said.get("digest", ""))
+        if event.name in SERVER_EVENTS and event.kind == "instant" and version != NO_VERSION:
+            served.add((incarnation := str(said.get("incarnation", "")), version))
+            audit.served(event.process, incarnation, version, digest, event.t_ns)
+        elif event.name == "acked":
+            acked.add(((who := str(said.get("who", ""))).rpartition("/")[0], version))
+            audit.acked(who, version, digest, event.t_ns)
+    if audit.last and not audit.results["versions"].checked:
+        audit.gap("versions", f"no server says in {directory} what it served")
+    if alone := sorted(served - acked):
+        named, more = ", ".join(f"{life} v{version}" for life, version in alone[:MAX_NAMED]), len(alone) - MAX_NAMED
+        named += f" and {more} more" if more > 0 else ""
+        audit.gap("digests", f"by the trainer's word alone, without an ack of the server's own digest: {named}")
+    return len(served & acked)
 
 
 def sft_steps(config: RunConfig, audit: Audit) -> int:

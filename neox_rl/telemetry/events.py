@@ -72,6 +72,9 @@ _VOCABULARY: Final = {"span": SPANS, "instant": INSTANTS, "counter": COUNTERS}
 ONCE_A_PART: Final = ("start_ranks", "start_servers", "build", "load")
 """Spans that a process has once each time the run is started or resumed; no other event of a part is older than its start_ranks."""
 FLUSH_S: Final = 1.0
+AT_ONCE: Final = frozenset({"acked", "staged", "serving"})
+"""On the disk before anybody acts on it: an audit has no other word of what a server held, and whoever heard it may be killed the moment
+after. One each a server and version."""
 MOST_BYTES: Final = 8 << 20
 """Of events that wait for room on a full disk, in each process."""
 
@@ -93,7 +96,7 @@ class Event:
 
 
 class EventLog:
-    """Appends events of one process. Cheap: lines are buffered and reach the disk about once a second and at exit.
+    """Appends events of one process. Cheap: lines are buffered and reach the disk about once a second and at exit; ``AT_ONCE`` do not wait.
 
     May be used from several threads. A forked child must open its own: rows of this one are never written by it. A full disk is waited for:
     what does not fit into ``MOST_BYTES`` meanwhile is dropped, and how much that was is an event.
@@ -168,7 +171,7 @@ class EventLog:
         line = self._line(kind, name, t_ns, dur_ns, fields)
         with self._lock:
             self._file.add(line)
-            if self.closed or time.monotonic() - self._flushed >= FLUSH_S:
+            if self.closed or name in AT_ONCE or time.monotonic() - self._flushed >= FLUSH_S:
                 self._flush()
 
     def _line(self, kind: str, name: str, t_ns: int, dur_ns: int, fields: dict[str, Any]) -> bytes:

@@ -370,10 +370,13 @@ def test_what_a_server_reckons_itself_is_compared(run_dir: Path, capsys: pytest.
     """What it serves is known by the digest of the trainer's offer, which is the trainer's own word."""
     events = EventLog(run_dir / "events" / "trainer-0.jsonl", "trainer-0")
     events.instant("acked", who="server-0@a.1/0", version=3, digest=digest)
+    for version in (2, 3):
+        events.instant("serving", incarnation="server-0@a.1", version=version, digest=f"d{version}")
     events.close()
     assert main([str(run_dir)]) == status
-    wrong = "VIOLATION: digests: server-0@a.1/0 holds v3 with digest other, published was d3"
-    assert (wrong in capsys.readouterr().out) is (status == 1)
+    wrong, said = "VIOLATION: digests: server-0@a.1/0 holds v3 with digest other, published was d3", capsys.readouterr().out
+    assert (wrong in said) is (status == 1) and "1 versions were compared with a server's own digest" in said
+    assert "not checked: digests: by the trainer's word alone, without an ack of the server's own digest: server-0@a.1 v2\n" in said
 
 
 def test_servers_of_which_nothing_is_known_were_not_checked(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,6 +82,16 @@ def test_events_wait_in_memory_for_a_second_at_most(tmp_path: Path, monkeypatch:
     log.close()
 
 
+@pytest.mark.parametrize("name", ["acked", "staged", "serving"])
+def test_what_a_server_holds_is_on_the_disk_before_anybody_acts_on_it(tmp_path: Path, name: str) -> None:
+    """And survives the kill -9 of who wrote it, with all that was told before."""
+    log = EventLog(tmp_path / "a.jsonl", "a")
+    log.instant("offered", version=1)
+    log.instant(name, version=1, digest="d")
+    assert [event.name for event in read_events(tmp_path)] == ["offered", name]
+    log.close()
+
+
 def test_a_process_that_ends_without_closing_loses_nothing(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from neox_rl.telemetry.events import EventLog\n"
