@@ -27,7 +27,7 @@ MAX_NUMBERS, MAX_RATIONAL_NUMBERS = 6, 5
 """Beyond these the exact oracle takes minutes a problem."""
 MAX_MAGNITUDE = 10**6
 _NUMBER = r"([0-9]{1,40}(?:/[0-9]{1,40})?)"  # what MAX_RATIONAL_NUMBERS numbers of MAX_MAGNITUDE can make
-_STEP = re.compile(rf"\s*{_NUMBER}\s*([-+*/])\s*{_NUMBER}\s*=\s*{_NUMBER}(?![0-9/])")
+_STEP = re.compile(rf"\s*{_NUMBER}\s*([-+*/])\s*{_NUMBER}\s*=\s*{_NUMBER}\s*(?:\.\s*)?")
 
 
 class Operation(NamedTuple):
@@ -45,8 +45,9 @@ class Operation(NamedTuple):
 
 
 def read_operation(text: str) -> Operation | None:
-    """The operation at the beginning of ``text``, spaces at will; None when there is none."""
-    found = _STEP.match(text)
+    """The operation that ``text`` is, spaces and a full stop at will; None for anything else. What goes on behind the result may take it
+    back (``= 15.5``, ``= 15 + 7``), so it is no step."""
+    found = _STEP.fullmatch(text)
     if found is None:
         return None
     try:

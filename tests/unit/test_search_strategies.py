@@ -253,6 +253,17 @@ def test_every_bad_step_is_counted_by_its_kind_and_paid() -> None:
     assert tree.counts == {"empty": 1, "too_long": 1, "declined": 1, "unparsable": 2, "illegal": 3, "repeated": 1, "no_proposal": 1}
 
 
+@pytest.mark.parametrize("behind", [".5", "e3", " + 7 = 22", " - wrong, it is 16", "\n7 + 15 = 22", "..", "0" * 60, " (left: 7 15)"])
+def test_a_step_whose_text_goes_on_behind_its_result_is_unparsable(behind: str) -> None:
+    texts = [
+        proposal(f"3 * 5 = 15{behind}"),
+        *(proposal(f"{text}{end}") for text, end in (("5 + 7 = 12", ".\n"), ("7 - 3 = 4", " \n\n"), ("3 *7 =21", ""))),
+    ]
+    tree = search("bfs", options=Options(width=4), proposer=Script(iter(texts)), problem=PROBLEMS[0])
+    assert steps(tree) == ["7 +5 =12", "7 -3 =4", "7 *3 =21"], "white space and a full stop change nothing"
+    assert tree.counts["unparsable"] == 1
+
+
 def test_cycles_and_states_met_before_are_not_entered_again() -> None:
     ring = Graph({"R": ["a", "b"], "a": ["b", "R", "a"], "b": ["a", "c"], "c": ["R"]})
     tree = search("bfs", ring)
