@@ -7,8 +7,8 @@
     ids          uint16, a token; wide: int32
     log-probs    float32, a token; wide: float64
 
-Little-endian, packed; the numbers of all completions stand one behind the other. A request is known by what it asks for, not by when: who
-makes the group again asks the same, in whatever order its requests come.
+Little-endian, as every machine of a run is, packed; the numbers of all completions stand one behind the other. A request is known by what
+it asks for, not by when: who makes the group again asks the same, in whatever order its requests come.
 """
 
 from __future__ import annotations
@@ -16,14 +16,11 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Sequence
-from dataclasses import replace
-from itertools import chain
-from typing import Final, NamedTuple
+from contextlib import suppress
+from typing import Any, Final, NamedTuple
 
-import numpy as np
 from xxhash import xxh3_64
 
-from neox_rl.codec import IDS, LOGPROBS, narrowed
 from neox_rl.errors import JournalError
 from neox_rl.types import Completion, Finish, SamplingParams, VersionSpan
 
@@ -34,6 +31,9 @@ _HEAD: Final = struct.Struct("<iQ4I2B")
 _ROW: Final = struct.Struct("<2IB")
 _SPAN: Final = struct.Struct("<q2I")
 _FINISHES: Final = tuple(Finish)
+_IDS: Final = ("H", "i")
+_LOGPROBS: Final = ("f", "d")
+"""Narrow, wide, as ``array`` has them."""
 
 
 class Asked(NamedTuple):
@@ -55,25 +55,32 @@ class Answer(NamedTuple):
 
 def request_of(prompt_ids: Sequence[int], params: SamplingParams, n: int) -> int:
     """The digest of a request for ``n`` completions."""
-    found = xxh3_64(f"{n}/{len(prompt_ids)}/{replace(params, stop_token_ids=())}".encode())
-    found.update(array("i", prompt_ids).tobytes() + array("i", params.stop_token_ids).tobytes())
+    words = f"{n}/{len(prompt_ids)}/{params.max_tokens}/{params.temperature}/{params.top_p}/{params.seed}"
+    found = xxh3_64(words.encode())
+    found.update(array("i", prompt_ids).tobytes())
+    found.update(array("i", params.stop_token_ids).tobytes())
     return found.intdigest()
 
 
 def body_of(answer: Answer) -> bytes:
+    """Without numpy: most answers have a handful of tokens, and a search gets thousands of them."""
     chunks = answer.chunks
-    ids = narrowed(np.fromiter(chain.from_iterable(chunk.ids for chunk in chunks), IDS[1]))
-    logprobs = narrowed(np.fromiter(chain.from_iterable(chunk.logprobs for chunk in chunks), LOGPROBS[1]))
-    wide = logprobs.dtype == LOGPROBS[1], ids.dtype == IDS[1]
-    return b"".join(
-        (
-            _HEAD.pack(*answer.asked, answer.first, answer.start, len(chunks), *wide),
-            *(_ROW.pack(len(chunk.ids), len(chunk.spans), _FINISHES.index(chunk.finish)) for chunk in chunks),
-            *(_SPAN.pack(span.version, span.start, span.end) for chunk in chunks for span in chunk.spans),
-            ids.tobytes(),
-            logprobs.tobytes(),
-        )
-    )
+    ids = _narrowed(_IDS, [i for chunk in chunks for i in chunk.ids])
+    logprobs = _narrowed(_LOGPROBS, [p for chunk in chunks for p in chunk.logprobs])
+    wide = logprobs.typecode == _LOGPROBS[1], ids.typecode == _IDS[1]
+    parts = [_HEAD.pack(*answer.asked, answer.first, answer.start, len(chunks), *wide)]
+    parts += [_ROW.pack(len(chunk.ids), len(chunk.spans), _FINISHES.index(chunk.finish)) for chunk in chunks]
+    parts += [_SPAN.pack(span.version, span.start, span.end) for chunk in chunks for span in chunk.spans]
+    return b"".join((*parts, ids.tobytes(), logprobs.tobytes()))
+
+
+def _narrowed(codes: tuple[str, str], values: list[Any]) -> array[Any]:
+    """In the narrow type where that changes no value."""
+    with suppress(OverflowError):
+        found = array(codes[0], values)
+        if found.tolist() == values:
+            return found
+    return array(codes[1], values)
 
 
 def asked_of(body: bytes | memoryview) -> Asked:
@@ -92,14 +99,13 @@ def answer_of(body: bytes | memoryview) -> Answer:
         at = _HEAD.size + count * _ROW.size
         spans = [VersionSpan(*_SPAN.unpack_from(body, at + i * _SPAN.size)) for i in range(min(sum(row[1] for row in rows), len(body)))]
         at += len(spans) * _SPAN.size
-        num_tokens, of_ids, of_logprobs = sum(row[0] for row in rows), IDS[wide_ids], LOGPROBS[wide_logprobs]
-        ids = np.frombuffer(body, of_ids, num_tokens, at).tolist()
-        at += num_tokens * of_ids.itemsize
-        logprobs = np.frombuffer(body, of_logprobs, num_tokens, at).tolist()
+        num_tokens = sum(row[0] for row in rows)
+        ids, at = _read(body, at, num_tokens, _IDS[wide_ids])
+        logprobs, at = _read(body, at, num_tokens, _LOGPROBS[wide_logprobs])
         finishes = [_FINISHES[row[2]] for row in rows]
     except (struct.error, ValueError, IndexError) as error:
         raise JournalError(f"an answer of {len(body)} bytes is not whole: {error}") from error
-    if (left := len(body) - at - num_tokens * of_logprobs.itemsize) > 0:
+    if (left := len(body) - at) > 0:
         raise JournalError(f"an answer of {len(body)} bytes is not whole: {left} are left behind {num_tokens} tokens")
     chunks: list[Completion] = []
     token = span = 0
@@ -108,3 +114,13 @@ def answer_of(body: bytes | memoryview) -> Answer:
         chunks.append(Completion(tuple(ids[part]), tuple(logprobs[part]), tuple(spans[span : span + num_spans]), finish))
         token, span = token + tokens, span + num_spans
     return Answer(asked, first, start, tuple(chunks))
+
+
+def _read(body: bytes | memoryview, at: int, count: int, code: str) -> tuple[list[Any], int]:
+    """Raises ValueError where ``body`` has fewer."""
+    found = array(code)
+    end = at + count * found.itemsize
+    if end > len(body):
+        raise ValueError(f"it ends before its {count} tokens")
+    found.frombytes(body[at:end])
+    return found.tolist(), end

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -52,5 +52,6 @@ def test_requests_are_told_apart_by_all_that_they_ask_for() -> None:
         *(((1, 2), replace(params, **other), 2) for other in ({"max_tokens": 9}, {"temperature": 0.5}, {"top_p": 0.9}, {"seed": 0})),
         *(((1, 2), replace(params, stop_token_ids=stops), 2) for stops in ((3,), (4, 3), ())),
     ]
+    assert {field.name for field in fields(params)} == {"max_tokens", "temperature", "top_p", "seed", "stop_token_ids"}
     assert len({request_of(*each) for each in asked}) == len(asked)
     assert request_of([1, 2], SamplingParams(8, 1.0, 1.0, (3, 4)), 2) == request_of((1, 2), params, 2)
