@@ -272,7 +272,7 @@ async def live_on(world: World, trainer: Trainer, disk: Disk) -> None:
     book = Book(cast(Journal, disk), tuple(disk.records), [], segment_bytes=world.segment_bytes or 1 << 30)
     orchestrator = Orchestrator(world.config, world.paths, parts, writer, book, trainer.attempt)
     try:
-        async with asyncio.timeout(20.0), asyncio.TaskGroup() as orchestrator._tasks:
+        async with asyncio.timeout(60.0), asyncio.TaskGroup() as orchestrator._tasks:
             orchestrator._take_over(cast(Any, Server()))
             orchestrator._start("versions", policy.run(orchestrator._on_live))
             await trainer.talk(orchestrator, policy)

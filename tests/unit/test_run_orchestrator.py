@@ -53,7 +53,7 @@ class Run:
         self.failure: BaseException | None = None
         self.thread = threading.Thread(target=self._main, daemon=True)
         self.thread.start()
-        assert self.up.wait(20.0)
+        assert self.up.wait(60.0)
 
     def _main(self) -> None:
         try:
@@ -69,7 +69,7 @@ class Run:
             parts = await build_parts(self.config, self.paths, stack)
             server = ExperienceServer("127.0.0.1", self.endpoints.experience_port)
             stack.callback(server.close)
-            book = Book.open(self.paths.journal, self.attempt, 0.02, 5.0)
+            book = Book.open(self.paths.journal, self.attempt, 0.02, 60.0)
             stack.callback(book.close)
             self.it = Orchestrator(
                 self.config, self.paths, parts, MetricsWriter(self.paths, self.config.metarl.logging), book, self.attempt
@@ -103,7 +103,7 @@ class Run:
 
 @contextmanager
 def client_of(run: Run) -> Iterator[ExperienceClient]:
-    client = ExperienceClient(run.endpoints.experience, 20.0, attempt=run.attempt)
+    client = ExperienceClient(run.endpoints.experience, 60.0, attempt=run.attempt)
     try:
         yield client
     finally:

@@ -37,7 +37,7 @@ def test_a_port_that_is_freed_in_time_is_bound() -> None:
         port = bind_tcp(first, "127.0.0.1", 0)
         freeing = threading.Timer(0.3, first.close)
         freeing.start()
-        assert bind_tcp(second, "127.0.0.1", port) == port
+        assert bind_tcp(second, "127.0.0.1", port, wait_s=60.0) == port
         freeing.join()
 
 

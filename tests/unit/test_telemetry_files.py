@@ -47,7 +47,7 @@ def test_a_span_records_its_duration_its_fields_and_what_the_body_adds(tmp_path:
     log.close()
     span, instant, counter = read_events(tmp_path)
     assert (span.process, span.name, span.fields) == ("trainer", "train_step", {"step": 3, "tokens": 700})
-    assert 0.02e9 <= span.dur_ns < 2e9
+    assert 0.02e9 <= span.dur_ns < 60e9
     assert abs(span.t_ns - time.time_ns()) < 60e9
     assert (instant.kind, instant.dur_ns, counter.fields) == ("instant", 0, {"ready": 2, "inflight": 5})
 

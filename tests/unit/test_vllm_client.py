@@ -178,7 +178,7 @@ async def hangs_up(request: web.Request) -> web.Response:
 
 
 async def silent(_: web.Request) -> web.Response:
-    await asyncio.sleep(30)
+    await asyncio.sleep(600)
     return web.Response()
 
 
@@ -205,7 +205,7 @@ def test_a_request_that_a_server_failed_goes_to_another(bad: Handler) -> None:
     async def story() -> None:
         addresses, close = await serve([bad, good])
         told: list[tuple[str, str]] = []
-        async with VllmGenerator(addresses, 5.0) as generator:
+        async with VllmGenerator(addresses, 60.0) as generator:
             generator.on_failure = lambda address, why: told.append((address, why))
             assert len(await generator.sample([1], PARAMS, 2, "g0")) == 2
             assert generator.num_inflight == 0
@@ -218,7 +218,7 @@ def test_a_request_that_a_server_failed_goes_to_another(bad: Handler) -> None:
 def test_retries_are_bounded_and_every_failure_is_told() -> None:
     async def story() -> None:
         addresses, close = await serve([broken, broken])
-        async with VllmGenerator([*addresses, "http://127.0.0.1:1"], 5.0, max_attempts=3) as generator:
+        async with VllmGenerator([*addresses, "http://127.0.0.1:1"], 60.0, max_attempts=3) as generator:
             with pytest.raises(ServerFailedError, match="g000017: 3 attempts failed") as caught:
                 await generator.sample([1], PARAMS, 2, "g000017")
             assert all(address in str(caught.value) for address in [*addresses, "http://127.0.0.1:1"])
@@ -249,9 +249,10 @@ def test_what_a_server_did_not_make_in_time_goes_to_another_though_that_has_more
             return await good(request)
 
         addresses, close = await serve([silent, busy])
-        async with VllmGenerator(addresses, 2.0) as generator:
+        async with VllmGenerator(addresses, 0.5) as generator:
             with pytest.raises(DeadlineError, match=addresses[0]):
                 await generator.sample([1], PARAMS, 2, "g0")
+            generator._timeout_s = 60.0
             tasks = [asyncio.create_task(generator.sample([1], PARAMS, n, "g0")) for n in (8, 2)]
             await asyncio.sleep(0)
             assert generator.inflight == dict(zip(addresses, (0, 10), strict=True))
@@ -275,7 +276,7 @@ def test_a_server_that_failed_once_comes_last_for_a_while_and_not_for_good(
 
     async def story() -> None:
         addresses, close = await serve([fails_once, good])
-        async with VllmGenerator(addresses, 5.0) as generator:
+        async with VllmGenerator(addresses, 60.0) as generator:
             for _ in range(2):
                 assert len(await generator.sample([1], PARAMS, 2, "g0")) == 2
         assert len(seen) == asked
@@ -313,11 +314,12 @@ def test_requests_go_to_the_server_with_the_fewest_completions_in_flight() -> No
             return handle
 
         addresses, close = await serve([holds(0), holds(1)])
-        async with VllmGenerator(addresses, 5.0) as generator:
+        async with VllmGenerator(addresses, 60.0) as generator:
             tasks = []
             for n in (8, 2, 2, 2, 4):
                 tasks.append(asyncio.create_task(generator.sample([1], PARAMS, n, "g0")))
-                await asyncio.sleep(0.02)
+                while sum(map(len, seen)) < len(tasks):
+                    await asyncio.sleep(0.01)
             assert generator.num_inflight == 18
             release.set()
             assert [len(completions) for completions in await asyncio.gather(*tasks)] == [8, 2, 2, 2, 4]
@@ -330,7 +332,7 @@ def test_requests_go_to_the_server_with_the_fewest_completions_in_flight() -> No
 def test_a_request_waits_for_a_server_that_serves_and_names_that_when_none_comes() -> None:
     async def story() -> None:
         addresses, close = await serve([good])
-        async with VllmGenerator((), 5.0) as generator:
+        async with VllmGenerator((), 60.0) as generator:
             waiting = asyncio.create_task(generator.sample([1], PARAMS, 2, "g0"))
             await asyncio.sleep(0.02)
             generator.suspend(addresses[0])
@@ -350,7 +352,7 @@ def test_a_request_waits_for_a_server_that_serves_and_names_that_when_none_comes
 def test_what_is_in_flight_on_a_server_that_is_taken_out_begins_again_elsewhere_without_counting_as_a_failure() -> None:
     async def story() -> None:
         addresses, close = await serve([silent, good])
-        async with VllmGenerator(addresses[:1], 5.0, max_attempts=1) as generator:
+        async with VllmGenerator(addresses[:1], 60.0, max_attempts=1) as generator:
             moved = asyncio.create_task(generator.sample([1], PARAMS, 4, "g0"))
             await asyncio.sleep(0.05)
             generator.move(addresses[0])
@@ -368,7 +370,7 @@ def test_what_is_in_flight_on_a_server_that_is_taken_out_begins_again_elsewhere_
 def test_a_cancelled_request_leaves_nothing_in_flight() -> None:
     async def story() -> None:
         addresses, close = await serve([silent])
-        async with VllmGenerator(addresses, 5.0) as generator:
+        async with VllmGenerator(addresses, 60.0) as generator:
             task = asyncio.create_task(generator.sample([1], PARAMS, 4, "g0"))
             await asyncio.sleep(0.05)
             task.cancel()

@@ -123,7 +123,7 @@ class SlowStager(Stager):
         super().__init__(address, who, resend_s=RESEND_S)
 
     def _receive(self, socket: zmq.SyncSocket) -> bool:
-        self.gate.acquire(timeout=10.0)
+        self.gate.acquire(timeout=30.0)
         return super()._receive(socket)
 
 
@@ -242,7 +242,7 @@ def test_a_stager_whose_thread_died_says_of_what(stack: ExitStack) -> None:
     begin = time.monotonic()
     with pytest.raises(WeightError, match="a/0 cannot stage v1: its thread ended with ZMQError"):
         worker.take(1, 30.0)
-    assert time.monotonic() - begin < 10.0
+    assert time.monotonic() - begin < 25.0
 
 
 def test_a_publisher_whose_thread_died_says_of_what_and_still_closes(stack: ExitStack) -> None:
@@ -262,8 +262,9 @@ def test_corrupted_bytes_are_refused_never_acked_and_asked_for_again(stack: Exit
     frames[1][100] ^= 1  # type: ignore[index]
     publisher.offer(Snapshot(1, good.digest, good.manifest, tuple(frames)))  # type: ignore[arg-type]
     worker = stager(stack, publisher.address, "a/0")
+    wait_for(lambda: bool(worker._failure))
     with pytest.raises(DeadlineError, match="bytes of 'w' do not match"):
-        worker.take(1, 0.3)
+        worker.take(1, 0.1)
     assert publisher._peers.staged == {}
     publisher.offer(snapshot(2))
     assert worker.take(2, 30.0).version == 2
@@ -274,7 +275,7 @@ def test_a_watcher_that_comes_late_learns_everything(stack: ExitStack, publisher
         publisher.offer(snapshot(3))
         workers = [stager(stack, publisher.address, who) for who in ("a/0", "a/1", "b/0")]
         async with Watcher(publisher.address) as early:
-            assert await early.wait_offered(-1, 5.0) == 3
+            assert await early.wait_offered(-1, 30.0) == 3
             assert early.digests == {3: snapshot(3).digest}
             assert await early.wait_staged(3, {"a/0", "a/1", "b/0"}, 30.0) == 3
             async with Watcher(publisher.address) as late:
