@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from neox_rl.framing import Array
+from neox_rl.types import Trace
 
 
 def _none(rewards: Array) -> Array:
@@ -42,6 +43,16 @@ BASELINES: dict[str, Callable[[Array], Array]] = {"none": _none, "mean": _mean, 
 def zero_variance(rewards: Sequence[float]) -> bool:
     """Whether all rewards of a group are equal: nothing to compare, a single rollout included."""
     return min(rewards) == max(rewards)
+
+
+def teaches(traces: Sequence[Trace], imitated: bool = False) -> bool:
+    """A group of equal rewards teaches nothing under a group baseline (DAPO, arXiv 2503.14476, section 3.2), unless its steps have credit
+    of their own. ``imitated``: by whatever has a loss, all of it right; the rewards are not compared."""
+    trained = [s for trace in traces for s in trace.segments if s.mask > 0]
+    if imitated or not trained:
+        return bool(trained)
+    credit = [s.advantage for s in trained if s.advantage is not None]
+    return any(credit) if credit else len({trace.reward for trace in traces}) > 1
 
 
 def group_advantages(rewards: Sequence[float], baseline: str) -> tuple[float, ...]:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from neox_rl.ages import NO_AGE, beyond, check_bound, count_ages, token_ages
-from neox_rl.batch.advantages import group_advantages, zero_variance
+from neox_rl.batch.advantages import group_advantages, teaches
 from neox_rl.batch.microbatches import lay_out, units
 from neox_rl.batch.packing import Layout, Plan, plan
 from neox_rl.batch.types import BatchStats, Floats, Ints, MicroBatch, StepBatch
@@ -96,7 +96,7 @@ def pack_rl(
     trained = _trained_ages(microbatches, step)
     if staleness.stale_tokens == "mask":
         check_bound(trained, bound, step)
-    stats = _stats(groups, sequences, layout_plan, num_stale, count_ages(ages), trained)
+    stats = _stats(groups, sequences, layout_plan, num_stale, count_ages(ages), trained, objective.loss == IMITATION)
     return StepBatch(step, microbatches, stats)
 
 
@@ -105,7 +105,7 @@ def pack_sft(groups: Sequence[Group], step: int, *, layout: Layout) -> StepBatch
     sequences = _sequences(groups)
     sequences = [replace(s, weight=w) for s, w in zip(sequences, _loss_weights(sequences, "token_mean", 0), strict=True)]
     layout_plan, microbatches = _packed(groups, sequences, layout)
-    return StepBatch(step, microbatches, _stats(groups, sequences, layout_plan, 0, {}, {}))
+    return StepBatch(step, microbatches, _stats(groups, sequences, layout_plan, 0, {}, {}, imitated=True))
 
 
 def _check_sampled(groups: Sequence[Group]) -> None:
@@ -204,6 +204,7 @@ def _stats(
     stale: int,
     staleness: Mapping[int, int],
     trained_staleness: Mapping[int, int],
+    imitated: bool,
 ) -> BatchStats:
     rewards = np.array([s.trace.reward for s in sequences])
     masked = np.array([int((s.mask > 0).sum()) for s in sequences])
@@ -227,7 +228,7 @@ def _stats(
         reward_mean=float(rewards.mean()),
         reward_std=float(rewards.std()),
         correct_frac=float(np.mean(verified)) if verified else None,
-        zero_variance_groups=sum(len(g.traces) > 1 and zero_variance([t.reward for t in g.traces]) for g in groups),
+        zero_variance_groups=sum(len(g.traces) > 1 and not teaches(g.traces, imitated) for g in groups),
         length_mean=float(lengths.mean()),
         length_max=int(lengths.max()),
         truncated_frac=float(np.mean([s.trace.finish is Finish.LENGTH for s in sequences])),

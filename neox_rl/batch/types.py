@@ -104,7 +104,7 @@ class BatchStats:
     correct_frac: float | None
     """None where nobody verified."""
     zero_variance_groups: int
-    """Groups of several rollouts with equal rewards: they teach nothing under a group baseline."""
+    """Groups of several traces that teach nothing (``advantages.teaches``): equal rewards under a group baseline, steps without credit."""
     length_mean: float
     """Completion length: loss tokens a sequence, a given solution left out."""
     length_max: int

@@ -148,6 +148,11 @@ def _family_config(config: RunConfig, vocab_size: int, eos_id: int, pad_id: int)
     }
 
 
+def trains_steps(config: RunConfig) -> bool:
+    """Whether a trace of RL is a path through a search's tree, or half of a pair of steps: no rollout, of which a group has fewer."""
+    return config.metarl.rollout.method == "search" and config.metarl.search.trains != "traces"
+
+
 def shares_prefixes(config: RunConfig) -> bool:
     """Whether groups are laid out as prefix trees: ``metarl.share_prefixes``, resolved."""
     choice = config.metarl.share_prefixes

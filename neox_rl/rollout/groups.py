@@ -107,13 +107,3 @@ def segments(completion: Completion, solution_id: int | None) -> Iterator[Segmen
 def sampled_ids(trace: Trace) -> list[int]:
     """The tokens that the policy wrote."""
     return [i for segment in trace.written if segment.logprobs for i in segment.ids]
-
-
-def teaches(traces: Sequence[Trace], imitated: bool = False) -> bool:
-    """A group of equal rewards teaches nothing under a group baseline (DAPO, arXiv 2503.14476, section 3.2), unless its steps have credit
-    of their own. ``imitated``: by whatever has a loss, all of it right; the rewards are not compared."""
-    trained = [s for trace in traces for s in trace.segments if s.mask > 0]
-    if imitated or not trained:
-        return bool(trained)
-    credit = [s.advantage for s in trained if s.advantage is not None]
-    return any(credit) if credit else len({trace.reward for trace in traces}) > 1

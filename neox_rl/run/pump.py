@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from neox_rl.batch.advantages import teaches
 from neox_rl.config.run import RunConfig
 from neox_rl.config.schema import IMITATION
 from neox_rl.errors import DeadlineError, NeoxRLError
@@ -16,7 +17,6 @@ from neox_rl.problems.sources import ProblemCursor
 from neox_rl.queue.book import Book
 from neox_rl.queue.state import TicketQueue
 from neox_rl.rollout.chunks import ChunkedGenerator
-from neox_rl.rollout.groups import teaches
 from neox_rl.rollout.vllm_client import ServerFailedError
 from neox_rl.run.pulse import Pulse
 from neox_rl.run.unfinished import Unfinished

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import cast
 
 from neox_rl.arithmetic import ARITHMETIC_TASKS
-from neox_rl.config.derived import staleness_bound
+from neox_rl.config.derived import staleness_bound, trains_steps
 from neox_rl.config.run import RunConfig
 from neox_rl.errors import DiskStaysFullError
 from neox_rl.ports import Tokenizer
@@ -79,7 +79,7 @@ class Scoreboard:
         self._made_by_search = config.metarl.rollout.method == "search"
         self._made_of_episodes = config.metarl.rollout.method == "episodes"
         self._shown_whole = self._made_by_search or rewards_solutions(config)
-        self._made_of_steps = self._made_by_search and config.metarl.search.trains != "traces"
+        self._made_of_steps = trains_steps(config)
         self._word = ""
         self.trouble = ""
         """What a row waits for, in words; empty while none waits."""

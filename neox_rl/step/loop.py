@@ -24,7 +24,7 @@ from neox_rl.batch.pack import pack_rl, pack_sft
 from neox_rl.batch.packing import Layout
 from neox_rl.batch.types import MicroBatch, StepBatch
 from neox_rl.codec import decode_groups, encode_groups
-from neox_rl.config.derived import keeps_reference, makes_policy, max_policy_tokens, shares_prefixes, warmstart_skipped
+from neox_rl.config.derived import keeps_reference, makes_policy, max_policy_tokens, shares_prefixes, trains_steps, warmstart_skipped
 from neox_rl.config.run import RunConfig
 from neox_rl.engines.port import Engine, StepReport
 from neox_rl.errors import DiskFullError, DiskStaysFullError
@@ -140,7 +140,8 @@ class TrainingLoop:
         with self.events.span("train_step", phase=phase.value, step=step, tokens=batch.stats.trained_tokens):
             report = self._optimize(phase, step, batch)
         took, cpu = time.monotonic() - start, time.process_time() - cpu_start
-        metrics = step_metrics(phase, batch.stats, report, wait_s, took, cpu, self._published)
+        whole = phase is Phase.SFT or not trains_steps(self.config)
+        metrics = step_metrics(phase, batch.stats, report, wait_s, took, cpu, self._published, whole)
         if self.leader is not None:
             self.leader.feed.report(phase, step, metrics)
         self.position.report = {"phase": phase.value, "step": step, "metrics": finite(metrics)[0]}

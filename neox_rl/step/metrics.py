@@ -13,14 +13,23 @@ from neox_rl.types import Json
 
 _RENAMED = {"ratio": "ratio_mean", "truncated_frac": "ratio_truncated_frac"}
 """Names of the loss that would say too little beside the others of a row, or be taken for one of them."""
+_OF_ROLLOUTS = ("accuracy", "reward_mean", "reward_std", "length_mean", "length_max", "truncated_frac", "verdicts")
 MIN_FRESH_TOKENS = 256
 """Tokens of the version that is trained, before their mean is a measure of anything."""
 
 
 def step_metrics(
-    phase: Phase, stats: BatchStats, report: StepReport, wait_s: float, step_s: float, step_cpu_s: float, publish_s: float
+    phase: Phase,
+    stats: BatchStats,
+    report: StepReport,
+    wait_s: float,
+    step_s: float,
+    step_cpu_s: float,
+    publish_s: float,
+    whole: bool = True,
 ) -> dict[str, Json]:
-    """``publish_s`` is the time of the last publish before this report."""
+    """``publish_s`` is the time of the last publish before this report. ``whole``: a trace is a rollout. Where a search gives one for each
+    of its steps, most end without an answer, and means over them say nothing of its rollouts: they are left out."""
     metrics: dict[str, Json] = {
         "loss": report.loss,
         "grad_norm": report.grad_norm,
@@ -35,6 +44,8 @@ def step_metrics(
     }
     if phase is Phase.RL:
         metrics |= _rollout_metrics(stats) | {"publish_s": publish_s}
+    if not whole:
+        metrics = {name: value for name, value in metrics.items() if name not in _OF_ROLLOUTS}
     return metrics | {_RENAMED.get(name, name): value for name, value in finalize(report.metrics).items() if name != "tokens"}
 
 

@@ -29,7 +29,8 @@ class MetricsRow(TypedDict, total=False):
     reward_mean: float
     reward_std: float
     accuracy: float
-    """Share of the step's rollouts with a correct verdict; absent where their reward is the likelihood of a given solution, in nats."""
+    """Share of the step's rollouts with a correct verdict; absent where their reward is the likelihood of a given solution, in nats. Where
+    the steps of searches are trained, this, rewards, verdicts and lengths are absent: a trace is no rollout there. See ``searched``."""
     verdicts: dict[str, int]
     """The step's rollouts by what the verifier found: match, mismatch, no_answer, timeout, error; unverified where
     nobody asked it."""

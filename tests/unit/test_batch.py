@@ -273,6 +273,19 @@ def test_stats_of_a_batch() -> None:
     assert stats.packing_efficiency == pytest.approx(14 / 16)
 
 
+def test_groups_that_teach_nothing_are_counted_by_their_credit_where_they_have_some() -> None:
+    def credited(*advantages: float) -> Trace:
+        """Equal rewards, as of a search whose ends are not what is trained."""
+        whole = trace([4] * len(advantages), 0.0)
+        prompt, step = whole.segments[0], whole.segments[-1]
+        steps = (replace(step, ids=step.ids[:1], logprobs=step.logprobs[:1], advantage=a) for a in advantages)
+        return replace(whole, segments=(prompt, *steps))
+
+    taught, flat = group(credited(0.5), credited(-0.5), ticket=0), group(credited(0.0), credited(0.0), ticket=1)
+    assert pack([taught, flat]).stats.zero_variance_groups == 1
+    assert pack([group(credited(0.0), replace(credited(0.0), reward=1.0))]).stats.zero_variance_groups == 1
+
+
 # Recording
 
 

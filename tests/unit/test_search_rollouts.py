@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neox_rl.arithmetic import solvable
+from neox_rl.batch.advantages import teaches
 from neox_rl.batch.pack import pack_rl
 from neox_rl.batch.packing import Layout
 from neox_rl.config.run import RunConfig
@@ -24,7 +25,7 @@ from neox_rl.metacot import BACK
 from neox_rl.queue.history import Tally
 from neox_rl.queue.state import TicketQueue
 from neox_rl.queue.wire import Phase
-from neox_rl.rollout.groups import Attempts, teaches
+from neox_rl.rollout.groups import Attempts
 from neox_rl.rollout.vllm_client import NobodyServesError, ServerFailedError
 from neox_rl.run.scoreboard import Scoreboard
 from neox_rl.run.search_groups import SearchGroups, search_groups

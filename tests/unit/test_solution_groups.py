@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from neox_rl.batch.advantages import teaches
 from neox_rl.batch.pack import pack_rl
 from neox_rl.batch.packing import Layout
 from neox_rl.codec import decode_group, encode_group
@@ -20,7 +21,7 @@ from neox_rl.problems.sources import load_problems
 from neox_rl.problems.split import ProblemSet
 from neox_rl.problems.tokenizer import SymbolicTokenizer, load_tokenizer
 from neox_rl.queue.book import generated_tokens, version_tokens
-from neox_rl.rollout.groups import Attempts, sampled_ids, teaches
+from neox_rl.rollout.groups import Attempts, sampled_ids
 from neox_rl.rollout.scripted import LOGPROB
 from neox_rl.rollout.vllm_client import NobodyServesError, VllmGenerator
 from neox_rl.run.endpoints import free_port

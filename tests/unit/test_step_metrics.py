@@ -57,6 +57,13 @@ def test_the_share_of_truncated_ratios_is_not_taken_for_that_of_truncated_rollou
     assert found["ratio_truncated_frac"] == 0.5 and found["ratio_mean"] == 1.0 and found["ess"] == 1.0
 
 
+def test_of_traces_that_are_steps_of_searches_no_share_is_told_as_one_of_rollouts() -> None:
+    report = StepReport(0.1, 1.0, 1e-4, 10, SUMS | {"fresh_tokens": 4.0})
+    found = step_metrics(Phase.RL, stats({0: 10}, {0: 10}), report, 0.5, 0.25, 0.2, 0.01, whole=False)
+    of_rollouts = {"accuracy", "reward_mean", "reward_std", "length_mean", "length_max", "truncated_frac", "verdicts"}
+    assert not of_rollouts & found.keys() and of_rollouts < row().keys() and found.keys() == row().keys() - of_rollouts
+
+
 def test_names_are_those_of_the_row_and_a_warm_start_has_no_rollouts() -> None:
     known = {*MetricsRow.__annotations__, "zero_variance_groups", "fresh_tokens"}
     assert row().keys() <= known
