@@ -17,6 +17,7 @@ from neox_rl.types import Finish
 
 LOGPROB = math.log(0.5)
 NUM_SCRIPTS = 64
+MIN_BEGUN = 4
 _CACHED = 8192
 
 
@@ -24,7 +25,8 @@ class Scripts:
     """``script(prompt, number)`` is the ``number``-th of the ``NUM_SCRIPTS`` completions of a prompt, always the same one.
 
     A completion may be asked for in pieces, each request with the tokens so far behind the prompt, and from another server than before: it
-    goes on with one of the scripts that begin so. Behind the token ``anew`` another one begins.
+    goes on with one of the scripts that begin so. Behind the token ``anew``, and the words that follow on it, another one begins: it is
+    told from those words by MIN_BEGUN tokens that a script begins with.
     """
 
     def __init__(
@@ -41,12 +43,22 @@ class Scripts:
         for length in self._lengths:
             prompt, begun = whole[:length], whole[length:]
             if prompt in self._prompts:
+                begun = self._newest(prompt, begun)
                 numbers = [0] if greedy else [rng.randrange(NUM_SCRIPTS)]
-                if begun and self._anew not in begun:
+                if begun:
                     numbers = [n for n in range(NUM_SCRIPTS) if self._script(prompt, n)[: len(begun)] == begun]
                 if numbers:
-                    return self._script(prompt, numbers[0] if greedy else rng.choice(numbers))[0 if self._anew in begun else len(begun) :]
+                    return self._script(prompt, numbers[0] if greedy else rng.choice(numbers))[len(begun) :]
         raise KeyError(f"a prompt of {len(whole)} tokens that is none of the run's, or goes on as no script does")
+
+    def _newest(self, prompt: tuple[int, ...], begun: tuple[int, ...]) -> tuple[int, ...]:
+        """What there is of the last script."""
+        if self._anew not in begun:
+            return begun
+        words = begun[len(begun) - begun[::-1].index(self._anew) :]
+        scripts = [self._script(prompt, n) for n in range(NUM_SCRIPTS)]
+        tails = (words[start:] for start in range(len(words) - MIN_BEGUN + 1))
+        return next((tail for tail in tails if any(script[: len(tail)] == tail for script in scripts)), ())
 
 
 class Switches:

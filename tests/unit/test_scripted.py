@@ -35,6 +35,18 @@ def test_a_completion_asked_for_in_pieces_is_one_of_the_scripts() -> None:
         assert tuple(ids[2:]) in {script((1, 2), number) for number in range(NUM_SCRIPTS)}
 
 
+def test_a_completion_behind_another_one_is_asked_for_in_pieces_too() -> None:
+    anew, words = 77, (5, 1)  # the words behind it end as a script begins
+    for seed in range(20):
+        ids = [1, 2, 8, anew, *words]
+        for _ in range(100):
+            rest = Scripts(PROMPTS, script, anew).go_on(ids, random.Random(f"{seed}/{len(ids)}"), greedy=False)
+            ids += rest[:5]
+            if len(rest) <= 5:
+                break
+        assert tuple(ids[6:]) in {script((1, 2), number) for number in range(NUM_SCRIPTS)}
+
+
 def test_greedy_is_always_the_same_and_what_no_script_says_is_refused() -> None:
     scripts = Scripts(PROMPTS, script)
     assert {scripts.go_on((4,), random.Random(i), greedy=True) for i in range(9)} == {script((4,), 0)}
