@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import platform
 import sys
 import time
 from collections.abc import Mapping
@@ -23,6 +24,8 @@ BACKEND = "zmq"
 _POLL_S = 0.5
 MIN_BATCHED_TOKENS = 2048
 """Prompt tokens that a CPU server reads at once: vLLM's default with chunked prefill."""
+SMALL_BLOCK, SMALL_BLOCKS = 16, "NEOX_RL_SMALL_BLOCKS"
+"""The plugin makes vLLM take so small a block where this is in its environment."""
 _IN_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 
@@ -75,8 +78,9 @@ def server_command(spec: ServerSpec, base_env: Mapping[str, str]) -> tuple[list[
     else:
         # Without it each server wants 92 % of the machine's memory.
         argv += ["--kv-cache-memory-bytes", str(int(spec.kv_cache_gib * 2**30))]
-        # Only whole blocks of a prompt are shared between the completions of a group: vLLM's 128 shares nothing of a short prompt.
-        argv += ["--block-size", "32"]
+        # Only whole blocks of a prompt are shared between the completions of a group, and between the steps of a search: what is in none
+        # is computed for each of them. vLLM's 128 shares nothing of a short prompt.
+        argv += ["--block-size", str(SMALL_BLOCK if _small_blocks(spec) else 32)]
         # A prompt read in two parts would end the server where its request has a seed: vLLM rewinds the request's generator by an
         # offset, which generators on CPUs do not have.
         argv += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(MIN_BATCHED_TOKENS, spec.max_model_len))]
@@ -99,11 +103,18 @@ def _environment(spec: ServerSpec, base_env: Mapping[str, str]) -> dict[str, str
     if spec.gpus:
         env["CUDA_VISIBLE_DEVICES"] = spec.gpus
         return env
+    if _small_blocks(spec):
+        env[SMALL_BLOCKS] = "1"
     env.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override the flag
     if spec.cores:  # left out, all servers bind to core 0
         env["VLLM_CPU_OMP_THREADS_BIND"] = spec.cores
         env["OMP_NUM_THREADS"] = str(min(num_cores(part) for part in spec.cores.split("|")))
     return env
+
+
+def _small_blocks(spec: ServerSpec) -> bool:
+    """Where blocks of 16 are as fast. Elsewhere they would cost the kernels that need 32: bfloat16 on x86 (AMX), and other CPUs."""
+    return not spec.gpus and spec.dtype == "float32" and platform.machine() == "x86_64"
 
 
 def num_cores(cores: str) -> int:

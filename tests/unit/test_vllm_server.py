@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import platform
 import sys
 import time
 from dataclasses import replace
@@ -33,6 +34,19 @@ def test_a_cpu_server_has_its_own_core_and_a_bounded_kv_cache() -> None:
     assert env["PATH"] == "/bin" and env["VLLM_SERVER_DEV_MODE"] == "1"
     assert "CUDA_VISIBLE_DEVICES" not in env and "--gpu-memory-utilization" not in argv
     assert "--no-enable-chunked-prefill" in argv and int(option(argv, "--max-num-batched-tokens")) >= SPEC.max_model_len
+
+
+def test_cache_blocks_are_small_where_the_kernels_lose_nothing_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in no whole block is computed again for each completion of a group and each step of a search."""
+
+    def blocks(machine: str, **other: str) -> tuple[str, bool]:
+        monkeypatch.setattr(platform, "machine", lambda: machine)
+        argv, env = server_command(replace(SPEC, **other), {})
+        return option(argv, "--block-size"), vllm_plugin.SMALL_BLOCKS in env
+
+    assert blocks("x86_64") == ("16", True)
+    assert blocks("x86_64", dtype="bfloat16") == blocks("aarch64") == ("32", False)
+    assert "--block-size" not in server_command(replace(SPEC, gpus="0"), {})[0]
 
 
 def test_a_gpu_server_sees_only_its_devices() -> None:
