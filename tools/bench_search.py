@@ -173,9 +173,10 @@ def with_server(args: argparse.Namespace) -> None:
         write_model(directory / "model", args)
         port = free_port("127.0.0.1")
         core = str(min(os.sched_getaffinity(0)))
-        spec = ServerSpec("server0", directory / "model", "127.0.0.1", port, "float32", max_len(args), max_num_seqs=256, cores=core)
+        spec = ServerSpec(
+            "server0", directory / "model", "127.0.0.1", port, "float32", max_len(args), max_num_seqs=256, cores=core, stats=True
+        )
         argv, env = server_command(spec, os.environ)
-        argv.remove("--disable-log-stats")  # the hit rate of the prefix cache is among them
         process = guarded_popen(argv, env, directory / "server.log", core_ids(core))
         try:
             asyncio.run(wait_ready(spec, process, START_S))

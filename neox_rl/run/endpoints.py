@@ -163,4 +163,5 @@ def offered_spec(config: RunConfig, model_dir: Path) -> ServerSpec:
         seed=config.metarl.seed,
         kv_cache_gib=servers.kv_cache_gib,
         gpu_memory_frac=servers.gpu_memory_frac,
+        stats=config.metarl.rollout.method == "search",
     )

@@ -62,6 +62,7 @@ _SERVER: Final[dict[str, type]] = {
     "seed": int,
     "kv_cache_gib": float,
     "gpu_memory_frac": float,
+    "stats": bool,
 }
 """The fields of a ServerSpec that the run decides."""
 _DTYPES = ("float32", "bfloat16", "float16")

@@ -86,6 +86,7 @@ class Offer:
             "seed": seed,
             "kv_cache_gib": float(spec.kv_cache_gib),
             "gpu_memory_frac": float(spec.gpu_memory_frac),
+            "stats": spec.stats,
         }
         return {"name": name, "generator": self.generator, "publisher": self.publisher, "drain_s": float(self.drain_s), "server": server}
 

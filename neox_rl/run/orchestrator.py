@@ -107,6 +107,7 @@ class Orchestrator:
             self._parts.keeper.on_member = self._on_member
             self._start("versions", self._parts.keeper.run(self._on_live))
             self._start("activity", self._parts.activity.run())
+            self._start("prefix hits", self._parts.hits.run())
             try:
                 return await server.serve(self)
             finally:
@@ -208,7 +209,7 @@ class Orchestrator:
             self._book.add("stopped", id=id)
             return Delivery(())
         self._parts.events.instant("delivered", step=step, ready=self._queue.num_ready, in_flight=self._queue.num_in_flight)
-        self._board.delivered(groups)
+        self._board.delivered(groups, self._parts.hits.rate)
         positions = self._pump.taken(groups)
         bodies, state = self._book.bodies(groups), self._state()
         self._book.taken(id, step, groups, positions, state)

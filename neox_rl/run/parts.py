@@ -30,6 +30,7 @@ from neox_rl.run.evaluation import Attempting
 from neox_rl.run.join_wire import JoinSocket
 from neox_rl.run.joining import JoinDesk, Offer
 from neox_rl.run.makers import make_maker
+from neox_rl.run.prefix_hits import PrefixHits
 from neox_rl.run.readable import with_readable_answers
 from neox_rl.run.search_groups import reward_model
 from neox_rl.run.solution_groups import with_references
@@ -51,8 +52,8 @@ MIN_SILENCE_S = 5.0
 class Parts:
     """What the orchestrator is made of.
 
-    ``attempts`` samples the policy; ``evaluated`` attempts held-out problems; ``maker`` makes the groups to train. ``activity`` watches
-    the servers; ``keys`` are those of its sockets.
+    ``attempts`` samples the policy; ``evaluated`` attempts held-out problems; ``maker`` makes the groups to train. ``activity`` and
+    ``hits`` watch the servers; ``keys`` are those of its sockets.
     """
 
     endpoints: Endpoints
@@ -63,6 +64,7 @@ class Parts:
     keeper: ServerKeeper
     joins: JoinDesk
     activity: ServerActivity
+    hits: PrefixHits
     events: EventLog
     keys: Keys | None
 
@@ -89,7 +91,8 @@ async def build_parts(config: RunConfig, paths: RunPaths, stack: AsyncExitStack)
     attempts = Attempts(asked, verifier, tokenizer, partial(_reward, config), solution_id(tokenizer))
     maker = make_maker(config, attempts, make_tool(config, stack), await reward_model(config, stack), generator)
     evaluated: Attempting = maker if isinstance(maker, EpisodeGroups) else attempts
-    return Parts(endpoints, problems, attempts, evaluated, maker, keeper, joins, activity, events, keys)
+    hits = PrefixHits(lambda: generator.inflight if metarl.rollout.method == "search" else ())
+    return Parts(endpoints, problems, attempts, evaluated, maker, keeper, joins, activity, hits, events, keys)
 
 
 def _reward(config: RunConfig, problem: Problem, verdict: Verdict, text: str, num_tokens: int) -> float:

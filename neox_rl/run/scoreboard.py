@@ -192,10 +192,12 @@ class Scoreboard:
             found = (analysis_of(problem, self._tokenizer.decode(ids), len(ids)) for ids in written)
             self._searches[group.ticket] = [analysis for analysis in found if analysis is not None]
 
-    def delivered(self, groups: Sequence[Group]) -> None:
-        """A step took these groups."""
+    def delivered(self, groups: Sequence[Group], prefix_hit_rate: float | None = None) -> None:
+        """A step took these groups. ``prefix_hit_rate``: see ``MetricsRow.searched``."""
         self._delivered = [analysis for group in groups for analysis in self._searches.pop(group.ticket, ())]
         self._searched = search_books(groups) if self._made_by_search else {}
+        if self._made_by_search and prefix_hit_rate is not None:
+            self._searched["prefix_cache_hit_rate"] = prefix_hit_rate
 
     def servers(self, states: Mapping[str, str]) -> None:
         """What each server is now."""

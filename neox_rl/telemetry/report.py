@@ -137,6 +137,8 @@ def _facts(run: RunData, summary: Mapping[str, Any]) -> list[Fact]:
         facts.append(Fact("Wall time", _duration(summary["wall_s"]), "start, warm start, RL and evaluations"))
     if summary["trainer_idle_frac"] is not None:
         facts.append(Fact("Trainer waiting", f"{100 * summary['trainer_idle_frac']:.1f} %", "of the RL time, for rollouts"))
+    if summary["prefix_cache_hit_rate"] is not None:
+        facts.append(Fact("Prefix cache", f"{100 * summary['prefix_cache_hit_rate']:.1f} %", "of the prompt tokens found by the servers"))
     if summary["weight_pause_s_median"] is not None:
         updates = f"median pause of a server, {summary['weight_updates']} updates"
         facts.append(Fact("Weight update", f"{1e3 * summary['weight_pause_s_median']:.0f} ms", updates))

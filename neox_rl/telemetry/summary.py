@@ -18,7 +18,7 @@ def build_summary(run: RunData) -> dict[str, Json]:
 
     ``heldout_accuracy_*`` without a mode is the greedy one (the sampled one where greedy was not evaluated): it cannot
     rise by sharpening the distribution alone. ``trainer_idle_frac`` is waiting for batches over the time of all RL steps.
-    ``weight_pause_s_median`` is over servers and versions.
+    ``prefix_cache_hit_rate`` is of runs whose rollouts are made by search. ``weight_pause_s_median`` is over servers and versions.
     """
     rl, found = run.rl, dict[str, Json]()
     for label, name in ((FIRST, "warmstart"), (LAST, "final")):
@@ -46,6 +46,7 @@ def build_summary(run: RunData) -> dict[str, Json]:
         "mismatch_kl_max": max(_values(rl, "mismatch_kl"), key=abs, default=None),
         "wall_s": run.wall_s,
         "trainer_idle_frac": _idle_frac(rl),
+        "prefix_cache_hit_rate": _last([row.get("searched") or {} for row in rl], "prefix_cache_hit_rate"),
         **_weight_updates(run.events),
         "restarts": {**restarts(run.events)},
         "machine": run.summary.get("machine") or machine(),

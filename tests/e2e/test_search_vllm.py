@@ -56,9 +56,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     core = str(min(os.sched_getaffinity(0)))
-    spec = ServerSpec("server0", home / "model", "127.0.0.1", port, "float32", MAX_LEN, max_num_seqs=64, cores=core)
+    spec = ServerSpec("server0", home / "model", "127.0.0.1", port, "float32", MAX_LEN, max_num_seqs=64, cores=core, stats=True)
     argv, env = server_command(spec, os.environ)
-    argv.remove("--disable-log-stats")  # the hit rate of the prefix cache is among them
     process = guarded_popen(argv, env, home / "server0.log", core_ids(core))
     try:
         asyncio.run(wait_ready(spec, process, 240.0))

@@ -262,12 +262,9 @@ async def live_on(world: World, trainer: Trainer, disk: Disk) -> None:
     events = EventLog(world.paths.event_log("orchestrator"), "orchestrator")
     verifier, tokenizer = EveryOtherVerifier(), Words(world.tokenizer)
     attempts = Attempts(policy, verifier, tokenizer, lambda problem, verdict, text, length: float(verdict.correct))
-    parts = cast(
-        Parts,
-        SimpleNamespace(
-            problems=world.problems, attempts=attempts, maker=attempts, evaluated=attempts, keeper=policy, activity=None, events=events
-        ),
-    )
+    made = dict.fromkeys(("attempts", "maker", "evaluated"), attempts)
+    watching = {"keeper": policy, "activity": None, "hits": SimpleNamespace(rate=None), "events": events}
+    parts = cast(Parts, SimpleNamespace(problems=world.problems, **made, **watching))
     writer = MetricsWriter(world.paths, world.config.metarl.logging)
     book = Book(cast(Journal, disk), tuple(disk.records), [], segment_bytes=world.segment_bytes or 1 << 30)
     orchestrator = Orchestrator(world.config, world.paths, parts, writer, book, trainer.attempt)

@@ -326,6 +326,7 @@ def test_messages_are_read_exactly() -> None:
         "seed": 0,
         "kv_cache_gib": 1.0,
         "gpu_memory_frac": 0.9,
+        "stats": False,
     }
     fields = {"name": "a", "generator": "vllm", "publisher": "tcp://h:1", "drain_s": 1.0}
     good = message(WELCOME, {"config.json": b"{}"}, server=server, **fields)  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ import pytest
 from neox_rl.config.machine import Machine, visible_gpus
 from neox_rl.config.run import RunConfig
 from neox_rl.errors import ConfigError
+from neox_rl.rollout.vllm_server import server_command
 from neox_rl.run.endpoints import Endpoints, choose_endpoints, offered_spec, read_endpoints, server_specs, write_endpoints
 from neox_rl.run.launch import commands
 from neox_rl.run.processes import ORCHESTRATOR, RANKS, Program, programs
@@ -90,6 +91,13 @@ def test_a_run_whose_servers_all_join_starts_none_and_offers_what_a_server_must_
     assert list(parts(config, endpoints=replace(ADDRESSES, servers=()))) == [ORCHESTRATOR, RANKS]
     spec = offered_spec(config, tmp_path)
     assert (spec.name, spec.host, spec.max_model_len) == ("", "", config.neox.seq_length)
+
+
+def test_servers_of_searches_count_the_hits_of_their_prefix_caches(tmp_path: Path) -> None:
+    """Others do not: it is the hits alone that are read."""
+    for method in ("sample", "search"):
+        spec = offered_spec(small_config(tmp_path, rollout={"generator": "vllm", "method": method}), tmp_path)
+        assert ("--disable-log-stats" in server_command(spec, {})[0]) == (method == "sample")
 
 
 def test_gpus_go_to_the_ranks_first_and_a_cpu_rank_gets_one_thread(tmp_path: Path) -> None:

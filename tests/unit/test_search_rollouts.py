@@ -286,11 +286,11 @@ def test_a_reader_sees_the_tree_or_the_telling_and_a_row_what_it_cost(tmp_path: 
     writer = MetricsWriter(paths, config.metarl.logging)
     board = Scoreboard(config, paths, writer, TicketQueue(2, 1, 1, "token", 3), Tally(), TOKENIZER, events)
     board.group(group, EASY)
-    board.delivered([group])
+    board.delivered([group], 0.75)
     asyncio.run(board.step(Phase.RL, 1, {}))
     board.close()
     (row,) = read_jsonl(paths.metrics)
-    assert row["searched"] == books([group]) and "search" not in row
+    assert row["searched"] == {**books([group]), "prefix_cache_hit_rate": 0.75} and "search" not in row
     (rollout,) = read_jsonl(paths.rollouts)
     kinds = {line["kind"] for line in rollout["lines"]}
     assert ("solution" in kinds) == (trains == "traces") and kinds & {"goal", "dead_end"}

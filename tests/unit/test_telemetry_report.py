@@ -391,8 +391,10 @@ def test_a_run_of_searches_shows_what_they_found(tmp_path: Path) -> None:
     for row in rows:
         if row["phase"] == "rl":
             row["searched"] = {"solved_frac": 0.5, "traces": 9, "steps": 9, "tokens_paid": 90 * (row["step"] > 1), "tokens_trained": 45}
+            row["searched"] |= {"prefix_cache_hit_rate": row["step"] / 25} if row["step"] < 20 else {}
             row["preferred_frac"] = 0.75
     paths.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = write_report(paths.root).read_text()
     assert "practiced on searches under its own steps" in page and "What searches found" in page
+    assert build_summary(load_run(paths.root))["prefix_cache_hit_rate"] == 19 / 25 and "Prefix cache" in page and "76.0 %" in page
     assert {">solved<", ">trained<", ">preferred<"} <= set(re.findall(r">(?:solved|trained|preferred)<", page))

@@ -1,0 +1,49 @@
+"""How much of the prompts that a run's engines were given their prefix caches held, as the engines count it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+
+from neox_rl.errors import DeadlineError
+from neox_rl.run.search_server import CacheCounters, cache_counters
+
+LOOK_S = 5.0
+"""Between two looks: an engine writes all its metrics for each, some milliseconds."""
+
+
+class PrefixHits:
+    """``addresses()``: the servers now. Servers that do not count, or not answer, are left out."""
+
+    def __init__(self, addresses: Callable[[], Iterable[str]]) -> None:
+        self._addresses = addresses
+        self._last: dict[str, CacheCounters] = {}
+        self._queries = self._hits = 0.0
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens found over tokens looked up, of all prompts since this began; None before the first."""
+        return self._hits / self._queries if self._queries else None
+
+    async def run(self) -> None:
+        """Looks until cancelled."""
+        while True:
+            await self.look()
+            await asyncio.sleep(LOOK_S)
+
+    async def look(self) -> None:
+        await asyncio.gather(*map(self._ask, self._addresses()))
+
+    async def _ask(self, address: str) -> None:
+        try:
+            now = await cache_counters(address)
+        except DeadlineError:
+            return
+        if now is None:
+            return
+        before = self._last.get(address, CacheCounters(0.0, 0.0))
+        if now.queries < before.queries:  # the server was started again
+            before = CacheCounters(0.0, 0.0)
+        self._queries += now.queries - before.queries
+        self._hits += now.hits - before.hits
+        self._last[address] = now
