@@ -100,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--parallel", type=int, default=16, help="searches at a time")
     p.add_argument("--timeout-s", type=float, default=120.0, help="deadline of one request to a server")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--trees", type=Path, metavar="OUT.jsonl", help="write every tree; see tools/view_tree.py")
+    p.add_argument("--trees", type=Path, metavar="OUT.jsonl", help="write every tree, each step with its value; see tools/view_tree.py")
     return p
 
 
@@ -216,7 +216,7 @@ async def search_file(args: argparse.Namespace) -> int:
         rows = read_rows(args.problems, policy is None or policy.writes_words, asking)
         value = await make_value(args, asking.frame, policy, verifiers, stack)
         proposer: Proposer = policy.proposer if policy else ExhaustiveProposer()
-        search = Search(args.strategy, verifiers.domain, options, args.seed)
+        search = Search(args.strategy, verifiers.domain, options, args.seed, every_value=args.trees is not None)
         trees = stack.enter_context(args.trees.open("wb")) if args.trees else None
         program = Program(args, search, budget, proposer, value, verifiers)
         before = await cache_counters(args.server) if policy else None

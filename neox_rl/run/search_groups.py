@@ -140,5 +140,7 @@ def search_groups(config: RunConfig, attempts: Attempts, prm: Value | None = Non
 
     prune = 0.0 if block.value == "oracle" and block.prune else None
     options = Options(block.width, block.batch, block.beam, prune, exploration=block.exploration)
-    search = Search(block.strategy, lambda problem: domain_of(problem, attempts.verifier), options, metarl.seed)
+    domain = partial(domain_of, verifier=attempts.verifier)
+    every = block.trains != TRACES or block.telling == "backtrack"  # whose wrong steps are those that an oracle gives nothing
+    search = Search(block.strategy, domain, options, metarl.seed, every_value=every)
     return SearchGroups(block, attempts, search, proposer, value, config.neox.seq_length)

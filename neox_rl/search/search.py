@@ -52,7 +52,8 @@ class Search:
 
     What fails (NeoxRLError, OSError: a lost server, a passed deadline) is asked again, ``max_retries`` times; when it still fails the
     tree ends as FAILED with every node that was finished. A tree depends on the seed and on what proposer and value answer to it, not
-    on timing or on what else runs.
+    on timing or on what else runs. ``every_value``: the tree's steps are trained or labeled by their values, so each has one whatever the
+    strategy reads; else one that reads none has only its ends scored.
     """
 
     strategy: str
@@ -60,6 +61,7 @@ class Search:
     options: Options = field(default_factory=Options)
     seed: int = 0
     max_retries: int = 2
+    every_value: bool = False
 
     async def run(self, problem: Problem, proposer: Proposer, value: Value, budget: Budget) -> Tree:
         """Raises ConfigError for a problem that the domain, the proposer or the value cannot handle."""
@@ -104,8 +106,9 @@ class Search:
                 added.append((ask, attempts_admitted(growth, ask.node, answer) if ask.whole else growth.admit(ask.node, _flat(answer))))
         new = range(before, len(growth.nodes))
         await self._persist(growth, lambda: growth.judge(new))
+        scored = new if self.every_value or strategy.reads_values else [i for i in new if growth.nodes[i].ended]
         try:
-            await self._persist(growth, lambda: growth.score(new, value))
+            await self._persist(growth, lambda: growth.score(scored, value))
         except ConfigError:
             raise
         except (NeoxRLError, OSError) as error:

@@ -26,6 +26,7 @@ class BestOfN(Strategy):
 
     options: Options
     distinct = Distinct.NOWHERE
+    reads_values = False
     _tips: list[int] | None = None
 
     def pick(self, tree: Growth) -> list[Ask]:

@@ -54,14 +54,16 @@ class Options:
 
 
 class Strategy(Protocol):
-    """``distinct``: where a state may occur once only."""
+    """``distinct``: where a state may occur once only. ``reads_values``: whether it goes by the values of steps before the end of a path;
+    they are not paid for else."""
 
     distinct: ClassVar[Distinct]
+    reads_values: ClassVar[bool] = True
 
     def pick(self, tree: Growth) -> Sequence[Ask]:
         """The nodes of the next round, each ask once ever; none when nothing is left to try."""
         ...
 
     def add(self, tree: Growth, node: int, children: Sequence[int]) -> None:
-        """``node`` of the last pick was expanded; its new children are scored. Called in the order of the pick."""
+        """``node`` of the last pick was expanded; its new children are scored where values are read. Called in the order of the pick."""
         ...

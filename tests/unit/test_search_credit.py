@@ -34,7 +34,7 @@ def sampled(
     strategy: str, budget: Budget, width: int = 4, seed: int = 3, max_step_tokens: int = 8, value: Value | None = None, max_context: int = 0
 ) -> tuple[Grown, list[Sample]]:
     asked = Remembering(policy(RandomPlayer(), max_step_tokens, max_context))
-    search = Search(strategy, ArithmeticDomain, Options(width), seed)
+    search = Search(strategy, ArithmeticDomain, Options(width), seed, every_value=True)
     grown = asyncio.run(search.grown(TASK, asked, value or OracleValue(), budget))
     return grown, all_samples(grown, ArithmeticDomain(TASK), asked.asked)
 
@@ -145,7 +145,8 @@ def test_a_meta_critic_is_trained_on_what_it_is_told_when_it_is_asked(strategy: 
             return Scores([0.5] * len(positions))
 
     task = countdown([2, 3, 5, 7], 59)
-    tree = asyncio.run(Search(strategy, ArithmeticDomain, options, seed=1).run(task, policy(RandomPlayer()), Hears(), Budget(30)))
+    search = Search(strategy, ArithmeticDomain, options, seed=1, every_value=True)
+    tree = asyncio.run(search.run(task, policy(RandomPlayer()), Hears(), Budget(30)))
     asked = {n.id: derived_seed(1, task.id, n.id, "value") for n in tree.nodes[1:] if n.verdict is None}
     tree = read_tree(tree_line(tree))
     trained = {seed: told_earlier(before(tree, tree.nodes[i], verdicts=True), task).texts for i, seed in asked.items()}

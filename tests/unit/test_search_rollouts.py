@@ -79,7 +79,7 @@ def reward(verdict: Verdict, text: str, num_tokens: int) -> float:
 def grown(strategy: str, nodes: int = 24, task: Problem = TASK) -> tuple[Tree, list[Sample], Sloppy]:
     player = Sloppy()
     remembering = Remembering(policy(player))
-    search = Search(strategy, ArithmeticDomain, Options(4), 0)
+    search = Search(strategy, ArithmeticDomain, Options(4), 0, every_value=True)
     found = asyncio.run(search.grown(task, remembering, HeuristicValue(), Budget(nodes)))
     return found.tree, all_samples(found, ArithmeticDomain(task), remembering.asked), player
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import pytest
@@ -253,6 +255,27 @@ def test_every_bad_step_is_counted_by_its_kind_and_paid() -> None:
     assert tree.counts == {"empty": 1, "too_long": 1, "declined": 1, "unparsable": 2, "illegal": 3, "repeated": 1, "no_proposal": 1}
 
 
+@pytest.mark.parametrize("every", [False, True])
+def test_best_of_n_pays_for_the_value_of_ends_alone_unless_its_steps_are_trained(every: bool) -> None:
+    @dataclass
+    class Counting:
+        states: list[object] = field(default_factory=list)
+
+        async def score(self, positions: Sequence[Position], max_tokens: int | None) -> Scores:
+            self.states += [position.state for position in positions]
+            return Scores([0.5] * len(positions), 10 * len(positions))
+
+    graph, value = Graph({"R": "A", "A": "BC", "B": "x", "C": "y"}, checkable=False), Counting()
+    made = Search("best-of-n", lambda _: graph, Options(6), every_value=every)
+    tree = asyncio.run(made.run(GRAPH_PROBLEM, ExhaustiveProposer(), value, Budget(100)))
+    ends = [node.text for node in tree.nodes if node.verdict is not None]
+    assert len(ends) == 6 and tree.answer != NO_NODE, "of ends the best is the answer"
+    assert Counter(value.states) == Counter(ends if not every else [node.text for node in tree.nodes[1:]])
+    assert [node.value for node in tree.nodes[1:]] == [0.5 if every or node.verdict else None for node in tree.nodes[1:]]
+    paid = sum(node.verdict is not None or every for node in tree.nodes[1:])
+    assert tree.num_tokens == 10 * paid + len(tree.nodes) - 1
+
+
 @pytest.mark.parametrize("behind", [".5", "e3", " + 7 = 22", " - wrong, it is 16", "\n7 + 15 = 22", "..", "0" * 60, " (left: 7 15)"])
 def test_a_step_whose_text_goes_on_behind_its_result_is_unparsable(behind: str) -> None:
     texts = [
@@ -273,7 +296,7 @@ def test_cycles_and_states_met_before_are_not_entered_again() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -0.1, 1.1])
 def test_a_value_that_cannot_be_is_counted_and_taken_as_none(bad: float) -> None:
-    for strategy in STRATEGIES:
+    for strategy in STRATEGIES.keys() - {"best-of-n"}:  # it asks for the values of ends alone
         tree = search(strategy, OPEN, value=Table({"A": bad, "B": 0.4}))
         assert tree.counts["bad_value"] == sum(node.text == "A" for node in tree.nodes) > 0
         assert all((node.value is None) == (node.text == "A") for node in tree.nodes[1:] if node.verdict is None)

@@ -47,7 +47,7 @@ class Dies:
 
 def search(value: Value, strategy: str = "bfs") -> tuple[Grown, Remembering]:
     asked = Remembering(policy(Sloppy()))
-    return asyncio.run(Search(strategy, ArithmeticDomain, Options(4)).grown(TASK, asked, value, Budget(16))), asked
+    return asyncio.run(Search(strategy, ArithmeticDomain, Options(4), every_value=True).grown(TASK, asked, value, Budget(16))), asked
 
 
 @pytest.mark.parametrize("strategy", EVERY)
@@ -99,7 +99,7 @@ def test_what_only_guides_a_search_is_no_value_of_its_steps(strategy: str, value
 @pytest.mark.parametrize("trains", ["steps", "preferences", "traces"])
 def test_a_run_whose_value_failed_makes_the_ticket_again(rounds: int, trains: str) -> None:
     """It may have failed for good: a ticket that fails three times ends the run with these words."""
-    groups = replace(maker(Sloppy(), trains=trains, strategy="bfs"), value=Dies(rounds))
+    groups = replace(maker(Sloppy(), trains=trains, strategy="bfs"), value=lambda _: Dies(rounds))
     with pytest.raises(ServerFailedError, match="g000004/0: the search's value: the scorer is gone"):
         asyncio.run(groups.group(TASK, 4, SamplingParams(8), 1))
 
