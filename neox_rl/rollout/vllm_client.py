@@ -12,12 +12,13 @@ import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeAlias, TypeVar
 
 import aiohttp
 import msgspec
 
 from neox_rl.errors import DeadlineError, NeoxRLError, WeightError, WireError
+from neox_rl.rollout.pace import SLOW, Paces
 from neox_rl.rollout.vllm_control import parse_version
 from neox_rl.types import NO_VERSION, Completion, Finish, SamplingParams, VersionSpan
 
@@ -66,6 +67,8 @@ class _Scored(msgspec.Struct):
 
 _DECODER, _SCORED = msgspec.json.Decoder(_Response), msgspec.json.Decoder(_Scored)
 T = TypeVar("T")
+Parse: TypeAlias = Callable[[bytes, str, float], T]
+"""(answer, server, seconds that it took)."""
 
 
 class ServerFailedError(NeoxRLError):
@@ -82,6 +85,10 @@ class NobodyServesError(DeadlineError):
 
 class _MovedError(Exception):
     """The server was taken out while the request was in flight: nobody's failure."""
+
+
+class _SlowError(_MovedError):
+    """Another server would have made it long ago: it is to."""
 
 
 @dataclass(slots=True)
@@ -105,12 +112,15 @@ class VllmGenerator:
     with none serving a request waits for one. A request that fails because its server did is sent to others, at most ``max_attempts`` times
     in all, within the one deadline ``request_timeout_s``; so is one whose answer cannot be, and one that is refused (4xx), which does not
     go there again. ``on_failure(address, why)`` is called for each such failure. A deadline that passes is no such failure: the server may
-    be well and busy. It only comes last for a while.
+    be well and busy. It only comes last for a while. One that has had a request for longer than ``patience_s`` and is far slower than
+    another (``rollout/pace.py``) loses that request to it, once a request.
     """
 
-    def __init__(self, addresses: Sequence[str] = (), request_timeout_s: float = 120.0, max_attempts: int = 3) -> None:
+    def __init__(
+        self, addresses: Sequence[str] = (), request_timeout_s: float = 120.0, max_attempts: int = 3, patience_s: float = math.inf
+    ) -> None:
         self._servers = {address: _Server() for address in addresses}
-        self._timeout_s = request_timeout_s
+        self._timeout_s, self._patience_s, self._paces = request_timeout_s, patience_s, Paces()
         self._max_attempts = max_attempts
         self._session: aiohttp.ClientSession | None = None
         self._served = asyncio.Event()
@@ -142,6 +152,7 @@ class VllmGenerator:
         """As ``suspend``, and what is in flight there begins again elsewhere, as soon as anybody else serves."""
         self.suspend(address)
         self._servers[address].left = True
+        self._paces.forget(address)
         self._move()
 
     def _move(self) -> None:
@@ -152,6 +163,7 @@ class VllmGenerator:
     def forget(self, address: str) -> None:
         """The server is gone for good."""
         self.suspend(address)
+        self._paces.forget(address)
         for call in self._servers.pop(address).calls:
             call.cancel()
 
@@ -168,7 +180,13 @@ class VllmGenerator:
     async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> tuple[Completion, ...]:
         """See ``ports.Generator``. Also raises ServerFailedError when every attempt failed, WireError when all servers refuse it."""
         body = request_body(prompt_ids, params, n, rollout_id)
-        return await self._asked(body, n, rollout_id, lambda raw, server: parse_response(raw, n, server))
+
+        def parsed(raw: bytes, server: str, seconds: float) -> tuple[Completion, ...]:
+            found = parse_response(raw, n, server)
+            self._paces.answered(server, seconds, max(len(completion.ids) for completion in found))
+            return found
+
+        return await self._asked(body, n, rollout_id, parsed, params.max_tokens)
 
     async def score(self, prompt_ids: Sequence[int], ids: Sequence[int], rollout_id: str) -> Completion:
         """See ``ports.Scorer``. Raises as ``sample`` does.
@@ -176,10 +194,10 @@ class VllmGenerator:
         All of it is one policy's: the engine computes a prompt whose log-probs are asked for anew, whatever its cache has, and begins again
         with a prompt that a switch of version interrupts; the version is that of the token which it samples in the same pass.
         """
-        return await self._asked(score_body(prompt_ids, ids), 1, rollout_id, lambda raw, server: parse_score(raw, ids, server))
+        return await self._asked(score_body(prompt_ids, ids), 1, rollout_id, lambda raw, server, _: parse_score(raw, ids, server))
 
-    async def _asked(self, body: bytes, n: int, rollout_id: str, parse: Callable[[bytes, str], T]) -> T:
-        """What ``parse`` reads in the answer of a server to a request for ``n`` completions."""
+    async def _asked(self, body: bytes, n: int, rollout_id: str, parse: Parse[T], budget: int = 0) -> T:
+        """What ``parse`` reads in the answer of a server to a request for ``n`` completions of at most ``budget`` tokens; 0: it stays."""
         tried: list[str] = []
         failures: list[str] = []
         refused: set[str] = set()
@@ -190,7 +208,11 @@ class VllmGenerator:
                     tried.append(await self._pick(tried, refused))
                     began = time.monotonic()
                     try:
-                        return await self._answer(tried[-1], body, n, parse)
+                        return await self._answer(tried[-1], body, n, parse, budget)
+                    except _SlowError as error:
+                        budget = 0
+                        self._spare(tried[-1])
+                        self.on_failure(tried[-1], str(error))
                     except _MovedError:
                         continue
                     except ServerFailedError as error:
@@ -231,11 +253,12 @@ class VllmGenerator:
         server.spared_until = now + SPARED_S * 2 ** min(server.failures, MAX_DOUBLINGS)
         server.failures += 1
 
-    async def _answer(self, address: str, body: bytes, n: int, parse: Callable[[bytes, str], T]) -> T:
+    async def _answer(self, address: str, body: bytes, n: int, parse: Parse[T], budget: int) -> T:
         """What an answer does to ``parse``, whatever it is, is that server's failure too: the others and the run go on."""
-        raw = await self._request(address, body, n)
+        began = time.monotonic()
+        raw = await self._request(address, body, n, budget)
         try:
-            found = parse(raw, address)
+            found = parse(raw, address, time.monotonic() - began)
         except ServerFailedError:
             raise
         except (WireError, WeightError) as error:
@@ -246,13 +269,13 @@ class VllmGenerator:
             server.failures = 0
         return found
 
-    async def _request(self, address: str, body: bytes, n: int) -> bytes:
+    async def _request(self, address: str, body: bytes, n: int, budget: int) -> bytes:
         server = self._servers[address]
         call = asyncio.create_task(self._post(address, body))
         server.calls.add(call)
         server.inflight += n
         try:
-            await asyncio.wait({call})
+            await (self._watched(call, address, budget) if budget else asyncio.wait({call}))
         finally:
             server.inflight -= n
             server.calls.discard(call)
@@ -265,6 +288,19 @@ class VllmGenerator:
         if status != 200:
             raise _RefusedError(f"{address} refused the request with {status}: {raw[:500]!r}")
         return raw
+
+    async def _watched(self, call: asyncio.Task[tuple[int, bytes]], address: str, budget: int) -> None:
+        """Until the call has ended. Raises _SlowError where another server that serves would long have made ``budget`` tokens."""
+        began, waited, due_s = time.monotonic(), 0.0, self._patience_s
+        while waited < due_s:
+            look_s = min(due_s - waited, self._patience_s)  # meanwhile another may have shown its pace
+            if (await asyncio.wait({call}, timeout=look_s if look_s < math.inf else None))[0]:
+                return
+            serving = [other for other, server in self._servers.items() if server.serving]
+            waited = time.monotonic() - began
+            due_s = self._paces.due_s(address, serving, budget, self._patience_s)
+        what = f"{SLOW:g} times as long as another server takes for {budget} tokens"
+        raise _SlowError(f"{address} had a request for {waited:.1f} s, {what}")
 
     async def _post(self, address: str, body: bytes) -> tuple[int, bytes]:
         if self._session is None:

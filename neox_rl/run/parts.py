@@ -111,7 +111,7 @@ async def _generation(
     config: RunConfig, paths: RunPaths, endpoints: Endpoints, events: EventLog, keys: Keys | None, stack: AsyncExitStack
 ) -> tuple[VllmGenerator, ServerKeeper, ServerActivity]:
     metarl = config.metarl
-    generator = await stack.enter_async_context(VllmGenerator((), metarl.servers.request_timeout_s))
+    generator = await stack.enter_async_context(VllmGenerator((), metarl.servers.request_timeout_s, patience_s=metarl.servers.heartbeat_s))
     logs: dict[str, EventLog] = {}
 
     def log_of(name: str, address: str) -> EventLog:

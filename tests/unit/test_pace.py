@@ -1,0 +1,78 @@
+"""When a request leaves a server that decodes slowly."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from neox_rl.rollout.pace import FEWEST, Paces
+from neox_rl.rollout.vllm_client import VllmGenerator
+from tests.unit.test_vllm_client import PARAMS, good, serve
+
+
+@pytest.mark.parametrize(
+    ("budget", "moves"), [(8, True), (10**9, False)], ids=["far slower than another", "no longer than another may take"]
+)
+def test_a_request_leaves_a_server_that_is_far_slower_than_another_once(budget: int, moves: bool) -> None:
+    """A server is slow by what another would need for the whole budget: a long rollout is not moved for its length."""
+
+    async def story() -> None:
+        release, asked, told = asyncio.Event(), list[str](), list[str]()
+
+        async def slow(request: web.Request) -> web.Response:
+            asked.append("slow")
+            await release.wait()
+            return await good(request)
+
+        async def quick(request: web.Request) -> web.Response:
+            asked.append("quick")
+            return await good(request)
+
+        addresses, close = await serve([slow, quick])
+        async with VllmGenerator(addresses[1:], 60.0, patience_s=0.05) as generator:
+            generator.on_failure = lambda _, why: told.append(why)
+            for _ in range(FEWEST):
+                await generator.sample([1], PARAMS, 2, "g0")
+            generator.suspend(addresses[1])
+            generator.serve(addresses[0])
+            one = asyncio.create_task(generator.sample([1], replace(PARAMS, max_tokens=budget), 2, "g1"))
+            while asked[-1] != "slow":
+                await asyncio.sleep(0.01)
+            generator.serve(addresses[1])
+            while not moves and len(looked) < 3:
+                await asyncio.sleep(0.01)
+            if not moves:
+                release.set()
+            assert len(await one) == 2 and generator.num_inflight == 0
+        assert asked[FEWEST:] == ["slow", "quick"][: 2 if moves else 1]
+        assert [addresses[0] in why for why in told] == [True] * moves
+        await close()
+
+    looked: list[float] = []
+    due_s = Paces.due_s
+
+    def seen(*args: Any) -> float:
+        looked.append(due_s(*args))
+        return looked[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Paces, "due_s", seen)
+        asyncio.run(story())
+
+
+def test_no_request_leaves_a_server_for_one_whose_pace_nobody_knows() -> None:
+    paces = Paces()
+    for _ in range(FEWEST - 1):
+        paces.answered("b", 1.0, 10)
+    assert paces.due_s("a", ["a", "b"], 100, 5.0) == math.inf
+    paces.answered("b", 9.0, 10)
+    assert paces.due_s("a", ["a", "b"], 100, 5.0) == pytest.approx(3 * 100 * 0.1)
+    assert paces.due_s("a", ["a", "b"], 1, 5.0) == 5.0, "never before the heartbeat"
+    assert paces.due_s("b", ["a", "b"], 1, 5.0) == math.inf
+    paces.forget("b")
+    assert paces.due_s("a", ["a", "b"], 1, 5.0) == math.inf
