@@ -48,6 +48,7 @@ def audit_run(paths: RunPaths) -> Audited:
     if not reading.records:
         raise ConfigError(f"{paths.journal}: holds no record: the run did not get far enough, or its journal was moved away")
     audit = Audit(Rule.of(config), reading.has_holes)
+    audit.spent.foresee(reading.records)
     for record in reading.records:
         audit.apply(record)
     summary = _object(paths.summary)

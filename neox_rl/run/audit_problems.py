@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from neox_rl.queue.positions import Range, Ranges, ranges_of, spent_by, unpacked
+from neox_rl.queue.records import Record
 
 MAX_NAMED = 8
 
@@ -40,6 +41,14 @@ class Spent:
         """In the order of the steps, and so of what is undone."""
         self.known = True
         """False: problems that were used before the records begin are in none of them."""
+        self._damaged = Ranges()
+
+    def foresee(self, records: Iterable[Record]) -> None:
+        """What a takeover names as lost to damage, the books before it miss too."""
+        for record in records:
+            if record.kind == "lost" and record.meta["holes"]:
+                for start, stop in record.meta["positions"]:
+                    self._damaged.add(start, stop)
 
     def train(self, step: int, tickets: Sequence[int], packed: Iterable[Sequence[int | None]]) -> list[str]:
         known = [position for position in unpacked(tickets, packed) if position is not None]
@@ -87,7 +96,7 @@ class Spent:
             yield f"{named(both)} is open, and was {self._by(both[0][0])}"
         if beyond := [(max(start, cursor), stop) for start, stop in ours if stop > cursor]:
             yield f"{named(beyond)} was used, and {cursor} is the first that was not handed out"
-        if gone := ours.gaps(cursor):
+        if gone := [gap for start, stop in ours.gaps(cursor) for gap in self._damaged.gaps(stop, start)]:
             yield f"{named(gone)} was handed out and came to no end"
             self.lose(gone, self._ends[-1].step if self._ends else 0)
 

@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import random
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from neox_rl.config.run import RunConfig
+from neox_rl.queue.book import Book
 from neox_rl.queue.history import fold
 from neox_rl.queue.records import Record
 from neox_rl.run.audit import Audit, Rule
@@ -77,6 +79,31 @@ def test_a_problem_that_was_refused_after_the_checkpoint_does_not_come_back_with
             asyncio.run(live_on(world, again, after))
             check(world, again)
             check_problems(world, after.records)
+
+
+def test_a_problem_whose_end_damage_took_is_told_by_name_and_does_not_come_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ticket has another one since then."""
+    world = World(tmp_path, 3, True)
+    trainer, disk = Trainer(world, 0, None), Disk([], 60, world.rng)
+    with contextlib.suppress(ExceptionGroup):
+        asyncio.run(live_on(world, trainer, disk))
+    records = disk.left()
+    hit = next(record for record in reversed(records) if record.kind == "refused")
+    assert not any(record.kind == "state" for record in records[records.index(hit) :]), "a state would know of it"
+    records.remove(hit)
+    monkeypatch.setattr(stories, "Book", partial(Book, has_holes=True))
+    after = Disk(records, None, world.rng)
+    asyncio.run(live_on(world, trainer, after))
+    check(world, trainer)
+    audit = Audit(Rule.of(world.config))
+    audit.spent.foresee(after.records)
+    for record in after.records:
+        audit.apply(record)
+    audit.close(finished=True)
+    position = hit.meta["position"]
+    assert audit.violations == [] and not audit.undecided
+    assert audit.results["problems"].gaps == [f"problem {position}: no record says what became of it (records were lost)"]
+    assert sum(record.kind == "lost" for record in after.records) == 1, "once is enough"
 
 
 def test_a_checkpoint_before_the_newest_brings_its_refusals_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
