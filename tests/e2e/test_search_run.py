@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from neox_rl.queue.answers import Answer, answer_of
+from neox_rl.queue.journal import read_journal
 from neox_rl.telemetry.jsonl import read_jsonl
 from tests.e2e.runs import ROOT, Run
 
@@ -53,10 +55,33 @@ def test_a_solution_s_likelihood_is_a_reward_and_its_tokens_are_in_the_books(tmp
     assert "VIOLATED" not in audited(run)
 
 
-def test_an_orchestrator_that_dies_searches_its_open_tickets_again(tmp_path: Path) -> None:
-    run = Run(tmp_path, "killed", "train_iters=40", *SHORT, config="search")
+def answers_of(run: Run) -> tuple[dict[int, list[Answer]], dict[int, list[Answer]], set[int]]:
+    """Ticket -> what was written down for its unfinished group by the first orchestrator and by those after it, of the tickets that the
+    first one left open; and which of them the others finished."""
+    lives: list[dict[int, list[Answer]]] = [{}, {}]
+    done: list[set[int]] = [set(), set()]
+    life = -1
+    for record in read_journal(run.paths.journal).records:
+        life += record.kind == "opened"
+        ticket = record.meta.get("ticket", -1)
+        if record.kind == "span":
+            lives[min(life, 1)].setdefault(ticket, []).append(answer_of(record.body))
+        elif record.kind in ("group", "refused"):
+            done[min(life, 1)].add(ticket)
+    left = {ticket: answers for ticket, answers in lives[0].items() if ticket not in done[0]}
+    return left, lives[1], done[1] & left.keys()
+
+
+def test_an_orchestrator_that_dies_searches_its_open_tickets_again_and_asks_for_nothing_that_is_written_down(tmp_path: Path) -> None:
+    run = Run(tmp_path, "killed", "train_iters=20", "checkpoint_factor=100", "metarl.scripted.token_s=0.01", *SHORT, config="search")
     run.until_step("rl", 3)
     run.kill_one("neox_rl.run.orchestrator")
+    run.until(lambda: (found := answers_of(run))[0].keys() <= found[2], "the open tickets were searched")
+    before, after, _ = answers_of(run)
+    assert sum(map(len, before.values())) > 3, "it died in the middle of searches"
+    for ticket, answers in before.items():
+        places = [{(a.asked, a.first, a.start) for a in some} for some in (answers, after.get(ticket, []))]
+        assert not places[0] & places[1], "the first step of each search among them"
     assert run.wait() == 0, run.said()
-    assert [row["step"] for row in run.metrics() if row["phase"] == "rl"] == list(range(1, 41))
+    assert [row["step"] for row in run.metrics() if row["phase"] == "rl"] == list(range(1, 21))
     assert "VIOLATED" not in audited(run)
