@@ -11,10 +11,12 @@ process group. If this process ends, by ``kill -9`` or otherwise, the group ends
 from __future__ import annotations
 
 import contextlib
+import getpass
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from typing import Any
 from neox_rl.errors import ProcessDiedError
 
 GUARDIAN = Path(__file__).with_name("guardian.py")
+PRIVATE = "NEOX_RL_PRIVATE"
+"""In the environment of a guarded program: which variables are to name a directory of its own (``guardian.py``)."""
 _LAST_LINES = 15
 _LAST_BYTES = 8192
 _KILL_S = 15.0
@@ -70,6 +74,20 @@ def guarded_popen(
             )
     finally:
         os.close(reader)
+
+
+def with_own_tmp(env: Mapping[str, str], *more: str) -> dict[str, str]:
+    """``env`` for a program of ``guarded_popen`` whose TMPDIR, and what the variables ``more`` name, is a directory of its own, which goes
+    with it: libraries leave files there when they are killed, vLLM with every start.
+
+    What torch compiles stays where it always is, and the next start finds it.
+    """
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # nobody has this number
+        user = f"uid_{os.getuid()}"
+    compiled = Path(tempfile.gettempdir(), f"torchinductor_{user}")
+    return {"TORCHINDUCTOR_CACHE_DIR": str(compiled), **env, PRIVATE: ",".join(("TMPDIR", *more))}
 
 
 def stop(process: GuardedProcess, deadline_s: float) -> int:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 
+from neox_rl.guard import with_own_tmp
 from neox_rl.telemetry.jsonl import read_json
 from neox_rl.telemetry.paths import RunPaths
 from neox_rl.telemetry.status import read_status
@@ -69,7 +70,8 @@ class ChaosRun:
             )
 
     def _env(self) -> dict[str, str]:
-        return os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1", "TMPDIR": str(self.scratch)}
+        compiled = {"TORCHINDUCTOR_CACHE_DIR": with_own_tmp(os.environ)["TORCHINDUCTOR_CACHE_DIR"]}  # meant to stay
+        return os.environ | compiled | {MARK: self.mark, "OMP_NUM_THREADS": "1", "TMPDIR": str(self.scratch)}
 
     def position(self) -> tuple[str, int]:
         """Phase and step as the run says it."""
@@ -108,19 +110,12 @@ class ChaosRun:
         return [f"process {process.pid}: {_words(process)}" for process in there]
 
     def left_over(self, killed: Collection[str]) -> list[str]:
-        """Shared memory, sockets, directories and ports that the run has left. Memory that a process of somebody else holds is theirs.
-
-        An agent that is killed itself cannot remove the directory with what the run sent it: those of ``killed`` agents may be there, and
-        so may the temporary directories of libraries that killed processes had imported.
-        """
+        """Shared memory, temporary files and ports that the run has left. Memory that a process of somebody else holds is theirs."""
         memory = self._left_memory()
-        theirs = tuple(f"neox-rl-{name}-" for name in killed)
-        files = [str(path) for path in self.scratch.glob("neox-rl-*") if not path.name.startswith(theirs)]
-        files += [str(path) for path in self.scratch.rglob("*") if path.is_socket()]
         endpoints = read_json(self.paths.endpoints)
         ports = [endpoints[key] for key in ("experience_port", "weights_port", "join_port", "master_port") if key in endpoints]
         ports += [int(address.rpartition(":")[2]) for address in endpoints.get("servers", [])]
-        return [*memory, *files, *(f"port {port} is still listened at" for port in ports if _listening(port))]
+        return [*memory, *left_in(self.scratch, killed), *(f"port {port} is still listened at" for port in ports if _listening(port))]
 
     def _left_memory(self) -> list[str]:
         """Of what the run's processes were seen to have mapped: others make and leave shared memory on this machine, too."""
@@ -138,6 +133,13 @@ class ChaosRun:
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
                 process.kill()
+
+
+def left_in(scratch: Path, killed: Collection[str]) -> list[str]:
+    """Whatever lies there. An agent that is killed itself cannot remove the directory with what the run sent it: those of ``killed`` agents
+    may be there."""
+    theirs = tuple(f"neox-rl-{name}-" for name in killed)
+    return sorted(str(path) for path in scratch.iterdir() if not path.name.startswith(theirs))
 
 
 def _role(

@@ -18,7 +18,7 @@ from pathlib import Path
 import aiohttp
 
 from neox_rl.errors import DeadlineError
-from neox_rl.guard import GuardedProcess, died, guarded_popen
+from neox_rl.guard import GuardedProcess, died, guarded_popen, with_own_tmp
 
 BACKEND = "zmq"
 _POLL_S = 0.5
@@ -96,11 +96,10 @@ def server_command(spec: ServerSpec, base_env: Mapping[str, str]) -> tuple[list[
 
 
 def _environment(spec: ServerSpec, base_env: Mapping[str, str]) -> dict[str, str]:
-    env = dict(base_env)
+    env = with_own_tmp(base_env, "VLLM_RPC_BASE_PATH")  # its sockets, too, which it leaves when it is killed
     env |= {
         "VLLM_SERVER_DEV_MODE": "1",  # the pause, resume and weight routes
         "VLLM_NO_USAGE_STATS": "1",
-        "NEOX_RL_PRIVATE": "VLLM_RPC_BASE_PATH",  # its sockets, which it leaves when it is killed, go with its guardian
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }

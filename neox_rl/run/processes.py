@@ -11,7 +11,7 @@ from neox_rl.config.machine import Machine
 from neox_rl.config.network import curve_on
 from neox_rl.config.placement import num_ranks, place
 from neox_rl.config.run import RunConfig
-from neox_rl.guard import GuardedProcess, guarded_popen
+from neox_rl.guard import GuardedProcess, guarded_popen, with_own_tmp
 from neox_rl.keys import CLIENT_FILE
 from neox_rl.keys import ENV as KEYS
 from neox_rl.rollout.vllm_server import ServerSpec, core_ids, server_command
@@ -57,7 +57,7 @@ def programs(
         found.append(Program(spec.name, argv, server_env, paths.log(spec.name), core_ids(spec.cores) if spec.cores else None))
     if config.metarl.debug.mode != "train_only":
         argv = [sys.executable, "-m", "neox_rl.run.orchestrator", "--run-dir", str(paths.root)]
-        single = dict(env) | {"OMP_NUM_THREADS": "1"}
+        single = with_own_tmp(env) | {"OMP_NUM_THREADS": "1"}
         found.append(Program(ORCHESTRATOR, argv, single, paths.log(ORCHESTRATOR), where.orchestrator or None))
     ranks_env = _ranks_env(config, endpoints, env, where.rank_gpus, machine)
     argv = ranks_command(config, paths, endpoints, script, resume, machine.visible(where.rank_gpus))
@@ -99,7 +99,7 @@ def ranks_command(config: RunConfig, paths: RunPaths, endpoints: Endpoints, scri
 
 
 def _ranks_env(config: RunConfig, endpoints: Endpoints, env: Mapping[str, str], gpus: tuple[int, ...], machine: Machine) -> dict[str, str]:
-    found = dict(env)
+    found = with_own_tmp(env) if config.neox.launcher == "local" else dict(env)  # other machines have no directory of that name
     if config.neox.launcher == "slurm":  # DeepSpeed's runner says it to its ranks, srun says nothing
         found |= {"MASTER_ADDR": config.neox.master_addr, "MASTER_PORT": str(endpoints.master_port)}
     if machine.num_gpus:

@@ -29,6 +29,7 @@ from neox_rl.config.run import RunConfig
 from neox_rl.config.schema import ScriptedConfig
 from neox_rl.episodes.objectives import tagged, tags_of
 from neox_rl.errors import ConfigError, NeoxRLError, WeightError
+from neox_rl.guard import with_own_tmp
 from neox_rl.keys import Keys
 from neox_rl.metacot import EPISODE
 from neox_rl.ports import Tokenizer
@@ -52,7 +53,7 @@ def scripted_command(spec: ServerSpec, config: Path, base_env: Mapping[str, str]
     """As ``vllm_server.server_command``. ``config`` is the resolved one of the run."""
     argv = [sys.executable, "-m", "neox_rl.run.scripted_server", "--config", str(config), "--name", spec.name, "--host", spec.host]
     argv += ["--port", str(spec.port), "--max-num-seqs", str(spec.max_num_seqs), "--seed", str(spec.seed)]
-    return argv, dict(base_env) | {"OMP_NUM_THREADS": "1"}
+    return argv, with_own_tmp(base_env) | {"OMP_NUM_THREADS": "1"}
 
 
 class ScriptedServer:

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from neox_rl.guard import GuardedProcess, died, guarded_popen, stop
+from neox_rl.guard import GuardedProcess, died, guarded_popen, stop, with_own_tmp
 from neox_rl.guardian import own_directory
 
 DEADLINE_S = 40.0
@@ -275,6 +275,17 @@ time.sleep(60)
     os.kill(int(pid), signal.SIGKILL)
     assert process.wait(DEADLINE_S) == -signal.SIGKILL
     assert not Path(directory).exists()
+
+
+def test_what_a_killed_program_leaves_in_its_temporary_directory_goes_too(log: Path) -> None:
+    code = "import tempfile, time; print(tempfile.mkdtemp('wandb-media'), flush=True); time.sleep(60)"
+    process = guarded_popen(python(code), with_own_tmp({}), log)
+    wait_for(lambda: len(log.read_text().split()) == 1)
+    left = Path(log.read_text().strip())
+    assert left.is_dir()
+    process.send_signal(signal.SIGQUIT)
+    process.wait(10)
+    assert not left.exists()
 
 
 def test_directories_of_killed_owners_go_with_the_next_start_and_those_of_others_stay(

@@ -43,6 +43,13 @@ def test_one_program_a_server_then_the_orchestrator_then_the_ranks(tmp_path: Pat
     assert all(p.log.parent.name == "logs" and p.log.stem == p.name for p in found.values())
 
 
+def test_every_program_has_a_temporary_directory_of_its_own_and_ranks_elsewhere_their_machines(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    assert {name for name, p in parts(config).items() if "TMPDIR" in p.env["NEOX_RL_PRIVATE"]} == {"server-0", ORCHESTRATOR, RANKS}
+    pdsh = RunConfig(replace(config.neox, launcher="pdsh", hostfile="hosts", master_addr="10.0.0.1"), config.metarl)
+    assert "NEOX_RL_PRIVATE" not in parts(pdsh)[RANKS].env
+
+
 def test_modes_leave_out_what_they_do_not_need(tmp_path: Path) -> None:
     scripted = parts(small_config(tmp_path))
     assert list(scripted) == ["server-0", ORCHESTRATOR, RANKS] and "neox_rl.run.scripted_server" in scripted["server-0"].argv

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from neox_rl.errors import DeadlineError, ProcessDiedError
 from neox_rl.guard import guarded_popen, stop
@@ -47,6 +48,13 @@ def test_cache_blocks_are_small_where_the_kernels_lose_nothing_by_it(monkeypatch
     assert blocks("x86_64") == ("16", True)
     assert blocks("x86_64", dtype="bfloat16") == blocks("aarch64") == ("32", False)
     assert "--block-size" not in server_command(replace(SPEC, gpus="0"), {})[0]
+
+
+def test_what_vllm_leaves_in_the_temporary_directory_goes_with_it_and_what_is_compiled_stays() -> None:
+    _, env = server_command(SPEC, {"PATH": "/bin"})
+    assert env["NEOX_RL_PRIVATE"] == "TMPDIR,VLLM_RPC_BASE_PATH"
+    assert env["TORCHINDUCTOR_CACHE_DIR"] == default_cache_dir(), "where torch has it without a word"
+    assert server_command(SPEC, {"TORCHINDUCTOR_CACHE_DIR": "/fast"})[1]["TORCHINDUCTOR_CACHE_DIR"] == "/fast"
 
 
 def test_a_gpu_server_sees_only_its_devices() -> None:
