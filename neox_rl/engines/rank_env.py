@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import psutil
 
 from neox_rl.config.network import is_loopback
 from neox_rl.errors import ConfigError
@@ -73,20 +70,3 @@ def _integer(environ: Mapping[str, str], name: str, default: int) -> int:
         return int(text)
     except ValueError:
         raise ConfigError(f"environment variable {name}={text!r} is not an integer") from None
-
-
-def interface_towards(host: str) -> str:
-    """The network interface of this machine that reaches ``host``; empty where none does, or only loopback though ``host`` is not.
-
-    gloo and NCCL have to be told: gloo takes the address that this machine's name resolves to, which is often a loopback one or none, and
-    hands it to ranks on other machines; or it is the network's, and ranks that are all here listen there.
-    """
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, 9))  # sends nothing: it only chooses the interface
-            own = str(probe.getsockname()[0])
-    except OSError:
-        return ""
-    if is_loopback(own) and not is_loopback(host):
-        return ""
-    return next((name for name, found in psutil.net_if_addrs().items() if any(address.address == own for address in found)), "")

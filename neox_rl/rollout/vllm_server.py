@@ -19,6 +19,7 @@ import aiohttp
 
 from neox_rl.errors import DeadlineError
 from neox_rl.guard import GuardedProcess, died, guarded_popen, with_own_tmp
+from neox_rl.sockets import interface_towards
 
 BACKEND = "zmq"
 _POLL_S = 0.5
@@ -103,6 +104,9 @@ def _environment(spec: ServerSpec, base_env: Mapping[str, str]) -> dict[str, str
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if loopback := interface_towards("127.0.0.1"):  # all ranks are on this machine, and by themselves listen on the network
+        for library in ("GLOO", "NCCL"):
+            env.setdefault(f"{library}_SOCKET_IFNAME", loopback)
     if spec.gpus:
         env["CUDA_VISIBLE_DEVICES"] = spec.gpus
         return env

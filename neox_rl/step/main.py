@@ -22,12 +22,13 @@ from neox_rl.config.machine import Machine
 from neox_rl.config.network import curve_on
 from neox_rl.config.placement import place
 from neox_rl.config.run import RunConfig
-from neox_rl.engines.rank_env import interface_towards, rank_environment
+from neox_rl.engines.rank_env import rank_environment
 from neox_rl.engines.registry import build_engine
 from neox_rl.errors import ConfigError, NeoxRLError, exit_status
 from neox_rl.keys import Keys
 from neox_rl.queue.wire_client import ExperienceClient
 from neox_rl.queue.wire_messages import attempt_of
+from neox_rl.sockets import interface_towards
 from neox_rl.step.feed import LiveFeed, RecordedFeed
 from neox_rl.step.loop import Leader, TrainingLoop
 from neox_rl.telemetry.events import EventLog

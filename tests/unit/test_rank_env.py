@@ -6,9 +6,10 @@ import psutil
 import pytest
 
 from neox_rl.config.network import is_loopback
-from neox_rl.engines.rank_env import RankEnv, interface_towards, rank_environment
+from neox_rl.engines.rank_env import RankEnv, rank_environment
 from neox_rl.engines.world import device_index
 from neox_rl.errors import ConfigError
+from neox_rl.sockets import interface_towards
 from tests.e2e.runs import own_address
 
 MASTER = {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "1234"}

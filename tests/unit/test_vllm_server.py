@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
@@ -55,6 +56,14 @@ def test_what_vllm_leaves_in_the_temporary_directory_goes_with_it_and_what_is_co
     assert env["NEOX_RL_PRIVATE"] == "TMPDIR,VLLM_RPC_BASE_PATH"
     assert env["TORCHINDUCTOR_CACHE_DIR"] == default_cache_dir(), "where torch has it without a word"
     assert server_command(SPEC, {"TORCHINDUCTOR_CACHE_DIR": "/fast"})[1]["TORCHINDUCTOR_CACHE_DIR"] == "/fast"
+
+
+def test_ranks_of_a_server_meet_on_loopback_unless_the_user_says_where() -> None:
+    names = psutil.net_if_addrs()
+    for spec in (SPEC, replace(SPEC, gpus="4,5", tensor_parallel_size=2)):
+        _, env = server_command(spec, {"NCCL_SOCKET_IFNAME": "ib0"})
+        assert any(found.address == "127.0.0.1" for found in names[env["GLOO_SOCKET_IFNAME"]])
+        assert env["NCCL_SOCKET_IFNAME"] == "ib0"
 
 
 def test_a_gpu_server_sees_only_its_devices() -> None:
