@@ -24,7 +24,7 @@ from neox_rl.engines.hf_files import hf_reader
 from neox_rl.guard import stop
 from neox_rl.run.endpoints import free_port
 from neox_rl.run.launch import prepared
-from neox_rl.run.parts import Parts, build_parts
+from neox_rl.run.parts import Parts, build_parts, signs_of_life
 from neox_rl.run.processes import ORCHESTRATOR, RANKS
 from neox_rl.telemetry.paths import RunPaths
 from neox_rl.telemetry.rundata import RunData, load_run, machine
@@ -179,7 +179,7 @@ async def rollout_half(work: Path, name: str, model: Path, settings: Sequence[st
         servers = [program.start(10.0) for program in programs if program.name not in (ORCHESTRATOR, RANKS)]
         try:
             async with AsyncExitStack() as stack:
-                parts = await build_parts(config, paths, stack)
+                parts = await build_parts(config, paths, signs_of_life(config, paths, stack), stack)
                 publisher = Publisher(config.metarl.network.bind_host, parts.endpoints.weights_port)
                 stack.callback(publisher.close)
                 half = Half(config, parts, publisher, tensors(model), paths)

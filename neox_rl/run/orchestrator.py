@@ -39,11 +39,10 @@ from neox_rl.run.demonstrating import demonstration_source
 from neox_rl.run.evaluation import Evaluator
 from neox_rl.run.live_audit import LiveAudit
 from neox_rl.run.members import Member, State
-from neox_rl.run.parts import Parts, build_parts
+from neox_rl.run.parts import Parts, build_parts, signs_of_life
 from neox_rl.run.pump import RolloutPump
 from neox_rl.run.scoreboard import Scoreboard
 from neox_rl.search.demonstrations import Demonstrations
-from neox_rl.telemetry.heartbeat import Heartbeat, interval_s
 from neox_rl.telemetry.jsonl import read_jsonl
 from neox_rl.telemetry.metrics import MetricsWriter
 from neox_rl.telemetry.paths import RunPaths
@@ -342,16 +341,17 @@ class Orchestrator:
 async def serve(config: RunConfig, paths: RunPaths) -> None:
     """Builds the parts, binds the socket, serves one trainer."""
     async with AsyncExitStack() as stack:
-        parts = await build_parts(config, paths, stack)
-        server = ExperienceServer(config.metarl.network.bind_host, parts.endpoints.experience_port, keys=parts.keys)
-        stack.callback(server.close)
-        attempt = attempt_of(os.environ)
-        book = open_book(config, paths, attempt)
-        stack.callback(book.close)
-        orchestrator = Orchestrator(config, paths, parts, MetricsWriter(paths, config.metarl.logging, asdict(config)), book, attempt)
-        stack.callback(orchestrator.close)
-        heartbeat = Heartbeat(paths.beats, "orchestrator", parts.events, interval_s(config.metarl.deadlines.silence_s))
-        stack.callback(asyncio.ensure_future(heartbeat.forever()).cancel)
+        events = signs_of_life(config, paths, stack)
+        with events.span("prepare"):
+            await asyncio.sleep(0)  # for the first beat: what follows may hold the event loop for long
+            parts = await build_parts(config, paths, events, stack)
+            server = ExperienceServer(config.metarl.network.bind_host, parts.endpoints.experience_port, keys=parts.keys)
+            stack.callback(server.close)
+            attempt = attempt_of(os.environ)
+            book = open_book(config, paths, attempt)
+            stack.callback(book.close)
+            orchestrator = Orchestrator(config, paths, parts, MetricsWriter(paths, config.metarl.logging, asdict(config)), book, attempt)
+            stack.callback(orchestrator.close)
         loop, serving = asyncio.get_running_loop(), asyncio.current_task()
         assert serving is not None
         loop.add_signal_handler(signal.SIGINT, orchestrator.stop)

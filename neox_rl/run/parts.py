@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from neox_rl.run.tools import make_tool
 from neox_rl.run.versions import Deadlines, ServerKeeper
 from neox_rl.search.replay import num_wrong_steps
 from neox_rl.telemetry.events import EventLog
+from neox_rl.telemetry.heartbeat import Heartbeat, interval_s
 from neox_rl.telemetry.jsonl import unless_full
 from neox_rl.telemetry.paths import RunPaths
 from neox_rl.types import Problem, Verdict
@@ -69,13 +71,20 @@ class Parts:
     keys: Keys | None
 
 
-async def build_parts(config: RunConfig, paths: RunPaths, stack: AsyncExitStack) -> Parts:
+def signs_of_life(config: RunConfig, paths: RunPaths, stack: AsyncExitStack) -> EventLog:
+    """The orchestrator's events, and beats that tell them, from its first moment on: who hears none of it knows who is late."""
+    events = EventLog(paths.event_log("orchestrator"), "orchestrator")
+    stack.callback(events.close)
+    heartbeat = Heartbeat(paths.beats, "orchestrator", events, interval_s(config.metarl.deadlines.silence_s))
+    stack.callback(asyncio.ensure_future(heartbeat.forever()).cancel)
+    return events
+
+
+async def build_parts(config: RunConfig, paths: RunPaths, events: EventLog, stack: AsyncExitStack) -> Parts:
     """Everything that holds a process or a socket is closed by ``stack``."""
     metarl = config.metarl
     endpoints = read_endpoints(paths.endpoints)
     keys = Keys.of_run(curve_on(metarl.network), paths.keys)
-    events = EventLog(paths.event_log("orchestrator"), "orchestrator")
-    stack.callback(events.close)
     tokenizer = load_tokenizer(metarl.tokenizer, metarl.problems, num_episodes(config))
     task = metarl.problems.task if metarl.problems.free_text else metarl.problems.source
     verifier = make_verifier(metarl.verify, task)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from neox_rl.telemetry.heartbeat import Beat
 
-BUILD, LOAD = "build", "load"
+BUILD, LOAD, PREPARE = "build", "load", "prepare"
 HAND_OVER = "hand_over"
 WAITING = ("wait_batch", "evaluate", "wait_disk", BUILD, LOAD)
 """Spans of a rank with deadlines of their own: those of the requests to the orchestrator, of a full disk, and of the start."""
@@ -82,7 +82,7 @@ class Signs:
     def _patience(self, beat: Beat) -> float:
         """Imports and compilations of the start hold the interpreter for long, and longer where many processes start on few cores; so does
         torch while it reads a large tensor of a checkpoint."""
-        return max(self._start_s, self._silence_s) if beat.doing.startswith((BUILD, LOAD)) else self._silence_s
+        return max(self._start_s, self._silence_s) if beat.doing.startswith((BUILD, LOAD, PREPARE)) else self._silence_s
 
 
 def name_all(beats: list[Beat]) -> str:

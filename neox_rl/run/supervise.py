@@ -142,7 +142,7 @@ class Supervisor:
         if not self._up and (RANKS not in self._due) and read_status(self.paths.status).phase != "starting":
             self._up = True
             self._healed(RANKS)
-        if ORCHESTRATOR in self._healing and ORCHESTRATOR not in self._due and self._watch.heard_of(ORCHESTRATOR):
+        if ORCHESTRATOR in self._healing and ORCHESTRATOR not in self._due and self._watch.orchestrator_is_up():
             self._healed(ORCHESTRATOR)
         if (room := self._watch.without_room()) and not self._full:
             self._warn(f"the disk is full, make room: {room}")

@@ -15,7 +15,7 @@ from neox_rl.config.placement import num_ranks
 from neox_rl.config.run import RunConfig
 from neox_rl.run.hosts import read_hosts
 from neox_rl.run.processes import ORCHESTRATOR, RANKS
-from neox_rl.run.signs import MAX_NAMED, Signs, name_all
+from neox_rl.run.signs import MAX_NAMED, PREPARE, Signs, name_all
 from neox_rl.telemetry.heartbeat import Beat, interval_s, read_beats
 from neox_rl.telemetry.paths import RunPaths
 from neox_rl.telemetry.status import read_status
@@ -27,6 +27,7 @@ QUIET_BEATS = 2.5
 TRACEBACKS_S = 0.5
 APART_S = 0.05
 """Between the tracebacks of two ranks: they share a log, and those written at once cannot be read."""
+LONGER = "give it longer where nothing is wrong: metarl.deadlines.ranks_start_s"
 WAITS = "waits for "
 """With which an orchestrator's word in the status begins while nothing can go on."""
 _TAIL_BYTES = 4096
@@ -45,6 +46,8 @@ class Watch:
         self._gone: float | None = None
         self._lost = ""
         self._started = self._ranks_started = time.monotonic()
+        self._orchestrated = config.metarl.debug.mode != "train_only"
+        self._up_at: float | None = None
         ranks = sum(read_hosts(config).values()) if config.neox.hostfile else num_ranks(config)
         self._ranks = [f"{RANKS}-{rank}" for rank in range(ranks)]
 
@@ -52,7 +55,7 @@ class Watch:
         """Processes of these names are about to be started."""
         self._signs.forget(prefix)
         if prefix == ORCHESTRATOR:
-            self._started = time.monotonic()
+            self._started, self._up_at = time.monotonic(), None
         else:
             self._ranks_started = time.monotonic() if prefix == f"{RANKS}-" else self._ranks_started
             self._gone, self._lost = None, ""
@@ -67,8 +70,10 @@ class Watch:
         if now - self._looked >= self._every_s:
             self._signs.hear(read_beats(self._paths.beats, ""), now, self._every_s)
             self._looked = now
+            if self._up_at is None and self.orchestrator_is_up():
+                self._up_at = now
         if name == ORCHESTRATOR:
-            return self._late(now, up) or self._signs.stuck(ORCHESTRATOR, now)
+            return self._late(now) or self._signs.stuck(ORCHESTRATOR, now)
         return self._lost_rank(now) or self._signs.stuck(f"{RANKS}-", now) or self._not_up(now, up)
 
     def _request(self, server: str) -> str:
@@ -82,22 +87,28 @@ class Watch:
             return f"was to be started again: {reason or 'no reason given'}"
         return ""
 
-    def _late(self, now: float, up: bool) -> str:
-        """An orchestrator that was started beside living ranks, and does not come up."""
-        if up and not self.heard_of(ORCHESTRATOR) and now - self._started > self._start_s:
-            return f"did not come up within {self._start_s:.0f} s"
-        return ""
+    def orchestrator_is_up(self) -> bool:
+        """Whether it is heard of, and not at its beginnings any more."""
+        return any(not beat.doing.startswith(PREPARE) for beat in self.heard_of(ORCHESTRATOR))
+
+    def _late(self, now: float) -> str:
+        """An orchestrator that does not come up, beside living ranks or those that wait for it to begin."""
+        if self._up_at is not None or now - self._started <= self._start_s:
+            return ""
+        at = name_all(self.heard_of(ORCHESTRATOR)) or f"nothing was heard of {ORCHESTRATOR}"
+        return f"did not come up within {self._start_s:.0f} s: {at}; {LONGER}"
 
     def _not_up(self, now: float, up: bool) -> str:
-        """Ranks that beat, or have not begun to, and of whom the orchestrator has not heard."""
-        if up or now - self._ranks_started <= self._start_s:
+        """Ranks that beat, or have not begun to, and of whom the orchestrator has not heard: none that is not up itself can."""
+        if up or (self._orchestrated and self._up_at is None):
+            return ""
+        if now - max(self._ranks_started, self._up_at or 0.0) <= self._start_s:
             return ""
         beats = self.heard_of(f"{RANKS}-")
         unheard = [rank for rank in self._ranks if rank not in {beat.process for beat in beats}]
         more = f" and {len(unheard) - MAX_NAMED} more" if len(unheard) > MAX_NAMED else ""
         never = f"nothing was heard of {', '.join(unheard[:MAX_NAMED])}{more}" if unheard else ""
-        fix = "if they were well, give them longer: metarl.deadlines.ranks_start_s"
-        return f"did not come up within {self._start_s:.0f} s: {'; '.join(filter(None, (name_all(beats), never, fix)))}"
+        return f"did not come up within {self._start_s:.0f} s: {'; '.join(filter(None, (name_all(beats), never, LONGER)))}"
 
     def _lost_rank(self, now: float) -> str:
         """A rank whose process is gone. Not where ranks are on other machines, too: one here may be gone because one there was."""

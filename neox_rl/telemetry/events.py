@@ -37,6 +37,7 @@ SPANS: Final[dict[str, str]] = {
     "wait_disk": "waiting for room on the disk, to save",
     "evaluate": "held-out evaluation",
     # orchestrator
+    "prepare": "the problems, the verifier and the sockets are made, and the journal is read",
     "demonstrate": "building demonstrations",
     "generate": "rollouts in flight",
     # server

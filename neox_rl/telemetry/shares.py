@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from neox_rl.telemetry.events import Event, parts_of
 
 PRECEDENCE = (
-    "paused", "wait_disk", "checkpoint", "publish", "hand_over", "evaluate", "train_step", "generate", "generating", "demonstrate", "build",
-    "load", "wait_batch", "heal", "start_servers", "start_ranks", "shutdown",
+    "paused", "wait_disk", "checkpoint", "publish", "hand_over", "evaluate", "train_step", "generate", "generating", "demonstrate",
+    "prepare", "build", "load", "wait_batch", "heal", "start_servers", "start_ranks", "shutdown",
 )  # fmt: skip
 """Of the spans open at one moment, the first named here gets the moment; so shares of one process add up to its time."""
 IDLE = "idle"

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from neox_rl.errors import ConfigError
+from neox_rl.run import orchestrator
 from neox_rl.telemetry.events import EventLog
 from neox_rl.telemetry.heartbeat import Beat, Heartbeat, forget_beats, interval_s, read_beats
+from tests.unit.small_run import small_config, small_paths
 
 
 @pytest.fixture
@@ -80,3 +83,18 @@ def test_the_span_that_failed_is_the_innermost_that_the_first_exception_left(eve
 @pytest.mark.parametrize(("silence_s", "every_s"), [(1.0, 0.1), (30.0, 3.0), (600.0, 3.0)])
 def test_many_beats_fit_into_the_silence_that_means_death(silence_s: float, every_s: float) -> None:
     assert interval_s(silence_s) == every_s
+
+
+def test_an_orchestrator_says_what_it_is_at_before_it_has_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config(tmp_path)
+    paths = small_paths(config)
+    heard: list[dict[str, Beat]] = []
+
+    async def refuses(*_: object) -> None:
+        heard.append(read_beats(paths.beats, ""))
+        raise ConfigError("no problems")
+
+    monkeypatch.setattr(orchestrator, "build_parts", refuses)
+    with pytest.raises(ConfigError, match="no problems"):
+        asyncio.run(orchestrator.serve(config, paths))
+    assert [(beat.number, beat.doing) for beat in heard[0].values()] == [(1, "prepare")]

@@ -27,7 +27,7 @@ from neox_rl.queue.wire_client import ExperienceClient
 from neox_rl.run.comeback import open_book
 from neox_rl.run.endpoints import choose_endpoints, write_endpoints
 from neox_rl.run.orchestrator import Orchestrator, leaves
-from neox_rl.run.parts import build_parts
+from neox_rl.run.parts import build_parts, signs_of_life
 from neox_rl.telemetry.jsonl import read_jsonl
 from neox_rl.telemetry.metrics import MetricsWriter
 from neox_rl.telemetry.status import read_status
@@ -66,7 +66,7 @@ class Run:
     async def _serve(self) -> None:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(scripted_server(self.config, self.endpoints.servers[0]))
-            parts = await build_parts(self.config, self.paths, stack)
+            parts = await build_parts(self.config, self.paths, signs_of_life(self.config, self.paths, stack), stack)
             server = ExperienceServer("127.0.0.1", self.endpoints.experience_port)
             stack.callback(server.close)
             book = Book.open(self.paths.journal, self.attempt, 0.02, 60.0)

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -159,6 +160,40 @@ def test_a_successor_under_the_same_name_starts_anew() -> None:
     assert signs.stuck("trainer-", 7.0) == ""
     signs.forget("trainer-")
     assert signs.heard_of("trainer-") == []
+
+
+@pytest.mark.parametrize("up", [False, True])
+@pytest.mark.parametrize("at", ["", "prepare"])
+def test_an_orchestrator_that_does_not_come_up_is_named_with_what_it_is_at_and_not_the_ranks_that_wait_for_it(
+    tmp_path: Path, at: str, up: bool
+) -> None:
+    config = small_config(tmp_path)
+    paths, start_s = small_paths(config), config.metarl.deadlines.ranks_start_s
+    watch, begun = Watch(config, paths), time.monotonic()
+
+    def said(now: float) -> list[str]:
+        return [watch.reason_to_end(name, up, begun + now) for name in (ORCHESTRATOR, RANKS)]
+
+    def beats(doing: str, number: int) -> None:
+        row = asdict(replace(beat(0, number, doing), process=ORCHESTRATOR))
+        paths.beats.joinpath(f"{ORCHESTRATOR}.json").write_text(json.dumps(row))
+
+    if at:
+        beats(at, 1)
+    assert said(start_s - 1.0) == ["", ""]
+    if at:
+        beats(at, 2)
+    heard = f"{ORCHESTRATOR} (pid 100 on here), at {at}" if at else f"nothing was heard of {ORCHESTRATOR}"
+    late, ranks = said(start_s + 1.0)
+    assert late.startswith(f"did not come up within {start_s:.0f} s: {heard}; ") and ranks == ""
+    beats("generate", 3)
+    assert said(start_s + 2.0) == ["", ""], "it serves, and hears the ranks from now on"
+    beats("generate", 4)
+    assert said(2 * start_s + 1.0) == ["", ""]
+    beats("generate", 5)
+    late, ranks = said(2 * start_s + 3.0)
+    found = f"did not come up within {start_s:.0f} s: nothing was heard of trainer-0"
+    assert late == "" and (ranks == "" if up else ranks.startswith(found))
 
 
 def test_a_rank_that_gave_another_one_up_is_named_with_the_one_that_is_silent(tmp_path: Path) -> None:

@@ -361,16 +361,17 @@ def starting(supervisor: Supervisor, restarts: int) -> Supervisor:
 def test_ranks_that_hang_while_they_start_are_named_with_what_they_are_at_and_those_never_heard_of(supervisor: Supervisor) -> None:
     supervisor = starting(supervisor, restarts=0)
     heard = r"trainer-0 \(pid \d+ on .*\), at train_step phase rl step 3; nothing was heard of trainer-1"
-    heard += r"; if they were well, give them longer: metarl\.deadlines\.ranks_start_s"
+    heard += r"; give it longer where nothing is wrong: metarl\.deadlines\.ranks_start_s"
     with pytest.raises(ProcessDiedError, match=rf"^trainer did not come up within 8 s: {heard}; log .*trainer\.log"):
-        run(supervisor, orchestrator=FOREVER, trainer=beating(supervisor, "trainer-0", "time.sleep(60)"))
+        serving, rank = (beating(supervisor, name, "time.sleep(60)") for name in (ORCHESTRATOR, "trainer-0"))
+        run(supervisor, orchestrator=serving, trainer=rank)
     assert no_process_is_left(supervisor)
 
 
 def test_ranks_that_hang_while_they_start_are_started_again(supervisor: Supervisor) -> None:
     supervisor = starting(supervisor, restarts=1)
     trainer = once(supervisor.paths, "trainer", "import time; time.sleep(60)", until_said(supervisor.paths))
-    orchestrator = once(supervisor.paths, "orchestrator", FOREVER, last_word(supervisor.paths, 0.4))
+    orchestrator = once(supervisor.paths, ORCHESTRATOR, beating(supervisor, ORCHESTRATOR, FOREVER), last_word(supervisor.paths, 0.4))
     assert run(supervisor, orchestrator=orchestrator, trainer=trainer) is True
     assert faults(supervisor) == [("died", RANKS), ("restarted", RANKS)] and no_process_is_left(supervisor)
 
