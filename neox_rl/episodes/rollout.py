@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -116,6 +117,12 @@ class _Context:
             return False
         self.segments.append(Segment(ids, Role.ENV, episode=episode))
         return True
+
+
+def num_calls(trace: Trace) -> int:
+    """How often a tool answered: what it says is followed by more of the same episode, and what the environment says by the next one."""
+    parts = [segment for segment in trace.segments if segment.role is not Role.PROMPT]
+    return sum(said.role is Role.ENV and said.episode == after.episode for said, after in itertools.pairwise(parts))
 
 
 def policy_segments(completion: Completion, episode: int) -> Iterator[Segment]:

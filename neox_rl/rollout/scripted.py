@@ -22,43 +22,48 @@ _CACHED = 8192
 
 
 class Scripts:
-    """``script(prompt, number)`` is the ``number``-th of the ``NUM_SCRIPTS`` completions of a prompt, always the same one.
+    """``script(prompt, number, heard)`` is the ``number``-th of the ``NUM_SCRIPTS`` completions of a prompt, always the same one.
 
     A completion may be asked for in pieces, each request with the tokens so far behind the prompt, and from another server than before: it
-    goes on with one of the scripts that begin so. Behind the token ``anew``, and the words that follow on it, another one begins: it is
-    told from those words by MIN_BEGUN tokens that a script begins with.
+    goes on with one of the scripts that begin so. ``said`` finds in those tokens what others said last: they and all that follows, and
+    what the next script is to know of it (``heard``); None where the policy alone has spoken. Behind such words another script begins: it
+    is told from them by MIN_BEGUN tokens that a script begins with.
     """
 
     def __init__(
-        self, prompts: Collection[tuple[int, ...]], script: Callable[[tuple[int, ...], int], Sequence[int]], anew: int | None = None
+        self,
+        prompts: Collection[tuple[int, ...]],
+        script: Callable[[tuple[int, ...], int, str], Sequence[int]],
+        said: Callable[[tuple[int, ...]], tuple[tuple[int, ...], str] | None] = lambda begun: None,
     ) -> None:
-        self._anew = anew
+        self._said = said
         self._prompts = frozenset(prompts)
         self._lengths = sorted({len(prompt) for prompt in prompts})
-        self._script = lru_cache(_CACHED)(lambda prompt, number: tuple(script(prompt, number)))
+        self._script = lru_cache(_CACHED)(lambda prompt, number, heard: tuple(script(prompt, number, heard)))
 
     def go_on(self, ids: Sequence[int], rng: random.Random, greedy: bool) -> tuple[int, ...]:
-        """What follows ``ids``: a prompt and, maybe, the first tokens of one of its scripts. Raises KeyError for anything else."""
+        """What follows ``ids``: a prompt and, maybe, what was written and said so far. Raises KeyError for anything else."""
         whole = tuple(ids)
         for length in self._lengths:
             prompt, begun = whole[:length], whole[length:]
             if prompt in self._prompts:
-                begun = self._newest(prompt, begun)
+                begun, heard = self._newest(prompt, begun)
                 numbers = [0] if greedy else [rng.randrange(NUM_SCRIPTS)]
                 if begun:
-                    numbers = [n for n in range(NUM_SCRIPTS) if self._script(prompt, n)[: len(begun)] == begun]
+                    numbers = [n for n in range(NUM_SCRIPTS) if self._script(prompt, n, heard)[: len(begun)] == begun]
                 if numbers:
-                    return self._script(prompt, numbers[0] if greedy else rng.choice(numbers))[len(begun) :]
+                    return self._script(prompt, numbers[0] if greedy else rng.choice(numbers), heard)[len(begun) :]
         raise KeyError(f"a prompt of {len(whole)} tokens that is none of the run's, or goes on as no script does")
 
-    def _newest(self, prompt: tuple[int, ...], begun: tuple[int, ...]) -> tuple[int, ...]:
-        """What there is of the last script."""
-        if self._anew not in begun:
-            return begun
-        words = begun[len(begun) - begun[::-1].index(self._anew) :]
-        scripts = [self._script(prompt, n) for n in range(NUM_SCRIPTS)]
+    def _newest(self, prompt: tuple[int, ...], begun: tuple[int, ...]) -> tuple[tuple[int, ...], str]:
+        """What there is of the last script, and what it heard."""
+        said = self._said(begun)
+        if said is None:
+            return begun, ""
+        words, heard = said
+        scripts = [self._script(prompt, n, heard) for n in range(NUM_SCRIPTS)]
         tails = (words[start:] for start in range(len(words) - MIN_BEGUN + 1))
-        return next((tail for tail in tails if any(script[: len(tail)] == tail for script in scripts)), ())
+        return next((tail for tail in tails if any(script[: len(tail)] == tail for script in scripts)), ()), heard
 
 
 class Switches:

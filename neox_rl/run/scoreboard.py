@@ -13,6 +13,7 @@ from typing import cast
 from neox_rl.arithmetic import ARITHMETIC_TASKS
 from neox_rl.config.derived import staleness_bound, trains_steps
 from neox_rl.config.run import RunConfig
+from neox_rl.episodes.rollout import num_calls
 from neox_rl.errors import DiskStaysFullError
 from neox_rl.ports import Tokenizer
 from neox_rl.queue.history import Tally
@@ -78,6 +79,8 @@ class Scoreboard:
         self._searched: dict[str, float] = {}
         self._made_by_search = config.metarl.rollout.method == "search"
         self._made_of_episodes = config.metarl.rollout.method == "episodes"
+        self._may_call = self._made_of_episodes and config.metarl.episodes.tool != "none"
+        self._calls: float | None = None
         self._shown_whole = self._made_by_search or rewards_solutions(config)
         self._made_of_steps = trains_steps(config)
         self._word = ""
@@ -151,6 +154,8 @@ class Scoreboard:
         }
         if self._delivered:
             books["search"] = {**summary(self._delivered)}
+        if self._calls is not None:
+            books["tool_calls_mean"] = self._calls
         if self._searched:
             books["searched"] = {**self._searched}
         return books
@@ -198,6 +203,8 @@ class Scoreboard:
         self._searched = search_books(groups) if self._made_by_search else {}
         if self._made_by_search and prefix_hit_rate is not None:
             self._searched["prefix_cache_hit_rate"] = prefix_hit_rate
+        calls = [num_calls(trace) for group in groups for trace in group.traces]
+        self._calls = sum(calls) / len(calls) if calls and self._may_call else None
 
     def servers(self, states: Mapping[str, str]) -> None:
         """What each server is now."""

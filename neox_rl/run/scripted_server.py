@@ -4,7 +4,8 @@
 
 Weights are fetched, verified and staged as in a vLLM worker, and then thrown away; pauses, labels and version spans are those of a real
 server. What it writes are depth-first searches in random order, some without their end: right and wrong answers of all lengths. How long
-and how fast they are is set by the ``scripted`` block of the config.
+and how fast they are is set by the ``scripted`` block of the config. Where episodes have a tool, half of them call it
+(``scripted_calls``).
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from neox_rl.episodes.objectives import tagged, tags_of
 from neox_rl.errors import ConfigError, NeoxRLError, WeightError
 from neox_rl.guard import with_own_tmp
 from neox_rl.keys import Keys
-from neox_rl.metacot import EPISODE
 from neox_rl.ports import Tokenizer
 from neox_rl.problems.sources import load_problems
 from neox_rl.problems.tokenizer import load_tokenizer
 from neox_rl.rollout.scripted import LOGPROB, Scripts, Switches, choice
 from neox_rl.rollout.vllm_client import ROUTE
 from neox_rl.rollout.vllm_server import ServerSpec
+from neox_rl.run.scripted_calls import last_said, words_with
 from neox_rl.search.dfs import dfs
 from neox_rl.search.linearize import linearize, text_of
 from neox_rl.types import Finish, Problem
@@ -166,11 +167,18 @@ def scripts_of(config: RunConfig) -> Scripts:
     metarl = config.metarl
     problems = load_problems(metarl.problems, metarl.seed)
     tokenizer = load_tokenizer(metarl.tokenizer, metarl.problems, num_episodes(config))
-    tags, anew = [""], None
-    if config.metarl.rollout.method == "episodes":
-        tags, anew = list(tags_of(metarl.episodes.gammas).values()), tokenizer.encode(EPISODE)[0]
+    several = metarl.rollout.method == "episodes"
+    tags = list(tags_of(metarl.episodes.gammas).values()) if several else [""]
     by_prompt = {tokenizer.encode_prompt(tagged(p.prompt, tag)): p for p in (*problems.train, *problems.heldout) for tag in tags}
-    return Scripts(by_prompt.keys(), lambda prompt, n: _script(by_prompt[prompt], n, tokenizer, metarl.scripted, metarl.seed), anew)
+
+    def script(prompt: tuple[int, ...], number: int, heard: str) -> tuple[int, ...]:
+        problem = by_prompt[prompt]
+        rng = random.Random(f"call/{metarl.seed}/{problem.id}/{number}/{heard}")
+        if several and (words := words_with(metarl.episodes.tool, problem, number, rng, heard)):
+            return (*tokenizer.encode(words), tokenizer.eos_id)
+        return _script(problem, number, tokenizer, metarl.scripted, metarl.seed)
+
+    return Scripts(by_prompt.keys(), script, lambda begun: last_said(begun, tokenizer) if several else None)
 
 
 def _script(problem: Problem, number: int, tokenizer: Tokenizer, config: ScriptedConfig, seed: int) -> tuple[int, ...]:

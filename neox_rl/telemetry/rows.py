@@ -91,6 +91,8 @@ class MetricsRow(TypedDict, total=False):
     """Cumulative: tickets consumed more than once. The run stops at the first."""
     search: dict[str, float]
     """Search quality of the step's rollouts; the keys are those of ``SEARCH_METRICS``."""
+    tool_calls_mean: float
+    """Calls of the tool in a rollout of the step, answered in whatever way, where episodes have a tool."""
     searched: dict[str, float]
     """Where rollouts are made by search: ``solved_frac`` of the problems, ``failed_frac`` of them with a search that lost its server and
     broke off, ``steps`` that the trees hold, ``traces`` made of them, and the tokens that were generated for them (``tokens_paid``) and
@@ -191,9 +193,12 @@ class SearchMetric:
 _M = SearchMetric
 SEARCH_METRICS: Final[dict[str, SearchMetric]] = {
     "wrong_nodes_per_output": _M(
-        "Wrong steps an attempt", "steps with false arithmetic, with numbers that are not at hand, or beyond the rules", "lower", ""
+        "Wrong steps an attempt",
+        "steps with false arithmetic, with numbers that are not at hand, or beyond the rules; in free text, false equations",
+        "lower",
+        "",
     ),
-    "wrong_nodes_frac": _M("Wrong steps", "their share of all steps", "lower"),
+    "wrong_nodes_frac": _M("Wrong steps", "their share of all steps; in free text, of all equations", "lower"),
     "wrong_comparisons_frac": _M("Wrong comparisons", "leaves called too low or too high when they were not", "lower"),
     "false_goals_per_output": _M("False goal claims", "how often an attempt says it reached the target when it had not", "lower", ""),
     "reached_goal_frac": _M("Goal reached", "attempts whose search truly finds the target, by right steps only", "higher"),
@@ -207,7 +212,7 @@ SEARCH_METRICS: Final[dict[str, SearchMetric]] = {
     "junk_words_per_output": _M("Unreadable words", "words outside the search language, an attempt", "lower", ""),
     "search_words_frac": _M("Share of search", "of what an attempt writes, what comes before its solution", ""),
     "answer_frac": _M("Gave an answer", "attempts that end in a solution, right or wrong", "higher"),
-    "mean_nodes": _M("Steps an attempt", "search steps written, dead ends included", "", "count"),
+    "mean_nodes": _M("Steps an attempt", "search steps written, dead ends included; in free text, lines", "", "count"),
     "mean_dead_ends": _M("Dead ends an attempt", "leaves that are not the target", "", "count"),
     "mean_tokens": _M("Tokens an attempt", "search and solution together", "", "count"),
 }

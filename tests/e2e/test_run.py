@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -13,10 +14,15 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from neox_rl.batch.record import read_batch
 from neox_rl.keys import RUN_FILE, Keys
+from neox_rl.metacot import goal_prompt
+from neox_rl.problems.make_tokenizer import EOS, PAD, train_tokenizer
+from neox_rl.problems.tokenizer import DirectoryTokenizer, save_hf
 from neox_rl.queue.sim.measured import measure
 from neox_rl.telemetry.events import read_events
 from neox_rl.telemetry.jsonl import read_jsonl
+from neox_rl.types import NO_VERSION, Role
 from tests.e2e.runs import ROOT, Run, own_address
 
 SFT, RL = 4, 10
@@ -168,5 +174,51 @@ def test_a_run_of_several_episodes_a_rollout_trains_them_and_evaluates_by_episod
     assert max(row["reward_mean"] for row in rl) > 1, "more than one episode of a rollout may be right"
     rows = read_jsonl(run.paths.rollouts)
     assert any("\n[EPISODE 2] wrong" in row["text"] for row in rows) and all(len(row["lines"]) <= 5 for row in rows)
+    assert audited(run)
+
+
+def audited(run: Run) -> bool:
     audit = subprocess.run([sys.executable, "tools/audit.py", str(run.paths.root)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert audit.returncode == 0, audit.stdout + audit.stderr
+    return True
+
+
+@pytest.fixture(scope="module")
+def called(runs: Path) -> dict[str, Run]:
+    """By the name of their tool, runs whose policy calls it. They start together: most of their time goes into starting."""
+    words = train_tokenizer([goal_prompt(6), "[PYTHON]\nprint(1 + 2)\n[/PYTHON]\n[EPISODE 2] wrong\n[CALC 1 + 2]"], 320)
+    save_hf(words, {"pad_token": PAD, "eos_token": EOS}, runs / "tokenizer")
+
+    def started(tool: str) -> Run:
+        asked = (f"metarl.episodes.tool={tool}", "metarl.episodes.tool_deadline_s=0.3", "metarl.problems.source=goal_finding")
+        recorded = (f"metarl.debug.record_batches={runs}/{tool}-batches", f"metarl.tokenizer.path={runs}/tokenizer")
+        return Run(runs, tool, *asked, *recorded, "train_iters=3", "metarl.warmstart.steps=1", config="episodes")
+
+    started_runs = {tool: started(tool) for tool in ("calculator", "python")}
+    for run in started_runs.values():
+        assert run.wait() == 0, run.said()
+    return started_runs
+
+
+@pytest.mark.parametrize(
+    ("tool", "answers"),
+    [
+        ("calculator", {"= 3", "= error: division by zero"}),
+        ("python", {"> 3", "> ZeroDivisionError, line 1: division by zero", "> ended: time limit of 0.3 s"}),
+    ],
+)
+def test_what_a_tool_answers_is_read_and_not_trained(runs: Path, called: dict[str, Run], tool: str, answers: set[str]) -> None:
+    """Programs that never end among them: they cost their deadline and no more."""
+    run, tokenizer, said = called[tool], DirectoryTokenizer(runs / "tokenizer"), set[str]()
+    assert run.gone() and audited(run)
+    for row in (row for row in run.metrics() if row["phase"] == "rl"):
+        groups, _ = read_batch(runs / f"{tool}-batches", "rl", row["step"])
+        traces = [trace for group in groups for trace in group.traces]
+        told = [segment for trace in traces for segment in trace.segments]
+        heard = [s for s in told if s.role is Role.ENV]
+        said |= {line for s in heard for line in tokenizer.decode(s.ids).splitlines()}
+        assert all((s.mask, s.logprobs, s.version) == (0.0, (), NO_VERSION) for s in heard)
+        assert row["tokens_trained"] + row["tokens_masked_stale"] == sum(len(s.ids) for s in told if s.role is Role.THINK)
+        assert row["tool_calls_mean"] == sum(tokenizer.decode(s.ids)[:2] in ("\n=", "\n>") for s in heard) / len(traces) > 0
+    assert answers <= said and any(line.startswith("[EPISODE 2] wrong") for line in said)
+    assert any(re.search(r"[=>] (\d)\n\1\n", row["text"]) for row in read_jsonl(run.paths.rollouts)), "the door that the tool said is named"

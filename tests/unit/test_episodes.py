@@ -17,7 +17,7 @@ from neox_rl.episodes.calculator import CalculatorError, calculator, evaluate
 from neox_rl.episodes.environments import Judged, Stepwise, environment_of, reached
 from neox_rl.episodes.objectives import Objective, credits, discounted, qstar_reward, tagged, tags_of, total
 from neox_rl.episodes.protocol import Ending, Feedback, Outcome, Progress, Rules, announcement, read_ending
-from neox_rl.episodes.rollout import MAX_CALLS, Episodes, Rollout
+from neox_rl.episodes.rollout import MAX_CALLS, Episodes, Rollout, num_calls
 from neox_rl.episodes.sandbox import Limits, PythonSandbox
 from neox_rl.episodes.tools import Tool, calculate, python_tool
 from neox_rl.errors import ConfigError
@@ -214,6 +214,7 @@ def test_what_a_calculator_says_is_context_and_a_policy_that_only_calls_comes_to
     assert [(s.mask, s.version, s.logprobs != ()) for s in asks.trace.segments[1:]] == [(1.0, 5, True), (0.0, -1, False), (1.0, 5, True)]
     forever = roll_out(problem, lambda _: "[CALC 1]", 2, calculate)
     assert sum(s.role is Role.ENV for s in forever.trace.segments) <= 2 * MAX_CALLS + 1
+    assert num_calls(asks.trace) == 1 and 2 <= num_calls(forever.trace) < sum(s.role is Role.ENV for s in forever.trace.segments)
     assert all(sum(len(s.ids) for s in forever.trace.segments if s.episode == e and s.mask) <= 40 for e in (0, 1))
 
 
