@@ -9,7 +9,8 @@ MAX_CHARS = 200
 MAX_DEPTH = 20
 MAX_DIGITS = 60
 """Of a result: longer ones are refused, so that a chain of products costs nothing."""
-_CALL = re.compile(r"\[CALC ([^\[\]\n]{1,200})\]\s*$")
+CALL = re.compile(r"\[CALC ([^\[\]\n]{1,200})\]")
+_LAST = re.compile(CALL.pattern + r"\s*$")
 _TOKEN = re.compile(r"\s*(?:([0-9]{1,20}(?:\.[0-9]{1,20})?)|([-+*/()]))")
 
 
@@ -19,7 +20,7 @@ class CalculatorError(ValueError):
 
 def calculator(text: str) -> str | None:
     """``rollout.Tool``: the line that answers a call at the end of ``text``; None when there is no call."""
-    found = _CALL.search(text[-2 * MAX_CHARS :])
+    found = _LAST.search(text[-2 * MAX_CHARS :])
     if found is None:
         return None
     try:

@@ -39,7 +39,7 @@ CHANGES = (
 )
 
 
-def word_problem(rng: random.Random, steps: int, max_value: int, terse_frac: float) -> dict[str, str]:
+def word_problem(rng: random.Random, steps: int, max_value: int, terse_frac: float, calls: bool) -> dict[str, str]:
     """A row ``{problem, solution, answer}``."""
     name, things = rng.choice(NAMES), rng.choice(THINGS)
     total = rng.randint(2, max_value)
@@ -50,7 +50,7 @@ def word_problem(rng: random.Random, steps: int, max_value: int, terse_frac: flo
         result = {"+": total + n, "-": total - n, "*": total * n, "/": total // n if total % n == 0 else -1}[change.operator]
         if 0 <= result <= max_value:
             story.append(change.sentence.format(name=name, n=n, things=things))
-            lines.append(f"{total} {change.operator} {n} = {result}.")
+            lines.append(f"[CALC {total} {change.operator} {n}]" if calls else f"{total} {change.operator} {n} = {result}.")
             total = result
     question = f"How many {things} does {name} have now?"
     return {
@@ -60,12 +60,12 @@ def word_problem(rng: random.Random, steps: int, max_value: int, terse_frac: flo
     }
 
 
-def word_problems(num: int, steps: int, max_value: int, terse_frac: float, seed: int) -> list[dict[str, str]]:
-    """``num`` different problems."""
+def word_problems(num: int, steps: int, max_value: int, terse_frac: float, seed: int, calls: bool = False) -> list[dict[str, str]]:
+    """``num`` different problems; ``calls``: each step of a solution asks the calculator."""
     rng = random.Random(f"word problems/{seed}/{steps}/{max_value}")
     rows: dict[str, dict[str, str]] = {}
     while len(rows) < num:
-        row = word_problem(rng, steps, max_value, terse_frac)
+        row = word_problem(rng, steps, max_value, terse_frac, calls)
         rows.setdefault(row["problem"], row)
     return list(rows.values())
 
@@ -76,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=2, help="changes in a story (default %(default)s)")
     parser.add_argument("--max-value", type=int, default=10, help="largest number (default %(default)s)")
     parser.add_argument("--terse-frac", type=float, default=0.5, help="share of solutions without steps (default %(default)s)")
+    parser.add_argument("--calls", action="store_true", help="solutions call the calculator: [CALC 9 + 4] (metarl.episodes.tool)")
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--out", type=Path, required=True, help="JSONL file to write, for metarl.problems.path")
     args = parser.parse_args(argv)
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--num {args.num} must be 1 to 100000, --steps {args.steps} 1 to 20, --max-value {args.max_value} 10 to 10000")
     if not 0 <= args.terse_frac <= 1:
         parser.error(f"--terse-frac {args.terse_frac} must be 0 to 1")
-    rows = word_problems(args.num, args.steps, args.max_value, args.terse_frac, args.seed)
+    rows = word_problems(args.num, args.steps, args.max_value, args.terse_frac, args.seed, args.calls)
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

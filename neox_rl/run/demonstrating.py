@@ -12,6 +12,7 @@ from neox_rl.config.run import RunConfig
 from neox_rl.errors import ConfigError, WireError
 from neox_rl.ports import Tokenizer
 from neox_rl.queue.wire_messages import Phase
+from neox_rl.run.called_demonstrations import with_calls
 from neox_rl.run.episode_demonstrations import episode_demonstrations
 from neox_rl.search.demonstrations import WRITTEN, Source, TraceStyle, attempts, of_problems, searches, trees, values, written
 from neox_rl.search.linearize import Mask
@@ -35,7 +36,9 @@ def demonstration_source(config: RunConfig, problems: Sequence[Problem], tokeniz
         case "attempts":
             return attempts(_attempts(Path(w.path)), problems)
         case name if name == WRITTEN:
-            return written(problems, style, tokenizer)
+            as_they_are = written(problems, style, tokenizer)
+            called = config.metarl.rollout.method == "episodes" and config.metarl.episodes.tool == "calculator"
+            return with_calls(config, [p for p in problems if "solution" in p.meta], tokenizer) if called else as_they_are
     return searches(problems, w.style, style, tokenizer)
 
 
