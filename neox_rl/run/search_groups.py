@@ -42,6 +42,7 @@ from neox_rl.search.rollouts import (
 )
 from neox_rl.search.search import Grown, Search
 from neox_rl.search.strategy import Options
+from neox_rl.search.styles import BACKTRACK
 from neox_rl.search.values import Value, ValueFailedError
 from neox_rl.types import NO_VERSION, End, Finish, Group, Problem, SamplingParams, Trace, Tree, Verdict
 
@@ -141,6 +142,6 @@ def search_groups(config: RunConfig, attempts: Attempts, prm: Value | None = Non
     prune = 0.0 if block.value == "oracle" and block.prune else None
     options = Options(block.width, block.batch, block.beam, prune, exploration=block.exploration)
     domain = partial(domain_of, verifier=attempts.verifier)
-    every = block.trains != TRACES or block.telling == "backtrack"  # whose wrong steps are those that an oracle gives nothing
+    every = block.trains != TRACES or block.telling == BACKTRACK  # whose wrong steps are those that an oracle gives nothing
     search = Search(block.strategy, domain, options, metarl.seed, every_value=every)
     return SearchGroups(block, attempts, search, proposer, value, config.neox.seq_length)

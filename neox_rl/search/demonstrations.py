@@ -21,11 +21,11 @@ from typing import TypeAlias
 from neox_rl.errors import ConfigError
 from neox_rl.ports import Tokenizer
 from neox_rl.search.credit import before, value_labels, worth
-from neox_rl.search.dfs import MIXED, dfs, solution_path
+from neox_rl.search.dfs import MIXED, dfs, solution_path, with_wrong_steps
 from neox_rl.search.earlier import told_before_path, told_earlier
 from neox_rl.search.linearize import Mask, Span, demonstration, glue_of, is_arithmetic, linearize, solution_of
 from neox_rl.search.reward_model import value_trace
-from neox_rl.search.styles import STYLES, pruned
+from neox_rl.search.styles import BACKTRACK, STYLES, pruned
 from neox_rl.types import NO_VERSION, Group, Node, Problem, Role, Segment, Trace, Tree
 
 Searcher: TypeAlias = Callable[[Problem, random.Random], Tree]
@@ -66,7 +66,7 @@ class TraceStyle:
     def trace(self, tree: Tree, problem: Problem, tokenizer: Tokenizer, rng: random.Random, id: str) -> Trace:
         told = STYLES[self.telling](pruned(tree, rng, self.prune) if self.prune else tree, rng)
         spans = linearize(told.tree, problem, told.restart)
-        return demonstration(problem, spans, tokenizer, self.choice_weight, id, self.mask, glue_of(problem))
+        return demonstration(problem, spans, tokenizer, self.choice_weight, id, self.mask, glue_of(problem), told.corrects)
 
 
 def searches(problems: Sequence[Problem], searcher: str, style: TraceStyle, tokenizer: Tokenizer) -> Source:
@@ -78,7 +78,10 @@ def searches(problems: Sequence[Problem], searcher: str, style: TraceStyle, toke
 
     def draw(rng: random.Random, id: str) -> Trace:
         problem = rng.choice(problems)
-        return style.trace(SEARCHERS[searcher](problem, rng), problem, tokenizer, rng, id)
+        tree = SEARCHERS[searcher](problem, rng)
+        if style.telling == BACKTRACK and searcher != "solution":
+            tree = with_wrong_steps(tree, problem)
+        return style.trace(tree, problem, tokenizer, rng, id)
 
     return alone(draw)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TypeAlias, cast
 
@@ -105,6 +105,25 @@ def solution_path(problem: Problem, rng: random.Random) -> Tree:
     steps = rng.choice(found)
     for i, step in enumerate(steps):
         nodes.append(step_node(i + 1, i, step, target if i == len(steps) - 1 else None))
+    return new_tree(problem.id, tuple(nodes))
+
+
+def with_wrong_steps(tree: Tree, problem: Problem) -> Tree:
+    """The first solution in ``tree``, with every legal step beside each of its own that cannot be won: wrong steps that no searcher need
+    have tried. A search holds one beside fewer than two thirds of its right steps, since it often finds the way at once."""
+    state, target, max_value = rules(problem)
+    nodes, parent = [new_node(0, NO_NODE, "")], 0
+    for right in tree.path(tree.answer):
+        after = state
+        moves = legal_moves(state, max_value)
+        for move in moves:
+            text, leaf = _text(move.step), len(move.after) == 1
+            if text == right.text:
+                after = move.after
+            elif not solvable(move.after, target, max_value):
+                nodes.append(step_node(len(nodes), parent, move.step, target if leaf else None))
+        nodes.append(replace(right, id=len(nodes), parent=parent, order=len(nodes)))
+        parent, state = len(nodes) - 1, after
     return new_tree(problem.id, tuple(nodes))
 
 

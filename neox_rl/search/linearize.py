@@ -37,7 +37,8 @@ class Span(NamedTuple):
 
 
 class Mask(StrEnum):
-    """Which tokens of a trace are trained on: all of it (22), the search alone (23), or what is not off the solution path (24)."""
+    """Which tokens of a trace are trained on: all of it (22), the search alone (23), or what is not off the solution path (24),
+    or in a telling that ``corrects`` what is no wrong step (10)."""
 
     ALL = "all"
     SEARCH = "search"
@@ -261,11 +262,11 @@ def _enter(nodes: list[Node], entered: dict[tuple[int, str], int], parent: int, 
     return known
 
 
-def weight(span: Span, mask: Mask, choice_weight: float = 1.0) -> float:
-    """The loss weight of each of the span's tokens."""
+def weight(span: Span, mask: Mask, choice_weight: float = 1.0, corrects: bool = False) -> float:
+    """The loss weight of each of the span's tokens. ``corrects``: see ``styles.Telling``."""
     if mask is Mask.SEARCH and span.role is Role.SOLUTION:
         return 0.0
-    if mask is Mask.PATH and not span.on_path:
+    if mask is Mask.PATH and not span.on_path and not (corrects and span.role is not Role.THINK):
         return 0.0
     return choice_weight if span.choice else 1.0
 
@@ -278,13 +279,14 @@ def demonstration(
     id: str,
     mask: Mask = Mask.ALL,
     glue: str = " ",
+    corrects: bool = False,
 ) -> Trace:
     """The prompt as context, then every span with its loss weight and ``glue`` before it, then EOS with the weight of the last span.
 
     Spans are encoded one by one, so that masks end at word ends with any tokenizer. Reward 1: a demonstration is right.
     """
     segments = [Segment(tokenizer.encode_prompt(problem.prompt), Role.PROMPT)]
-    parts = itertools.groupby(spans, key=lambda span: (span.role, weight(span, mask, choice_weight)))
+    parts = itertools.groupby(spans, key=lambda span: (span.role, weight(span, mask, choice_weight, corrects)))
     for (role, loss_weight), group in parts:
         ids = [i for span in group for i in tokenizer.encode(glue + span.text)]
         segments.append(Segment(tuple(ids), role, mask=loss_weight))

@@ -4,11 +4,12 @@
 stream      the search as it was: every step where it was made (stream of search)
 taken       the search as its steps were taken: what was proposed and never gone into is left out
 revision    (5), (7): j ~ Unif(1, 8) earlier attempts that came out wrong, each from the root, then the right one
-backtrack   (8), (10): the right attempt, with a wrong step and the way back before each right one, at a rate
+backtrack   (8), (10): the right attempt, with a wrong step and the way back before a right one, at a rate of the places that have one
 solution    (2), STaR: the right attempt alone
 ==========  ====================================================================================================================
 
-With the mask ``path`` the tokens of the wrong steps are not trained: (24), and for ``backtrack`` (10).
+With the mask ``path`` the tokens of the wrong steps are not trained: (24). For ``backtrack`` that is (10): what it teaches is to see that a
+step was wrong and to go back, so the word on a wrong end and ``back`` are trained, which (24) leaves out with the branch.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from neox_rl.search.dfs import new_tree
 from neox_rl.search.linearize import said, solution_of
 from neox_rl.types import Node, Tree
 
+BACKTRACK = "backtrack"
 MAX_ATTEMPTS = 8
 WRONG_RATE = 0.5
 """Half of the steps wrong was best in the paper: 78 -> 94 % on a model of 124 M parameters (8)."""
@@ -32,6 +34,8 @@ class Telling(NamedTuple):
 
     tree: Tree
     restart: bool = False
+    corrects: bool = False
+    """Judging a wrong step and going back from it are what is told, not a part of the branch."""
 
 
 Style: TypeAlias = Callable[[Tree, random.Random], Telling]
@@ -76,7 +80,10 @@ def revision(tree: Tree, rng: random.Random) -> Telling:
 
 def backtrack(tree: Tree, rng: random.Random, rate: float = WRONG_RATE) -> Telling:
     """A wrong step is one beside the right one that was not taken. Those known not to be wrong are left out: right ends, and where the
-    tree's values are exact (the oracle's) steps that can be won. Where they are estimates nothing tells such steps, and they are told."""
+    tree's values are exact (the oracle's) steps that can be won. Where they are estimates nothing tells such steps, and they are told.
+
+    Where the tree has no wrong step beside the right one none is told, so of a search as a policy made it fewer right steps than ``rate``
+    have one before them. Of the solver's demonstrations every place that allows one does (``dfs.with_wrong_steps``)."""
     solution = solution_of(tree)
     right = {node.id for node in solution}
     told: list[int] = []
@@ -85,7 +92,7 @@ def backtrack(tree: Tree, rng: random.Random, rate: float = WRONG_RATE) -> Telli
         if wrong and rng.random() < rate:
             told.append(rng.choice(wrong))
         told.append(node.id)
-    return Telling(selected(tree, told))
+    return Telling(selected(tree, told), corrects=True)
 
 
 def _known_good(node: Node) -> bool:
@@ -100,7 +107,7 @@ STYLES: Mapping[str, Style] = {
     "stream": stream,
     "taken": taken,
     "revision": revision,
-    "backtrack": backtrack,
+    BACKTRACK: backtrack,
     "solution": solution_alone,
 }
 

@@ -27,11 +27,13 @@ from neox_rl.run import search_cli
 from neox_rl.run.demonstrating import demonstration_source
 from neox_rl.run.launch import prepared
 from neox_rl.run.search_rows import Asking, read_rows
+from neox_rl.search.arithmetic_domain import ArithmeticDomain
 from neox_rl.search.credit import before
-from neox_rl.search.demonstrations import Demonstrations, TraceStyle, values
+from neox_rl.search.demonstrations import Demonstrations, TraceStyle, searches, values
 from neox_rl.search.dfs import dfs
+from neox_rl.search.domain import State
 from neox_rl.search.earlier import told_before_path, told_earlier
-from neox_rl.search.linearize import Mask, solution_of
+from neox_rl.search.linearize import Mask, solution_of, tree_of
 from neox_rl.search.reward_model import WordValue, value_context, value_ids
 from neox_rl.search.styles import STYLES
 from neox_rl.search.trees import read_trees, write_trees
@@ -71,6 +73,44 @@ def test_masks_leave_out_what_their_equation_leaves_out() -> None:
     assert {m for _, m in search[:at]} == {1.0} and {m for _, m in search[at:]} == {0.0}
     kept = " ".join(word for word, m in path if m)
     assert kept == " ".join([*(node.text for node in solution_of(TREE)), *(word for word, _ in everything[at - 1 :])])
+
+
+def test_a_step_taken_back_is_context_and_the_way_back_is_trained() -> None:
+    """(10) against (24): one masks the wrong steps, the other their branches."""
+    for telling, expected in (("backtrack", {metacot.BACK, metacot.LOW, metacot.HIGH}), ("stream", set[str]())):
+        seen, trained = set[str](), set[str]()
+        for seed in range(12):
+            everything, path = (told(TraceStyle(telling, mask), seed) for mask in (Mask.ALL, Mask.PATH))
+            assert [word for word, _ in path] == [word for word, _ in everything]
+            steps = " ".join(word for word, m in path if m and (word[0] in "+-*/=" or word.isdigit()))
+            right = " ".join(node.text for node in solution_of(TREE))
+            assert steps.startswith(right), "of the steps the right ones alone, and the solution"
+            words_of = [(word, m) for word, m in path if word in (metacot.BACK, metacot.LOW, metacot.HIGH)]
+            seen |= {word for word, _ in words_of}
+            trained |= {word for word, m in words_of if m}
+            assert telling == "stream" or all(m for _, m in words_of)
+        assert len(seen) > 1 and trained == expected & seen
+
+
+@pytest.mark.parametrize("searcher", ["dfs", "mixed"])
+def test_half_of_a_solver_s_right_steps_have_a_wrong_one_before_them(searcher: str) -> None:
+    config = of(SMALL)
+    tokenizer = load_tokenizer(config.metarl.tokenizer, config.metarl.problems)
+    problems = problems_of_run(config, tokenizer).train
+    known, right, wrong = {p.id: p for p in problems}, 0, 0
+    source = searches(problems, searcher, TraceStyle("backtrack"), tokenizer)
+    for seed in range(400):
+        (trace,) = source(random.Random(seed), "g000000")
+        problem = known[trace.problem_id]
+        tree = tree_of(problem, tokenizer.decode([i for s in trace.segments[1:] for i in s.ids]))
+        path, domain = {node.id for node in solution_of(tree)}, ArithmeticDomain(problem)
+        for node in tree.nodes[1:]:
+            state: State = domain.root
+            for step in tree.path(node.id):
+                state = domain.step(state, step.text, False).state  # type: ignore[union-attr]
+            assert (domain.solved_value(state) == 1.0) == (node.id in path), "a wrong step is one that cannot be won"
+        right, wrong = right + len(path), wrong + len(tree.nodes) - 1 - len(path)
+    assert 0.42 < wrong / right < 0.55, "a half, less the places where every step can be won"
 
 
 def test_pruning_makes_shorter_traces_that_still_end_right() -> None:
