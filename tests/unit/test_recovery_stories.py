@@ -20,6 +20,7 @@ from typing import Any, cast
 import pytest
 
 from neox_rl.codec import decode_group
+from neox_rl.ports import GroupMaker
 from neox_rl.problems.sources import load_problems
 from neox_rl.problems.tokenizer import load_tokenizer
 from neox_rl.queue.book import Book
@@ -86,7 +87,7 @@ class World:
     """What outlives the processes: the trainer's position and checkpoint, the weights of each version, and who made each token."""
 
     def __init__(self, root: Path, seed: int, faithful: bool, segment_bytes: int | None = None) -> None:
-        self.segment_bytes = segment_bytes
+        self.segment_bytes, self.most_tokens = segment_bytes, 9
         """With it no checkpoint is made, and the journal begins a segment after so many bytes."""
         config = small_config(
             root,
@@ -107,6 +108,9 @@ class World:
 
     def policy(self) -> Policy:
         return Policy(self)
+
+    def groups(self, attempts: Attempts) -> GroupMaker:
+        return attempts
 
 
 @dataclass
@@ -262,7 +266,7 @@ async def live_on(world: World, trainer: Trainer, disk: Disk) -> None:
     events = EventLog(world.paths.event_log("orchestrator"), "orchestrator")
     verifier, tokenizer = EveryOtherVerifier(), Words(world.tokenizer)
     attempts = Attempts(policy, verifier, tokenizer, lambda problem, verdict, text, length: float(verdict.correct))
-    made = dict.fromkeys(("attempts", "maker", "evaluated"), attempts)
+    made = {"attempts": attempts, "maker": world.groups(attempts), "evaluated": attempts}
     watching = {"keeper": policy, "activity": None, "hits": SimpleNamespace(rate=None), "events": events}
     parts = cast(Parts, SimpleNamespace(problems=world.problems, **made, **watching))
     writer = MetricsWriter(world.paths, world.config.metarl.logging)
@@ -317,7 +321,7 @@ def check(world: World, trainer: Trainer) -> None:
     for group in rl:
         for trace in group.traces:
             versions = [s.version for s in trace.segments if s.logprobs]
-            assert versions == sorted(versions) and 1 <= sum(len(s.ids) for s in trace.segments if s.logprobs) <= 9
+            assert versions == sorted(versions) and 1 <= sum(len(s.ids) for s in trace.segments if s.logprobs) <= world.most_tokens
     demonstrations = [group.ticket for step in range(1, SFT + 1) for group in trainer.trained["sft", step]]
     assert demonstrations == list(range(len(demonstrations))), "no demonstration is left out or shown twice"
     rows = [(row["phase"], row["step"]) for row in read_jsonl(world.paths.metrics)]
