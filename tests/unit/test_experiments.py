@@ -108,6 +108,40 @@ def test_the_best_cut_parts_no_equal_scores(experiment, scores: list[float], lab
     assert experiment("prm").best_accuracy(scores, labels) == (accuracy, cut)
 
 
+def test_measurements_are_kept_by_the_weights_that_were_measured_and_by_what_was_asked(
+    experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is made anew under its old name has other weights, and nothing of the old ones is to pass for them."""
+    searching, prm = experiment("searching"), tmp_path / "prm"
+    (tmp_path / "config.yml").write_text("seed: 1")
+    args = argparse.Namespace(run=tmp_path, work=tmp_path, prm=prm)
+    policy, wanted = searching.Checkpoint("SFT 1", tmp_path, 1.0), {"blind": ["--width", "4"], "led": ["--value", "prm"]}
+
+    def made(weights: str, critic: str) -> tuple[Path, Path, Path]:
+        prm.mkdir(exist_ok=True)
+        (tmp_path / "model.safetensors").write_text(weights)
+        (prm / "model.safetensors").write_text(critic)
+        home, files = searching.kept(args, policy, [], wanted)
+        assert home == files["blind"].parent
+        return searching.export_of(args, 1, tmp_path / "model.safetensors"), files["blind"], files["led"]
+
+    first, other, led = made("a", "x"), made("b", "x"), made("a", "y")
+    assert first == made("a", "x")
+    assert all(one != another for one, another in zip(first, other, strict=True))
+    assert [one == another for one, another in zip(first, led, strict=True)] == [True, True, False], "only what asks it"
+    monkeypatch.setattr(searching, "STEPS", (*searching.STEPS[:-1], "2"))
+    assert made("a", "x")[1:] != first[1:], "another seed"
+
+
+def test_a_policy_made_anew_is_another_beginning_of_a_reward_model(experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prm, names = experiment("prm"), set()
+    monkeypatch.setattr(prm, "shown", lambda *_: "told")
+    for weights in ("a", "b"):
+        (tmp_path / "model.safetensors").write_text(weights)
+        names.add(prm.job(argparse.Namespace(policy=tmp_path, steps=1), "oracle", tmp_path / "trees.jsonl", []).name)
+    assert len(names) == 2
+
+
 def test_half_is_the_median_of_what_each_problem_took(experiment) -> None:
     """Two of four at 40 tokens: half are solved within 40, and a line from 32 to 64 would say 64."""
     test_time, spent = experiment("test_time"), experiment("searching").Spent

@@ -84,6 +84,12 @@ def digest(*facts: object) -> str:
     return hashlib.sha256(json.dumps([str(fact) for fact in facts]).encode()).hexdigest()[:8]
 
 
+def contents(path: Path) -> str:
+    """The sha256 of a file: a run of the same name may have been made anew, and hold other weights."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @dataclass(frozen=True)
 class Job:
     """One run of ``deepy.py`` with ``configs/<config>.yml``; ``settings`` as for ``--set``. ``data``: a digest of what the program makes

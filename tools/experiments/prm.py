@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
-from common import COLORS, CORES, MODEL, QUIET, ROOT, Job, arguments, digest, panels, parser, run_jobs, save, served, table
+from common import COLORS, CORES, MODEL, QUIET, ROOT, Job, arguments, contents, digest, panels, parser, run_jobs, save, served, table
 
 from neox_rl.config.derived import shares_prefixes
 from neox_rl.config.load import load_config
@@ -81,7 +81,10 @@ def job(args: argparse.Namespace, label: str, path: Path, problems: Sequence[Pro
     size = MODEL if args.policy is None else (*FROM_POLICY, f"metarl.warmstart.hf_checkpoint={args.policy.resolve()}")
     shape = (f"metarl.warmstart.steps={args.steps}", "metarl.warmstart.tokens_per_step=1024")
     settings = (*size, *QUIET, f"metarl.warmstart.path={path}", *shape)
-    return Job(f"prm-{label}-{args.steps}", settings, "prm", shown(settings, path, problems))
+    data = shown(settings, path, problems)
+    if args.policy is not None:
+        data = digest(data, contents(args.policy / "model.safetensors"))
+    return Job(f"prm-{label}-{args.steps}", settings, "prm", data)
 
 
 def steps_of(path: Path, problems: Sequence[Problem]) -> list[Step]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, redirect_stderr, redirect_stdout
@@ -14,7 +13,7 @@ from pathlib import Path
 from time import monotonic
 
 import numpy as np
-from common import CORES, ROOT, digest, not_done, served
+from common import CORES, ROOT, contents, digest, not_done, served
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -46,6 +45,8 @@ ONE_CONTEXT = 128
 REQUEST_S = 900.0
 """One request waits behind those of all other problems."""
 SEED = 1
+STEPS = ("--max-step-tokens", "3", "--playouts", "4", "--playout-tokens", "24", "--budget-nodes", "1000", "--seed", str(SEED))
+"""What is the same for every search."""
 WIDTHS = (4, 8, 16)
 """Steps that are sampled at a node, which is asked once."""
 WIDTH = 8
@@ -95,11 +96,11 @@ def checkpoints(args: argparse.Namespace) -> list[Checkpoint]:
 def _exported(args: argparse.Namespace, step: int) -> Path:
     """The checkpoint after ``step`` steps, warm start and RL counted together."""
     source = args.run / "checkpoints" / f"step{step:06d}"
-    out = Path(args.work, "searching", f"step{step}-{digest(args.run.resolve(), (args.run / 'config.yml').read_text())}")
-    if (out / "model.safetensors").is_file():
-        return out
     if not rank_file(source, 0).is_file():
         raise SystemExit(f"{source} is not there; --checkpoints takes those of {source.parent}")
+    out = export_of(args, step, rank_file(source, 0))
+    if (out / "model.safetensors").is_file():
+        return out
     config = load_resolved(args.run / "config.yml")
     shape = model_shape(config, DirectoryTokenizer(args.run / "model").vocab_size)
     state, tensors = load_file(rank_file(source, 0)), dict[str, Tensor]()
@@ -111,6 +112,10 @@ def _exported(args: argparse.Namespace, step: int) -> Path:
         if (args.run / "model" / name).is_file():
             (out / name).write_bytes((args.run / "model" / name).read_bytes())
     return out
+
+
+def export_of(args: argparse.Namespace, step: int, source: Path) -> Path:
+    return Path(args.work, "searching", f"step{step}-{digest((args.run / 'config.yml').read_text(), contents(source))}")
 
 
 def heldout(args: argparse.Namespace) -> tuple[Problem, ...]:
@@ -148,9 +153,8 @@ class Servers:
 
     def argv(self, rows: Path, chosen: Sequence[str]) -> list[str]:
         critic = [] if self.critic_model is None else ["--prm-server", self.critic, "--prm-model", str(self.critic_model)]
-        steps = ["--max-step-tokens", "3", "--playouts", "4", "--playout-tokens", "24"]
         where = ["--problems", str(rows), "--server", self.policy, "--model", str(self.model), *critic]
-        return [*chosen, *where, *steps, "--budget-nodes", "1000", "--parallel", "48", "--timeout-s", str(REQUEST_S), "--seed", str(SEED)]
+        return [*chosen, *where, *STEPS, "--parallel", "48", "--timeout-s", str(REQUEST_S)]
 
 
 async def _command(argv: Sequence[str], out: Path) -> None:
@@ -179,18 +183,24 @@ async def _attempts(policy: str, model: Path, problems: Sequence[Problem], count
     out.write_text(json.dumps(dict(zip([p.id for p in problems], found, strict=True))))
 
 
+def kept(
+    args: argparse.Namespace, checkpoint: Checkpoint, problems: Sequence[Problem], wanted: Mapping[str, Sequence[str]]
+) -> tuple[Path, dict[str, Path]]:
+    """Where the measurements of a checkpoint are, and the file of each search: by the weights that were served, and by what was asked."""
+    facts = (contents(checkpoint.model / "model.safetensors"), [p.id for p in problems], MAX_TOKENS, STEPS)
+    home = args.work / "searching" / f"{checkpoint.name.replace(' ', '-')}-{digest(*facts)}"
+    critic = (contents(args.prm / "model.safetensors"),) if any("prm" in chosen for chosen in wanted.values()) else ()
+    facts_of = {name: (*chosen, *(critic if "prm" in chosen else ())) for name, chosen in wanted.items()}
+    return home, {name: home / f"{name.replace(', ', '-').replace(' ', '-')}-{digest(*facts)}.jsonl" for name, facts in facts_of.items()}
+
+
 async def measure(args: argparse.Namespace, checkpoint: Checkpoint, full: bool) -> dict[str, list[Spent]]:
     """Tokens until solved, by way of searching. What is on the disk is not made again. Raises SystemExit when time is up."""
     problems, wanted = heldout(args), commands(args, full)
-    facts = (checkpoint.model.resolve(), _tensors(checkpoint.model), [p.id for p in problems])
-    home = args.work / "searching" / f"{checkpoint.name.replace(' ', '-')}-{digest(*facts)}"
+    home, files = kept(args, checkpoint, problems, wanted)
     home.mkdir(parents=True, exist_ok=True)
     rows = home / "rows.jsonl"
     write_rows(rows, problems)
-    files = {
-        name: home / f"{name.replace(', ', '-').replace(' ', '-')}-{digest(*chosen, *([args.prm] if 'prm' in chosen else []))}.jsonl"
-        for name, chosen in wanted.items()
-    }
     context = home / f"in-context-{args.attempts}-{ONE_CONTEXT}.json"
     todo = [name for name, file in files.items() if not file.is_file()]
     if todo or not context.is_file():
@@ -208,10 +218,6 @@ async def measure(args: argparse.Namespace, checkpoint: Checkpoint, full: bool) 
                     raise not_done()
                 await _command(servers.argv(rows, wanted[name]), files[name])
     return _read(files, context, problems)
-
-
-def _tensors(model: Path) -> str:
-    return hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
 
 
 def _read(files: Mapping[str, Path], context: Path, problems: Sequence[Problem]) -> dict[str, list[Spent]]:
