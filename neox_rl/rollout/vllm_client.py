@@ -12,12 +12,13 @@ import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self, TypeAlias, TypeVar
+from typing import Any, NamedTuple, Self, TypeAlias, TypeVar
 
 import aiohttp
 import msgspec
 
 from neox_rl.errors import DeadlineError, NeoxRLError, WeightError, WireError
+from neox_rl.rollout.bounded import most_bytes, read_bounded
 from neox_rl.rollout.pace import SLOW, Paces
 from neox_rl.rollout.vllm_control import parse_version
 from neox_rl.types import NO_VERSION, Completion, Finish, SamplingParams, VersionSpan
@@ -89,6 +90,13 @@ class _MovedError(Exception):
 
 class _SlowError(_MovedError):
     """Another server would have made it long ago: it is to."""
+
+
+class _Asked(NamedTuple):
+    body: bytes
+    n: int
+    budget: int
+    most_bytes: int
 
 
 @dataclass(slots=True)
@@ -199,6 +207,7 @@ class VllmGenerator:
     async def _asked(self, body: bytes, n: int, rollout_id: str, parse: Parse[T], budget: int = 0) -> T:
         """What ``parse`` reads in the answer of a server to a request for ``n`` completions of at most ``budget`` tokens; 0: it stays."""
         tried: list[str] = []
+        most = most_bytes(body, n * budget)
         failures: list[str] = []
         refused: set[str] = set()
         began = time.monotonic()
@@ -208,7 +217,7 @@ class VllmGenerator:
                     tried.append(await self._pick(tried, refused))
                     began = time.monotonic()
                     try:
-                        return await self._answer(tried[-1], body, n, parse, budget)
+                        return await self._answer(tried[-1], _Asked(body, n, budget, most), parse)
                     except _SlowError as error:
                         budget = 0
                         self._spare(tried[-1])
@@ -253,10 +262,10 @@ class VllmGenerator:
         server.spared_until = now + SPARED_S * 2 ** min(server.failures, MAX_DOUBLINGS)
         server.failures += 1
 
-    async def _answer(self, address: str, body: bytes, n: int, parse: Parse[T], budget: int) -> T:
+    async def _answer(self, address: str, asked: _Asked, parse: Parse[T]) -> T:
         """What an answer does to ``parse``, whatever it is, is that server's failure too: the others and the run go on."""
         began = time.monotonic()
-        raw = await self._request(address, body, n, budget)
+        raw = await self._request(address, asked)
         try:
             found = parse(raw, address, time.monotonic() - began)
         except ServerFailedError:
@@ -269,15 +278,15 @@ class VllmGenerator:
             server.failures = 0
         return found
 
-    async def _request(self, address: str, body: bytes, n: int, budget: int) -> bytes:
+    async def _request(self, address: str, asked: _Asked) -> bytes:
         server = self._servers[address]
-        call = asyncio.create_task(self._post(address, body))
+        call = asyncio.create_task(self._post(address, asked))
         server.calls.add(call)
-        server.inflight += n
+        server.inflight += asked.n
         try:
-            await (self._watched(call, address, budget) if budget else asyncio.wait({call}))
+            await (self._watched(call, address, asked.budget) if asked.budget else asyncio.wait({call}))
         finally:
-            server.inflight -= n
+            server.inflight -= asked.n
             server.calls.discard(call)
             call.cancel()
         if call.cancelled():
@@ -302,12 +311,12 @@ class VllmGenerator:
         what = f"{SLOW:g} times as long as another server takes for {budget} tokens"
         raise _SlowError(f"{address} had a request for {waited:.1f} s, {what}")
 
-    async def _post(self, address: str, body: bytes) -> tuple[int, bytes]:
+    async def _post(self, address: str, asked: _Asked) -> tuple[int, bytes]:
         if self._session is None:
             raise WireError("use the generator as `async with VllmGenerator(...)`")
         try:
-            async with self._session.post(address + ROUTE, data=body, headers={"Content-Type": "application/json"}) as response:
-                return response.status, await response.read()
+            async with self._session.post(address + ROUTE, data=asked.body, headers={"Content-Type": "application/json"}) as response:
+                return response.status, await read_bounded(response, asked.most_bytes, ServerFailedError)
         except aiohttp.ClientError as error:
             raise ServerFailedError(f"{address}: {type(error).__name__}: {error}") from error
 

@@ -15,6 +15,7 @@ import aiohttp
 import msgspec
 
 from neox_rl.errors import DeadlineError, WireError
+from neox_rl.rollout.bounded import most_bytes, read_bounded
 from neox_rl.rollout.vllm_client import ServerFailedError
 from neox_rl.types import Completion, Finish, SamplingParams
 
@@ -78,7 +79,7 @@ class CompletionsGenerator:
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None))
         try:
-            raw = await self._call("GET", "/v1/models", None, "its models")
+            raw = await self._call("GET", "/v1/models", None, "its models", 0)
             cards = msgspec.json.decode(raw, type=_Models).data
             self.model, self.max_model_len = cards[0].id, cards[0].max_model_len
         except (msgspec.DecodeError, UnicodeDecodeError, IndexError) as error:
@@ -107,7 +108,7 @@ class CompletionsGenerator:
             "return_token_ids": True,
             **({} if params.seed is None else {"seed": params.seed}),
         }
-        raw = await self._call("POST", ROUTE, body, f"rollout {rollout_id}")
+        raw = await self._call("POST", ROUTE, body, f"rollout {rollout_id}", n * params.max_tokens)
         try:
             choices = sorted(_RESPONSE.decode(raw).choices, key=lambda choice: choice.index)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -130,7 +131,7 @@ class CompletionsGenerator:
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
         }
-        raw = await self._call("POST", ROUTE, body, f"the next tokens of {len(prompts)} prompts")
+        raw = await self._call("POST", ROUTE, body, f"the next tokens of {len(prompts)} prompts", (TOP + 1) * len(prompts))
         try:
             choices = sorted(_TOPS.decode(raw).choices, key=lambda choice: choice.index)
             found = [choice.logprobs.top_logprobs[0] for choice in choices]
@@ -146,16 +147,16 @@ class CompletionsGenerator:
             raise WireError(f"{self.address}: {len(logprobs)} finite log-probs for {len(choice.token_ids)} tokens")
         return Completion(tuple(choice.token_ids), logprobs, (), choice.finish_reason)
 
-    async def _call(self, method: str, route: str, body: dict[str, Any] | None, what: str) -> bytes:
+    async def _call(self, method: str, route: str, body: dict[str, Any] | None, what: str, num_tokens: int) -> bytes:
         if self._session is None:
             raise WireError("use the generator as `async with CompletionsGenerator(...)`")
-        data = None if body is None else json.dumps(body).encode()
+        data = b"" if body is None else json.dumps(body).encode()
         try:
             async with asyncio.timeout(self._timeout_s):
                 async with self._session.request(
-                    method, self.address + route, data=data, headers={"Content-Type": "application/json"}
+                    method, self.address + route, data=data or None, headers={"Content-Type": "application/json"}
                 ) as response:
-                    raw = await response.read()
+                    raw = await read_bounded(response, most_bytes(data, num_tokens), ServerFailedError)
         except TimeoutError as error:
             raise DeadlineError(f"{what} from {self.address}{route}", self._timeout_s) from error
         except aiohttp.ClientError as error:

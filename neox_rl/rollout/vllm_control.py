@@ -10,6 +10,7 @@ vLLM's ``pause`` does the same and then sleeps for 20 ms, in which the API serve
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import time
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any, Self
 import aiohttp
 
 from neox_rl.errors import DeadlineError, WeightError
+from neox_rl.rollout.bounded import ANY_BYTES, read_bounded
 from neox_rl.types import NO_VERSION
 
 _VERSION = re.compile(r"[0-9]{1,15}")
@@ -113,10 +115,11 @@ class VllmControl:
         timeout = aiohttp.ClientTimeout(total=deadline_s)
         try:
             async with self._session.request(method, route, timeout=timeout, **request) as response:
+                raw = await read_bounded(response, ANY_BYTES, WeightError)
                 if response.status != 200:
-                    text = (await response.text())[:500]
+                    text = raw[:500].decode(errors="replace")
                     raise WeightError(f"{self.address}{route} answered {response.status}: {text}; the server's log has the cause")
-                return dict(await response.json()) if response.content_type == "application/json" else {}
+                return dict(json.loads(raw)) if response.content_type == "application/json" else {}
         except TimeoutError as error:
             raise DeadlineError(f"{self.address}{route}", deadline_s, "see the server's log") from error
         except (ValueError, TypeError) as error:

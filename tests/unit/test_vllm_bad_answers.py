@@ -1,14 +1,18 @@
-"""A server that refuses requests, beside others and alone: whose fault it is."""
+"""Servers that refuse requests, or answer without end: whose fault it is, and what becomes of the request."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import pytest
 from aiohttp import web
 
-from neox_rl.errors import WireError
-from neox_rl.rollout.vllm_client import VllmGenerator
+from neox_rl.errors import WeightError, WireError
+from neox_rl.rollout.bounded import most_bytes
+from neox_rl.rollout.vllm_client import ServerFailedError, VllmGenerator, request_body
+from neox_rl.rollout.vllm_completions import CompletionsGenerator
+from neox_rl.rollout.vllm_control import VllmControl
 from tests.unit.test_vllm_client import PARAMS, Handler, broken, good, serve
 
 
@@ -55,5 +59,51 @@ def test_a_request_that_the_only_serving_server_refuses_waits_for_another() -> N
             generator.on_failure = lambda *_: generator.serve(addresses[1])
             assert len(await generator.sample([1], PARAMS, 2, "g0")) == 2
         await close()
+
+    asyncio.run(story())
+
+
+async def endless(request: web.Request) -> web.StreamResponse:
+    """As JSON, so that nobody could take it for the end."""
+    response = web.StreamResponse(headers={"Content-Type": "application/json"})
+    await response.prepare(request)
+    with contextlib.suppress(ConnectionError):
+        await response.write(b'{"x": "')
+        while True:
+            await response.write(b"x" * (1 << 16))
+    return response
+
+
+def test_an_answer_without_end_is_its_servers_failure_and_read_no_further_than_the_request_can_take() -> None:
+    most = most_bytes(request_body([1], PARAMS, 2, "g0"), 2 * PARAMS.max_tokens)
+    words = f"/inference/v1/generate answered with more than {most} bytes"
+
+    async def story() -> None:
+        addresses, close = await serve([endless, good])
+        told: list[str] = []
+        async with VllmGenerator(addresses, 5.0) as generator:
+            generator.on_failure = lambda _, why: told.append(why)
+            assert len(await generator.sample([1], PARAMS, 2, "g0")) == 2
+        assert told == [f"{addresses[0]}{words}, which nothing that it was asked takes"]
+        await close()
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("kind", [VllmControl, CompletionsGenerator])
+def test_control_and_completions_read_no_answer_without_end(kind: type[VllmControl] | type[CompletionsGenerator]) -> None:
+    async def story() -> None:
+        app = web.Application()
+        app.router.add_get("/weight_info", endless)
+        app.router.add_get("/v1/models", endless)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        failure = WeightError if kind is VllmControl else ServerFailedError
+        with pytest.raises(failure, match=r"answered with more than [0-9]+ bytes"):
+            async with kind(f"http://127.0.0.1:{runner.addresses[0][1]}") as peer:
+                assert isinstance(peer, VllmControl)
+                await peer.live_version(5.0)
+        await runner.cleanup()
 
     asyncio.run(story())
