@@ -96,7 +96,7 @@ class _Slot:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # The limit on CPU time holds where the pool's own process is stopped and cannot look at the clock.
         numbers = [theirs.fileno(), int(self._limits.wall_s) + CPU_SLACK_S, self._limits.memory_mib << 20]
-        command = [sys.executable, "-I", "-S", "-B", str(Path(sandbox_worker.__file__)), *map(str, numbers)]
+        command = [sys.executable, "-I", "-S", "-B", "-u", str(Path(sandbox_worker.__file__)), *map(str, numbers)]
         null = subprocess.DEVNULL
         with theirs:
             self._process = subprocess.Popen(

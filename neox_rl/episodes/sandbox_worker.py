@@ -7,12 +7,13 @@ The template reads nothing that a model wrote: program and output go through pip
 child has no descriptor but these, no environment, hard limits, and a system call filter (seccomp, BPF) that lets through what computing in
 memory needs and nothing else: no file, socket, process, thread or signal, whatever code runs in it. All that is not named is EPERM.
 
-Started by ``neox_rl.episodes.sandbox`` as a file, isolated and without site-packages (``python -I -S``), with: fd of its socket, CPU
-seconds, memory in bytes. Standard library alone, so that nothing of the run is in its memory.
+Started by ``neox_rl.episodes.sandbox`` as a file, isolated, without site-packages and unbuffered (``python -I -S -u``), with: fd of its
+socket, CPU seconds, memory in bytes. Standard library alone, so that nothing of the run is in its memory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import gc
@@ -192,13 +193,33 @@ def _run_program() -> int:
     except SystemExit:
         return 0
     except MemoryError:
-        print("MemoryError")
+        _tell("MemoryError")
     # The boundary: whatever the program raises is told to whoever wrote it.
     except BaseException as error:
         frames = traceback.extract_tb(error.__traceback__, limit=-20)
         line = next((f", line {frame.lineno}" for frame in reversed(frames) if frame.filename == PROGRAM), "")
-        print(f"{type(error).__name__}{line}: {str(error)[:300]}")
+        _tell(f"{type(error).__name__}{line}: {_words_of(error)}")
     return RAISED
+
+
+def _words_of(error: BaseException) -> str:
+    try:
+        return str(error)[:300]
+    except BaseException:  # the program's own code, which may raise anything
+        return "its words cannot be had: __str__ raises"
+
+
+def _tell(text: str) -> None:
+    """Past ``sys.stdout``, which the program may have replaced or closed."""
+    with contextlib.suppress(OSError):
+        os.write(1, f"{text}\n".encode(errors="replace"))
+
+
+def _flush() -> None:
+    """What the program put in the place of its streams: its own are unbuffered, so that nothing printed is lost where it is killed."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(BaseException):
+            stream.flush()
 
 
 def _child(parent: int, pipes: list[int], cpu_s: int, memory_bytes: int) -> None:
@@ -212,8 +233,7 @@ def _child(parent: int, pipes: list[int], cpu_s: int, memory_bytes: int) -> None
         confine(parent, cpu_s, memory_bytes)
         if not (allowed := forbidden_things()):
             status = _run_program()
-            sys.stdout.flush()
-            sys.stderr.flush()
+            _flush()
         else:
             print(allowed)
     finally:

@@ -344,6 +344,27 @@ def test_what_a_program_prints_is_framed_and_is_no_marker(box: PythonSandbox) ->
     assert asyncio.run(said("[PYTHON]while 1: pass[/PYTHON]")) == f"\n> ended: time limit of {WALL_S:g} s\n"
 
 
+@pytest.mark.parametrize(
+    ("program", "printed", "end"),
+    [
+        ("print('a')\nprint('b', end='')\nwhile 1: pass", "a\nb", End.TIME),
+        ("import sys\nprint('a')\nsys.stdout = None", "a\n", End.DONE),
+        ("import sys\nprint('a')\nsys.stdout = sys.stderr = None\n1 / 0", "a\nZeroDivisionError, line 4: division by zero\n", End.RAISED),
+        ("import sys\nprint('a')\nsys.stdout.close()\n1 / 0", "a\nZeroDivisionError, line 4: division by zero\n", End.RAISED),
+        ("import sys\nsys.stdout = open(1, 'w', closefd=False)\nprint('a')", "a\n", End.DONE),
+        (
+            "class E(Exception):\n    def __str__(self):\n        raise ValueError\nprint('a')\nraise E",
+            "a\nE, line 5: its words cannot be had: __str__ raises\n",
+            End.RAISED,
+        ),
+    ],
+)
+def test_what_a_program_printed_is_told_however_it_ends(box: PythonSandbox, program: str, printed: str, end: End) -> None:
+    box.limits = replace(box.limits, wall_s=WALL_S if end is End.TIME else PATIENT_S)
+    made = box.run_sync(program)
+    assert (made.text, made.end) == (printed, end)
+
+
 @given(st.text(max_size=300))
 def test_every_line_of_an_answer_is_framed(text: str) -> None:
     said = framed(text, 100, "note")
