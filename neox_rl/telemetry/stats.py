@@ -50,8 +50,7 @@ def cluster_mean_ci(values: Sequence[float], clusters: Sequence[Hashable], bound
     if groups < 2:
         return Interval(mean, low, high, x.size)
     if x.min() == x.max() and mean in bounds:
-        reach = (high - low) * (1.0 - 0.025 ** (1.0 / groups))
-        return Interval(mean, max(low, mean - reach), min(high, mean + reach), x.size)
+        return _unvaried(mean, bounds, groups, x.size)
     residuals = np.zeros(groups)
     np.add.at(residuals, [index[c] for c in clusters], x - mean)
     error = math.sqrt(groups / (groups - 1) * float(residuals @ residuals)) / x.size
@@ -67,13 +66,26 @@ def paired_difference_ci(before: Iterable[Sequence[Any]], after: Iterable[Sequen
     Both evaluations share their problems, so the difference is known far better than the two accuracies are: the
     difficulty of a problem cancels. Several attempts at one problem count as their mean. Raises ValueError where no
     problem is shared.
+
+    Where every difference is the same, as where nothing changed, the estimated spread is zero, and nothing is that certain: at most
+    1 - 0.025^(1/G) of the clusters differ from G that are alike, each by as much as it can.
     """
     old, new = _by_problem(before), _by_problem(after)
     shared = [key for key in old if key in new]
     if not shared:
         raise ValueError(f"the evaluations share no problem ({len(old)} before, {len(new)} after): evaluate both on the same ones")
     differences = [new[key][1] - old[key][1] for key in shared]
-    return cluster_mean_ci(differences, [old[key][0] for key in shared], bounds=(-1.0, 1.0))
+    clusters, bounds = [old[key][0] for key in shared], (-1.0, 1.0)
+    groups = len(set(clusters))
+    if groups > 1 and min(differences) == max(differences):
+        return _unvaried(differences[0], bounds, groups, len(shared))
+    return cluster_mean_ci(differences, clusters, bounds)
+
+
+def _unvaried(mean: float, bounds: tuple[float, float], groups: int, n: int) -> Interval:
+    """Of clusters that are all alike: the Clopper-Pearson limit of the share that is not, which lies at the bounds."""
+    share = 1.0 - 0.025 ** (1.0 / groups)
+    return Interval(mean, mean - share * (mean - bounds[0]), mean + share * (bounds[1] - mean), n)
 
 
 def _by_problem(rows: Iterable[Sequence[Any]]) -> dict[str, tuple[str, float]]:

@@ -97,6 +97,16 @@ def test_only_shared_problems_are_compared_and_attempts_at_one_problem_count_as_
     assert gain.n == 2
 
 
+@pytest.mark.parametrize("difference", [-1.0, 0.0, 0.5, 1.0])
+def test_no_change_in_any_problem_is_no_certainty_that_there_is_none(difference: float) -> None:
+    before = [(f"p{i}", f"c{i}", max(0.0, -difference)) for i in range(80)]
+    gain = paired_difference_ci(before, [(p, c, value + difference) for p, c, value in before])
+    share = 1 - 0.025 ** (1 / 80)
+    expected = (difference, difference - share * (difference + 1), difference + share * (1 - difference), 80)
+    assert gain == pytest.approx(expected)
+    assert gain.low < 0 < gain.high or difference
+
+
 def test_evaluations_without_a_shared_problem_cannot_be_compared() -> None:
     with pytest.raises(ValueError, match="share no problem"):
         paired_difference_ci([("a", "x", 1)], [("b", "x", 1)])
