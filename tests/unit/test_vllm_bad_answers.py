@@ -23,7 +23,7 @@ async def refuses(_: web.Request) -> web.Response:
 def test_a_request_that_every_server_refuses_is_asked_of_each_once_and_ends_with_their_words() -> None:
     async def story() -> None:
         addresses, close = await serve([refuses, refuses])
-        async with VllmGenerator(addresses, 5.0) as generator:
+        async with VllmGenerator(addresses, 60.0) as generator:
             with pytest.raises(WireError, match=r"400.*max_tokens is too large"):
                 await generator.sample([1], PARAMS, 2, "g0")
         await close()
@@ -42,7 +42,7 @@ def test_a_request_that_one_server_refuses_goes_to_others_and_not_there_again(ot
     async def story() -> None:
         addresses, close = await serve([has_no_route, *others])
         told: list[str] = []
-        async with VllmGenerator(addresses, 5.0) as generator:
+        async with VllmGenerator(addresses, 60.0) as generator:
             generator.on_failure = lambda address, _: told.append(address)
             assert len(await generator.sample([1], PARAMS, 2, "g0")) == 2
         assert asked == ["/inference/v1/generate"] and told == addresses[:-1]
@@ -54,7 +54,7 @@ def test_a_request_that_one_server_refuses_goes_to_others_and_not_there_again(ot
 def test_a_request_that_the_only_serving_server_refuses_waits_for_another() -> None:
     async def story() -> None:
         addresses, close = await serve([refuses, good])
-        async with VllmGenerator(addresses, 5.0) as generator:
+        async with VllmGenerator(addresses, 60.0) as generator:
             generator.suspend(addresses[1])
             generator.on_failure = lambda *_: generator.serve(addresses[1])
             assert len(await generator.sample([1], PARAMS, 2, "g0")) == 2
