@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from neox_rl.episodes.objectives import Objective, discounted, total
@@ -30,16 +30,24 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Episodes:
-    """How a problem is attempted in several episodes. ``tool`` is asked after each completion, at most MAX_CALLS times an episode."""
+    """How a problem is attempted in several episodes. ``tool`` is asked after each completion, at most MAX_CALLS times an episode.
+
+    ``solution_id``: the token that ends the search and begins the solution, None where there is none.
+    """
 
     generator: Generator
     tokenizer: Tokenizer
     rules: Rules
     objective: Objective
     tool: Tool | None = None
+    solution_id: int | None = None
 
     async def roll_out(self, problem: Problem, environment: Environment, params: SamplingParams, name: str, gamma: float = 1.0) -> Rollout:
-        """The trace ``name``; rewards under the discount ``gamma`` a token (21). Raises what generator and environment raise."""
+        """The trace ``name``; rewards under the discount ``gamma`` a token (21). Raises what generator and environment raise.
+
+        Z of an episode is what the policy wrote up to its solution, earlier episodes included; where no token tells search and solution
+        apart, which the paper has in two parts, up to its end.
+        """
         progress = Progress(self.rules)
         context = _Context([Segment(self.tokenizer.encode_prompt(problem.prompt), Role.PROMPT)])
         environment.reset(None)
@@ -60,7 +68,8 @@ class Episodes:
         return self._rollout(problem, context, progress, finish, name, gamma)
 
     def _rollout(self, problem: Problem, context: _Context, progress: Progress, finish: Finish, name: str, gamma: float) -> Rollout:
-        rewards = tuple(discounted(o.reward, end, gamma) for o, end in zip(progress.outcomes, progress.ends, strict=True))
+        searched = _searched(context.segments, progress.ends, self.solution_id)
+        rewards = tuple(discounted(o.reward, length, gamma) for o, length in zip(progress.outcomes, searched, strict=True))
         marks = "".join(FOUND if outcome.correct else MISSED for outcome in progress.outcomes)
         correct = FOUND in marks
         verdict = Verdict(correct, marks, Reason.MATCH if correct else Reason.MISMATCH, 0.0)
@@ -117,6 +126,15 @@ class _Context:
             return False
         self.segments.append(Segment(ids, Role.ENV, episode=episode))
         return True
+
+
+def _searched(segments: Sequence[Segment], ends: Sequence[int], solution_id: int | None) -> list[int]:
+    """|Z| of each episode, which ends at the first token of its solution."""
+    found: list[int] = []
+    for episode, (begin, end) in enumerate(zip((0, *ends), ends, strict=False)):
+        written = [i for segment in segments if segment.mask and segment.episode == episode for i in segment.ids]
+        found.append(begin + written.index(solution_id) if solution_id in written else end)
+    return found
 
 
 def num_calls(trace: Trace) -> int:

@@ -62,7 +62,7 @@ class EpisodeGroups:
 
     async def _roll_out(self, problem: Problem, name: str, params: SamplingParams, size: int, gamma: float) -> Sequence[Rollout]:
         a = self.attempts
-        episodes = Episodes(Patient(a.generator), a.tokenizer, self.rules, self.objective, self.tool)
+        episodes = Episodes(Patient(a.generator), a.tokenizer, self.rules, self.objective, self.tool, a.solution_id)
         asked = replace(problem, prompt=tagged(problem.prompt, tags_of(self.gammas)[gamma]))
 
         def one(i: int) -> asyncio.Future[Rollout]:

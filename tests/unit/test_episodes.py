@@ -299,6 +299,15 @@ def test_rewards_are_discounted_by_all_that_was_written_before_them() -> None:
     assert found.rewards == pytest.approx((0.9**4, 0.9**8)) and found.trace.reward == pytest.approx(0.9**4 + 0.9**8)
 
 
+def test_where_a_token_begins_the_solution_it_is_the_search_before_it_that_is_discounted() -> None:
+    """(21): gamma^|Z|, and S is no part of Z."""
+    problem = next(p for i in range(99) if (p := goal_problem(3, 2, i)).answer == "2")
+    made = Episodes(Player(lambda context: "ab 2"), Letters(), Rules(2, Feedback.NONE, 40, 400, 4000), Objective.SUM, None, ord(" "))
+    environment = environment_of(problem, verifier_of(problem), worth)
+    found = asyncio.run(made.roll_out(problem, environment, SamplingParams(100), "x", gamma=0.9))
+    assert found.rewards == pytest.approx((0.9**2, 0.9**6))
+
+
 def test_each_discount_has_its_tag() -> None:
     assert tags_of((1.0,)) == {1.0: ""} and tags_of((1.0, 0.9)) == {0.9: "work quickly", 1.0: "take your time"}
     assert list(tags_of((0.9, 1.0, 0.99)).values()) == ["work quickly", "take a moment", "take your time"]
