@@ -14,6 +14,7 @@ from neox_rl.config.derived import keeps_reference
 from neox_rl.config.load import load_resolved
 from neox_rl.config.network import curve_on
 from neox_rl.config.run import RunConfig
+from neox_rl.config.schema import IMITATION, PREFERENCE
 from neox_rl.engines.checkpoint_digests import check_digests, check_sizes, num_bytes, read_sealed
 from neox_rl.engines.checkpoint_files import find
 from neox_rl.errors import ConfigError, WeightError
@@ -46,10 +47,13 @@ def refuse_changes(before: RunConfig, now: RunConfig) -> None:
     """Raises ConfigError with a line for each key that must stay and did not."""
     old, new = _tree(before), _tree(now)
     changed = [(key, _at(old, key), _at(new, key)) for key in FIXED if _at(old, key) != _at(new, key)]
+    names = set()
     if keeps_reference(now.metarl.objective) and not keeps_reference(before.metarl.objective):
-        name = "kl_coef" if now.metarl.objective.kl_coef else "loss"
-        old_key, new_key = (getattr(c.metarl.objective, name) for c in (before, now))
-        changed.append((f"metarl.objective.{name}", old_key, new_key))  # no reference policy was kept
+        names.add("kl_coef" if now.metarl.objective.kl_coef else "loss")  # no reference policy was kept
+    if (losses := {before.metarl.objective.loss, now.metarl.objective.loss}) & {IMITATION, PREFERENCE} and len(losses) > 1:
+        names.add("loss")  # told searches and pairs that wait in the journal train under no other, nor do others under these
+    for name in sorted(names):
+        changed.append((f"metarl.objective.{name}", *(getattr(c.metarl.objective, name) for c in (before, now))))
     old_rule, rule = before.metarl.staleness, now.metarl.staleness
     if rule.mode == "strict" and old_rule.mode != "strict":
         changed.append(("metarl.staleness.mode", old_rule.mode, rule.mode))  # more tickets may be due than a step takes
