@@ -17,6 +17,8 @@ from neox_rl.errors import DiskStaysFullError
 from neox_rl.queue.wire_client import ExperienceClient
 from neox_rl.queue.wire_messages import Phase
 from neox_rl.step.position import Position
+from neox_rl.telemetry.events import EventLog
+from neox_rl.telemetry.jsonl import unless_full
 from neox_rl.telemetry.metrics import MetricsWriter
 from neox_rl.telemetry.paths import RunPaths
 from neox_rl.telemetry.rewind import rewind
@@ -57,10 +59,10 @@ class Feed(Protocol):
 
 
 class LiveFeed:
-    """The orchestrator. With ``record`` every delivered batch is also written to that directory."""
+    """The orchestrator. With ``record`` every delivered batch is also written to that directory, whose full disk is waited for."""
 
-    def __init__(self, client: ExperienceClient, record: Path | None) -> None:
-        self._client, self._record = client, record
+    def __init__(self, client: ExperienceClient, record: Path | None, disk_full_s: float, events: EventLog) -> None:
+        self._client, self._record, self._disk_full_s, self._events = client, record, disk_full_s, events
         self.report, self.published, self.done, self.close = client.report, client.published, client.done, client.close
 
     @property
@@ -75,8 +77,21 @@ class LiveFeed:
     def next_groups(self, phase: Phase, step: int) -> tuple[Group, ...]:
         groups = self._client.next_groups(phase, step)
         if self._record is not None and groups:
-            record_batch(self._record, phase.value, step, groups)
+            self._write(self._record, phase, step, groups)
         return groups
+
+    def _write(self, record: Path, phase: Phase, step: int, groups: tuple[Group, ...]) -> None:
+        """Raises DiskStaysFullError."""
+        begin = time.monotonic()
+        while True:
+            with unless_full():
+                record_batch(record, phase.value, step, groups)
+                return
+            if (waited_s := time.monotonic() - begin) > self._disk_full_s:
+                what = "for room to record a batch (metarl.debug.record_batches): make room there, or record none"
+                raise DiskStaysFullError(f"waited {waited_s:.0f} s on the disk of {record} {what}; the run goes on with --resume")
+            with self._events.span("wait_disk", directory=str(record)):  # the launcher hears of it
+                time.sleep(DISK_S)
 
     def evaluate(self, label: str, version: int) -> bool:
         return bool(self._client.evaluate(label, version))

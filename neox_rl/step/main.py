@@ -135,4 +135,5 @@ def _leader(config: RunConfig, paths: RunPaths, endpoints: dict[str, Any], event
         str(endpoints["experience"]), deadlines.batch_s, deadlines.evaluate_s, deadlines.orchestrator_s, keys=keys, attempt=attempt
     )
     record = Path(metarl.debug.record_batches) if metarl.debug.record_batches else None
-    return Leader(LiveFeed(client, record), Publisher(metarl.network.bind_host, int(endpoints["weights_port"]), keys, events))
+    feed = LiveFeed(client, record, metarl.queue.disk_full_s, events)
+    return Leader(feed, Publisher(metarl.network.bind_host, int(endpoints["weights_port"]), keys, events))

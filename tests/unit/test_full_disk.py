@@ -11,10 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
 from synthetic_run import evaluation_rows, rl_row
 
+from neox_rl.batch.record import read_batch, record_batch
 from neox_rl.config.run import RunConfig
 from neox_rl.config.schema import LoggingConfig
 from neox_rl.errors import GIVES_UP, DeadlineError, DiskStaysFullError, exit_status
@@ -22,10 +24,12 @@ from neox_rl.metacot import vocabulary
 from neox_rl.problems.tokenizer import SymbolicTokenizer
 from neox_rl.queue.history import Tally
 from neox_rl.queue.state import TicketQueue
+from neox_rl.queue.wire_client import ExperienceClient
 from neox_rl.queue.wire_messages import Phase
 from neox_rl.run.resume import next_attempt
 from neox_rl.run.scoreboard import Scoreboard
-from neox_rl.step.feed import RecordedFeed
+from neox_rl.step import feed as feed_module
+from neox_rl.step.feed import LiveFeed, RecordedFeed
 from neox_rl.telemetry import events as events_module
 from neox_rl.telemetry import jsonl
 from neox_rl.telemetry.events import EventLog, read_events
@@ -35,7 +39,7 @@ from neox_rl.telemetry.metrics import MetricsWriter
 from neox_rl.telemetry.paths import RunPaths
 from neox_rl.telemetry.status import Status, read_status, write_status
 from neox_rl.types import Json
-from tests.unit.small_run import small_config, small_paths
+from tests.unit.small_run import rollout_group, small_config, small_paths
 from tests.unit.wire_peers import Recorder, connected, serving
 
 SILENCE_S = 1.0
@@ -135,6 +139,28 @@ def test_training_on_recorded_batches_waits_for_room_and_keeps_one_row(tmp_path:
     disk.left = 10
     with pytest.raises(DiskStaysFullError, match=r"for room on the disk of .*metrics\.jsonl: make room there"):
         feed.report(Phase.RL, 2, {"loss": 1.0})
+
+
+def test_a_batch_that_is_to_be_recorded_waits_for_room_and_names_the_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    doing: list[str] = []
+    events, groups = EventLog(tmp_path / "events.jsonl", "trainer-0"), (rollout_group(0, 0),)
+
+    def record(*args: Any) -> Path:
+        if len(doing) < room_after:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return record_batch(*args)
+
+    monkeypatch.setattr(feed_module, "record_batch", record)
+    monkeypatch.setattr(time, "sleep", lambda _: doing.append(events.doing))
+    room_after, client = 3, create_autospec(ExperienceClient, instance=True)
+    client.next_groups.return_value = groups
+    live = LiveFeed(client, tmp_path / "batches", 60.0, events)
+    assert live.next_groups(Phase.RL, 1) == groups == read_batch(tmp_path / "batches", "rl", 1)[0]
+    assert doing == [f"wait_disk directory {tmp_path}/batches"] * 3
+    room_after = 9
+    with pytest.raises(DiskStaysFullError, match=r"on the disk of .*batches for room to record a batch .*record_batches"):
+        LiveFeed(client, tmp_path / "batches", 0.0, events).next_groups(Phase.RL, 2)
+    events.close()
 
 
 def new_board(config: RunConfig) -> tuple[Scoreboard, EventLog]:
