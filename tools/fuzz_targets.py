@@ -77,7 +77,7 @@ def example_joins() -> list[Message]:
         "enforce_eager": True,
         "seed": 7,
     }
-    server |= {"kv_cache_gib": 1.0, "gpu_memory_frac": 0.85}
+    server |= {"kv_cache_gib": 1.0, "gpu_memory_frac": 0.85, "stats": False}
     welcome: dict[str, Any] = {"name": "guest", "generator": "vllm", "publisher": "tcp://127.0.0.1:5", "drain_s": 9.0, "server": server}
     bodies: list[tuple[str, dict[str, Any]]] = [
         (join_wire.JOIN, {**who, "host": "127.0.0.1", "port": 8000}),
