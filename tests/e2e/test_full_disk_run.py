@@ -17,7 +17,7 @@ def may_mount(directory: Path) -> str:
     """Why this kernel lets nobody mount a file system of their own; empty where it does."""
     argv = [*NAMESPACES, "mount", "-t", "tmpfs", "-o", "size=64k", "neox-rl-test", str(directory)]
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
     except FileNotFoundError:
         return "there is no unshare"
     return "" if done.returncode == 0 else done.stderr.strip() or f"unshare ended with {done.returncode}"

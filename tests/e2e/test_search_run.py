@@ -21,7 +21,7 @@ TOLD = ("metarl.search.trains=traces", "metarl.objective.loss=sft", "metarl.sear
 
 def audited(run: Run) -> str:
     done = subprocess.run(
-        [sys.executable, ROOT / "tools" / "audit.py", run.paths.root], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, ROOT / "tools" / "audit.py", run.paths.root], capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -46,7 +46,7 @@ def test_upstream_is_what_the_patch_was_written_for(patch: Patch, request: pytes
 
 def test_importing_the_package_touches_nothing() -> None:
     code = "import megatron_patches, sys; assert not [m for m in sys.modules if m.startswith(('megatron.', 'deepspeed'))]"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=ROOT.parent)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=240, cwd=ROOT.parent)
 
 
 def test_apply_is_idempotent_and_leaves_torch_alone() -> None:

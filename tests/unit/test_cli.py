@@ -88,7 +88,7 @@ def test_warnings_and_notes_do_not_stop_a_run(directory: Path, capsys: pytest.Ca
 
 def test_deepy_from_a_shell(directory: Path) -> None:
     command = [sys.executable, str(ROOT / "deepy.py"), str(directory / "train.py"), str(directory / "job.yml")]
-    ran = subprocess.run([*command, "--set", "num_layer=2"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    ran = subprocess.run([*command, "--set", "num_layer=2"], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert (ran.returncode, ran.stdout) == (2, "") and ran.stderr.count("\n") == 1 and "did you mean num_layers?" in ran.stderr
-    ran = subprocess.run([*command, "--dry-run"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    ran = subprocess.run([*command, "--dry-run"], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert ran.returncode == 0 and "staleness" in ran.stdout

@@ -71,7 +71,7 @@ def free_base() -> int:
 def test_nodes_that_reach_one_another_have_nothing_to_say(tmp_path: Path) -> None:
     async def both() -> list[list[str]]:
         plan = hosts(free_base())
-        return await asyncio.gather(*(check_node(plan, node, tmp_path, 10.0) for node in plan.nodes))
+        return await asyncio.gather(*(check_node(plan, node, tmp_path, SOON_S) for node in plan.nodes))
 
     assert asyncio.run(both()) == [[], []]
 
@@ -80,7 +80,7 @@ def test_an_address_at_which_another_node_answers_is_named(tmp_path: Path) -> No
     async def both() -> list[list[str]]:
         plan = hosts(free_base())
         wrong = replace(plan, nodes={"n1": "127.0.0.2", "n2": "127.0.0.2"})  # what n2 believes
-        return await asyncio.gather(check_node(plan, "n1", tmp_path, 10.0), check_node(wrong, "n2", tmp_path, 10.0))
+        return await asyncio.gather(check_node(plan, "n1", tmp_path, SOON_S), check_node(wrong, "n2", tmp_path, 10.0))
 
     first, second = asyncio.run(both())
     assert first == [] and len(second) == 2
@@ -90,7 +90,7 @@ def test_an_address_at_which_another_node_answers_is_named(tmp_path: Path) -> No
 
 def test_a_taken_port_is_named_on_every_node(tmp_path: Path) -> None:
     async def both(plan: Plan) -> list[list[str] | BaseException]:
-        return await asyncio.gather(*(check_node(plan, node, tmp_path, 10.0) for node in plan.nodes), return_exceptions=True)
+        return await asyncio.gather(*(check_node(plan, node, tmp_path, SOON_S) for node in plan.nodes), return_exceptions=True)
 
     with taken(free_base() + 1) as port:
         for error in asyncio.run(both(hosts(port - 1))):

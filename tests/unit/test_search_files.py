@@ -294,7 +294,7 @@ def test_a_budget_of_nothing_is_an_answer_too(problems: Path, capsys: pytest.Cap
 
 def test_the_module_is_a_command(problems: Path) -> None:
     command = [sys.executable, "-m", "neox_rl.search", "--strategy", "dfs", "--problems", str(problems), "--budget-nodes", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, cwd=ROOT)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == len(ROWS)
 
 

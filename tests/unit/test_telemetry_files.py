@@ -97,7 +97,7 @@ def test_a_process_that_ends_without_closing_loses_nothing(tmp_path: Path) -> No
         "import sys; from pathlib import Path; from neox_rl.telemetry.events import EventLog\n"
         "EventLog(Path(sys.argv[1]), 'p').instant('live', version=1)"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "p.jsonl")], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "p.jsonl")], check=True, timeout=240)
     assert [e.fields for e in read_events(tmp_path)] == [{"version": 1}]
 
 
@@ -302,7 +302,7 @@ def test_the_timeline_has_a_group_a_process_and_keeps_overlapping_spans_apart(tm
     paths = write_run(tmp_path / "run", rl_steps=3, sft_steps=1)
     tool = Path(__file__).parents[2] / "tools" / "timeline.py"
     environment = os.environ | {"PYTHONPATH": str(tool.parents[1])}
-    subprocess.run([sys.executable, str(tool), str(paths.root)], check=True, timeout=60, env=environment, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, str(tool), str(paths.root)], check=True, timeout=240, env=environment, stdout=subprocess.DEVNULL)
     rows = json.loads(paths.timeline.read_text())["traceEvents"]
     assert [row["args"]["name"] for row in rows if row["ph"] == "M"] == ["orchestrator", "server-0", "trainer-0"]
     spans = [row for row in rows if row["ph"] == "X"]

@@ -307,7 +307,7 @@ def test_the_report_can_be_made_again_from_the_command_line(tmp_path: Path) -> N
     paths = write_run(tmp_path / "run", rl_steps=2, sft_steps=2)
     done = subprocess.run(
         [sys.executable, "-m", "neox_rl.telemetry.report", str(paths.root)],
-        check=True, timeout=60, capture_output=True, text=True, cwd=Path(__file__).parents[2],
+        check=True, timeout=240, capture_output=True, text=True, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert done.stdout.strip() == str(paths.report)
     assert paths.report.exists()

@@ -81,7 +81,7 @@ def test_an_answer_without_end_is_its_servers_failure_and_read_no_further_than_t
     async def story() -> None:
         addresses, close = await serve([endless, good])
         told: list[str] = []
-        async with VllmGenerator(addresses, 5.0) as generator:
+        async with VllmGenerator(addresses, 60.0) as generator:
             generator.on_failure = lambda _, why: told.append(why)
             assert len(await generator.sample([1], PARAMS, 2, "g0")) == 2
         assert told == [f"{addresses[0]}{words}, which nothing that it was asked takes"]
@@ -103,7 +103,7 @@ def test_control_and_completions_read_no_answer_without_end(kind: type[VllmContr
         with pytest.raises(failure, match=r"answered with more than [0-9]+ bytes"):
             async with kind(f"http://127.0.0.1:{runner.addresses[0][1]}") as peer:
                 assert isinstance(peer, VllmControl)
-                await peer.live_version(5.0)
+                await peer.live_version(60.0)
         await runner.cleanup()
 
     asyncio.run(story())
