@@ -21,20 +21,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benching import describe_machine
+from benching import ROOT, describe_machine
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import models, pre_tokenizers
 from transformers import LlamaConfig
 
+from neox_rl.config.load import load_config
 from neox_rl.errors import NeoxRLError
 from neox_rl.guard import guarded_popen, stop
 from neox_rl.ports import Generator
+from neox_rl.problems.sources import load_problems
 from neox_rl.problems.tokenizer import DirectoryTokenizer, save_hf
 from neox_rl.rollout.vllm_completions import CompletionsGenerator
 from neox_rl.rollout.vllm_server import ServerSpec, core_ids, server_command, wait_ready
 from neox_rl.run.endpoints import free_port
 from neox_rl.run.search_server import cache_counters
 from neox_rl.search.arithmetic_domain import ArithmeticDomain
+from neox_rl.search.demonstrations import SEARCHERS
 from neox_rl.search.growth import Budget
 from neox_rl.search.linearize import linearize, text_of, tree_of
 from neox_rl.search.proposers import ExhaustiveProposer, PolicyProposer, derived_seed
@@ -44,7 +47,7 @@ from neox_rl.search.text_domain import TextDomain
 from neox_rl.search.values import HeuristicValue, NoValue
 from neox_rl.types import Completion, Problem, Reason, SamplingParams, Tree, Verdict
 
-VOCABULARY = 4096
+VOCABULARY, TRACES = 4096, 1000
 START_S = 300.0
 
 
@@ -187,32 +190,47 @@ def with_server(args: argparse.Namespace) -> None:
 
 
 def codec() -> None:
-    """Tokens a second, told and read back, over trees of several searches."""
+    """Tokens a second, told and read back: one large tree of each of several searches, and the searches that the main job is shown."""
+    measure_telling("the main job's warm start", of_main_job())
     task = Problem("c", "countdown", "", "59", "", {"numbers": [2, 3, 5, 7], "target": 59, "max_value": 60})
     for strategy in ("dfs", "mcts", "bfs"):
         search = Search(strategy, ArithmeticDomain, Options(width=6))
         tree: Tree = asyncio.run(search.run(task, ExhaustiveProposer(), HeuristicValue(), Budget(400)))
-        text = text_of(linearize(tree, task))
-        tokens = len(text.split())
-        told = best(partial(tell, tree, task))
-        read = best(partial(tree_of, task, text))
-        print(
-            f"| {strategy}, {len(tree.nodes) - 1} nodes, {tokens} tokens | {tokens / told / 1e6:.2f} M/s | {tokens / read / 1e6:.2f} M/s |"
-        )
+        measure_telling(strategy, [(tree, task)])
 
 
-def tell(tree: Tree, task: Problem) -> str:
-    return text_of(linearize(tree, task))
+def measure_telling(name: str, shown: Sequence[tuple[Tree, Problem]]) -> None:
+    texts = [text_of(linearize(tree, task)) for tree, task in shown]
+    nodes, tokens = sum(len(tree.nodes) - 1 for tree, _ in shown), sum(len(text.split()) for text in texts)
+
+    def tell() -> None:
+        for tree, task in shown:
+            text_of(linearize(tree, task))
+
+    def read_back() -> None:
+        for (_, task), text in zip(shown, texts, strict=True):
+            tree_of(task, text)
+
+    told, read = best(tell), best(read_back)
+    size = f"{nodes / len(shown):.0f} nodes, {tokens / len(shown):.0f} tokens"
+    print(f"| {name}, {size} | {tokens / told / 1e6:.2f} M/s | {tokens / read / 1e6:.2f} M/s |")
+
+
+def of_main_job() -> list[tuple[Tree, Problem]]:
+    """Searches of the warm start of ``configs/metarl.yml``: short traces, each of another problem."""
+    config = load_config([ROOT / "configs/metarl.yml"]).metarl
+    rng, problems = random.Random(1), load_problems(config.problems, config.seed).train
+    return [(SEARCHERS[config.warmstart.style](task, rng), task) for task in rng.choices(problems, k=TRACES)]
 
 
 def best(work: Callable[[], object]) -> float:
-    """Seconds of the fastest of 30 calls, two warm ones before."""
+    """CPU seconds of the fastest of 30 calls, two warm ones before: other programs may have the core meanwhile."""
     work(), work()
     times = []
     for _ in range(30):
-        started = time.perf_counter()
+        started = time.process_time()
         work()
-        times.append(time.perf_counter() - started)
+        times.append(time.process_time() - started)
     return min(times)
 
 

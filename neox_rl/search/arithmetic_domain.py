@@ -26,6 +26,7 @@ Numbers: TypeAlias = tuple[Number, ...]
 MAX_NUMBERS, MAX_RATIONAL_NUMBERS = 6, 5
 """Beyond these the exact oracle takes minutes a problem."""
 MAX_MAGNITUDE = 10**6
+CACHED_TEXTS = 1 << 14
 _NUMBER = r"([0-9]{1,40}(?:/[0-9]{1,40})?)"  # what MAX_RATIONAL_NUMBERS numbers of MAX_MAGNITUDE can make
 _STEP = re.compile(rf"\s*{_NUMBER}\s*([-+*/])\s*{_NUMBER}\s*=\s*{_NUMBER}\s*(?:\.\s*)?")
 
@@ -44,6 +45,7 @@ class Operation(NamedTuple):
         return f"{self.left} {self.operator}{self.right} ={self.result}"
 
 
+@lru_cache(CACHED_TEXTS)
 def read_operation(text: str) -> Operation | None:
     """The operation that ``text`` is, spaces and a full stop at will; None for anything else. What goes on behind the result may take it
     back (``= 15.5``, ``= 15 + 7``), so it is no step."""
@@ -51,7 +53,7 @@ def read_operation(text: str) -> Operation | None:
     if found is None:
         return None
     try:
-        left, right, result = (_reduced(Fraction(found[i])) for i in (1, 3, 4))
+        left, right, result = (_read(found[i]) for i in (1, 3, 4))
     except ZeroDivisionError:
         return None
     return Operation(left, found[2], right, result)
@@ -218,6 +220,11 @@ def _compute(left: Number, operator: str, right: Number) -> Number | None:
             return _reduced(left * right)
         case _:
             return _reduced(Fraction(left) / right) if right else None
+
+
+def _read(text: str) -> Number:
+    """Raises ZeroDivisionError."""
+    return _reduced(Fraction(text)) if "/" in text else int(text)
 
 
 def _reduced(value: Number) -> Number:

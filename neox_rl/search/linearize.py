@@ -72,9 +72,10 @@ def moves(tree: Tree, restart: bool = False) -> Iterator[Told]:
     for node in tree.nodes[1:]:
         if node.order != node.id:
             raise ValueError(f"node {node.id} of {tree.problem_id} has order {node.order}; number nodes in their order")
-        if (node.parent, *said(node)) in told:
+        says = (node.parent, *said(node))
+        if says in told:
             raise ValueError(f"node {node.id} of {tree.problem_id} is told as {node.text!r}, as one of its siblings is; merge them")
-        told.add((node.parent, *said(node)))
+        told.add(says)
         if path[-1] != node.parent or (restart and over):
             yield from _jump(tree, path, node.parent, restart)
         yield Told(node)
