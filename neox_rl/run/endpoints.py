@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import socket
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
@@ -23,6 +25,7 @@ SEED_STEP, SEEDS = 1_000_003, 1 << 32
 
 FREE_PORTS = range(15_000, 32_768)
 """Where ports are chosen: above those of well-known services, below those that Linux gives to outgoing connections."""
+_AGAIN_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,11 @@ class Endpoints:
         return f"tcp://{self.host}:{self.join_port}"
 
 
-def choose_endpoints(config: RunConfig, vocab_size: int) -> Endpoints:
-    """Configured ports as they are, checked to be free; free ones for those that are 0. Raises ConfigError naming a taken port."""
+def choose_endpoints(config: RunConfig, vocab_size: int, wait_s: float = 0.0) -> Endpoints:
+    """Configured ports as they are, checked to be free; free ones for those that are 0. Raises ConfigError naming a taken port.
+
+    ``wait_s``: how long who has a configured one may take to end.
+    """
     network, servers = config.metarl.network, config.metarl.servers
     count = num_servers(config)
     server_ports = [network.server_port + i if network.server_port else 0 for i in range(count)]
@@ -62,7 +68,7 @@ def choose_endpoints(config: RunConfig, vocab_size: int) -> Endpoints:
         "metarl.network.join_port": network.join_port,
         **{f"metarl.network.server_port (server {i})": port for i, port in enumerate(server_ports)},
     }
-    experience, weights, master, join, *ports = _reserve(network.bind_host, wanted)
+    experience, weights, master, join, *ports = _reserve(network.bind_host, wanted, wait_s)
     addresses = servers.addresses or tuple(f"http://{network.bind_host}:{port}" for port in ports)
     return Endpoints(network.bind_host, experience, weights, master, join, tuple(addresses), vocab_size)
 
@@ -72,24 +78,37 @@ def free_port(host: str) -> int:
     return _reserve(host, {"--port": 0})[0]
 
 
-def _reserve(host: str, wanted: dict[str, int]) -> list[int]:
+def _reserve(host: str, wanted: dict[str, int], wait_s: float = 0.0) -> list[int]:
     """All at once, so that no free port is found twice. Raises ConfigError."""
     try:
         with socket.socket() as probe:
             probe.bind((host, 0))
     except OSError as error:
         raise ConfigError(f"metarl.network.bind_host = {host!r}: {error.strerror}; give an IPv4 address or name of this machine") from error
+    end = time.monotonic() + wait_s
     with ExitStack() as stack:
         ports: list[int] = []
         for key, port in wanted.items():
             found = stack.enter_context(socket.socket())
             found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                _bind(found, host, port)
+                while not _is_bound(found, host, port, last=time.monotonic() >= end):
+                    time.sleep(_AGAIN_S)
             except OSError as error:
                 raise ConfigError(f"{key} = {port}: cannot bind {host}:{port} ({error.strerror}); choose a free port, or 0") from error
             ports.append(found.getsockname()[1])
         return ports
+
+
+def _is_bound(found: socket.socket, host: str, port: int, last: bool) -> bool:
+    """False where somebody has the port still. Raises OSError; also for that where this was the ``last`` try."""
+    try:
+        _bind(found, host, port)
+        return True
+    except OSError as error:
+        if last or error.errno != errno.EADDRINUSE:
+            raise
+        return False
 
 
 def _bind(found: socket.socket, host: str, port: int) -> None:

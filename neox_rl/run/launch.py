@@ -35,6 +35,7 @@ from neox_rl.keys import Keys
 from neox_rl.ports import Tokenizer
 from neox_rl.problems.sources import problems_of_run
 from neox_rl.problems.tokenizer import SymbolicTokenizer, load_tokenizer
+from neox_rl.queue.journal import LOCK_S
 from neox_rl.run.demonstrating import demonstration_source, refuse_unrecorded
 from neox_rl.run.endpoints import choose_endpoints, write_endpoints
 from neox_rl.run.hosts import BY_SSH, check_hosts, read_hosts
@@ -115,7 +116,7 @@ def prepared(config: RunConfig, script: str, resume: bool, by_hand: bool = True)
         demonstration_source(config, problems.train, tokenizer)
         with ExitStack() as tools:
             make_tool(config, tools)
-    endpoints = choose_endpoints(config, tokenizer.vocab_size)
+    endpoints = choose_endpoints(config, tokenizer.vocab_size, _ending_s(config) if resume else 0.0)
     if config.neox.hostfile:
         read_hosts(config)
     if config.neox.launcher in BY_SSH and not by_hand:
@@ -138,6 +139,14 @@ def prepared(config: RunConfig, script: str, resume: bool, by_hand: bool = True)
                 " left in which you may write"
             ) from error
         yield paths, [p.in_attempt(attempt, resume and p.name == RANKS) if p.name in (RANKS, ORCHESTRATOR) else p for p in parts]
+
+
+def _ending_s(config: RunConfig) -> float:
+    """How long guardians of a launcher that was killed just now may take to end what it had started. Raises ConfigError where it lives."""
+    paths = RunPaths.of(Path(config.metarl.runs_dir) / config.metarl.name)
+    if paths.config.is_file():
+        hold(paths).close()
+    return config.metarl.deadlines.shutdown_s + LOCK_S
 
 
 def _directory(config: RunConfig, resume: bool, stack: ExitStack) -> RunPaths:

@@ -13,6 +13,7 @@ from neox_rl.config.machine import Machine, visible_gpus
 from neox_rl.config.run import RunConfig
 from neox_rl.errors import ConfigError
 from neox_rl.rollout.vllm_server import server_command
+from neox_rl.run import endpoints as endpoints_module
 from neox_rl.run.endpoints import Endpoints, choose_endpoints, offered_spec, read_endpoints, server_specs, write_endpoints
 from neox_rl.run.launch import commands
 from neox_rl.run.processes import ORCHESTRATOR, RANKS, Program, programs
@@ -171,6 +172,15 @@ def test_a_taken_port_is_named_before_anything_starts(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"network\.master_port = {port}: cannot bind .* choose a free port, or 0"):
             choose_endpoints(small_config(tmp_path, network={"master_port": port}), 99)
+
+
+def test_a_port_of_a_run_that_is_being_ended_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        config = small_config(tmp_path, network={"master_port": taken.getsockname()[1]})
+        monkeypatch.setattr(endpoints_module.time, "sleep", lambda _: taken.close())
+        assert choose_endpoints(config, 99, wait_s=60.0).master_port == config.metarl.network.master_port
 
 
 def test_a_host_that_is_not_here_is_named(tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ from neox_rl.problems.tokenizer import SymbolicTokenizer
 from neox_rl.queue.book import Book
 from neox_rl.queue.journal import FORMAT, LEDGER
 from neox_rl.queue.records import payload_of, to_bytes
-from neox_rl.run import launch, resume
+from neox_rl.run import endpoints, launch, resume
+from neox_rl.run.endpoints import read_endpoints
 from neox_rl.run.launch import prepared
 from neox_rl.run.processes import ATTEMPT
 from neox_rl.run.resume import hold, next_attempt
@@ -168,6 +169,22 @@ def test_an_earlier_run_is_moved_aside_and_a_running_one_is_left_alone(config: R
             with pytest.raises(ConfigError, match=r"small is running; .* another --name"):
                 prepare(config, resume)
     prepare(config, resume=True)
+
+
+def test_a_resumed_run_waits_for_its_ports_unless_its_launcher_lives(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guardians end what a launcher that was killed just now had started."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        network = replace(config.metarl.network, master_port=taken.getsockname()[1])
+        fixed = replace(config, metarl=replace(config.metarl, network=network))
+        save(prepare(config).checkpoints, 1)
+        monkeypatch.setattr(endpoints.time, "sleep", lambda _: taken.close())
+        with prepared(config, "train.py", resume=True), pytest.raises(ConfigError, match="small is running"):
+            prepare(fixed, resume=True)
+        with pytest.raises(ConfigError, match="choose a free port, or 0"):
+            prepare(fixed)
+        assert read_endpoints(prepare(fixed, resume=True).endpoints).master_port == network.master_port and taken.fileno() == -1
 
 
 def test_the_lock_is_held_from_the_move_to_the_end(config: RunConfig) -> None:
