@@ -6,6 +6,7 @@ import errno
 import random
 import socket
 import time
+import zlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
@@ -164,6 +165,11 @@ def server_specs(config: RunConfig, endpoints: Endpoints, model_dir: Path, machi
             )
         )
     return specs
+
+
+def another_seed(seed: int, turn: str) -> int:
+    """For a server that is started again: neither its own of before nor that of any other."""
+    return zlib.crc32(f"{seed}/{turn}".encode())
 
 
 def offered_spec(config: RunConfig, model_dir: Path) -> ServerSpec:

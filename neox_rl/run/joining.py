@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from neox_rl.config.run import RunConfig
 from neox_rl.errors import ConfigError, WireError
 from neox_rl.rollout.vllm_server import ServerSpec
-from neox_rl.run.endpoints import SEED_STEP, SEEDS, Endpoints
+from neox_rl.run.endpoints import Endpoints, another_seed
 from neox_rl.run.join_wire import (
     BEAT,
     BEATEN,
@@ -74,16 +73,15 @@ class Offer:
             raise ConfigError(f"{big[0]} has more than {MAX_FILE_BYTES} bytes: servers could not join; take a smaller tokenizer")
         return cls(generator, endpoints.weights, config.metarl.servers.request_timeout_s, spec, files)
 
-    def welcome(self, name: str) -> dict[str, Json]:
+    def welcome(self, name: str, token: str) -> dict[str, Json]:
         spec = self.spec
-        seed = (spec.seed + zlib.crc32(name.encode()) * SEED_STEP) % SEEDS
         server: dict[str, Json] = {
             "dtype": spec.dtype,
             "max_model_len": spec.max_model_len,
             "max_num_seqs": spec.max_num_seqs,
             "tensor_parallel_size": spec.tensor_parallel_size,
             "enforce_eager": spec.enforce_eager,
-            "seed": seed,
+            "seed": another_seed(spec.seed, f"{name}/{token}"),
             "kv_cache_gib": float(spec.kv_cache_gib),
             "gpu_memory_frac": float(spec.gpu_memory_frac),
             "stats": spec.stats,
@@ -161,7 +159,7 @@ class JoinDesk:
                 return
             self._joined[name] = _Joined(token, peer, time.monotonic())
         self._joined[name].peer, self._joined[name].seen = peer, time.monotonic()
-        await self._socket.send(peer, message(WELCOME, self._offer.files, **self._offer.welcome(name)))
+        await self._socket.send(peer, message(WELCOME, self._offer.files, **self._offer.welcome(name, token)))
 
     def _free_name(self) -> str:
         return next(name for n in range(1 << 20) if self._keeper.members.get(name := f"joined-{n}") is None)

@@ -132,6 +132,7 @@ def prepared(config: RunConfig, script: str, resume: bool, by_hand: bool = True)
             write_status(paths.status, Status(message="starting processes"))
             parts = programs(config, paths, endpoints, Machine.here(), script, resume, os.environ)
             attempt = next_attempt(paths)
+            parts = [p.drawing_anew(f"attempt {attempt}") for p in parts] if resume else parts
         except OSError as error:
             where = error.filename or "the run directory"
             raise ConfigError(

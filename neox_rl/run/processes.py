@@ -15,7 +15,7 @@ from neox_rl.guard import GuardedProcess, guarded_popen, with_own_tmp
 from neox_rl.keys import CLIENT_FILE
 from neox_rl.keys import ENV as KEYS
 from neox_rl.rollout.vllm_server import ServerSpec, core_ids, server_command
-from neox_rl.run.endpoints import Endpoints, server_specs
+from neox_rl.run.endpoints import Endpoints, another_seed, server_specs
 from neox_rl.run.hosts import read_hosts
 from neox_rl.run.scripted_server import scripted_command
 from neox_rl.run.slurm import srun_ranks
@@ -24,7 +24,7 @@ from neox_rl.telemetry.paths import RunPaths
 ORCHESTRATOR, RANKS = "orchestrator", "trainer"
 ATTEMPT = "NEOX_RL_ATTEMPT"
 """In the environment of ranks and orchestrator: the number of the ranks' start in this run. A newer trainer supersedes an older one."""
-RESUME = "--resume"
+RESUME, SEED = "--resume", "--seed"
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,13 @@ class Program:
         """The same for another start of the ranks."""
         argv = [*(word for word in self.argv if word != RESUME), *([RESUME] if resume else [])]
         return replace(self, argv=argv, env={**self.env, ATTEMPT: str(attempt)})
+
+    def drawing_anew(self, turn: str) -> Program:
+        """The same for another start of a server, which would draw the random numbers again that it has drawn; others have no seed."""
+        if SEED not in self.argv:
+            return self
+        at = self.argv.index(SEED) + 1
+        return replace(self, argv=[*self.argv[:at], str(another_seed(int(self.argv[at]), turn)), *self.argv[at + 1 :]])
 
 
 def programs(

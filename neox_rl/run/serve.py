@@ -25,7 +25,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from neox_rl.config.machine import Machine
@@ -36,7 +36,7 @@ from neox_rl.guardian import own_directory
 from neox_rl.keys import CLIENT_FILE, Keys
 from neox_rl.keys import ENV as KEYS
 from neox_rl.rollout.vllm_server import ServerSpec, core_ids
-from neox_rl.run.endpoints import free_port, read_endpoints
+from neox_rl.run.endpoints import another_seed, free_port, read_endpoints
 from neox_rl.run.join_wire import (
     BEAT,
     BEAT_S,
@@ -77,6 +77,7 @@ class Agent:
     process: GuardedProcess | None = None
     restarts: Restarts = field(default_factory=Restarts)
     due: float | None = None
+    starts: int = 0
     asked_restarts: int = 0
     said: str = ""
     clock: Callable[[], float] = time.monotonic
@@ -162,6 +163,9 @@ class Agent:
         keys = self.found[1] if self.found else None
         if keys is not None:
             env[KEYS] = str(keys.path.resolve())
+        if self.process is not None:
+            self.starts += 1
+            spec = replace(spec, seed=another_seed(spec.seed, f"start {self.starts}"))
         argv, env = command_of(welcome.fields["generator"], spec, spec.model_dir / "config.yml", env)
         log = Path(self.options.log_dir) / f"{self.name}.log"
         self.restarts.started = time.monotonic()

@@ -105,6 +105,8 @@ class Supervisor:
         (self.paths.restart / name).unlink(missing_ok=True)  # what was asked of the process before
         for lock in remove_stale_locks(self._programs[name].env):
             self._warn(f"removed {lock}, which a killed compilation left")
+        if name in self.running:
+            self._programs[name] = self._programs[name].drawing_anew("start")
         self.running[name] = self._programs[name].start(self.config.metarl.deadlines.shutdown_s)
         self._recovery.started(name, time.monotonic())
         self._show(name, replace(self._states.get(name, ProcessState()), state="running"))

@@ -18,6 +18,8 @@ from neox_rl.run.endpoints import Endpoints, choose_endpoints, offered_spec, rea
 from neox_rl.run.launch import commands
 from neox_rl.run.processes import ORCHESTRATOR, RANKS, Program, programs
 from neox_rl.run.slurm import node_addresses
+from neox_rl.run.supervise import Supervisor
+from neox_rl.telemetry.events import EventLog
 from tests.unit.small_run import small_config, small_paths
 
 LAPTOP = Machine(cores=(0, 1, 2, 3), memory_gib=16)
@@ -193,6 +195,21 @@ def test_each_server_draws_its_own_random_numbers(tmp_path: Path) -> None:
     config = small_config(tmp_path, rollout={"generator": "vllm"}, servers={"num_servers": 3})
     specs = server_specs(config, choose_endpoints(config, 99), tmp_path, NODE)
     assert specs[0].seed == config.metarl.seed and len({spec.seed for spec in specs}) == 3
+
+
+def test_a_server_that_is_started_again_draws_other_numbers_than_before(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    events = EventLog(tmp_path / "events.jsonl", "launcher")
+    supervisor = Supervisor(config, small_paths(config), events)
+    supervisor._programs = {"server-0": Program("server-0", ["true", "--seed", "7"], {"PATH": "/bin:/usr/bin"}, tmp_path / "log", None)}
+    seeds = []
+    for _ in range(3):
+        supervisor._start("server-0")
+        seeds.append(supervisor.running["server-0"].program[2])
+        assert supervisor.running["server-0"].wait(20.0) == 0
+    assert seeds[0] == "7" and len({*seeds}) == 3
+    events.close()
+    assert parts(config)[ORCHESTRATOR].drawing_anew("start") == parts(config)[ORCHESTRATOR]
 
 
 def test_endpoints_are_read_as_they_were_written(tmp_path: Path) -> None:

@@ -187,6 +187,15 @@ def test_a_resumed_run_waits_for_its_ports_unless_its_launcher_lives(config: Run
         assert read_endpoints(prepare(fixed, resume=True).endpoints).master_port == network.master_port and taken.fileno() == -1
 
 
+def test_servers_of_every_part_draw_numbers_of_their_own(config: RunConfig) -> None:
+    seeds = []
+    for again in (False, True, True):
+        with prepared(config, "train.py", again) as (paths, parts):
+            save(paths.checkpoints, 1)
+            seeds.append(parts[0].argv[parts[0].argv.index("--seed") + 1])
+    assert seeds[0] == str(config.metarl.seed) and len({*seeds}) == 3
+
+
 def test_the_lock_is_held_from_the_move_to_the_end(config: RunConfig) -> None:
     old = prepare(config)
     with prepared(config, "train.py", resume=False) as (paths, parts):
