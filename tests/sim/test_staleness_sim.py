@@ -9,7 +9,7 @@ import pytest
 
 from neox_rl.errors import NeoxRLError
 from neox_rl.queue.sim.cluster import Cluster
-from neox_rl.queue.sim.rules import compare
+from neox_rl.queue.sim.rules import FirstReady, compare
 from neox_rl.queue.sim.scenario import LogNormal, Publishing, Scenario
 from neox_rl.queue.state import Mode, TicketQueue
 from neox_rl.types import Group
@@ -51,6 +51,13 @@ def test_what_each_rule_costs_under_one_bound() -> None:
     assert token.masked_frac < 0.15
     assert token.long_frac > 0.5
     assert token.tokens_generated == token.tokens_consumed, "a run ends with nothing generated for nothing"
+
+
+def test_groups_that_the_last_step_throws_away_are_made_again() -> None:
+    """Nothing else is going on then: 200 steps of this seed end so."""
+    scenario = Scenario(num_steps=200)
+    queue = partial(FirstReady, scenario.groups_per_step, 4, scenario.num_steps, drop_beyond=True)
+    assert Cluster(scenario, queue, masks=False, guards=False).run().steps == 200
 
 
 def test_a_lost_group_is_a_deadlock_that_names_its_ticket() -> None:

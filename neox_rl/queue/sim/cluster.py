@@ -104,6 +104,7 @@ class Cluster:
         if self.up:
             self._admit()
             self._take()
+            self._admit()  # again what the take threw away, where the rule does so
 
     # generation
 
