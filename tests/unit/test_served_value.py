@@ -67,7 +67,8 @@ def test_a_search_waits_for_a_reward_model_that_is_started_again(tmp_path: Path)
             assert isinstance(value, ServedValue) and value.deadline_s == config.metarl.servers.start_timeout_s
             await prm.start()
             prm.last = 3
-            groups = replace(maker(Sloppy(), nodes=30, strategy="bfs"), value=replace(value, retry_s=0.05))
+            served = replace(value, retry_s=0.05)
+            groups = replace(maker(Sloppy(), nodes=30, strategy="bfs"), value=lambda _: served)
             making = asyncio.create_task(groups.group(TASK, 4, SamplingParams(8), 1))
             while prm.asked <= prm.last:
                 await asyncio.sleep(0.01)
@@ -89,7 +90,7 @@ def test_one_that_does_not_come_back_ends_the_search_and_says_the_fix() -> None:
         with pytest.raises(
             ConfigError, match=rf"prm_server = {prm.address}: no value for 0.2 s .servers.start_timeout_s.*start that server"
         ):
-            await replace(maker(Sloppy(), strategy="bfs"), value=value).group(TASK, 4, SamplingParams(8), 1)
+            await replace(maker(Sloppy(), strategy="bfs"), value=lambda _: value).group(TASK, 4, SamplingParams(8), 1)
 
     asyncio.run(story(Classifier()))
 
