@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from neox_rl.config.derived import HF_DTYPES
+from neox_rl.config.derived import HF_DTYPES, warmstart_skipped
 from neox_rl.config.machine import Machine
 from neox_rl.config.network import curve_on, is_loopback, is_unreachable
 from neox_rl.config.placement import num_ranks, num_servers, num_vllm_servers, parse_core_sets
@@ -282,10 +282,11 @@ def precision_suits_machine(config: RunConfig, machine: Machine) -> Iterator[str
 
 def checkpoints_come_in_time(config: RunConfig, machine: Machine) -> Iterator[str]:
     n = config.neox
-    if n.checkpoint_factor > n.train_iters > 0:
+    warm = 0 if warmstart_skipped(config) else config.metarl.warmstart.steps
+    if n.checkpoint_factor > warm + n.train_iters > 0:
         yield (
-            f"checkpoint_factor = {n.checkpoint_factor}: is beyond train_iters = {n.train_iters}, so only the end is saved; set it lower,"
-            " or 0"
+            f"checkpoint_factor = {n.checkpoint_factor}: is beyond the {warm} steps of the warm start and train_iters = {n.train_iters},"
+            " so only the end is saved; set it lower, or 0"
         )
 
 

@@ -70,7 +70,7 @@ def charts(run: RunData) -> list[Chart]:
         _chart(_reward_title(run), REWARD, _reward, run) if _has(run.rl, "reward_mean") else None,
         _chart("What searches found", SEARCHED, _searched, run) if _has(run.rl, "searched") else None,
         _chart("Held-out accuracy", HELDOUT, _heldout, run) if run.evaluations else None,
-        _chart("Found by each episode", EPISODES, _episodes, run) if _has(run.evaluations, "found_by") else None,
+        _chart("Found by each episode", EPISODES, _episodes, run) if _several(run.evaluations) else None,
         _chart("Warm start", WARMSTART, _warmstart, run) if _has(run.sft, "loss") else None,
         _chart("Staleness of the trained tokens", STALENESS, _staleness, run) if _has(run.rl, "staleness_hist") else None,
         _chart("Length of the attempts", LENGTH, _length, run) if _has(run.rl, "length_mean") else None,
@@ -196,6 +196,11 @@ def _heldout(axes: Axes, run: RunData) -> None:
         axes.errorbar(x, mean, yerr=span, color=COLORS[color], label=mode, marker="o", markersize=4, capsize=3, elinewidth=1.1)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     _finish(axes, f"RL step (0: {run.first})")
+
+
+def _several(evaluations: Sequence[Row]) -> bool:
+    """Whether rollouts had more than one episode."""
+    return any(len(row.get("found_by") or ()) > 1 for row in evaluations)
 
 
 def _episodes(axes: Axes, run: RunData) -> None:

@@ -230,4 +230,5 @@ RUN_CASES = (
         "metarl.rollout.method=episodes",
     ),
     Case("checkpoints_come_in_time", "checkpoint_factor=500", "only the end is saved", "checkpoint_factor=50"),
+    Case("checkpoints_come_in_time", "checkpoint_factor=500", "only the end is saved", "metarl.warmstart.steps=500"),
 )
