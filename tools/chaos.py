@@ -5,8 +5,10 @@
 
 The faults come every few steps, some right after one another, so that what heals is hit too: ``kill -9`` of a server, a worker inside
 one, the orchestrator, a training rank, the launcher (then ``--resume``), a guardian, a joined server and its agent; servers that join and
-leave; processes that stand still for seconds. Who, what and when is drawn from ``--seed``, and how the run answers decides what is there to
-be struck next. ``--kills`` counts kills; the other faults come on top.
+leave; processes that stand still for seconds, and, with ``--hangs``, for good: a server, the orchestrator or a rank that the run must
+find, name and replace. Every other orchestrator that is killed, and every other launcher, finds the journal's end as a machine that lost
+its power may leave it. Who, what and when is drawn from ``--seed``, and how the run answers decides what is there to be struck next.
+``--kills`` counts kills; the other faults come on top. With ``--set num_gpus=2`` there are two ranks, either of which is struck.
 
 Exit status 1: the run did not end well in time, something of it was left, or the audit found a violation. 2: bad input.
 """
@@ -28,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import psutil
 from audit import report
-from chaos_run import ChaosRun, free_port, send
+from chaos_journal import tear
+from chaos_run import ChaosRun, alive, free_port, send
 
 from neox_rl.config.load import parse
 from neox_rl.config.machine import Machine
@@ -43,7 +46,10 @@ from neox_rl.telemetry.paths import RunPaths
 KILLS = {"server": 8, "worker": 5, "orchestrator": 6, "rank": 2, "launcher": 1, "agent": 2, "joined": 2, "guardian": 1}
 """Roles, and how often each is drawn beside the others; one that takes longest to come back, least."""
 STOPS = {"server": 4, "orchestrator": 2, "rank": 1, "agent": 1, "joined": 2}
-MIX = {"kill": 6, "stop": 2, "join": 1, "leave": 1}
+HANGS = {"server": 2, "orchestrator": 1, "rank": 1}
+MIX = {"kill": 12, "stop": 4, "join": 2, "leave": 2, "hang": 1}
+TORN = 0.5
+"""Share of the killed orchestrators and launchers whose successor finds the journal's end torn."""
 MAX_JOINED = 2
 LONGEST_STOP_S = 8.0
 BURST = 0.3
@@ -52,6 +58,7 @@ STEPS_A_FAULT, BUDGET = 3, 6
 STEPS_LEFT = 20
 """At the end, without a fault."""
 END_S = 120.0
+HANG_S = 60.0
 POLL_S = 0.1
 FAST = (
     *("checkpoint_factor=4", "metarl.warmstart.steps=4", "metarl.evaluation.num_problems=4", "metarl.rollout.flush_tokens=16"),
@@ -60,11 +67,12 @@ FAST = (
     *("metarl.servers.heartbeat_s=2.0", "metarl.deadlines.silence_s=10.0", "metarl.deadlines.shutdown_s=8.0"),
     "metarl.audit=stop",
 )
+FOUND_IN = ("metarl.servers.start_timeout_s=90.0",)  # a server that is silent; where none is to be, a slow start may take longer
 SERVERS = {
     "scripted": ("metarl.rollout.generator=scripted", "metarl.servers.num_servers=3", "metarl.scripted.token_s=0.004"),
     "real": (
         *("metarl.rollout.generator=vllm", "metarl.servers.num_servers=1", "metarl.servers.max_num_seqs=32"),
-        *("metarl.servers.kv_cache_gib=0.25", "metarl.servers.heartbeat_s=6.0"),
+        *("metarl.servers.kv_cache_gib=0.25", "metarl.servers.heartbeat_s=6.0", "metarl.servers.start_timeout_s=300.0"),
     ),
 }
 
@@ -77,6 +85,17 @@ class Fault:
     who: str
     t_ns: int
     healed_s: float | None = None
+
+
+@dataclass(slots=True)
+class Hung:
+    """A process that stands still until the run ends it: by ``until``, which other faults put off."""
+
+    process: psutil.Process
+    role: str
+    name: str
+    t_ns: int
+    until: float
 
 
 class ViolationError(Exception):
@@ -93,9 +112,11 @@ class Chaos:
     kills: int
     hang_s: float
     join_flags: Sequence[str] = ()
+    hangs: bool = False
     faults: list[Fault] = field(default_factory=list)
     done: int = 0
     _stopped: list[tuple[float, psutil.Process, str, str]] = field(default_factory=list)
+    _hung: list[Hung] = field(default_factory=list)
     _steps: int = 0
     _moved: float = field(default_factory=time.monotonic)
     _joins: int = 0
@@ -121,6 +142,7 @@ class Chaos:
             self._stopped.remove(entry)
             if send(entry[1], signal.SIGCONT):
                 self.faults.append(Fault(f"stop {entry[2]}", entry[3], time.time_ns()))
+        self._look_at_the_hung(now)
         code = self.run.launcher.poll()
         if code is not None and code != 0:
             raise ViolationError(f"the run ended with status {code}; see {self.run.output}")
@@ -131,6 +153,19 @@ class Chaos:
             raise ViolationError(f"no step for {self.hang_s:.0f} s: the run stands still at {phase} {step}; see {self.run.paths.logs}")
         time.sleep(POLL_S)
         return code is None
+
+    def _look_at_the_hung(self, now: float) -> None:
+        for hung in list(self._hung):
+            if not alive(hung.process):
+                self._hung.remove(hung)
+                self.faults.append(Fault(f"hang {hung.role}", hung.name, hung.t_ns))
+            elif now > hung.until and self.run.launcher.poll() is None:
+                raise ViolationError(f"{hung.role} {hung.name} stands still for {self._patience():.0f} s, and nobody ended it")
+
+    def _patience(self) -> float:
+        """By then the run has found who stands still."""
+        metarl = self.config.metarl
+        return max(metarl.servers.start_timeout_s, metarl.deadlines.silence_s, metarl.deadlines.ranks_start_s) + HANG_S
 
     def _wait(self, steps: int, seconds: float) -> bool:
         """``steps`` more steps of the trainer and then some; False where the run ends, or has only steps left that are to be quiet."""
@@ -157,7 +192,10 @@ class Chaos:
     # striking
 
     def _strike(self, begin: float) -> None:
-        kind = self.rng.choices(list(MIX), list(MIX.values()))[0] if self._joins else "join"
+        mix = {kind: share for kind, share in MIX.items() if kind != "hang" or self.hangs}
+        kind = self.rng.choices(list(mix), list(mix.values()))[0] if self._joins else "join"
+        for hung in self._hung:  # who would find it may be struck
+            hung.until = time.monotonic() + self._patience()
         if kind == "join" or (kind == "leave" and not self._joined()):
             self._join(begin)
         elif kind == "leave":
@@ -178,9 +216,12 @@ class Chaos:
             self._note(begin, "join", name)
 
     def _hit(self, kind: str, begin: float) -> None:
-        weights = KILLS if kind == "kill" else STOPS
+        weights = {"kill": KILLS, "stop": STOPS, "hang": HANGS}[kind]
         victims = self.run.victims()
         roles = [role for role in weights if victims.by_role[role] and (role != "launcher" or self._can_resume())]
+        if kind == "hang":  # one at a time, and no server that is the last one
+            fit = not self._hung and self._step() >= 0
+            roles = [role for role in roles if fit and (role != "server" or len(victims.by_role[role]) > 1)]
         if roles in ([], ["launcher"]):  # one that was just started again, with nothing under it yet: killing it again meets nothing new
             return
         # Each role is struck once before any is struck again: a short run has something of everything.
@@ -189,21 +230,38 @@ class Chaos:
         self._struck.add((kind, role))
         victim = self.rng.choice(sorted(victims.by_role[role], key=lambda process: victims.names[process.pid]))
         name = victims.names[victim.pid]
-        if kind == "stop":
-            if not any(process == victim for _, process, _, _ in self._stopped) and send(victim, signal.SIGSTOP):
-                print(f"{time.monotonic() - begin:7.1f} s  step {self._step():4d}  stop {role} {name}", flush=True)
-                self._stopped.append((time.monotonic() + self.rng.uniform(0.3, LONGEST_STOP_S), victim, role, name))
+        if kind != "kill":
+            still = [*(process for _, process, _, _ in self._stopped), *(hung.process for hung in self._hung)]
+            if victim not in still and send(victim, signal.SIGSTOP):
+                self._halt(kind, victim, role, name)
+                print(f"{time.monotonic() - begin:7.1f} s  step {self._step():4d}  {kind} {role} {name}", flush=True)
         elif send(victim, signal.SIGKILL):
             self.done += 1
             self._note(begin, f"kill {role}", name)
             if role == "launcher":
-                self._resume()
+                self._await_end()
+            if role in ("launcher", "orchestrator") and self.rng.random() < TORN:
+                self._tear(begin)
+            if role == "launcher":
+                self.run.launch(resume=True)
+
+    def _tear(self, begin: float) -> None:
+        """Its writer is dead, and nobody goes on with it yet."""
+        rng = random.Random(self.rng.random())
+        if self.run.paths.journal.is_dir() and (did := tear(self.run.paths.journal, rng)):
+            self._note(begin, "tear", f"journal: {did}")
+
+    def _halt(self, kind: str, victim: psutil.Process, role: str, name: str) -> None:
+        if kind == "stop":
+            self._stopped.append((time.monotonic() + self.rng.uniform(0.3, LONGEST_STOP_S), victim, role, name))
+        else:
+            self._hung.append(Hung(victim, role, name, time.time_ns(), time.monotonic() + self._patience()))
 
     def _can_resume(self) -> bool:
         return has_checkpoint(self.config, self.run.paths)
 
-    def _resume(self) -> None:
-        """All that the launcher started must end by itself; then the user starts it again."""
+    def _await_end(self) -> None:
+        """All that the launcher started must end by itself, also what stands still."""
         self.run.launcher.wait()
         agents = {agent.pid for agent in self.run.agents.values()}
         end = time.monotonic() + self.config.metarl.deadlines.shutdown_s + 20.0
@@ -214,7 +272,7 @@ class Chaos:
                 send(process, signal.SIGCONT)
             time.sleep(POLL_S)
         self._stopped.clear()
-        self.run.launch(resume=True)
+        self._hung.clear()  # they ended with the others, and nobody was there to name them
 
     def _note(self, begin: float, kind: str, who: str) -> None:
         print(f"{time.monotonic() - begin:7.1f} s  step {self._step():4d}  {kind} {who}", flush=True)
@@ -226,6 +284,17 @@ def _above(process: psutil.Process) -> set[int]:
         return {parent.pid for parent in process.parents()}
     except psutil.Error:
         return set()
+
+
+def unnamed(faults: Sequence[Fault], events: Sequence[Event]) -> list[str]:
+    """Processes that stood still and are gone, of which the launcher says nothing; with the ranks it starts the orchestrator again, too."""
+    died = [(event.t_ns, event.fields.get("process")) for event in events if event.name == "died"]
+    missing = []
+    for fault in (fault for fault in faults if fault.kind.startswith("hang")):
+        names = {fault.who, "trainer"} if fault.who == "orchestrator" else {fault.who}
+        if not any(t_ns >= fault.t_ns and who in names for t_ns, who in died):
+            missing.append(f"{fault.kind} {fault.who}: it was ended, and nothing says so")
+    return missing
 
 
 def time_healing(faults: Sequence[Fault], events: Sequence[Event]) -> None:
@@ -264,7 +333,7 @@ def settings(options: argparse.Namespace, runs: Path, name: str) -> list[str]:
     servers = SERVERS[options.servers]
     steps = round(options.kills * sum(MIX.values()) / MIX["kill"] * BUDGET) + 2 * STEPS_LEFT
     mine = [f"metarl.runs_dir={runs}", f"metarl.name={name}", f"train_iters={steps}", f"metarl.network.join_port={free_port()}"]
-    return [*mine, *FAST, *servers, *options.set]
+    return [*mine, *FAST, *(FOUND_IN if options.hangs else ()), *servers, *options.set]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -282,7 +351,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     scratch.mkdir(parents=True)
     arguments = ["train.py", str(Path(options.config).resolve()), *(word for setting in sets for word in ("--set", setting))]
     run = ChaosRun(arguments, RunPaths.of(runs / name), scratch)
-    chaos = Chaos(run, config, random.Random(options.seed), options.kills, options.hang_s, options.join_flags.split())
+    rng, flags = random.Random(options.seed), options.join_flags.split()
+    chaos = Chaos(run, config, rng, options.kills, options.hang_s, flags, options.hangs)
     wrong: list[str] = []
     begin = time.monotonic()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -294,7 +364,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         run.kill_everything()
     wrong += run.left(10.0) + run.left_over({fault.who for fault in chaos.faults if fault.kind == "kill agent"})
-    time_healing(chaos.faults, read_events(run.paths.events))
+    time_healing(chaos.faults, events := read_events(run.paths.events))
+    wrong += unnamed(chaos.faults, events)
     print(f"\n{chaos.done} kills, {len(chaos.faults)} faults in {time.monotonic() - begin:.0f} s, seed {options.seed}\n")
     print(f"{table(chaos.faults)}\n")
     try:
@@ -311,12 +382,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tools/chaos.py", description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("config", help="YAML file of the run")
-    parser.add_argument("--kills", type=int, required=True, help="kills; joins, leaves and stops come on top")
+    parser.add_argument("--kills", type=int, required=True, help="kills; joins, leaves, stops, torn journals and hangs come on top")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--servers", choices=tuple(SERVERS), default="scripted")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as for deepy.py (repeatable)")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
     parser.add_argument("--hang-s", type=float, default=400.0, help="seconds without a step after which the run hangs")
+    parser.add_argument("--hangs", action="store_true", help="some stand still until the run ends them")
     parser.add_argument("--join-flags", default="", help="more words for the agents of servers that join, as in '--cores 1'")
     options = parser.parse_args(argv)
     if options.kills < 1:
