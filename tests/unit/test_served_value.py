@@ -71,13 +71,14 @@ def test_a_search_waits_for_a_reward_model_that_is_started_again(tmp_path: Path)
             groups = replace(maker(Sloppy(), nodes=30, strategy="bfs"), value=lambda _: served)
             making = asyncio.create_task(groups.group(TASK, 4, SamplingParams(8), 1))
             while prm.asked <= prm.last:
+                assert not making.done(), making
                 await asyncio.sleep(0.01)
             await prm.stop()
             asked = prm.asked
             await asyncio.sleep(0.5)
             assert not making.done()
             await prm.start()
-            group = await asyncio.wait_for(making, 30.0)
+            group = await asyncio.wait_for(making, 60.0)
             await prm.stop()
             assert prm.asked > asked and all(trace.finish.value != "abort" for trace in group.traces)
 
