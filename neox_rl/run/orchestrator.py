@@ -341,7 +341,7 @@ class Orchestrator:
 async def serve(config: RunConfig, paths: RunPaths) -> None:
     """Builds the parts, binds the socket, serves one trainer."""
     async with AsyncExitStack() as stack:
-        events = signs_of_life(config, paths, stack)
+        events, heartbeat = signs_of_life(config, paths, stack)
         with events.span("prepare"):
             await asyncio.sleep(0)  # for the first beat: what follows may hold the event loop for long
             parts = await build_parts(config, paths, events, stack)
@@ -352,6 +352,7 @@ async def serve(config: RunConfig, paths: RunPaths) -> None:
             stack.callback(book.close)
             orchestrator = Orchestrator(config, paths, parts, MetricsWriter(paths, config.metarl.logging, asdict(config)), book, attempt)
             stack.callback(orchestrator.close)
+        heartbeat.now()  # who started it again waits to hear that it is up
         loop, serving = asyncio.get_running_loop(), asyncio.current_task()
         assert serving is not None
         loop.add_signal_handler(signal.SIGINT, orchestrator.stop)

@@ -71,13 +71,13 @@ class Parts:
     keys: Keys | None
 
 
-def signs_of_life(config: RunConfig, paths: RunPaths, stack: AsyncExitStack) -> EventLog:
+def signs_of_life(config: RunConfig, paths: RunPaths, stack: AsyncExitStack) -> tuple[EventLog, Heartbeat]:
     """The orchestrator's events, and beats that tell them, from its first moment on: who hears none of it knows who is late."""
     events = EventLog(paths.event_log("orchestrator"), "orchestrator")
     stack.callback(events.close)
     heartbeat = Heartbeat(paths.beats, "orchestrator", events, interval_s(config.metarl.deadlines.silence_s))
     stack.callback(asyncio.ensure_future(heartbeat.forever()).cancel)
-    return events
+    return events, heartbeat
 
 
 async def build_parts(config: RunConfig, paths: RunPaths, events: EventLog, stack: AsyncExitStack) -> Parts:

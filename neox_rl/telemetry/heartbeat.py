@@ -59,11 +59,11 @@ class Heartbeat:
     async def forever(self) -> None:
         """Beats until it is cancelled."""
         while True:
-            self._try()
+            self.now()
             await asyncio.sleep(self._every_s)
 
     def start(self) -> Heartbeat:
-        self._try()
+        self.now()
         self._thread.start()
         return self
 
@@ -75,9 +75,10 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._stopping.wait(self._every_s):
-            self._try()
+            self.now()
 
-    def _try(self) -> None:
+    def now(self) -> None:
+        """A beat between two, of a change that somebody waits to hear of; ``beat`` for a disk that may refuse it."""
         with contextlib.suppress(OSError):  # a disk that is broken, not a full one: silence is what the launcher then hears, and should
             self.beat()
 
