@@ -218,10 +218,11 @@ class Chaos:
     def _hit(self, kind: str, begin: float) -> None:
         weights = {"kill": KILLS, "stop": STOPS, "hang": HANGS}[kind]
         victims = self.run.victims()
+        still = {hung.process for hung in self._hung}  # the run is to find them
+        victims.by_role = {role: [process for process in found if process not in still] for role, found in victims.by_role.items()}
         roles = [role for role in weights if victims.by_role[role] and (role != "launcher" or self._can_resume())]
-        if kind == "hang":  # one at a time, and no server that is the last one
-            fit = not self._hung and self._step() >= 0
-            roles = [role for role in roles if fit and (role != "server" or len(victims.by_role[role]) > 1)]
+        if kind == "hang":  # one at a time, and not the last server
+            roles = [] if self._hung or self._step() < 0 else [r for r in roles if r != "server" or len(victims.by_role[r]) > 1]
         if roles in ([], ["launcher"]):  # one that was just started again, with nothing under it yet: killing it again meets nothing new
             return
         # Each role is struck once before any is struck again: a short run has something of everything.
@@ -231,8 +232,7 @@ class Chaos:
         victim = self.rng.choice(sorted(victims.by_role[role], key=lambda process: victims.names[process.pid]))
         name = victims.names[victim.pid]
         if kind != "kill":
-            still = [*(process for _, process, _, _ in self._stopped), *(hung.process for hung in self._hung)]
-            if victim not in still and send(victim, signal.SIGSTOP):
+            if not any(process == victim for _, process, _, _ in self._stopped) and send(victim, signal.SIGSTOP):
                 self._halt(kind, victim, role, name)
                 print(f"{time.monotonic() - begin:7.1f} s  step {self._step():4d}  {kind} {role} {name}", flush=True)
         elif send(victim, signal.SIGKILL):
