@@ -179,7 +179,7 @@ async def rollout_half(work: Path, name: str, model: Path, settings: Sequence[st
         servers = [program.start(10.0) for program in programs if program.name not in (ORCHESTRATOR, RANKS)]
         try:
             async with AsyncExitStack() as stack:
-                parts = await build_parts(config, paths, signs_of_life(config, paths, stack), stack)
+                parts = await build_parts(config, paths, signs_of_life(config, paths, stack)[0], stack)
                 publisher = Publisher(config.metarl.network.bind_host, parts.endpoints.weights_port)
                 stack.callback(publisher.close)
                 half = Half(config, parts, publisher, tensors(model), paths)

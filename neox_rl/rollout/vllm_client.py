@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self, TypeAlias, TypeVar
 
@@ -19,10 +21,11 @@ import msgspec
 
 from neox_rl.errors import DeadlineError, NeoxRLError, WeightError, WireError
 from neox_rl.rollout.bounded import most_bytes, read_bounded
-from neox_rl.rollout.pace import SLOW, Paces
+from neox_rl.rollout.pace import Paces, SlowError
 from neox_rl.rollout.vllm_control import parse_version
 from neox_rl.types import NO_VERSION, Completion, Finish, SamplingParams, VersionSpan
 
+logger = logging.getLogger(__name__)
 ROUTE = "/inference/v1/generate"
 _NAN_LOGPROB = -9999.0
 """What vLLM sends for a log-prob that is NaN or minus infinity."""
@@ -86,10 +89,6 @@ class NobodyServesError(DeadlineError):
 
 class _MovedError(Exception):
     """The server was taken out while the request was in flight: nobody's failure."""
-
-
-class _SlowError(_MovedError):
-    """Another server would have made it long ago: it is to."""
 
 
 class _Asked(NamedTuple):
@@ -175,6 +174,13 @@ class VllmGenerator:
         for call in self._servers.pop(address).calls:
             call.cancel()
 
+    def standing(self, address: str) -> AbstractContextManager[None]:
+        """While the server switches its version: no time in which a request there would be made."""
+        return self._paces.standing(address)
+
+    def _serving(self) -> list[str]:
+        return [address for address, server in self._servers.items() if server.serving]
+
     @property
     def num_inflight(self) -> int:
         """Completions that servers are making now."""
@@ -218,10 +224,10 @@ class VllmGenerator:
                     began = time.monotonic()
                     try:
                         return await self._answer(tried[-1], _Asked(body, n, budget, most), parse)
-                    except _SlowError as error:
+                    except SlowError as error:
                         budget = 0
-                        self._spare(tried[-1])
-                        self.on_failure(tried[-1], str(error))
+                        if self._spare(tried[-1]):
+                            logger.warning("%s: it comes last for a while", error)
                     except _MovedError:
                         continue
                     except ServerFailedError as error:
@@ -233,7 +239,7 @@ class VllmGenerator:
                             if refused >= self._servers.keys():
                                 raise WireError("; ".join(failures)) from error
         except TimeoutError as error:
-            serving = [address for address, server in self._servers.items() if server.serving]
+            serving = self._serving()
             where = tried[-1] if tried and tried[-1] in serving else "a server that serves"
             if time.monotonic() - began > self._timeout_s / 2:  # else it had the little that others had left
                 self._spare(where)
@@ -251,16 +257,17 @@ class VllmGenerator:
         now = time.monotonic()
         return min(serving, key=lambda address: (tried.count(address), now < serving[address].spared_until, serving[address].inflight))
 
-    def _spare(self, address: str) -> None:
-        """What was in flight there fails soon after where one does: that is one failure."""
+    def _spare(self, address: str) -> bool:
+        """What was in flight there fails soon after where one does: that is one failure. Whether it is the first."""
         server, now = self._servers.get(address), time.monotonic()
         if server is None:
-            return
+            return False
         if now < server.spared_until:
             server.spared_until = max(server.spared_until, now + SPARED_S)
-            return
+            return False
         server.spared_until = now + SPARED_S * 2 ** min(server.failures, MAX_DOUBLINGS)
         server.failures += 1
+        return True
 
     async def _answer(self, address: str, asked: _Asked, parse: Parse[T]) -> T:
         """What an answer does to ``parse``, whatever it is, is that server's failure too: the others and the run go on."""
@@ -284,7 +291,10 @@ class VllmGenerator:
         server.calls.add(call)
         server.inflight += asked.n
         try:
-            await (self._watched(call, address, asked.budget) if asked.budget else asyncio.wait({call}))
+            if asked.budget:
+                await self._paces.watched(call, address, self._serving, asked.budget, self._patience_s)
+            else:
+                await asyncio.wait({call})
         finally:
             server.inflight -= asked.n
             server.calls.discard(call)
@@ -297,19 +307,6 @@ class VllmGenerator:
         if status != 200:
             raise _RefusedError(f"{address} refused the request with {status}: {raw[:500]!r}")
         return raw
-
-    async def _watched(self, call: asyncio.Task[tuple[int, bytes]], address: str, budget: int) -> None:
-        """Until the call has ended. Raises _SlowError where another server that serves would long have made ``budget`` tokens."""
-        began, waited, due_s = time.monotonic(), 0.0, self._patience_s
-        while waited < due_s:
-            look_s = min(due_s - waited, self._patience_s)  # meanwhile another may have shown its pace
-            if (await asyncio.wait({call}, timeout=look_s if look_s < math.inf else None))[0]:
-                return
-            serving = [other for other, server in self._servers.items() if server.serving]
-            waited = time.monotonic() - began
-            due_s = self._paces.due_s(address, serving, budget, self._patience_s)
-        what = f"{SLOW:g} times as long as another server takes for {budget} tokens"
-        raise _SlowError(f"{address} had a request for {waited:.1f} s, {what}")
 
     async def _post(self, address: str, asked: _Asked) -> tuple[int, bytes]:
         if self._session is None:

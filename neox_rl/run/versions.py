@@ -285,7 +285,8 @@ class ServerKeeper:
         log = self._log_of(member.name, member.address)
         log.instant("staged", version=version, digest=digest, incarnation=member.incarnation)
         try:
-            times = await _of_server(member, tended.control.switch(version, self._deadlines.switch_s))
+            with self._generator.standing(member.address):
+                times = await _of_server(member, tended.control.switch(version, self._deadlines.switch_s))
             attested = await _of_server(member, tended.control.live_version())
             if attested != version:
                 raise WeightError(f"{member.address} attests v{attested} after a switch to v{version}: another run updates this server")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +17,11 @@ from tests.unit.test_vllm_client import PARAMS, good, serve
 
 
 @pytest.mark.parametrize(
-    ("budget", "moves"), [(8, True), (10**9, False)], ids=["far slower than another", "no longer than another may take"]
+    ("budget", "switches", "moves"),
+    [(8, False, True), (10**9, False, False), (8, True, False)],
+    ids=["far slower than another", "no longer than another may take", "at a switch of its version"],
 )
-def test_a_request_leaves_a_server_that_is_far_slower_than_another_once(budget: int, moves: bool) -> None:
+def test_a_request_leaves_a_server_that_is_far_slower_than_another_once(budget: int, switches: bool, moves: bool) -> None:
     """A server is slow by what another would need for the whole budget: a long rollout is not moved for its length."""
 
     async def story() -> None:
@@ -43,14 +46,15 @@ def test_a_request_leaves_a_server_that_is_far_slower_than_another_once(budget: 
             one = asyncio.create_task(generator.sample([1], replace(PARAMS, max_tokens=budget), 2, "g1"))
             while asked[-1] != "slow":
                 await asyncio.sleep(0.01)
-            generator.serve(addresses[1])
-            while not moves and len(looked) < 3:
-                await asyncio.sleep(0.01)
-            if not moves:
-                release.set()
-            assert len(await one) == 2 and generator.num_inflight == 0
+            with generator.standing(addresses[0]) if switches else nullcontext():
+                generator.serve(addresses[1])
+                while not moves and len(looked) < 3:
+                    await asyncio.sleep(0.01)
+                if not moves:
+                    release.set()
+                assert len(await one) == 2 and generator.num_inflight == 0
+            assert (generator._servers[addresses[0]].spared_until > 0) == moves and not told, "it answers, and is not suspended"
         assert asked[FEWEST:] == ["slow", "quick"][: 2 if moves else 1]
-        assert [addresses[0] in why for why in told] == [True] * moves
         await close()
 
     looked: list[float] = []

@@ -66,7 +66,7 @@ class Run:
     async def _serve(self) -> None:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(scripted_server(self.config, self.endpoints.servers[0]))
-            parts = await build_parts(self.config, self.paths, signs_of_life(self.config, self.paths, stack), stack)
+            parts = await build_parts(self.config, self.paths, signs_of_life(self.config, self.paths, stack)[0], stack)
             server = ExperienceServer("127.0.0.1", self.endpoints.experience_port)
             stack.callback(server.close)
             book = Book.open(self.paths.journal, self.attempt, 0.02, 60.0)
