@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from enum import Enum, auto
 from typing import Protocol, Self
 
 from neox_rl.types import Completion, Group, Problem, SamplingParams, Verdict
@@ -25,6 +26,19 @@ class Scorer(Protocol):
         ...
 
 
+class Requests(Enum):
+    """How a maker asks for a group, and so what must be written down of the answers."""
+
+    ONE = auto()
+    """Once: with the answer the group is as good as there."""
+    MANY = auto()
+    """Others follow, or something else that a server may fail at: until then every answer is worth its place."""
+
+
+Chunks = Callable[[Generator, Requests], Generator]
+"""A generator that writes down what another makes."""
+
+
 class GroupMaker(Protocol):
     """How the groups of a run are made: by sampling whole attempts, by searches, by episodes (``metarl.rollout.method``)."""
 
@@ -36,7 +50,7 @@ class GroupMaker(Protocol):
         """
         ...
 
-    def chunked(self, chunks: Callable[[Generator], Generator]) -> Self:
+    def chunked(self, chunks: Chunks) -> Self:
         """The same, with every completion made by ``chunks`` of its generator: what is finished survives a crash, and is given again.
 
         A request to it is named ``g<ticket>`` where it asks for all rollouts of the group at once, once a group; else ``g<ticket>/r<i>``

@@ -22,7 +22,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Protocol
 
-from neox_rl.ports import Generator
+from neox_rl.ports import Generator, Requests
 from neox_rl.rollout.vllm_client import ServerFailedError
 from neox_rl.types import Completion, Finish, SamplingParams, VersionSpan
 
@@ -56,11 +56,11 @@ BEHIND_TRIES, BEHIND_S = 6, 0.1
 class ChunkedGenerator:
     """``ports.Generator`` around another. ``flush_tokens`` is the most of one chunk; 0: a completion is one chunk.
 
-    ``record`` gets each finished chunk, unless the first one finishes all rollouts of a group at once: then the group is as good as there.
+    ``record`` gets each finished chunk, unless the first one finishes all rollouts of a group and ``requests`` says that nothing follows.
     """
 
-    def __init__(self, generator: Generator, flush_tokens: int, record: Record) -> None:
-        self._generator, self._flush_tokens, self._record = generator, flush_tokens, record
+    def __init__(self, generator: Generator, requests: Requests, flush_tokens: int, record: Record) -> None:
+        self._generator, self._requests, self._flush_tokens, self._record = generator, requests, flush_tokens, record
 
     async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> tuple[Completion, ...]:
         """See ``ports.Generator``. Raises ServerFailedError too when only servers with older weights than those of the chunks answer."""
@@ -71,7 +71,7 @@ class ChunkedGenerator:
             else:
                 first = await self._generator.sample(prompt_ids, self._params(params, 0, 0), n, rollout_id)
                 chunks = {index: [self._stopped(chunk, params)] for index, chunk in enumerate(first)}
-                if not kept.whole or not all(self._done(found, params) for found in chunks.values()):
+                if self._requests is not Requests.ONE or not all(self._done(found, params) for found in chunks.values()):
                     kept.keep(0, 0, [found[0] for found in chunks.values()])
             if len(chunks) < n or not all(self._done(found, params) for found in chunks.values()):
                 await self._finish(prompt_ids, params, n, rollout_id, chunks, kept)

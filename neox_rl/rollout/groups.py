@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Self, TypeVar
 
-from neox_rl.ports import Generator, Tokenizer, Verifier
+from neox_rl.ports import Chunks, Generator, Requests, Tokenizer, Verifier
 from neox_rl.rollout.vllm_client import NobodyServesError
 from neox_rl.types import Completion, Finish, Group, Problem, Reason, Role, SamplingParams, Segment, Trace, Verdict
 
@@ -67,9 +67,9 @@ class Attempts:
         """``size`` rollouts of ``problem`` under the ticket's name."""
         return Group(ticket, problem.id, await self.attempt(problem, f"g{ticket:06d}", params, size))
 
-    def chunked(self, chunks: Callable[[Generator], Generator]) -> Self:
+    def chunked(self, chunks: Chunks) -> Self:
         """See ``ports.GroupMaker``."""
-        return replace(self, generator=chunks(self.generator))
+        return replace(self, generator=chunks(self.generator, Requests.ONE))
 
     async def attempt(self, problem: Problem, name: str, params: SamplingParams, size: int) -> tuple[Trace, ...]:
         """``size`` verified rollouts of ``problem``, ids ``<name>/r<i>``. Raises what the generator raises."""

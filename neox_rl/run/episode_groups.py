@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -15,7 +15,7 @@ from neox_rl.episodes.objectives import Objective, credits, tagged, tags_of
 from neox_rl.episodes.protocol import Feedback, Rules
 from neox_rl.episodes.rollout import Episodes, Rollout
 from neox_rl.episodes.tools import Tool
-from neox_rl.ports import Generator, Tokenizer
+from neox_rl.ports import Chunks, Requests, Tokenizer
 from neox_rl.rollout.groups import Attempts, Patient
 from neox_rl.types import Group, Problem, SamplingParams, Trace
 
@@ -56,9 +56,9 @@ class EpisodeGroups:
         """``size`` rollouts for an evaluation, ids ``<name>/r<i>``."""
         return tuple(rollout.trace for rollout in await self._roll_out(problem, name, params, size, max(self.gammas)))
 
-    def chunked(self, chunks: Callable[[Generator], Generator]) -> Self:
+    def chunked(self, chunks: Chunks) -> Self:
         """See ``ports.GroupMaker``: tools and environments are asked again after a crash."""
-        return replace(self, attempts=self.attempts.chunked(chunks))
+        return replace(self, attempts=replace(self.attempts, generator=chunks(self.attempts.generator, Requests.MANY)))
 
     async def _roll_out(self, problem: Problem, name: str, params: SamplingParams, size: int, gamma: float) -> Sequence[Rollout]:
         a = self.attempts

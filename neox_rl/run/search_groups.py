@@ -20,7 +20,7 @@ from typing import Self
 
 from neox_rl.config.run import RunConfig
 from neox_rl.config.schema_search import SearchConfig
-from neox_rl.ports import Generator
+from neox_rl.ports import Chunks, Requests
 from neox_rl.rollout.groups import Attempts, Named, Patient
 from neox_rl.rollout.vllm_client import ServerFailedError
 from neox_rl.run.search_parts import domain_of, own_value, prm_value
@@ -77,9 +77,9 @@ class SearchGroups:
         named = (replace(trace, id=f"g{ticket:06d}/r{i}") for i, trace in enumerate(traces))
         return Group(ticket, problem.id, tuple(named), max(0, paid - shown))
 
-    def chunked(self, chunks: Callable[[Generator], Generator]) -> Self:
+    def chunked(self, chunks: Chunks) -> Self:
         """See ``ports.GroupMaker``."""
-        return replace(self, proposer=replace(self.proposer, generator=chunks(self.proposer.generator)))
+        return replace(self, proposer=replace(self.proposer, generator=chunks(self.proposer.generator, Requests.MANY)))
 
     async def _rollout(self, problem: Problem, ticket: int, index: int) -> tuple[Tree, Sequence[Trace]]:
         seed = derived_seed(self.search.seed, ticket, index)

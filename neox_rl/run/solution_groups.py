@@ -14,7 +14,7 @@ import asyncio
 import bisect
 import random
 import re
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
@@ -24,7 +24,7 @@ from neox_rl.config.run import RunConfig
 from neox_rl.episodes.objectives import qstar_reward
 from neox_rl.errors import ConfigError
 from neox_rl.metacot import SOLUTION
-from neox_rl.ports import Generator, Scorer, Tokenizer
+from neox_rl.ports import Chunks, Requests, Scorer, Tokenizer
 from neox_rl.problems.split import ProblemSet
 from neox_rl.rollout.groups import Attempts, Patient, patiently, segments
 from neox_rl.search.dfs import solution_path
@@ -158,9 +158,10 @@ class SolutionGroups:
         traces = tuple(self._trace(f"{name}/r{i}", problem, prompt, given, plain, *row) for i, row in enumerate(rows))
         return Group(ticket, problem.id, traces, sum(len(w.ids) - len(f.search.ids) for w, f in zip(written, found, strict=True)))
 
-    def chunked(self, chunks: Callable[[Generator], Generator]) -> Self:
-        """See ``ports.GroupMaker``: searches are made in chunks; what scores them is asked again after a crash."""
-        return replace(self, attempts=self.attempts.chunked(chunks))
+    def chunked(self, chunks: Chunks) -> Self:
+        """See ``ports.GroupMaker``: searches are made in chunks, and kept while they are scored; what scores them is asked again after a
+        crash."""
+        return replace(self, attempts=replace(self.attempts, generator=chunks(self.attempts.generator, Requests.MANY)))
 
     async def _scores(self, asked: Sequence[Sequence[int]], given: Reference, name: str) -> list[Completion]:
         """One a prompt. For a gain, those of older versions are asked again: the difference between two policies is none. A version that

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from neox_rl.ports import Requests
 from neox_rl.rollout.chunks import ChunkedGenerator, merged
 from neox_rl.rollout.vllm_client import ServerFailedError
 from neox_rl.types import Completion, Finish, SamplingParams, VersionSpan
@@ -63,9 +64,11 @@ class Kept:
         return self.before
 
 
-def sample(policy: Greedy, flush: int, params: SamplingParams, n: int = 1, kept: Kept | None = None) -> tuple[Completion, ...]:
+def sample(
+    policy: Greedy, flush: int, params: SamplingParams, n: int = 1, kept: Kept | None = None, requests: Requests = Requests.ONE
+) -> tuple[Completion, ...]:
     kept = kept or Kept()
-    return asyncio.run(ChunkedGenerator(policy, flush, kept).sample((7, 8), params, n, "g000001"))
+    return asyncio.run(ChunkedGenerator(policy, requests, flush, kept).sample((7, 8), params, n, "g000001"))
 
 
 TEXTS = st.lists(st.integers(2, 9), min_size=1, max_size=25).map(lambda ids: [*ids, STOP])
@@ -118,9 +121,10 @@ def test_short_completions_are_one_request_and_nothing_is_written_down_for_them(
     policy, kept = Greedy([2, 3, STOP]), Kept()
     assert [c.ids for c in sample(policy, 512, SamplingParams(1000, stop_token_ids=(STOP,)), 4, kept)] == [(2, 3, STOP)] * 4
     assert policy.requests == [(2, 512, 4, "g000001")] and kept.chunks == []
-    part = Kept(whole=False)
-    sample(policy, 512, SamplingParams(1000, stop_token_ids=(STOP,)), 4, part)
-    assert [(index, start) for index, start, _ in part.chunks] == [(i, 0) for i in range(4)], "of a search no request is all there is"
+    for whole in (True, False):
+        part = Kept(whole=whole)
+        sample(policy, 512, SamplingParams(1000, stop_token_ids=(STOP,)), 4, part, Requests.MANY)
+        assert [(index, start) for index, start, _ in part.chunks] == [(i, 0) for i in range(4)], "more is to come"
 
 
 def test_every_later_chunk_draws_other_numbers_and_repeats_them() -> None:

@@ -257,6 +257,13 @@ def test_attempts_go_on_in_the_middle_of_a_completion(tmp_path: Path, kind: str)
     goes_on(lambda: replace(of_run(tmp_path, reward={"kind": kind}), size=4))
 
 
+@pytest.mark.parametrize("kind", ["solution", "gain"])
+def test_searches_that_are_finished_are_not_made_again_because_nobody_scored_them(tmp_path: Path, kind: str) -> None:
+    world = replace(of_run(tmp_path, reward={"kind": kind}), flush=512)
+    assert world.live(1) is None and world.kept == world.policy.made, "it died while they were scored"
+    assert world.live() is not None and world.policy.answers.total() == 1
+
+
 def test_a_failed_attempt_is_gone_on_with_too_unless_it_is_to_be_made_anew() -> None:
     world = searches()
     assert world.live(9) is None and world.kept == world.policy.made
