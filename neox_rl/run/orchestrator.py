@@ -17,7 +17,7 @@ import logging
 import os
 import signal
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -348,8 +348,7 @@ async def serve(config: RunConfig, paths: RunPaths) -> None:
             server = ExperienceServer(config.metarl.network.bind_host, parts.endpoints.experience_port, keys=parts.keys)
             stack.callback(server.close)
             attempt = attempt_of(os.environ)
-            book = open_book(config, paths, attempt)
-            stack.callback(book.close)
+            book = stack.enter_context(closing(open_book(config, paths, attempt)))
             orchestrator = Orchestrator(config, paths, parts, MetricsWriter(paths, config.metarl.logging, asdict(config)), book, attempt)
             stack.callback(orchestrator.close)
         heartbeat.now()  # who started it again waits to hear that it is up
