@@ -18,7 +18,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     (
         *("types", "config", "framing", "metacot", "arithmetic", "codec"),
-        *("guard", "guardian", "ages", "keys", "sockets", "waits", "build_locks"),
+        *("guard", "guardian", "ages", "keys", "sockets", "waits", "build_locks", "bounded"),
     ),
     ("ports", "telemetry"),
     (*STAGES, "megatron_patches"),

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple, Self, TypeAlias, TypeVar
 import aiohttp
 import msgspec
 
+from neox_rl.bounded import most_bytes, read_bounded
 from neox_rl.errors import DeadlineError, NeoxRLError, WeightError, WireError
-from neox_rl.rollout.bounded import most_bytes, read_bounded
 from neox_rl.rollout.pace import Paces, SlowError
 from neox_rl.rollout.vllm_control import parse_version
 from neox_rl.types import NO_VERSION, Completion, Finish, SamplingParams, VersionSpan

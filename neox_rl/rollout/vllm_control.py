@@ -18,8 +18,8 @@ from typing import Any, Self
 
 import aiohttp
 
+from neox_rl.bounded import ANY_BYTES, read_bounded
 from neox_rl.errors import DeadlineError, WeightError
-from neox_rl.rollout.bounded import ANY_BYTES, read_bounded
 from neox_rl.types import NO_VERSION
 
 _VERSION = re.compile(r"[0-9]{1,15}")

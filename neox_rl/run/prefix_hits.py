@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 
-from neox_rl.errors import DeadlineError
 from neox_rl.run.search_server import CacheCounters, cache_counters
 
 LOOK_S = 5.0
@@ -35,10 +34,7 @@ class PrefixHits:
         await asyncio.gather(*map(self._ask, self._addresses()))
 
     async def _ask(self, address: str) -> None:
-        try:
-            now = await cache_counters(address)
-        except DeadlineError:
-            return
+        now = await cache_counters(address)
         if now is None:
             return
         before = self._last.get(address, CacheCounters(0.0, 0.0))

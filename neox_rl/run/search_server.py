@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import re
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 import aiohttp
 
-from neox_rl.errors import ConfigError, DeadlineError, WeightError
+from neox_rl.bounded import read_bounded
+from neox_rl.errors import ConfigError, WeightError, WireError
 from neox_rl.ports import Generator
 from neox_rl.problems.tokenizer import DirectoryTokenizer
 from neox_rl.rollout.vllm_client import VllmGenerator
@@ -20,6 +22,8 @@ from neox_rl.search.proposers import PolicyProposer, step_ends, writes_words
 from neox_rl.types import NO_VERSION
 
 METRICS_S = 10.0
+METRICS_BYTES = 8 << 20
+"""Many times what a vLLM server writes, a hundred engines of its own included."""
 _COUNTER = re.compile(r"^vllm:prefix_cache_(queries|hits)(?:_total)?(?:\{[^}]*\})? ([0-9.eE+]+)$", re.MULTILINE)
 
 
@@ -76,20 +80,17 @@ async def _live_version(address: str) -> int:
 
 
 async def cache_counters(address: str) -> CacheCounters | None:
-    """None where the server does not say (``--disable-log-stats``). Raises DeadlineError."""
+    """None where the server does not say (``--disable-log-stats``), in time or in what can be read: nobody's work is to end for it."""
     try:
         async with (
             asyncio.timeout(METRICS_S),
             aiohttp.ClientSession() as session,
             session.get(address.rstrip("/") + "/metrics") as response,
         ):
-            text = await response.text()
-    except TimeoutError as error:
-        raise DeadlineError(f"metrics of {address}", METRICS_S) from error
-    except aiohttp.ClientError:
+            found = _COUNTER.findall((await read_bounded(response, METRICS_BYTES, WireError)).decode(errors="replace"))
+        sums = {"queries": 0.0, "hits": 0.0}
+        for name, value in found:
+            sums[name] += float(value)
+    except (TimeoutError, aiohttp.ClientError, WireError, ValueError):
         return None
-    sums = {"queries": 0.0, "hits": 0.0}
-    found = _COUNTER.findall(text)
-    for name, value in found:
-        sums[name] += float(value)
-    return CacheCounters(**sums) if found else None
+    return CacheCounters(**sums) if found and all(map(math.isfinite, sums.values())) else None

@@ -12,6 +12,7 @@ from typing import Protocol
 import aiohttp
 import msgspec
 
+from neox_rl.bounded import ANY_BYTES, read_bounded
 from neox_rl.errors import DeadlineError, NeoxRLError, WireError
 from neox_rl.ports import Generator, Tokenizer
 from neox_rl.search.earlier import MAX_EARLIER_CHARS, earlier_of, text_before
@@ -24,6 +25,10 @@ VOTES: Mapping[str, float] = {"sure": 1.0, "likely": 0.5, "impossible": 0.0}
 """The three words of Tree of Thoughts (arXiv 2305.10601), as values."""
 SHORT = "?"
 """A text that every scorer can read."""
+
+
+SCORE_BYTES = 1 << 16
+"""Of a text's classes, as JSON: two take 100, a thousand 22,000."""
 
 
 class Scorer(Protocol):
@@ -173,7 +178,7 @@ class ServedScorer:
                 aiohttp.ClientSession() as session,
                 session.post(f"{self.address}/classify", json={"model": self.model, "input": list(texts)}) as response,
             ):
-                raw = await response.read()
+                raw = await read_bounded(response, ANY_BYTES + SCORE_BYTES * len(texts), WireError)
         except TimeoutError as error:
             raise DeadlineError(f"{len(texts)} scores from {self.address}", self.deadline_s) from error
         except aiohttp.ClientError as error:

@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neox_rl.errors import WireError
-from neox_rl.run import search_cli
-from neox_rl.run.search_server import cache_counters
+from neox_rl.run import search_cli, search_server
+from neox_rl.run.search_server import METRICS_BYTES, cache_counters
 from neox_rl.search.arithmetic_domain import ArithmeticDomain
 from neox_rl.search.growth import Budget
 from neox_rl.search.search import Search
@@ -298,6 +298,30 @@ def test_the_module_is_a_command(problems: Path) -> None:
     assert done.returncode == 0 and len(done.stdout.splitlines()) == len(ROWS)
 
 
+@pytest.mark.parametrize(
+    "said",
+    [b"vllm:prefix_cache_hits_total 1.2.3", b"vllm:prefix_cache_hits_total 1e999", b"# " + bytes(METRICS_BYTES), None],
+    ids=["no number", "no finite number", "without end", "not in time"],
+)
+def test_prefix_cache_counters_that_cannot_be_read_are_none(said: bytes | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from aiohttp import web
+
+    async def answer(request: web.Request) -> web.Response:
+        if said is None:
+            await asked.wait()
+        return web.Response(body=b"vllm:prefix_cache_queries_total 1\n" + (said or b""))
+
+    async def story() -> None:
+        async with server(metrics=answer) as address:
+            assert await cache_counters(address) is None
+            asked.set()
+
+    asked = asyncio.Event()
+    if said is None:
+        monkeypatch.setattr(search_server, "METRICS_S", 0.1)
+    asyncio.run(story())
+
+
 def test_prefix_cache_counters_are_summed_over_engines() -> None:
     from aiohttp import web
 
@@ -305,7 +329,7 @@ def test_prefix_cache_counters_are_summed_over_engines() -> None:
     metrics += 'vllm:prefix_cache_hits_total{engine="0"} 9e1\nvllm:prefix_cache_queries_created{engine="0"} 1.7e9\n'
 
     async def answer(request: web.Request) -> web.Response:
-        return web.Response(text=metrics)
+        return web.Response(body=b"# \xff is no UTF-8\n" + metrics.encode(), content_type="text/plain", charset="utf-8")
 
     async def story() -> None:
         async with server(metrics=answer) as address:

@@ -136,6 +136,7 @@ def answers(body: Any, status: int = 200, wait_s: float = 0.0) -> Callable[[web.
         (answers({"data": [{"index": 0, "probs": [0.5]}]}), WireError, "1 scores for 2 texts"),
         (answers({"data": [{"index": 0, "probs": []}, {"index": 1, "probs": [1.0]}]}), WireError, "not as expected"),
         (answers({"what": 1}), WireError, "not as expected"),
+        (answers({"what": "x" * (2 << 20)}), WireError, "more than 1179648 bytes"),
         (answers({"error": "x"}, status=500), ScorerFailedError, "answered 500"),
         (answers({}, wait_s=1.0), DeadlineError, "2 scores"),
     ],

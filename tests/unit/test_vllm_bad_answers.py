@@ -8,8 +8,8 @@ import contextlib
 import pytest
 from aiohttp import web
 
+from neox_rl.bounded import most_bytes
 from neox_rl.errors import WeightError, WireError
-from neox_rl.rollout.bounded import most_bytes
 from neox_rl.rollout.vllm_client import ServerFailedError, VllmGenerator, request_body
 from neox_rl.rollout.vllm_completions import CompletionsGenerator
 from neox_rl.rollout.vllm_control import VllmControl
