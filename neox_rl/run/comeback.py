@@ -2,7 +2,8 @@
 
     at the start, or at a trainer's hello     every open ticket is judged by what the journal has for it:
         nothing                               it is generated again, from the problem it had
-        all made by policies of this timeline a group is ready at once; an unfinished one goes on where it was
+        all made by policies of this timeline a group is ready at once; an unfinished one goes on where it was, once the newest of them is
+                                              live: servers that are behind could not go on with it
         some beyond the rule as it is now     it is generated again: the run goes on with smaller slacks, its timeline parts
         some by a version that was undone     held, until the trainer publishes that version again, or something else in its place
     v published again, same digest            what waited for v alone is in use
@@ -26,7 +27,7 @@ from neox_rl.queue.state import TicketQueue, name
 from neox_rl.run.audit import Rule
 from neox_rl.run.pump import RolloutPump
 from neox_rl.telemetry.paths import RunPaths
-from neox_rl.types import Group, Json
+from neox_rl.types import NO_VERSION, Group, Json
 
 
 def open_book(config: RunConfig, paths: RunPaths, attempt: int) -> Book:
@@ -40,6 +41,7 @@ class Comeback:
 
     def __init__(self, book: Book, queue: TicketQueue, cursor: ProblemCursor, pump: RolloutPump, on_load: Callable[[Group], None]) -> None:
         self._book, self._queue, self._cursor, self._pump, self._on_load = book, queue, cursor, pump, on_load
+        self._until: dict[int, int] = {}  # held ticket, whose answers are of use -> the version that must be live
 
     def restore(self) -> dict[str, Json]:
         """Before the first ticket. Returns what was found, for the events. Raises ConfigError for a checkpoint of another config."""
@@ -71,13 +73,20 @@ class Comeback:
 
     def published(self) -> None:
         """The trainer has published a version: who waited for it?"""
-        judged = {ticket: self._book.history.standing_of(ticket) for ticket in sorted(self._queue.held)}
+        judged = {ticket: self._book.history.standing_of(ticket) for ticket in sorted(self._doubtful)}
         if Standing.FOREIGN in judged.values():
             self._discard(judged, parted=True)
             return
         for ticket, standing in judged.items():
             if standing is Standing.USABLE:
                 self._use(ticket)
+
+    def live(self, version: int) -> None:
+        """Every server serves ``version``: who can be gone on with now?"""
+        self._queue.set_live(version)
+        for ticket in [ticket for ticket, newest in self._until.items() if newest <= version]:
+            del self._until[ticket]
+            self._queue.release(ticket)  # what was answered for it is found when it is issued
 
     def batch_of(self, step: int) -> tuple[int, ...]:
         """The tickets that ``step`` took before it was undone, if it can take them again; else none, and the timelines have parted.
@@ -87,9 +96,14 @@ class Comeback:
         tickets = self._book.history.replay.get(step, ())
         if tickets and self._queue.are_ready(tickets):
             return tickets
-        if tickets or any(version < step for ticket in self._queue.held for version in self._awaited(ticket)):
-            self._discard(self._queue.held, parted=True)
+        if tickets or any(version < step for ticket in self._doubtful for version in self._awaited(ticket)):
+            self._discard(self._doubtful, parted=True)
         return ()
+
+    @property
+    def _doubtful(self) -> frozenset[int]:
+        """Held because it is not known yet whether the policies that made what there is are of this timeline."""
+        return self._queue.held - self._until.keys()
 
     def _awaited(self, ticket: int) -> set[int]:
         return self._versions(ticket) - self._book.history.digests.keys()
@@ -104,8 +118,14 @@ class Comeback:
         history = self._book.history
         if ticket in history.groups:
             self._queue.preload(ticket, history.groups[ticket].digests, lambda: self._load(ticket))
+            return
+        newest = max(self._versions(ticket), default=NO_VERSION)
+        if newest > self._queue.live_version:
+            self._until[ticket] = newest
+            if ticket not in self._queue.held:
+                self._queue.hold(ticket)
         elif ticket in self._queue.held:
-            self._queue.release(ticket)  # what was answered for it is found when it is issued
+            self._queue.release(ticket)
 
     def _load(self, ticket: int) -> Group:
         try:

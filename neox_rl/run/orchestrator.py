@@ -308,7 +308,7 @@ class Orchestrator:
             self._book.attested(member.version, member.digest)
 
     def _on_live(self, version: int) -> None:
-        self._queue.set_live(version)
+        self._comeback.live(version)
         self._book.add("live", version=version, digest=self._book.history.digests.get(version))
         self._pump.changed.fire()
         every = self._config.metarl.evaluation.every_steps
