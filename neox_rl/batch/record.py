@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from neox_rl.codec import decode_groups, encode_groups
@@ -21,17 +22,25 @@ _LENGTH = struct.Struct("<Q")
 
 
 def record_batch(directory: Path, phase: str, step: int, groups: Sequence[Group], meta: Mapping[str, Json] | None = None) -> Path:
-    """Writes ``<directory>/<phase>-<step>.batch`` and returns its path. A crash leaves the whole file or none."""
+    """Writes ``<directory>/<phase>-<step>.batch`` and returns its path. A crash leaves the whole file or none.
+
+    So does an OSError: what a full disk took of it would keep the disk full.
+    """
     frames = encode_groups(groups, meta)
     path = _path(directory, phase, step)
     directory.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        file.write(MAGIC + _LENGTH.pack(len(frames)))
-        for frame in frames:
-            file.write(_LENGTH.pack(len(frame)))
-            file.write(frame)
-    os.replace(partial, path)
+    try:
+        with partial.open("wb") as file:
+            file.write(MAGIC + _LENGTH.pack(len(frames)))
+            for frame in frames:
+                file.write(_LENGTH.pack(len(frame)))
+                file.write(frame)
+        os.replace(partial, path)
+    except OSError:
+        with suppress(OSError):  # the first one says what is wrong
+            partial.unlink(missing_ok=True)
+        raise
     return path
 
 

@@ -75,7 +75,7 @@ def join_world(neox: NeoXConfig, metarl: MetaRLConfig, shape: ModelShape, env: R
     _set_random_seed(args.seed)
     top = topology_of(neox, env, device, mpu.get_model_parallel_rank(), mpu.get_pipe_parallel_rank(), mpu.get_data_parallel_rank())
     groups = mpu.get_model_parallel_group(), mpu.get_pipe_parallel_group(), mpu.get_data_parallel_group()
-    return World(top, device, *groups, control_group(metarl.deadlines)), args
+    return World(top, device, *groups, control_group(metarl)), args
 
 
 def build_engine(args: Any) -> tuple[Any, PatientFiles | None]:

@@ -43,7 +43,7 @@ def join_world(neox: NeoXConfig, metarl: MetaRLConfig, env: RankEnv) -> World:
         parallel_state.get_tensor_model_parallel_group(),
         parallel_state.get_pipeline_model_parallel_group(),
         parallel_state.get_data_parallel_group(),
-        control_group(metarl.deadlines),
+        control_group(metarl),
     )
 
 

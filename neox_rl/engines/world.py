@@ -12,7 +12,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore  # torch.distribute
 
 from neox_rl.config.neox import NeoXConfig
 from neox_rl.config.network import is_address, is_loopback
-from neox_rl.config.schema import DeadlinesConfig
+from neox_rl.config.schema import MetaRLConfig
 from neox_rl.engines.port import Topology
 from neox_rl.engines.rank_env import RankEnv
 from neox_rl.errors import ConfigError, DeadlineError
@@ -118,8 +118,15 @@ def topology_of(neox: NeoXConfig, env: RankEnv, device: torch.device, tp_rank: i
     )
 
 
-def control_group(deadlines: DeadlinesConfig) -> dist.ProcessGroup:
+def longest_wait_s(metarl: MetaRLConfig) -> float:
+    """Of rank 0 alone, while the others wait for it: a batch that is recorded waits for the orchestrator, then for room on the disk."""
+    deadlines = metarl.deadlines
+    record_s = metarl.queue.disk_full_s if metarl.debug.record_batches else 0.0
+    return max(deadlines.batch_s + record_s, deadlines.evaluate_s, deadlines.publish_s, deadlines.ranks_start_s)
+
+
+def control_group(metarl: MetaRLConfig) -> dist.ProcessGroup:
     """All ranks over gloo, with a deadline above the longest wait of rank 0."""
-    longest_wait = max(deadlines.batch_s, deadlines.evaluate_s, deadlines.publish_s, deadlines.ranks_start_s) + CONTROL_SLACK_S
-    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timedelta(seconds=longest_wait))
+    timeout = timedelta(seconds=longest_wait_s(metarl) + CONTROL_SLACK_S)
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)
     return group

@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from io import FileIO
+from io import BufferedWriter, FileIO
 from pathlib import Path
 from typing import Any
 from unittest.mock import create_autospec
@@ -70,6 +70,7 @@ class Disk:
             with File(path, "w") as file:
                 return sum(file.write(data[at : at + 1]) for at in range(len(data)))
 
+        self.file = File
         monkeypatch.setattr(jsonl, "FileIO", File)
         monkeypatch.setattr(Path, "write_bytes", write_bytes)
 
@@ -161,6 +162,19 @@ def test_a_batch_that_is_to_be_recorded_waits_for_room_and_names_the_directory(t
     with pytest.raises(DiskStaysFullError, match=r"on the disk of .*batches for room to record a batch .*record_batches"):
         LiveFeed(client, tmp_path / "batches", 0.0, events).next_groups(Phase.RL, 2)
     events.close()
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_batch_that_does_not_fit_gives_back_the_room_that_it_took(
+    step: int, tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What waits for room would wait for itself; an earlier record of the step stays."""
+    earlier = record_batch(tmp_path, "rl", 1, (rollout_group(0, 0),))
+    disk.left = 100
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(Path, "open", lambda path, mode: BufferedWriter(disk.file(path, mode)))
+        record_batch(tmp_path, "rl", step, (rollout_group(1, 0),))
+    assert [*tmp_path.iterdir()] == [earlier] and read_batch(tmp_path, "rl", 1)[0] == (rollout_group(0, 0),)
 
 
 def new_board(config: RunConfig) -> tuple[Scoreboard, EventLog]:

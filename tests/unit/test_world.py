@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import psutil
 import pytest
@@ -16,12 +17,21 @@ from torch._C._distributed_c10d import TCPStore
 
 from neox_rl.config.neox import NeoXConfig
 from neox_rl.engines.rank_env import RankEnv
-from neox_rl.engines.world import join_ranks, listener_at
+from neox_rl.engines.world import join_ranks, listener_at, longest_wait_s
 from neox_rl.errors import ConfigError
 from neox_rl.run.endpoints import free_port
 from tests.e2e.runs import own_address
+from tests.unit.small_run import small_config
 
 TIMEOUT_S = 60.0
+
+
+def test_other_ranks_wait_as_long_as_rank_0_may_for_a_batch_and_then_for_room_to_record_it(tmp_path: Path) -> None:
+    def wait_s(**debug: str) -> float:
+        config = small_config(tmp_path, queue={"disk_full_s": 600.0}, deadlines={"batch_s": 2000.0, "evaluate_s": 2100.0}, debug=debug)
+        return longest_wait_s(config.metarl)
+
+    assert wait_s() == 2100.0 and wait_s(record_batches=str(tmp_path / "batches")) == 2600.0
 
 
 @contextmanager
