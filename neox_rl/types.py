@@ -16,6 +16,8 @@ Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | Non
 
 NO_VERSION = -1
 """Version of tokens that no policy made: prompts, environment feedback, demonstrations."""
+MAX_CALLS = 8
+"""Of a tool, in an episode."""
 
 
 class Role(StrEnum):

@@ -10,9 +10,8 @@ from neox_rl.episodes.objectives import Objective, discounted, total
 from neox_rl.episodes.protocol import Environment, Progress, Rules, announcement, read_ending
 from neox_rl.episodes.tools import Tool
 from neox_rl.ports import Generator, Tokenizer
-from neox_rl.types import Completion, Finish, Problem, Reason, Role, SamplingParams, Segment, Trace, Verdict
+from neox_rl.types import MAX_CALLS, Completion, Finish, Problem, Reason, Role, SamplingParams, Segment, Trace, Verdict
 
-MAX_CALLS = 8
 FOUND, MISSED = "+", "-"
 
 
@@ -129,11 +128,12 @@ class _Context:
 
 
 def _searched(segments: Sequence[Segment], ends: Sequence[int], solution_id: int | None) -> list[int]:
-    """|Z| of each episode, which ends at the first token of its solution."""
+    """|Z| of each episode, which ends where its solution begins: at the last such token, since what an earlier one begins is no solution,
+    and to write one must not make the search free."""
     found: list[int] = []
     for episode, (begin, end) in enumerate(zip((0, *ends), ends, strict=False)):
         written = [i for segment in segments if segment.mask and segment.episode == episode for i in segment.ids]
-        found.append(begin + written.index(solution_id) if solution_id in written else end)
+        found.append(begin + len(written) - 1 - written[::-1].index(solution_id) if solution_id in written else end)
     return found
 
 

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from neox_rl.types import MAX_CALLS
+
 NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gia", "Hugo", "Ida", "Jon")
 THINGS = ("apples", "books", "coins", "eggs", "marbles", "pens", "shells", "stamps")
 
@@ -82,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not (0 < args.num <= 100_000 and 1 <= args.steps <= 20 and 10 <= args.max_value <= 10_000):
         parser.error(f"--num {args.num} must be 1 to 100000, --steps {args.steps} 1 to 20, --max-value {args.max_value} 10 to 10000")
+    if args.calls and args.steps > MAX_CALLS:
+        parser.error(f"--steps {args.steps} with --calls must be at most {MAX_CALLS}, the calls that an episode may make")
     if not 0 <= args.terse_frac <= 1:
         parser.error(f"--terse-frac {args.terse_frac} must be 0 to 1")
     rows = word_problems(args.num, args.steps, args.max_value, args.terse_frac, args.seed, args.calls)

@@ -12,14 +12,20 @@ from collections.abc import Iterator, Sequence
 from neox_rl.config.run import RunConfig
 from neox_rl.episodes.calculator import CALL, calculator
 from neox_rl.episodes.objectives import tagged, tags_of
+from neox_rl.errors import ConfigError
 from neox_rl.ports import Tokenizer
 from neox_rl.search.demonstrations import Source, alone
 from neox_rl.search.linearize import DEMONSTRATED
-from neox_rl.types import Finish, Problem, Role, Segment, Trace
+from neox_rl.types import MAX_CALLS, Finish, Problem, Role, Segment, Trace
 
 
 def with_calls(config: RunConfig, problems: Sequence[Problem], tokenizer: Tokenizer) -> Source:
-    """Of ``problems``, all of which have a worked solution."""
+    """Of ``problems``, all of which have a worked solution. Raises ConfigError for one with more calls than a rollout may make."""
+    for problem in problems:
+        if (calls := len(CALL.findall(str(problem.meta["solution"])))) > MAX_CALLS:
+            raise ConfigError(
+                f"problem {problem.id}: its solution calls the tool {calls} times, a rollout may {MAX_CALLS} times; leave it out"
+            )
     tags = list(tags_of(config.metarl.episodes.gammas).values())
 
     def draw(rng: random.Random, id: str) -> Trace:

@@ -28,7 +28,9 @@ MAX_NUMBERS, MAX_RATIONAL_NUMBERS = 6, 5
 MAX_MAGNITUDE = 10**6
 CACHED_TEXTS = 1 << 14
 _NUMBER = r"([0-9]{1,40}(?:/[0-9]{1,40})?)"  # what MAX_RATIONAL_NUMBERS numbers of MAX_MAGNITUDE can make
-_STEP = re.compile(rf"\s*{_NUMBER}\s*([-+*/])\s*{_NUMBER}\s*=\s*{_NUMBER}\s*(?:\.\s*)?")
+_TAIL = r" ?[.,;]? ?(?:\u2713|\(left:[ 0-9/,]{0,200}\))?"
+"""What models put behind a step and what changes nothing of it."""
+_STEP = re.compile(rf"{_NUMBER}\s*([-+*/])\s*{_NUMBER}\s*=\s*{_NUMBER}{_TAIL}")
 
 
 class Operation(NamedTuple):
@@ -47,9 +49,9 @@ class Operation(NamedTuple):
 
 @lru_cache(CACHED_TEXTS)
 def read_operation(text: str) -> Operation | None:
-    """The operation that ``text`` is, spaces and a full stop at will; None for anything else. What goes on behind the result may take it
-    back (``= 15.5``, ``= 15 + 7``), so it is no step."""
-    found = _STEP.fullmatch(text)
+    """The operation that ``text`` is, spaces, a full stop and a list of what is left at will; None for anything else. What goes on behind
+    the result may take it back (``= 15.5``, ``= 15 + 7``), so it is no step."""
+    found = _STEP.fullmatch(text.strip())
     if found is None:
         return None
     try:

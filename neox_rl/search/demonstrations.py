@@ -79,7 +79,7 @@ def searches(problems: Sequence[Problem], searcher: str, style: TraceStyle, toke
     def draw(rng: random.Random, id: str) -> Trace:
         problem = rng.choice(problems)
         tree = SEARCHERS[searcher](problem, rng)
-        if style.telling == BACKTRACK and searcher != "solution":
+        if style.telling == BACKTRACK:
             tree = with_wrong_steps(tree, problem)
         return style.trace(tree, problem, tokenizer, rng, id)
 

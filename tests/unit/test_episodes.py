@@ -17,14 +17,14 @@ from neox_rl.episodes.calculator import CalculatorError, calculator, evaluate
 from neox_rl.episodes.environments import Judged, Stepwise, environment_of, reached
 from neox_rl.episodes.objectives import Objective, credits, discounted, qstar_reward, tagged, tags_of, total
 from neox_rl.episodes.protocol import Ending, Feedback, Outcome, Progress, Rules, announcement, read_ending
-from neox_rl.episodes.rollout import MAX_CALLS, Episodes, Rollout, num_calls
+from neox_rl.episodes.rollout import Episodes, Rollout, num_calls
 from neox_rl.episodes.sandbox import Limits, PythonSandbox
 from neox_rl.episodes.tools import Tool, calculate, python_tool
 from neox_rl.errors import ConfigError
 from neox_rl.metacot import STOP
 from neox_rl.problems.countdown import arithmetic_problem
 from neox_rl.problems.goal_finding import goal_problem, memoryless_success, meta_success
-from neox_rl.types import Completion, Finish, Problem, Role, SamplingParams, Verdict, VersionSpan
+from neox_rl.types import MAX_CALLS, Completion, Finish, Problem, Role, SamplingParams, Verdict, VersionSpan
 from neox_rl.verify.verifier import TaskVerifier, make_verifier
 
 REWARDS = [0.0, 1.0, 0.0, 1.0]
@@ -306,6 +306,14 @@ def test_where_a_token_begins_the_solution_it_is_the_search_before_it_that_is_di
     environment = environment_of(problem, verifier_of(problem), worth)
     found = asyncio.run(made.roll_out(problem, environment, SamplingParams(100), "x", gamma=0.9))
     assert found.rewards == pytest.approx((0.9**2, 0.9**6))
+
+
+def test_a_token_that_begins_no_solution_does_not_make_the_search_behind_it_free() -> None:
+    problem = next(p for i in range(99) if (p := goal_problem(3, 2, i)).answer == "2")
+    made = Episodes(Player(lambda context: "a b 2"), Letters(), Rules(1, Feedback.NONE, 40, 400, 4000), Objective.SUM, None, ord(" "))
+    environment = environment_of(problem, verifier_of(problem), worth)
+    found = asyncio.run(made.roll_out(problem, environment, SamplingParams(100), "x", gamma=0.9))
+    assert found.rewards == pytest.approx((0.9**3,))
 
 
 def test_each_discount_has_its_tag() -> None:

@@ -276,14 +276,14 @@ def test_best_of_n_pays_for_the_value_of_ends_alone_unless_its_steps_are_trained
     assert tree.num_tokens == 10 * paid + len(tree.nodes) - 1
 
 
-@pytest.mark.parametrize("behind", [".5", "e3", " + 7 = 22", " - wrong, it is 16", "\n7 + 15 = 22", "..", "0" * 60, " (left: 7 15)"])
+@pytest.mark.parametrize("behind", [".5", "e3", " + 7 = 22", " - wrong, it is 16", "\n7 + 15 = 22", "..", "0" * 60, ",000", " (left: x)"])
 def test_a_step_whose_text_goes_on_behind_its_result_is_unparsable(behind: str) -> None:
     texts = [
         proposal(f"3 * 5 = 15{behind}"),
-        *(proposal(f"{text}{end}") for text, end in (("5 + 7 = 12", ".\n"), ("7 - 3 = 4", " \n\n"), ("3 *7 =21", ""))),
+        *(proposal(f"{text}{end}") for text, end in (("5 + 7 = 12", ".\n"), ("7 - 3 = 4", " (left: 4 5)\n\n"), ("3 *7 =21", ", \u2713"))),
     ]
     tree = search("bfs", options=Options(width=4), proposer=Script(iter(texts)), problem=PROBLEMS[0])
-    assert steps(tree) == ["7 +5 =12", "7 -3 =4", "7 *3 =21"], "white space and a full stop change nothing"
+    assert steps(tree) == ["7 +5 =12", "7 -3 =4", "7 *3 =21"], "such endings change nothing"
     assert tree.counts["unparsable"] == 1
 
 

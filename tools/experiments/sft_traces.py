@@ -33,8 +33,8 @@ STYLES = {
     "backtrack": ("metarl.warmstart.style=dfs", "metarl.warmstart.telling=backtrack"),
     "revision": ("metarl.warmstart.style=dfs", "metarl.warmstart.telling=revision"),
 }
-SHOWN = {"backtrack": "a wrong step that cannot be won before half of the right ones"}
-"""What is told where an earlier version, under the same settings, told something else."""
+TOLD = {"backtrack": "a wrong step that cannot be won before half of the right ones"}
+"""What the settings leave open, for the name of a run."""
 TASKS = {
     "countdown": ("seq_length=208", "metarl.rollout.max_new_tokens=160"),  # the main job's problems
     "game24": (
@@ -69,7 +69,7 @@ def job(task: str, style: str, steps: int, seed: int, quick: bool = False) -> Jo
         "metarl.evaluation.samples=1",
         *(QUICK if quick else ()),
     )
-    return Job(f"sft-{task}-{style}-{steps}-s{seed}", settings, "traces", SHOWN.get(style, ""))
+    return Job(f"sft-{task}-{style}-{steps}-s{seed}", settings, "traces", TOLD.get(style, ""))
 
 
 def points(args: argparse.Namespace) -> list[tuple[str, str, int, int]]:
