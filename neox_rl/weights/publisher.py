@@ -171,9 +171,12 @@ class Publisher:
             self._peers.ahead[fields["who"]] = fields["version"]
             raise WireError(f"{fields['who']} staged v{fields['version']}, which was not offered: it is of steps that were undone")
         who, version, digest = fields["who"], fields["version"], fields["digest"]
-        if (offered := self._digests.get(version, digest)) != digest:
+        offered = self._digests.get(version)
+        if offered is None:
+            return  # nothing here says whether it is of these steps, so it is no ack, and no server is to switch to it: the newest follows
+        if offered != digest:
             raise WireError(f"{who} staged v{version} with digest {digest}, offered was {offered}")
-        if version in self._digests and version > self._peers.acked.get(who, NO_VERSION):
+        if version > self._peers.acked.get(who, NO_VERSION):
             self._peers.acked[who] = version
             if self._events is not None:
                 self._events.instant("acked", **fields)  # the server's own reckoning: an audit has no other word of it

@@ -49,6 +49,11 @@ def test_an_ack_that_comes_after_the_next_offer_is_an_event_too(stack: ExitStack
     for version, of in ((0, 0), (1, 5), (1, 1), (1, 1), (3, 3), (1, 5)):
         slow.send_multipart(control(STAGED, version=version, who="a/0", digest=small_snapshot(of).digest))
     wait_for(lambda: publisher.malformed >= 2)  # v1 with another's digest, the second time after all others
+    told = list[int]()
+    while 3 not in told:
+        kind, fields = read_control(slow.recv_multipart(), (OFFERED, STAGED))
+        told += [fields["version"]] * (kind == STAGED)
+    assert told == [1, 1, 3], "a server may switch to what is told: only to what it acked"
     log.close()
     acked = [(e.fields["version"], e.fields["who"], e.fields["digest"]) for e in read_events(tmp_path)]
     assert acked == [(version, "a/0", small_snapshot(version).digest) for version in (1, 3)]
