@@ -12,7 +12,10 @@ LOOK_S = 5.0
 
 
 class PrefixHits:
-    """``addresses()``: the servers now. Servers that do not count, or not answer, are left out."""
+    """``addresses()``: the servers now. Servers that do not count, or not answer, are left out.
+
+    What a server counted before its first look is of others: an earlier orchestrator, or whoever else asks it.
+    """
 
     def __init__(self, addresses: Callable[[], Iterable[str]]) -> None:
         self._addresses = addresses
@@ -31,15 +34,16 @@ class PrefixHits:
             await asyncio.sleep(LOOK_S)
 
     async def look(self) -> None:
-        await asyncio.gather(*map(self._ask, self._addresses()))
+        addresses = list(self._addresses())
+        self._last = {address: last for address, last in self._last.items() if address in addresses}
+        await asyncio.gather(*map(self._ask, addresses))
 
     async def _ask(self, address: str) -> None:
         now = await cache_counters(address)
         if now is None:
             return
-        before = self._last.get(address, CacheCounters(0.0, 0.0))
-        if now.queries < before.queries:  # the server was started again
-            before = CacheCounters(0.0, 0.0)
+        before, self._last[address] = self._last.get(address), now
+        if before is None or now.queries < before.queries or now.hits < before.hits:  # the first look, or the server was started again
+            return
         self._queries += now.queries - before.queries
         self._hits += now.hits - before.hits
-        self._last[address] = now

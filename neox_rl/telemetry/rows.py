@@ -97,7 +97,7 @@ class MetricsRow(TypedDict, total=False):
     """Where rollouts are made by search: ``solved_frac`` of the problems, ``failed_frac`` of them with a search that lost its server and
     broke off, ``steps`` that the trees hold, ``traces`` made of them, and the tokens that were generated for them (``tokens_paid``) and
     that have a loss (``tokens_trained``, before masking for staleness). ``prefix_cache_hit_rate``: prompt tokens that the vLLM servers
-    found in their caches over those that they looked up, in every request since the orchestrator began; left out until it is known."""
+    found in their caches over those that they looked up, since the orchestrator first looked at each; left out until it is known."""
 
 
 class IntervalRow(TypedDict):

@@ -30,17 +30,41 @@ def test_hits_are_summed_over_servers_and_their_restarts() -> None:
     async def story() -> None:
         async with AsyncExitStack() as stack:
             one, other = Engine(), Engine()
+            one.queries, one.hits = 1000, 1000  # of whoever asked it before
             addresses = [await stack.enter_async_context(server(metrics=engine.metrics)) for engine in (one, other)]
             addresses += [await stack.enter_async_context(server(metrics=nothing)), "http://127.0.0.1:1"]
             caches = PrefixHits(lambda: addresses)
             await caches.look()
             assert caches.rate is None, "nobody was asked for anything"
-            one.queries, one.hits, other.queries, other.hits = 100, 50, 100, 90
+            one.queries, one.hits, other.queries, other.hits = 1100, 1050, 100, 90
             await caches.look()
             await caches.look()
             assert caches.rate == 140 / 200, "what was seen counts once"
             one.queries, one.hits, other.queries = 40, 40, 160  # one was started again
             await caches.look()
+            assert caches.rate == 140 / 260, "what it counted before this look is the base again"
+            one.queries, one.hits = 80, 80
+            await caches.look()
             assert caches.rate == 180 / 300
+
+    asyncio.run(story())
+
+
+def test_a_server_that_left_is_forgotten_and_counted_anew_when_it_comes_back() -> None:
+    async def story() -> None:
+        async with AsyncExitStack() as stack:
+            engine = Engine()
+            here = {await stack.enter_async_context(server(metrics=engine.metrics))}
+            addresses = set(here)
+            caches = PrefixHits(lambda: addresses)
+            await caches.look()
+            engine.queries, engine.hits = 10, 10
+            await caches.look()
+            addresses.clear()
+            await caches.look()
+            engine.queries = 500  # another server at its address, whose counters have passed those
+            addresses |= here
+            await caches.look()
+            assert caches.rate == 1.0
 
     asyncio.run(story())
