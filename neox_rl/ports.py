@@ -33,6 +33,8 @@ class Requests(Enum):
     """Once: with the answer the group is as good as there."""
     MANY = auto()
     """Others follow, or something else that a server may fail at: until then every answer is worth its place."""
+    LINE = auto()
+    """Many, and those of one rollout each go on behind the answer to the one before."""
 
 
 Chunks = Callable[[Generator, Requests], Generator]

@@ -9,8 +9,8 @@ So an attempt goes on in its completion, and a search or a rollout of several ep
 
 Every chunk brings its own log-probs and version spans from the engine, and their concatenation is what one request would have given: the
 same budget, the same stop tokens, log-probs under the weights that were live. The server's prefix cache has the earlier tokens' keys and
-values, but for the switches of version in between. Versions rise along a completion and never fall: where a server is behind the one that
-made the chunk before, it is asked again.
+values, but for the switches of version in between. Versions rise along a completion and never fall, nor along a rollout whose requests go
+on behind one another: where a server is behind the one that made the chunk before, it is asked again.
 """
 
 from __future__ import annotations
@@ -24,13 +24,18 @@ from typing import Protocol
 
 from neox_rl.ports import Generator, Requests
 from neox_rl.rollout.vllm_client import ServerFailedError
-from neox_rl.types import Completion, Finish, SamplingParams, VersionSpan
+from neox_rl.types import NO_VERSION, Completion, Finish, SamplingParams, VersionSpan
 
 
 class Kept(Protocol):
     """What is written down of the answer to one request. ``whole``: it asks for all rollouts of a group."""
 
     whole: bool
+
+    @property
+    def reached(self) -> int:
+        """The newest version of all that the request's rollout was answered so far, NO_VERSION before that."""
+        ...
 
     def earlier(self) -> Mapping[int, Sequence[Completion]]:
         """Number of a completion -> its finished chunks."""
@@ -49,8 +54,9 @@ class Record(Protocol):
         ...
 
 
-BEHIND_TRIES, BEHIND_S = 6, 0.1
-"""A server switches within moments of another; the pause before the next try doubles."""
+BEHIND_TRIES, BEHIND_S = 9, 0.1
+"""A server switches within moments of another, or stages a large model for the better part of a minute; the pause before the next try
+doubles."""
 
 
 class ChunkedGenerator:
@@ -69,7 +75,8 @@ class ChunkedGenerator:
             if chunks:
                 await asyncio.sleep(0)  # a search that is walked again waits for nobody: others have their turn
             else:
-                first = await self._generator.sample(prompt_ids, self._params(params, 0, 0), n, rollout_id)
+                reached = kept.reached if self._requests is Requests.LINE else NO_VERSION
+                first = await self._next(prompt_ids, self._params(params, 0, 0), n, rollout_id, reached)
                 chunks = {index: [self._stopped(chunk, params)] for index, chunk in enumerate(first)}
                 if self._requests is not Requests.ONE or not all(self._done(found, params) for found in chunks.values()):
                     kept.keep(0, 0, [found[0] for found in chunks.values()])
@@ -94,18 +101,19 @@ class ChunkedGenerator:
         one = f"{name}/r{index}" if kept.whole else name
         while not self._done(chunks, params):
             ids = [i for chunk in chunks for i in chunk.ids]
-            chunk = await self._next([*prompt_ids, *ids], self._params(params, index, len(ids)), chunks, one)
+            reached = max((span.version for chunk in chunks for span in chunk.spans), default=NO_VERSION)
+            (chunk,) = await self._next([*prompt_ids, *ids], self._params(params, index, len(ids)), 1, one, reached)
+            if not chunk.ids and chunk.finish is Finish.LENGTH:
+                raise ServerFailedError(f"rollout {one}: a server answered with no token, and does not say that the rollout is done")
             chunks.append(self._stopped(chunk, params))
             kept.keep(index, len(ids), chunks[-1:])
 
-    async def _next(self, ids: Sequence[int], params: SamplingParams, chunks: Sequence[Completion], name: str) -> Completion:
-        reached = max((span.version for chunk in chunks for span in chunk.spans), default=0)
+    async def _next(self, ids: Sequence[int], params: SamplingParams, n: int, name: str, reached: int) -> Sequence[Completion]:
+        """A chunk of ``n`` completions each, none of whose tokens is older than v``reached``."""
         for attempt in range(BEHIND_TRIES):
-            (chunk,) = await self._generator.sample(ids, params, 1, name)
-            if not chunk.ids and chunk.finish is Finish.LENGTH:
-                raise ServerFailedError(f"rollout {name}: a server answered with no token, and does not say that the rollout is done")
-            if not chunk.spans or chunk.spans[0].version >= reached:
-                return chunk
+            chunks = await self._generator.sample(ids, params, n, name)
+            if all(not chunk.spans or chunk.spans[0].version >= reached for chunk in chunks):
+                return chunks
             await asyncio.sleep(BEHIND_S * 2**attempt)
         raise ServerFailedError(f"rollout {name}: it has tokens of v{reached}, but {BEHIND_TRIES} answers came from older weights")
 

@@ -58,7 +58,7 @@ class EpisodeGroups:
 
     def chunked(self, chunks: Chunks) -> Self:
         """See ``ports.GroupMaker``: tools and environments are asked again after a crash."""
-        return replace(self, attempts=replace(self.attempts, generator=chunks(self.attempts.generator, Requests.MANY)))
+        return replace(self, attempts=replace(self.attempts, generator=chunks(self.attempts.generator, Requests.LINE)))
 
     async def _roll_out(self, problem: Problem, name: str, params: SamplingParams, size: int, gamma: float) -> Sequence[Rollout]:
         a = self.attempts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
@@ -13,17 +13,18 @@ from neox_rl.queue.answers import WHOLE, Answer, Asked, answer_of, asked_of, req
 from neox_rl.queue.book import Book
 from neox_rl.queue.history import Standing
 from neox_rl.rollout.vllm_client import ServerFailedError
-from neox_rl.types import Completion, SamplingParams
+from neox_rl.types import NO_VERSION, Completion, SamplingParams
 
 
 @dataclass(slots=True)
 class _Attempt:
     """At one ticket. ``answers``: what is there of requests that were not made yet, or are under way. ``free``: (rollout, request) -> the
-    ordinals that the next equal requests get, the last of them never given."""
+    ordinals that the next equal requests get, the last of them never given. ``reached``: the newest version of each rollout's answers."""
 
     ticket: int
     answers: defaultdict[Asked, list[bytes | memoryview]]
     free: dict[tuple[int, int], list[int]] = field(default_factory=dict)
+    reached: dict[int, int] = field(default_factory=dict)
 
 
 class Unfinished:
@@ -89,6 +90,11 @@ class _Request:
         self._book, self._attempt, self._asked = book, attempt, asked
         self.whole = asked.rollout == WHOLE
 
+    @property
+    def reached(self) -> int:
+        """See ``Kept``."""
+        return self._attempt.reached.get(self._asked.rollout, NO_VERSION)
+
     def earlier(self) -> dict[int, list[Completion]]:
         """Each chunk follows on the one before it; what comes after one that was lost is of no use."""
         found: dict[int, list[Completion]] = {}
@@ -98,8 +104,14 @@ class _Request:
                 chunks = found.setdefault(index, [])
                 if sum(len(c.ids) for c in chunks) == answer.start:
                     chunks.append(chunk)
+        self._reach(chunk for chunks in found.values() for chunk in chunks)
         return found
 
     def keep(self, index: int, start: int, chunks: Sequence[Completion]) -> None:
         body = self._book.answer(self._attempt.ticket, Answer(self._asked, index, start, tuple(chunks)))
         self._attempt.answers[self._asked].append(body)
+        self._reach(chunks)
+
+    def _reach(self, chunks: Iterable[Completion]) -> None:
+        newest = max((span.version for chunk in chunks for span in chunk.spans), default=NO_VERSION)
+        self._attempt.reached[self._asked.rollout] = max(self.reached, newest)

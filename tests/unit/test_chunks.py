@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from neox_rl.ports import Requests
 from neox_rl.rollout.chunks import ChunkedGenerator, merged
 from neox_rl.rollout.vllm_client import ServerFailedError
-from neox_rl.types import Completion, Finish, SamplingParams, VersionSpan
+from neox_rl.types import NO_VERSION, Completion, Finish, SamplingParams, VersionSpan
 
 STOP = 1
 
@@ -51,7 +51,7 @@ class Kept:
 
     def __init__(self, earlier: Mapping[int, Sequence[Completion]] | None = None, whole: bool = True) -> None:
         self.chunks: list[tuple[int, int, Completion]] = []
-        self.before, self.whole = earlier or {}, whole
+        self.before, self.whole, self.reached = earlier or {}, whole, NO_VERSION
 
     @contextmanager
     def request(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> Iterator[Kept]:
@@ -113,8 +113,20 @@ def test_a_server_with_older_weights_is_asked_again_and_then_given_up(monkeypatc
     params = SamplingParams(9, stop_token_ids=(STOP,))
     (completion,) = sample(Greedy([2, 3, 4, STOP], [5, 4, 4, 5]), 2, params)
     assert completion.spans == (VersionSpan(5, 0, 4),)
-    with pytest.raises(ServerFailedError, match="g000001/r0: it has tokens of v5, but 6 answers came from older weights"):
+    with pytest.raises(ServerFailedError, match="g000001/r0: it has tokens of v5, but 9 answers came from older weights"):
         sample(Greedy([2, 3, 4, STOP], [5, 4]), 2, params)
+
+
+@pytest.mark.parametrize(("requests", "version"), [(Requests.MANY, 4), (Requests.LINE, 5)])
+def test_the_first_chunk_behind_another_request_is_no_older_than_its_answer(
+    monkeypatch: pytest.MonkeyPatch, requests: Requests, version: int
+) -> None:
+    """Of a search the requests lie beside one another."""
+    monkeypatch.setattr("neox_rl.rollout.chunks.BEHIND_S", 0.0)
+    kept = Kept(whole=False)
+    kept.reached = 5
+    (completion,) = sample(Greedy([2, 3, STOP], [4, 4, 5]), 9, SamplingParams(9, stop_token_ids=(STOP,)), 1, kept, requests)
+    assert [span.version for span in completion.spans] == [version] and [chunk for _, _, chunk in kept.chunks] == [completion]
 
 
 def test_short_completions_are_one_request_and_nothing_is_written_down_for_them() -> None:

@@ -252,6 +252,31 @@ def test_a_rollout_of_several_episodes_walks_as_it_did_before(tmp_path: Path, fe
     goes_on(lambda: of_run(tmp_path, tool, rollout=rollout, episodes=episodes))
 
 
+class Behind:
+    """Some of its servers serve v4 yet, others v5."""
+
+    def __init__(self, inner: Generator) -> None:
+        self.inner, self.rng = inner, random.Random(2)
+
+    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> tuple[Completion, ...]:
+        found = await self.inner.sample(prompt_ids, params, n, rollout_id)
+        return tuple(replace(c, spans=(VersionSpan(self.rng.choice((4, 5)), 0, len(c.ids)),)) for c in found)
+
+
+def test_versions_do_not_fall_between_the_episodes_of_a_rollout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor where a successor goes on with what is written down."""
+    monkeypatch.setattr("neox_rl.rollout.chunks.BEHIND_S", 0.0)
+    world = of_run(tmp_path, calculator, rollout={"method": "episodes", "max_new_tokens": 24}, episodes={"count": 3, "feedback": "none"})
+    make = world.maker
+    world.maker = lambda policy: make(cast(Policy, Behind(policy)))
+    assert world.live(5) is None
+    group = world.live()
+    assert group is not None
+    for trace in group.traces:
+        versions = [segment.version for segment in trace.segments if segment.logprobs]
+        assert versions == sorted(versions) and set(versions) == {4, 5}
+
+
 @pytest.mark.parametrize("kind", ["verdict", "solution", "gain"])
 def test_attempts_go_on_in_the_middle_of_a_completion(tmp_path: Path, kind: str) -> None:
     goes_on(lambda: replace(of_run(tmp_path, reward={"kind": kind}), size=4))
