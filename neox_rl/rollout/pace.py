@@ -33,6 +33,7 @@ class Paces:
 
     def __init__(self) -> None:
         self._answers: dict[str, deque[float]] = {}
+        self._medians: dict[str, float] = {}  # of servers whose pace is known: every request in flight asks for those of all others
         self._stood: dict[str, float] = {}
         self._stands: dict[str, float] = {}
 
@@ -66,15 +67,18 @@ class Paces:
     def answered(self, server: str, seconds: float, num_tokens: int) -> None:
         """``num_tokens`` of the longest completion in the answer."""
         if num_tokens > 0:
-            self._answers.setdefault(server, deque(maxlen=REMEMBERED)).append(seconds / num_tokens)
+            answers = self._answers.setdefault(server, deque(maxlen=REMEMBERED))
+            answers.append(seconds / num_tokens)
+            if len(answers) >= FEWEST:
+                self._medians[server] = statistics.median(answers)
 
     def forget(self, server: str) -> None:
         """What answers there next is another, or has begun anew."""
         self._answers.pop(server, None)
+        self._medians.pop(server, None)
         self._stood.pop(server, None)
 
     def due_s(self, server: str, others: Iterable[str], budget: int, patience_s: float) -> float:
         """Seconds after which a request for at most ``budget`` tokens is to leave ``server``; inf while no other's pace is known."""
-        known = [self._answers[other] for other in others if other != server and len(self._answers.get(other, ())) >= FEWEST]
-        quickest = min(map(statistics.median, known), default=math.inf)
+        quickest = min((self._medians.get(other, math.inf) for other in others if other != server), default=math.inf)
         return max(patience_s, SLOW * budget * quickest)

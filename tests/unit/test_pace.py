@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
+import statistics
+from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -80,3 +82,21 @@ def test_no_request_leaves_a_server_for_one_whose_pace_nobody_knows() -> None:
     assert paces.due_s("b", ["a", "b"], 1, 5.0) == math.inf
     paces.forget("b")
     assert paces.due_s("a", ["a", "b"], 1, 5.0) == math.inf
+    paces.answered("b", 1.0, 10)
+    assert paces.due_s("a", ["a", "b"], 1, 5.0) == math.inf, "what answers there now is another"
+
+
+def test_a_pace_is_reckoned_when_a_server_answers_and_not_for_each_request_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    paces, reckoned = Paces(), list[int]()
+
+    def median(answers: Collection[float]) -> float:
+        reckoned.append(len(answers))
+        return min(answers)
+
+    monkeypatch.setattr(statistics, "median", median)
+    for server in ("b", "c"):
+        for _ in range(FEWEST + 1):
+            paces.answered(server, 1.0, 10)
+    for _ in range(100):
+        assert paces.due_s("a", ["a", "b", "c"], 100, 5.0) == pytest.approx(3 * 100 * 0.1)
+    assert reckoned == [FEWEST, FEWEST + 1] * 2
