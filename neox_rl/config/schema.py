@@ -137,8 +137,8 @@ class QueueConfig:
     flush_s: float = key(0.1, "the journal reaches the disk this often, and before any batch leaves", low=0.001, high=60.0)
     segment_mib: int = key(
         512,
-        "MiB after which the journal keeps no longer what was trained since the last checkpoint, for a rank that is lost: a resume from"
-        " there generates it again. Bounds its files, and the memory of who reads them, with checkpoint_factor: 0 too",
+        "MiB of groups, or 4 times that with unfinished ones, after which the journal forgets what was trained since the last checkpoint:"
+        " a resume from there generates it again. Bounds its files, and the memory of who reads them, with checkpoint_factor: 0 too",
         low=1,
     )
     disk_full_s: float = key(

@@ -18,6 +18,9 @@ from neox_rl.types import NO_VERSION, Group, Json
 
 logger = logging.getLogger(__name__)
 SEGMENT_BYTES = 512 << 20
+ANSWERS_FACTOR = 4
+"""Of a segment's size: what it may have together with answers, most of them for groups that are there. A search has many times its group's
+bytes of them; what was trained is not given up for their room, unless the file would grow without bound."""
 
 
 class Book:
@@ -32,7 +35,9 @@ class Book:
         has_holes: bool = False,
         segment_bytes: int = SEGMENT_BYTES,
     ) -> None:
-        self._bytes, self._segment_bytes = sum(len(record.body) for record in records), segment_bytes
+        self._segment_bytes = segment_bytes
+        self._answers = sum(len(record.body) for record in records if record.kind == "span")
+        self._bytes = sum(len(record.body) for record in records) - self._answers
         self.journal, self.history, self.damage, self.has_holes = journal, fold(records), damage, has_holes
         self._attested: dict[int, str] = {}
         self._follow: Callable[[Record], None] = lambda _: None
@@ -79,7 +84,10 @@ class Book:
         """Raises JournalError once the journal has given up."""
         payload = payload_of(kind, meta, body)
         seq = self.journal.append(payload)
-        self._bytes += len(payload)
+        if kind == "span":
+            self._answers += len(payload)
+        else:
+            self._bytes += len(payload)
         record = Record(seq, kind, meta, body)
         self._follow(record)
         self.history.apply(record)
@@ -138,8 +146,9 @@ class Book:
         self._rotate()
 
     def tidy(self) -> None:
-        """A new segment where the last one has its size, without what was trained. Only when no batch is on its way to the trainer."""
-        if self._bytes > self._segment_bytes:
+        """A new segment where groups and batches have the size of one, without what was trained. Only when no batch is on its way to the
+        trainer."""
+        if self._bytes > self._segment_bytes or self._bytes + self._answers > ANSWERS_FACTOR * self._segment_bytes:
             self.history.forget()
             self._rotate()
 
@@ -147,7 +156,7 @@ class Book:
         records = list(self.history.compact())
         self.journal.rotate([payload_of(*record) for record in records])
         self._follow(Record(-1, *records[0]))
-        self._bytes = 0  # what was copied is not counted: a new segment of open groups alone would only follow the next
+        self._bytes = self._answers = 0  # what was copied is not counted: a new segment of open groups alone would only follow the next
 
     def bodies(self, groups: Iterable[Group]) -> list[bytes | memoryview]:
         """The groups as they were written down, where they still are at hand."""
