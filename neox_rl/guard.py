@@ -87,7 +87,8 @@ def with_own_tmp(env: Mapping[str, str], *more: str) -> dict[str, str]:
     except (KeyError, OSError):  # nobody has this number
         user = f"uid_{os.getuid()}"
     compiled = Path(tempfile.gettempdir(), f"torchinductor_{user}")
-    return {"TORCHINDUCTOR_CACHE_DIR": str(compiled), **env, PRIVATE: ",".join(("TMPDIR", *more))}
+    # Last, not first: torch sets it again, and a process whose first variable has moved cannot change its title ("VLLM::EngineCore").
+    return {**env, "TORCHINDUCTOR_CACHE_DIR": env.get("TORCHINDUCTOR_CACHE_DIR", str(compiled)), PRIVATE: ",".join(("TMPDIR", *more))}
 
 
 def stop(process: GuardedProcess, deadline_s: float) -> int:

@@ -56,6 +56,8 @@ def test_what_vllm_leaves_in_the_temporary_directory_goes_with_it_and_what_is_co
     assert env["NEOX_RL_PRIVATE"] == "TMPDIR,VLLM_RPC_BASE_PATH"
     assert env["TORCHINDUCTOR_CACHE_DIR"] == default_cache_dir(), "where torch has it without a word"
     assert server_command(SPEC, {"TORCHINDUCTOR_CACHE_DIR": "/fast"})[1]["TORCHINDUCTOR_CACHE_DIR"] == "/fast"
+    first = next(iter(server_command(SPEC, {"PATH": "/bin"})[1]))
+    assert first == "PATH", "torch sets its cache again: at the front of the environment that would take the engine's title away"
 
 
 def test_ranks_of_a_server_meet_on_loopback_unless_the_user_says_where() -> None:
