@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 
@@ -34,6 +34,8 @@ def own_address() -> str:
 class Run:
     """One start of a debug config. ``settings`` as for ``--set``, without ``metarl.``."""
 
+    started: ClassVar[list[Run]] = []
+
     def __init__(self, runs_dir: Path, name: str, *settings: str, config: str = "fake_generator", flags: tuple[str, ...] = ()) -> None:
         self.paths, self.mark = RunPaths.of(runs_dir / name), f"{runs_dir}/{name}/{time.monotonic_ns()}"
         sets = [f"metarl.runs_dir={runs_dir}", f"metarl.name={name}", *settings]
@@ -46,6 +48,7 @@ class Run:
             self.process = subprocess.Popen(
                 [*argv, *flags], cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
             )
+        self.started.append(self)
 
     def wait(self, deadline_s: float = 150.0) -> int:
         try:
