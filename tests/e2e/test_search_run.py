@@ -72,13 +72,36 @@ def answers_of(run: Run) -> tuple[dict[int, list[Answer]], dict[int, list[Answer
     return left, lives[1], done[1] & left.keys()
 
 
+def written(answers: dict[int, list[Answer]]) -> int:
+    return sum(map(len, answers.values()))
+
+
+def kill_within_searches(run: Run) -> None:
+    """``kill -9`` of the orchestrator at a moment when its journal holds a few answers of open searches.
+
+    It stands still while the journal is read: a search takes less than a second, so that one found open in a running process may be over
+    by the time of the kill.
+    """
+    orchestrator = run.one("neox_rl.run.orchestrator")
+
+    def searching() -> bool:
+        orchestrator.suspend()
+        if written(answers_of(run)[0]) > 3:
+            orchestrator.kill()
+            return True
+        orchestrator.resume()
+        return False
+
+    run.until(searching, "a few answers of open searches were written down")
+
+
 def test_an_orchestrator_that_dies_searches_its_open_tickets_again_and_asks_for_nothing_that_is_written_down(tmp_path: Path) -> None:
     run = Run(tmp_path, "killed", "train_iters=20", "checkpoint_factor=100", "metarl.scripted.token_s=0.01", *SHORT, config="search")
     run.until_step("rl", 3)
-    run.kill_one("neox_rl.run.orchestrator")
+    kill_within_searches(run)
     run.until(lambda: (found := answers_of(run))[0].keys() <= found[2], "the open tickets were searched")
     before, after, _ = answers_of(run)
-    assert sum(map(len, before.values())) > 3, "it died in the middle of searches"
+    assert written(before) > 3, "it died in the middle of searches"
     for ticket, answers in before.items():
         places = [{(a.asked, a.first, a.start) for a in some} for some in (answers, after.get(ticket, []))]
         assert not places[0] & places[1], "the first step of each search among them"
