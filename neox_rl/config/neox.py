@@ -18,7 +18,7 @@ class NeoXConfig:
     num_attention_heads: int = key(6, "query heads", low=1)
     num_kv_heads: int = key(0, "key/value heads (grouped-query attention); 0: as many as query heads", low=0)
     intermediate_size: int = key(
-        0, "MLP size before NeoX's gating rule (see mlp_width: swiglu gives a third of it); 0: 4 x hidden_size", low=0
+        0, "MLP size before NeoX's gating rule, with swiglu 3 x the intermediate_size of an HF config; 0: 4 x hidden_size", low=0
     )
     mlp_multiple_of: int = key(1, "the MLP width is rounded up to a multiple of this", low=1)
     seq_length: int = key(256, "longest sequence (prompt and completion)", low=2)

@@ -55,13 +55,16 @@ def _files() -> Iterator[str]:
 def _sections() -> Iterator[str]:
     top = [leaf for path, leaf in leaves().items() if not path.startswith(BLOCK + ".")]
     yield from _table("GPT-NeoX keys", NeoXConfig, top)
-    direct = [leaf for path, leaf in leaves().items() if path.startswith(BLOCK + ".") and path.count(".") == 1]
-    yield from _table(BLOCK, MetaRLConfig, direct)
-    hints = get_type_hints(MetaRLConfig)
-    for f in fields(MetaRLConfig):
+    yield from _block(BLOCK, MetaRLConfig)
+
+
+def _block(name: str, cls: type) -> Iterator[str]:
+    """The keys that stand directly in a block, then the blocks in it, each with its whole path as a heading: a reader writes that path."""
+    yield from _table(name, cls, [leaf for path, leaf in leaves().items() if path.rpartition(".")[0] == name])
+    hints = get_type_hints(cls)
+    for f in fields(cls):
         if is_dataclass(hints[f.name]):
-            prefix = f"{BLOCK}.{f.name}."
-            yield from _table(prefix[:-1], hints[f.name], [leaf for path, leaf in leaves().items() if path.startswith(prefix)])
+            yield from _block(f"{name}.{f.name}", hints[f.name])
 
 
 def _table(title: str, cls: type, rows: Sequence[Leaf]) -> Iterator[str]:

@@ -10,7 +10,7 @@ import pytest
 
 from neox_rl.config.derived import num_parameters, staleness_bound
 from neox_rl.config.leaves import blocks, leaves
-from neox_rl.config.load import load_config
+from neox_rl.config.load import load_config, parse
 from neox_rl.config.machine import Machine
 from neox_rl.config.reference import PAGE, page
 from neox_rl.config.rules import warnings
@@ -60,6 +60,18 @@ def test_the_main_job_is_the_same_on_either_engine() -> None:
 
 def test_the_reference_is_current() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "run: python -m neox_rl.config.reference > configs/README.md"
+
+
+def test_every_key_of_the_reference_loads_under_the_heading_that_it_stands_below() -> None:
+    """A reader writes heading, dot and key: ``metarl.verify.math.rounded_digits``, not ``metarl.verify.rounded_digits``."""
+    printed = {}
+    for section in page().split("\n## ")[2:]:
+        heading = section.partition("\n")[0]
+        prefix = "" if heading == "GPT-NeoX keys" else heading + "."
+        printed |= {prefix + key: default for key, default in re.findall(r"(?m)^\| `([\w.]+)` \| `(.*?)` \|", section)}
+    assert printed.keys() == leaves().keys()
+    found = parse([], [f"{path}={default}" for path, default in printed.items()])
+    assert found.written >= leaves().keys() and found.config == parse([]).config
 
 
 @pytest.mark.parametrize("path", [p for p in DOCUMENTS if p.suffix in (".md", ".yml")], ids=lambda path: str(path.relative_to(ROOT)))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from neox_rl.config.load import parse
-from neox_rl.config.machine import Machine
+from neox_rl.config.machine import Machine, visible_gpus
 from neox_rl.config.rules import RULES, WARNINGS, Rule, broken, warnings
 from neox_rl.config.run import RunConfig
 from tests.unit.rule_cases import CASES, CPU, FAR, GPU, Case
@@ -60,6 +61,16 @@ def test_gpus_that_the_launcher_of_the_ranks_cannot_name_are_refused() -> None:
     (message,) = RULE["gpus_fit"](of(""), replace(GPU, gpu_ids=("0", "GPU-8d2c", "2", "3")))
     assert message.startswith("CUDA_VISIBLE_DEVICES names GPU-8d2c: ") and "give numbers, as in 0,1" in message
     assert list(RULE["gpus_fit"](of(""), replace(GPU, gpu_ids=("7", "6", "5", "4")))) == []
+
+
+def test_with_one_gpu_the_advice_is_the_cpu_and_can_be_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``num_gpus: 1`` is the least there is, and needs a second GPU for the server."""
+    (message,) = RULE["gpus_fit"](of("num_gpus=1"), replace(GPU, num_gpus=1))
+    assert "need 2 GPUs, and this machine has 1; with one GPU a run is on the CPU: CUDA_VISIBLE_DEVICES= before its command" in message
+    assert "lower" not in message
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    count, _ = visible_gpus(1, os.environ)
+    assert count == 0 and list(RULE["gpus_fit"](of("num_gpus=1"), replace(GPU, num_gpus=count))) == []
 
 
 def test_the_machine_is_read_without_starting_anything(tmp_path: Path) -> None:
