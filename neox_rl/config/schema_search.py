@@ -22,8 +22,8 @@ class SearchConfig:
     prm_model: str = key("", "value prm: directory with its tokenizer.json (configs/prm.yml), or the name of a served sequence classifier")
     sees_earlier: bool = key(
         False,
-        "the value sees what the search did before: a judge or reward model is told it (the meta-critic, 8.3.4), others think less of steps"
-        " that were tried",
+        "the value sees what the search did before: a judge or reward model is told it (the meta-critic, 8.3.4); with others the search"
+        " turns to steps that were not tried, which are worth what they were",
     )
     nodes: int = key(32, "most nodes of a tree, its root left out", low=1)
     tokens: int = key(0, "most tokens of a search, refused steps and those of its value included; 0: what its nodes take", low=0)

@@ -43,7 +43,8 @@ class Budget:
 @dataclass(slots=True)
 class Leaf:
     """A node in growth. ``value`` and ``visits`` belong to the strategy once the node was scored; until then it counts as hopeless, and
-    what is trained must leave it out, as it must a ``guide`` (``Scores``). ``exact``, ``seen``: see ``Node``."""
+    what is trained must leave it out, as it must a ``guide`` (``Scores``). ``exact``, ``seen``: see ``Node``. ``discount``: strategies
+    go by ``hope``, and the tree records ``value``: what is worth trying next says nothing of what a step is worth."""
 
     id: int
     parent: int
@@ -60,6 +61,11 @@ class Leaf:
     exact: float | None = None
     seen: int = 0
     guide: bool = False
+    discount: float = 1.0
+
+    @property
+    def hope(self) -> float:
+        return self.value * self.discount
 
 
 class Growth:
@@ -211,10 +217,11 @@ class Growth:
         self.num_tokens += scores.num_tokens
         if not scores.values:
             return
-        for i, score in zip(unknown, scores.values, strict=True):
+        discounts = scores.discounts or [1.0] * len(unknown)
+        for i, score, discount in zip(unknown, scores.values, discounts, strict=True):
             good = math.isfinite(score) and 0.0 <= score <= 1.0
             self.counts[BAD_VALUE] += not good and not (math.isnan(score) and (scores.failed or scores.unpaid))
-            self.nodes[i].value, self.nodes[i].scored = float(score) if good else 0.0, good
+            self.nodes[i].value, self.nodes[i].scored, self.nodes[i].discount = float(score) if good else 0.0, good, discount
             self.nodes[i].guide = self.nodes[0].guide = scores.guide  # the root's value is a mean of theirs
             if self.nodes[i].verdict is None:
                 self.nodes[i].exact = float(score) if good and scores.exact else None

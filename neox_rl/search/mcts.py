@@ -66,7 +66,7 @@ class Mcts(Strategy):
 
     def uct(self, leaf: Leaf, parent_visits: int, virtual: int = 0) -> float:
         visits = leaf.visits + virtual
-        mean = (leaf.value * leaf.visits + VIRTUAL_VALUE * virtual) / visits
+        mean = (leaf.hope * leaf.visits + VIRTUAL_VALUE * virtual) / visits
         return mean + self.options.exploration * math.sqrt(math.log(max(parent_visits, 1)) / visits)
 
     def add(self, tree: Growth, node: int, children: Sequence[int]) -> None:

@@ -137,7 +137,8 @@ class JudgeValue:
 
 @dataclass(frozen=True)
 class Discouraged:
-    """Another value, times ``decay`` for every earlier attempt that took the same last step: it turns to what was not tried yet."""
+    """Another value, and a discount of ``decay`` for every earlier attempt that took the same last step: the search turns to what was not
+    tried yet. A tried step is worth what it was before, so what is recorded and trained is the other value as it is."""
 
     value: Value
     decay: float = 0.9
@@ -147,7 +148,7 @@ class Discouraged:
         if not scores.values:
             return scores
         tried = [sum(p.texts[-1] in attempt for attempt in p.earlier) if p.texts else 0 for p in positions]
-        return scores._replace(values=[v * self.decay**n for v, n in zip(scores.values, tried, strict=True)], exact=False)
+        return scores._replace(discounts=[self.decay**n for n in tried])
 
 
 class _Class(msgspec.Struct):

@@ -50,7 +50,7 @@ class Beam(Strategy):
     _level: list[int] = field(default_factory=lambda: [0])
 
     def pick(self, tree: Growth) -> list[Ask]:
-        best = sorted(self._level, key=lambda i: (-tree.nodes[i].value, i))[: self.options.beam]
+        best = sorted(self._level, key=lambda i: (-tree.nodes[i].hope, i))[: self.options.beam]
         self._level = []
         return [Ask(i, self.options.width) for i in best]
 
@@ -78,7 +78,7 @@ class Frontier(Strategy):
 
     def add(self, tree: Growth, node: int, children: Sequence[int]) -> None:
         before = self._queued
-        for child in sorted(children, key=lambda i: -tree.nodes[i].value):
+        for child in sorted(children, key=lambda i: -tree.nodes[i].hope):
             if self.options.hopeful(tree.nodes[child]):
                 heapq.heappush(self._queue, (self.priority(tree.nodes[child], before, self.options), self._queued, child))
                 self._queued += 1
@@ -93,12 +93,12 @@ def last_in(leaf: Leaf, before: int, options: Options) -> float:
 
 
 def by_value(leaf: Leaf, before: int, options: Options) -> float:
-    return -leaf.value
+    return -leaf.hope
 
 
 def by_cost_and_value(leaf: Leaf, before: int, options: Options) -> float:
     """f = g + h: ``step_cost`` a step so far, and -log v for what is to come, v read as the chance to get there."""
-    return leaf.depth * options.step_cost - math.log(max(leaf.value, EPSILON))
+    return leaf.depth * options.step_cost - math.log(max(leaf.hope, EPSILON))
 
 
 STRATEGIES: Mapping[str, Callable[[Options], Strategy]] = {

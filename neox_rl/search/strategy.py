@@ -50,7 +50,7 @@ class Options:
 
     def hopeful(self, leaf: Leaf) -> bool:
         """Whether the search goes on below ``leaf``."""
-        return not leaf.ended and (self.prune is None or leaf.value > self.prune)
+        return not leaf.ended and (self.prune is None or leaf.hope > self.prune)
 
 
 class Strategy(Protocol):

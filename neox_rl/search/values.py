@@ -19,7 +19,8 @@ class Scores(NamedTuple):
     """One value a position, NaN where there is none, and the tokens they cost. No values at all: what is left cannot pay for them.
     ``exact``: they are no estimates. ``failed``: why some are missing, which are NaN and may be asked for again; the others are as good.
     ``unpaid``: those that are NaN are it because what is left could not pay for them. ``guide``: they say nothing of the positions; a
-    search goes by them, and nobody else."""
+    search goes by them, and nobody else. ``discounts``: a search goes by the values times these, where it would rather try another step;
+    the values stay what they are."""
 
     values: Sequence[float]
     num_tokens: int = 0
@@ -27,6 +28,7 @@ class Scores(NamedTuple):
     failed: Exception | None = None
     unpaid: bool = False
     guide: bool = False
+    discounts: Sequence[float] = ()
 
 
 class Value(Protocol):

@@ -59,12 +59,14 @@ def test_a_step_too_long_for_its_own_bound_or_the_context_is_worth_nothing(strat
         assert unfinished(samples) and all((s.value, s.node) == (0.0, NO_NODE) for s in unfinished(samples))
 
 
+@pytest.mark.parametrize("value", [OracleValue(), Discouraged(OracleValue())])
 @pytest.mark.parametrize("strategy", ["mcts", "best-first"])
-def test_an_exact_value_is_trained_as_it_was_given_however_the_search_went_on_below(strategy: str) -> None:
-    """Not stopped at states that are lost, MCTS lowers the mean of a state that can be won by every wrong step below it."""
+def test_an_exact_value_is_trained_as_it_was_given_however_the_search_went_on_below(strategy: str, value: Value) -> None:
+    """Not stopped at states that are lost, MCTS lowers the mean of a state that can be won by every wrong step below it; and a search that
+    turns to what it did not try yet goes by less than the value."""
     domain, lowered = ArithmeticDomain(TASK), 0
     for seed in range(6):
-        grown, samples = sampled(strategy, Budget(24), seed=seed)
+        grown, samples = sampled(strategy, Budget(24), seed=seed, value=value)
         truth = {node.id: domain.solved_value(state) for node, state in zip(grown.tree.nodes, grown.states, strict=True)}
         lowered += sum(0.0 < (n.value or 0.0) < 1.0 for n in grown.tree.nodes[1:])
         assert all(s.value == truth[s.node] for s in samples if s.node != NO_NODE)
@@ -75,7 +77,7 @@ def test_an_exact_value_is_trained_as_it_was_given_however_the_search_went_on_be
     assert (lowered > 0) == (strategy == "mcts")
 
 
-@pytest.mark.parametrize("value", [HeuristicValue(), Discouraged(OracleValue())])
+@pytest.mark.parametrize("value", [HeuristicValue(), Discouraged(HeuristicValue())])
 def test_an_estimate_is_trained_as_the_mean_of_what_was_seen_below(value: Value) -> None:
     grown, _ = sampled("mcts", Budget(24), value=value)
     ends = [n for n in grown.tree.nodes if n.verdict is not None]
@@ -120,16 +122,36 @@ class Same:
         return Scores([1.0] * len(positions))
 
 
+class Discounts:
+    """Of another value, in the order in which nodes were made."""
+
+    def __init__(self, value: Value) -> None:
+        self.value, self.seen = value, list[float]()
+
+    async def score(self, positions: Sequence[Position], max_tokens: int | None) -> Scores:
+        scores = await self.value.score(positions, max_tokens)
+        self.seen += scores.discounts
+        return scores
+
+
 def test_no_path_is_an_earlier_attempt_at_itself() -> None:
     """All attempts of best-of-n are made in one round: there is none before them. Of rounds, every one before counts."""
-    grown, _ = sampled("best-of-n", Budget(40), value=Discouraged(Same()))
-    steps = [n for n in grown.tree.nodes[1:] if n.verdict is None]
-    assert len(steps) > 6 and all(n.value == 1.0 for n in steps)
+    value = Discounts(Discouraged(Same()))
+    sampled("best-of-n", Budget(40), value=value)
+    assert len(value.seen) > 6 and set(value.seen) == {1.0}
     graph = Graph({"R": ["a", "b"], "a": ["end"], "b": ["end"]}, checkable=False)
-    search = Search("mcts", lambda _: graph, Options(2))
-    tree = asyncio.run(search.run(GRAPH_PROBLEM, ExhaustiveProposer(), Discouraged(Same(), decay=0.5), Budget(9)))
-    ends = [n.value for n in tree.nodes if n.verdict is not None]
-    assert [n.text for n in tree.nodes[1:]] == ["a", "b", "end", "end"] and ends == [1.0, 0.5]
+    search, value = Search("mcts", lambda _: graph, Options(2)), Discounts(Discouraged(Same(), decay=0.5))
+    tree = asyncio.run(search.run(GRAPH_PROBLEM, ExhaustiveProposer(), value, Budget(9)))
+    assert [n.text for n in tree.nodes[1:]] == ["a", "b", "end", "end"] and value.seen == [1.0, 1.0, 1.0, 0.5]
+
+
+@pytest.mark.parametrize(("value", "order"), [(Same(), "absustue"), (Discouraged(Same(), decay=0.5), "absusteu")])
+def test_a_search_turns_to_what_it_did_not_try_and_records_no_less_of_what_it_tried(value: Value, order: str) -> None:
+    graph = Graph({"R": ["a", "b"], "a": ["s"], "b": ["s", "t"], "s": ["u"], "t": ["e"]}, checkable=False)
+    search = Search("mcts", lambda _: graph, Options(2, exploration=0.0))
+    tree = asyncio.run(search.run(GRAPH_PROBLEM, ExhaustiveProposer(), value, Budget(9)))
+    assert "".join(n.text for n in tree.nodes) == order
+    assert {n.value for n in tree.nodes} == {1.0}, "those above it too"
 
 
 @pytest.mark.parametrize(

@@ -367,7 +367,7 @@ def test_a_path_that_fills_the_context_is_left() -> None:
 def test_uct_is_the_standard_form() -> None:
     tree = search("mcts", OPEN, Options(width=2), value=HOPES, budget=Budget(2))
     strategy = Mcts(Options(exploration=2.0))
-    leaf = type("Leaf", (), {"visits": 3, "value": 0.5})()
+    leaf = type("Leaf", (), {"visits": 3, "hope": 0.5})()
     assert strategy.uct(leaf, 20) == pytest.approx(0.5 + 2.0 * math.sqrt(math.log(20) / 3))
     assert strategy.uct(leaf, 20, virtual=1) == pytest.approx(0.375 + 2.0 * math.sqrt(math.log(20) / 4))
     assert tree.nodes[0].visits == 2

@@ -136,11 +136,8 @@ def test_a_value_sees_what_was_visited_before_its_round_and_no_verdict_of_the_go
 def test_a_step_that_earlier_attempts_took_is_discouraged() -> None:
     tried = [("7 *3 =21", "21 -5 =16"), ("7 +5 =12", "12 +3 =15"), ("7 *3 =21", "21 *5 =105")]
     value = Discouraged(NoValue(), decay=0.5)
-    assert score(value, position("7 *3 =21", earlier=tried), position("7 -3 =4", earlier=tried), position(earlier=tried)).values == [
-        0.125,
-        0.5,
-        0.5,
-    ]
+    scores = score(value, position("7 *3 =21", earlier=tried), position("7 -3 =4", earlier=tried), position(earlier=tried))
+    assert (scores.values, scores.discounts) == ([0.5] * 3, [0.25, 1.0, 1.0])
 
 
 def test_values_that_a_domain_has_not_are_refused_by_name() -> None:
