@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
-from neox_rl.config.derived import HF_DTYPES, warmstart_skipped
+from neox_rl.config.derived import HF_DTYPES, hf_config, warmstart_skipped
+from neox_rl.config.hf_directory import check_directory
 from neox_rl.config.machine import Machine
 from neox_rl.config.network import curve_on, is_loopback, is_unreachable
 from neox_rl.config.placement import num_ranks, num_servers, num_vllm_servers, parse_core_sets
 from neox_rl.config.rules_model import config_is_local
+from neox_rl.config.rules_own import own_parts_exist
 from neox_rl.config.run import RunConfig
-from neox_rl.errors import ConfigError
+from neox_rl.errors import ConfigError, WeightError
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 ADDRESS = re.compile(r"http://[A-Za-z0-9.\-\[\]:]+:\d{1,5}")
@@ -42,10 +45,24 @@ def paths_exist(config: RunConfig, machine: Machine) -> Iterator[str]:
         "metarl.warmstart.hf_checkpoint": m.warmstart.hf_checkpoint,
         "metarl.debug.batches": m.debug.batches,
     }
+    fix = {
+        "load": "; without load a run starts anew, and --resume goes on with it",
+        "metarl.warmstart.hf_checkpoint": "; a model of the Hugging Face Hub is downloaded first (hf download NAME --local-dir DIR)",
+    }
     for key, path in paths.items():
         if path and not machine.exists(path):
-            fix = "; without load a run starts anew, and --resume goes on with it" if key == "load" else ""
-            yield f"{key} = {path!r}: does not exist; relative paths are from the working directory{fix}"
+            yield f"{key} = {path!r}: does not exist; relative paths are from the working directory{fix.get(key, '')}"
+
+
+def checkpoint_fits(config: RunConfig, machine: Machine) -> Iterator[str]:
+    """The ranks would say so minutes later. The vocabulary is the tokenizer's, which is not read here: ``run.launch`` compares it."""
+    path = config.metarl.warmstart.hf_checkpoint
+    if not path or not machine.exists(path) or any(own_parts_exist(config, machine)):
+        return
+    try:
+        check_directory(Path(path), hf_config(config, vocab_size=0))
+    except WeightError as error:
+        yield f"metarl.warmstart.hf_checkpoint = {path!r}: {error}"
 
 
 def servers_come_from_one_place(config: RunConfig, machine: Machine) -> Iterator[str]:
@@ -296,6 +313,7 @@ def checkpoints_come_in_time(config: RunConfig, machine: Machine) -> Iterator[st
 RUN_RULES = (
     name_is_a_file_name,
     paths_exist,
+    checkpoint_fits,
     servers_come_from_one_place,
     scripts_know_the_problems,
     core_sets_fit,

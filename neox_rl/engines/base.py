@@ -22,10 +22,11 @@ from torch import Tensor
 
 from neox_rl.batch.types import MicroBatch
 from neox_rl.config.derived import hf_config
+from neox_rl.config.hf_directory import check_config
 from neox_rl.config.own import own
 from neox_rl.config.run import RunConfig
 from neox_rl.engines.checkpoint_files import out_of_room, read_meta
-from neox_rl.engines.hf_files import check_config, hf_reader, write_hf
+from neox_rl.engines.hf_files import hf_reader, write_hf
 from neox_rl.engines.hf_layout import HfLayout
 from neox_rl.engines.model_shape import ModelShape, model_shape
 from neox_rl.engines.packed import Gather

@@ -84,7 +84,7 @@ class DirectoryTokenizer:
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise ConfigError(f"tokenizer.path {directory}: no tokenizer.json there; save it with a fast HF tokenizer (save_pretrained)")
-        self._template, self._path, self._hf = template, path, HFTokenizer.from_file(str(path))
+        self._template, self._path, self._hf = template, path, _read(path)
         self._hf.encode_special_tokens = True
         self._size = max(self._hf.get_vocab(with_added_tokens=True).values()) + 1
         self._eos_id = _eos_id(directory, self._hf)
@@ -139,9 +139,19 @@ def load_tokenizer(cfg: TokenizerConfig, problems: ProblemsConfig, episodes: int
     return SymbolicTokenizer(symbolic_words(problems, episodes))
 
 
+def _read(path: Path) -> HFTokenizer:
+    try:
+        return HFTokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises this class itself
+        raise ConfigError(f"tokenizer.path: {path} is no tokenizer ({error}): cut, or a pointer of Git LFS? Download it again") from error
+
+
 def _eos_id(directory: Path, hf: HFTokenizer) -> int:
     path = directory / "tokenizer_config.json"
-    token = json.loads(path.read_text()).get("eos_token") if path.is_file() else None
+    try:
+        token = json.loads(path.read_text(encoding="utf-8")).get("eos_token") if path.is_file() else None
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"tokenizer.path: {path} holds no JSON object ({error}); download or write it again") from error
     word = token.get("content") if isinstance(token, dict) else token
     found = hf.token_to_id(word) if isinstance(word, str) else None
     if found is None:

@@ -26,11 +26,12 @@ from pathlib import Path
 
 from neox_rl.config.derived import hf_config, num_episodes
 from neox_rl.config.dump import dump
+from neox_rl.config.hf_directory import check_config
 from neox_rl.config.machine import Machine
 from neox_rl.config.network import curve_on
 from neox_rl.config.placement import num_ranks
 from neox_rl.config.run import RunConfig
-from neox_rl.errors import ConfigError
+from neox_rl.errors import ConfigError, WeightError
 from neox_rl.keys import Keys
 from neox_rl.ports import Tokenizer
 from neox_rl.problems.sources import problems_of_run
@@ -109,6 +110,7 @@ def prepared(config: RunConfig, script: str, resume: bool, by_hand: bool = True)
     Whatever a user can get wrong is found first: a start that fails leaves the directory as it was. Raises ConfigError.
     """
     tokenizer = load_tokenizer(config.metarl.tokenizer, config.metarl.problems, num_episodes(config))
+    _refuse_vocabulary(config, tokenizer.vocab_size)
     if config.metarl.debug.mode == "train_only":
         refuse_unrecorded(config)
     else:
@@ -140,6 +142,15 @@ def prepared(config: RunConfig, script: str, resume: bool, by_hand: bool = True)
                 " left in which you may write"
             ) from error
         yield paths, [p.in_attempt(attempt, resume and p.name == RANKS) if p.name in (RANKS, ORCHESTRATOR) else p for p in parts]
+
+
+def _refuse_vocabulary(config: RunConfig, vocab_size: int) -> None:
+    """Raises ConfigError for a checkpoint that has no rows for all tokens; what else must fit is a rule of the config."""
+    if path := config.metarl.warmstart.hf_checkpoint:
+        try:
+            check_config(Path(path), hf_config(config, vocab_size))
+        except WeightError as error:
+            raise ConfigError(f"metarl.warmstart.hf_checkpoint = {path!r}: {error}") from error
 
 
 def _ending_s(config: RunConfig) -> float:

@@ -9,6 +9,8 @@ RUN_CASES = (
     Case("name_is_a_file_name", "metarl.name=../x", "metarl.name = '../x'", "metarl.name=x-1.2_b"),
     Case("name_is_a_file_name", "metarl.name=''", "metarl.name = ''", "metarl.name=x"),
     Case("paths_exist", "load=gone", "load = 'gone': does not exist", "load=here/checkpoint"),
+    Case("paths_exist", "metarl.warmstart.hf_checkpoint=gone", "is downloaded first", "metarl.warmstart.hf_checkpoint=here"),
+    Case("checkpoint_fits", "metarl.warmstart.hf_checkpoint=here", "= 'here': here holds no *.saf", "metarl.warmstart.hf_checkpoint=''"),
     Case("paths_exist", "metarl.debug.batches=gone", "metarl.debug.batches = 'gone'", "metarl.debug.batches=here"),
     Case("servers_come_from_one_place", "metarl.servers.addresses=[http://a:1]", "set num_servers: 0", "metarl.servers.num_servers=0"),
     Case(

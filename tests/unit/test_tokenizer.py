@@ -104,3 +104,8 @@ def test_tokenizers_that_cannot_work_are_refused(tmp_path: Path, directory: Path
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
         with pytest.raises(ConfigError, match="eos_token"):
             load_tokenizer(TokenizerConfig(path=str(tmp_path)), ProblemsConfig())
+    for name, said in (("tokenizer_config.json", "holds no JSON object"), ("tokenizer.json", "is no tokenizer")):
+        for broken in ("[]", "version https://git-lfs.github.com/spec/v1"):
+            (tmp_path / name).write_text(broken)
+            with pytest.raises(ConfigError, match=rf"tokenizer.path: .*{name} {said}.*ownload"):
+                load_tokenizer(TokenizerConfig(path=str(tmp_path)), ProblemsConfig())

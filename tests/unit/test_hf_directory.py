@@ -1,0 +1,108 @@
+"""A checkpoint that is not this model, or is not whole, is one clear line of the launcher's, before any process starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from neox_rl.config.derived import hf_config
+from neox_rl.config.hf_directory import INDEX
+from neox_rl.config.load import parse
+from neox_rl.run.cli import main
+
+LLAMA = ("norm=rmsnorm", "activation=swiglu", "use_bias_in_attn_linear=false", "use_bias_in_mlp=false", "intermediate_size=1536")
+WORDS = 4096
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """The directory of a model that has the run's sizes, and more rows than its tokenizer needs."""
+    directory = tmp_path / "model"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(hf_config(parse([], LLAMA).config, WORDS)))
+    save_file({"model.norm.weight": np.ones(192, np.float32)}, directory / "model.safetensors")
+    return directory
+
+
+def start(model: Path, how: str, *settings: str) -> int:
+    (model.parent / "train.py").touch()
+    (model.parent / "job.yml").write_text("metarl: {name: job}\n")
+    keys = (*LLAMA, f"metarl.runs_dir={model.parent}/runs", f"metarl.warmstart.hf_checkpoint={model}", *settings)
+    return main([str(model.parent / "train.py"), str(model.parent / "job.yml"), how, *(word for key in keys for word in ("--set", key))])
+
+
+def change(model: Path, **changes: Any) -> None:
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def refusal(model: Path, capsys: pytest.CaptureFixture[str], how: str, *settings: str) -> str:
+    assert start(model, how, *settings) == 2
+    assert not (model.parent / "runs").exists()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: metarl.warmstart.hf_checkpoint = '{model}': ")
+    return line
+
+
+def test_a_checkpoint_that_fits_is_taken(model: Path) -> None:
+    assert start(model, "--prepare") == 0
+    (model / "config.json").unlink()
+    assert start(model, "--prepare") == 0, "its tensors say the sizes"
+
+
+@pytest.mark.parametrize("how", ["--dry-run", "--prepare"])
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model_type": "mistral"}, "model_type 'mistral' there, 'llama' here (key norm or metarl.hf_layout); change the keys"),
+        ({"num_hidden_layers": 24, "hidden_size": 896}, "num_hidden_layers 24 there, 3 here (key num_layers); hidden_size 896 there, 192"),
+        ({"intermediate_size": 4864}, "intermediate_size 4864 there, 512 here (key intermediate_size, with swiglu 3 times as much)"),
+        ({"rope_parameters": {"rope_theta": 1e6}}, "rope_theta 1000000.0 there, 10000.0 here (key rotary_emb_base)"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "scaled rotary positions"),
+        ({"rope_scaling": {"factor": 2.0}}, "scaled rotary positions"),
+        ({"rope_parameters": "yarn"}, "has rope_parameters 'yarn', which is no JSON object"),
+        ({"attention_bias": True}, "attention_bias True there, False here"),
+    ],
+)
+def test_another_model(model: Path, capsys: pytest.CaptureFixture[str], how: str, changes: dict[str, Any], says: str) -> None:
+    change(model, **changes)
+    assert says in refusal(model, capsys, how)
+
+
+def test_a_vocabulary_that_is_too_small(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change(model, vocab_size=50)
+    assert "vocab_size 50 there, " in refusal(model, capsys, "--prepare")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("config.json", b"{", "config.json cannot be read as JSON: "),
+        ("config.json", b"\xff\xfe", "config.json cannot be read as JSON: "),
+        ("config.json", b"[]", "config.json holds no JSON object"),
+        ("model.safetensors", None, "holds no *.safetensors"),
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "model.safetensors is no whole safetensors file"),
+        (INDEX, b'{"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}', "has not model-2.safetensors, which model.safe"),
+        (INDEX, b'{"weight_map": 3}', "has weight_map 3, which is no JSON object"),
+    ],
+)
+def test_files_that_are_missing_or_broken(
+    model: Path, capsys: pytest.CaptureFixture[str], file: str, content: bytes | None, says: str
+) -> None:
+    if content is None:
+        (model / file).unlink()
+    else:
+        (model / file).write_bytes(content)
+    assert says in refusal(model, capsys, "--dry-run")
+
+
+def test_a_layout_of_ones_own_says_what_the_directory_must_be(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One that is none is told of once, by its own rule."""
+    assert start(model, "--dry-run", "metarl.hf_layout=neox_rl.config.derived:hf_config") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "metarl.hf_layout" in line
