@@ -22,6 +22,15 @@ class Objective(StrEnum):
     FIRST = "first"  # plain RL: one attempt
 
 
+SOLVED_IN: Mapping[Objective, str] = {
+    Objective.SUM: "one of the episodes",
+    Objective.FINAL: "the last episode",
+    Objective.ANY: "one of the episodes",
+    Objective.FIRST: "the first episode",
+}
+"""In which episode a rollout must be right to count as right. See ``solved``."""
+
+
 def tags_of(gammas: Sequence[float]) -> Mapping[float, str]:
     """The prompt tag of each discount, the smaller the more in haste; a single one has none. Raises ValueError for more than TAGS."""
     ordered = sorted(set(gammas))
@@ -50,6 +59,16 @@ def total(rewards: Sequence[float], objective: Objective) -> float:
             return max(rewards)
         case Objective.FIRST:
             return rewards[0]
+
+
+def solved(right: Sequence[bool], objective: Objective) -> bool:
+    """Whether a rollout with such episodes is right: where one of them alone has the reward, that one; else any of them."""
+    match objective:
+        case Objective.FINAL:
+            return any(right[-1:])
+        case Objective.FIRST:
+            return any(right[:1])
+    return any(right)
 
 
 def credits(rewards: Sequence[float], objective: Objective) -> tuple[float, ...]:

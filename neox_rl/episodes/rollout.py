@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from neox_rl.episodes.objectives import Objective, discounted, total
+from neox_rl.episodes.objectives import Objective, discounted, solved, total
 from neox_rl.episodes.protocol import Environment, Progress, Rules, announcement, read_ending
 from neox_rl.episodes.tools import Tool
 from neox_rl.ports import Generator, Tokenizer
@@ -19,7 +19,8 @@ FOUND, MISSED = "+", "-"
 class Rollout:
     """``rewards``: of each episode, discounted; the trace's reward is the objective's value of them.
 
-    The trace's verdict is right when any episode was, and its ``extracted`` has a ``+`` or ``-`` for each: ``--+``.
+    The trace's verdict is right where its objective would have it (``objectives.solved``), and its ``extracted`` has a ``+`` or ``-`` for
+    each episode: ``--+``.
     """
 
     trace: Trace
@@ -69,8 +70,8 @@ class Episodes:
     def _rollout(self, problem: Problem, context: _Context, progress: Progress, finish: Finish, name: str, gamma: float) -> Rollout:
         searched = _searched(context.segments, progress.ends, self.solution_id)
         rewards = tuple(discounted(o.reward, length, gamma) for o, length in zip(progress.outcomes, searched, strict=True))
-        marks = "".join(FOUND if outcome.correct else MISSED for outcome in progress.outcomes)
-        correct = FOUND in marks
+        right = [outcome.correct for outcome in progress.outcomes]
+        marks, correct = "".join(FOUND if each else MISSED for each in right), solved(right, self.objective)
         verdict = Verdict(correct, marks, Reason.MATCH if correct else Reason.MISMATCH, 0.0)
         trace = Trace(name, problem.id, tuple(context.segments), total(rewards, self.objective), finish, verdict)
         return Rollout(trace, progress, rewards)

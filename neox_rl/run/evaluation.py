@@ -14,6 +14,7 @@ from typing import Protocol
 from neox_rl.config.derived import num_episodes
 from neox_rl.config.placement import num_servers
 from neox_rl.config.run import RunConfig
+from neox_rl.episodes.objectives import SOLVED_IN, Objective
 from neox_rl.episodes.rollout import FOUND
 from neox_rl.errors import DeadlineError, NeoxRLError
 from neox_rl.ports import Tokenizer
@@ -59,6 +60,7 @@ class Evaluator:
         evaluation = config.metarl.evaluation
         self._samples, self._seed = evaluation.samples, config.metarl.seed
         self._episodes = num_episodes(config) if config.metarl.rollout.method == "episodes" else 0
+        self._solved_in = SOLVED_IN[Objective(config.metarl.episodes.objective)]
         self._problems = tuple(problems[: evaluation.num_problems or None])
         self._small = self._problems[: evaluation.small_problems]
         self._attempts, self._params, self._retry_s = attempts, params, retry_s
@@ -107,6 +109,8 @@ class Evaluator:
             return {}
         clusters = [a.problem.cluster for a in attempts]
         found: EpisodeRow = {"found_by": [], "right_in": []}
+        if self._episodes > 1:
+            found["solved_in"] = self._solved_in
         for k in range(1, self._episodes + 1):
             marks = [a.trace.verdict.extracted for a in attempts]
             found["found_by"].append(cluster_mean_ci([float(FOUND in m[:k]) for m in marks], clusters).row())  # type: ignore[arg-type]

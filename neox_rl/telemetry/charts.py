@@ -69,7 +69,7 @@ def charts(run: RunData) -> list[Chart]:
     kept = [
         _chart(_reward_title(run), REWARD, _reward, run) if _has(run.rl, "reward_mean") else None,
         _chart("What searches found", SEARCHED, _searched, run) if _has(run.rl, "searched") else None,
-        _chart("Held-out accuracy", HELDOUT, _heldout, run) if run.evaluations else None,
+        _chart(_heldout_title(run), HELDOUT, _heldout, run) if run.evaluations else None,
         _chart("Found by each episode", EPISODES, _episodes, run) if _several(run.evaluations) else None,
         _chart("Warm start", WARMSTART, _warmstart, run) if _has(run.sft, "loss") else None,
         _chart("Staleness of the trained tokens", STALENESS, _staleness, run) if _has(run.rl, "staleness_hist") else None,
@@ -183,6 +183,10 @@ def _searched(axes: Axes, run: RunData) -> None:
     axes.set_ylim(0, 1.02)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     _finish(axes, "RL step")
+
+
+def _heldout_title(run: RunData) -> str:
+    return f"Held-out accuracy, right in {run.solved_in}" if run.solved_in else "Held-out accuracy"
 
 
 def _heldout(axes: Axes, run: RunData) -> None:

@@ -58,6 +58,7 @@ def page_data(run: RunData) -> dict[str, Any]:
         "state": _state(run),
         "lead": _lead(run, summary),
         "accuracy": _accuracy(run, summary),
+        "solved_in": run.solved_in,
         "first": run.first,
         "facts": _facts(run, summary),
         "charts": charts(run),
@@ -98,7 +99,8 @@ def _lead(run: RunData, summary: Mapping[str, Any]) -> str:
         parts.append(f"{who} practiced on {made} for {run.rl[-1]['step']:,} steps of asynchronous RL.")
     before, after = summary["heldout_accuracy_warmstart"], summary["heldout_accuracy_final"]
     if before and after:
-        parts.append(f"Of held-out problems it solved {_pct(before)} before RL, and solves {_pct(after)} now.")
+        where = f" in {run.solved_in}" if run.solved_in else ""
+        parts.append(f"Of held-out problems it solved {_pct(before)}{where} before RL, and solves {_pct(after)} now.")
     return " ".join(parts) or "No optimizer step was recorded."
 
 

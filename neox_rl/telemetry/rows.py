@@ -114,6 +114,9 @@ class EpisodeRow(TypedDict, total=False):
     """Share of the rollouts that were right in one of the episodes 1 to k."""
     right_in: list[IntervalRow]
     """Share that was right in episode k itself; one that ended before counts as wrong."""
+    solved_in: str
+    """In which episode a rollout must be right to count as right in ``accuracy``: "the last episode", "the first episode", "one of the
+    episodes". The last is the last that it had. Left out where a rollout has one at most."""
 
 
 class EvaluationRow(EpisodeRow, total=False):

@@ -65,6 +65,11 @@ class RunData:
         """Whether an RL step changed the weights: with ``debug.mode: rollout_only`` rows have rewards, and nothing was learned by them."""
         return any(row.get("lr") or row.get("grad_norm") for row in self.rl)
 
+    @property
+    def solved_in(self) -> str:
+        """In which episode a held-out rollout must be right to count as right, in words; "" where a rollout has one."""
+        return next((str(row["solved_in"]) for row in self.evaluations if row.get("solved_in")), "")
+
     def evaluation(self, label: str, mode: str) -> Row | None:
         """The last evaluation with this label and mode."""
         return next((e for e in reversed(self.evaluations) if e["label"] == label and e["mode"] == mode), None)

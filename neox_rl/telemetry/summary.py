@@ -17,8 +17,9 @@ def build_summary(run: RunData) -> dict[str, Json]:
     """The summary of a run, finished or not.
 
     ``heldout_accuracy_*`` without a mode is the greedy one (the sampled one where greedy was not evaluated): it cannot
-    rise by sharpening the distribution alone. ``trainer_idle_frac`` is waiting for batches over the time of all RL steps.
-    ``prefix_cache_hit_rate`` is of runs whose rollouts are made by search. ``weight_pause_s_median`` is over servers and versions.
+    rise by sharpening the distribution alone. ``heldout_solved_in``: of rollouts of several episodes, in which they must be right.
+    ``trainer_idle_frac`` is waiting for batches over the time of all RL steps. ``prefix_cache_hit_rate`` is of runs whose rollouts are made
+    by search. ``weight_pause_s_median`` is over servers and versions.
     """
     rl, found = run.rl, dict[str, Json]()
     for label, name in ((FIRST, "warmstart"), (LAST, "final")):
@@ -32,6 +33,7 @@ def build_summary(run: RunData) -> dict[str, Json]:
         gain = run.gain(mode)
         found[f"heldout_accuracy_gain_{mode}"] = gain.row() if gain else None
     found |= {
+        "heldout_solved_in": run.solved_in or None,
         "phase": run.status.phase,
         "steps": rl[-1]["step"] if rl else 0,
         "warmstart_steps": run.sft[-1]["step"] if run.sft else 0,

@@ -23,9 +23,10 @@ def print_table(paths: RunPaths, summary: Mapping[str, Any], console: Console | 
 
 def before_after(summary: Mapping[str, Any]) -> Table:
     """Accuracy with 95 % intervals and search quality, before RL and after it. ``summary`` as of ``build_summary``."""
-    table = Table(
-        title="Held-out problems, 95 % intervals", title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
+    title = "Held-out problems, 95 % intervals"
+    if summary.get("heldout_solved_in"):
+        title += f"; solved: right in {summary['heldout_solved_in']}"
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("")
     for name in ("warm start" if summary.get("warmstart_steps") else "before RL", "after RL", "difference"):
         table.add_column(name, justify="right")

@@ -182,6 +182,32 @@ def test_an_evaluation_tells_what_was_found_by_each_episode(tmp_path: Path) -> N
     assert rows[0]["accuracy"]["mean"] == 0.75
 
 
+@pytest.mark.parametrize(
+    ("objective", "right", "solved_in"),
+    [
+        ("sum", [1, 1, 1, 0], "one of the episodes"),
+        ("any", [1, 1, 1, 0], "one of the episodes"),
+        ("final", [0, 0, 1, 0], "the last episode"),
+        ("first", [1, 0, 0, 0], "the first episode"),
+    ],
+)
+def test_accuracy_is_of_the_episode_that_the_objective_counts(tmp_path: Path, objective: str, right: list[int], solved_in: str) -> None:
+    """One that is right early and wrong at last has earned nothing under ``final``: right it is not either."""
+    config = goals(tmp_path, objective=objective)
+    made, _ = maker(config)
+    problems = [hidden_at(config, door) for door in (1, 2, 3, 4)]
+    (row, _), attempts = asyncio.run(Evaluator(config, problems, made, PARAMS, retry_s=0.0).full("final", 1, 4))
+    assert [a.trace.verdict.extracted for a in attempts] == ["+--", "-+-", "--+", "---"]
+    assert [correct for _, _, correct, _ in row["per_problem"]] == right == [int(a.trace.reward > 0) for a in attempts]
+    assert row["accuracy"]["mean"] == sum(right) / 4 and row["solved_in"] == solved_in
+
+
+def test_of_one_episode_nobody_says_which_counts(tmp_path: Path) -> None:
+    config = goals(tmp_path, count=1)
+    (row, _), _ = asyncio.run(Evaluator(config, [hidden_at(config, 1)], maker(config)[0], PARAMS, retry_s=0.0).full("final", 1, 4))
+    assert row["found_by"] == row["right_in"] == [row["accuracy"]] and "solved_in" not in row
+
+
 def test_samples_of_an_evaluation_have_seeds_of_their_own(tmp_path: Path) -> None:
     config = goals(tmp_path)
     made, guesser = maker(config)

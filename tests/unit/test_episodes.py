@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from neox_rl.config.schema import VerifyConfig
 from neox_rl.episodes.calculator import CalculatorError, calculator, evaluate
 from neox_rl.episodes.environments import Judged, Stepwise, environment_of, reached
-from neox_rl.episodes.objectives import Objective, credits, discounted, qstar_reward, tagged, tags_of, total
+from neox_rl.episodes.objectives import Objective, credits, discounted, qstar_reward, solved, tagged, tags_of, total
 from neox_rl.episodes.protocol import Ending, Feedback, Outcome, Progress, Rules, announcement, read_ending
 from neox_rl.episodes.rollout import Episodes, Rollout, num_calls
 from neox_rl.episodes.sandbox import Limits, PythonSandbox
@@ -314,6 +314,13 @@ def test_a_token_that_begins_no_solution_does_not_make_the_search_behind_it_free
     environment = environment_of(problem, verifier_of(problem), worth)
     found = asyncio.run(made.roll_out(problem, environment, SamplingParams(100), "x", gamma=0.9))
     assert found.rewards == pytest.approx((0.9**3,))
+
+
+@pytest.mark.parametrize("right", [(), (True,), (False,), (True, False), (False, True), (False, True, False)])
+def test_a_rollout_is_right_where_its_objective_has_a_reward(right: tuple[bool, ...]) -> None:
+    """Also of one that stopped before its last episode: the last that there was earns the reward of ``final``."""
+    for objective in Objective:
+        assert solved(right, objective) == (total([float(each) for each in right], objective) > 0)
 
 
 def test_each_discount_has_its_tag() -> None:

@@ -239,21 +239,6 @@ def test_a_reward_that_nobody_verified_is_in_nats(tmp_path: Path) -> None:
     assert reward.title == "Reward" and "reward (nats)" in reward.svg and "correct" not in reward.svg
 
 
-def test_what_each_episode_found_is_drawn_where_a_rollout_has_several(tmp_path: Path) -> None:
-    paths = write_run(tmp_path / "episodes")
-    assert "Found by each episode" not in write_report(paths.root).read_text()
-    rows = read_jsonl(paths.evaluations)
-    for row in rows:
-        row["found_by"] = [{"mean": share, "ci95_low": share - 0.1, "ci95_high": share + 0.1, "n": 9} for share in (0.2, 0.4, 0.6)]
-    for mode, other in (("sampled", "greedy"), ("greedy", "sampled")):
-        paths.evaluations.write_text("".join(json.dumps(row) + "\n" for row in rows if row["mode"] == mode or mode == "sampled"))
-        page = write_report(paths.root).read_text()
-        assert "Found by each episode" in page and "episode k" in page
-        assert f"after RL, {mode}" in page and f"after RL, {other}" not in page, "a curve says how its rollouts were made"
-    paths.evaluations.write_text("".join(json.dumps(row | {"found_by": row["found_by"][:1]}) + "\n" for row in rows))
-    assert "Found by each episode" not in write_report(paths.root).read_text(), "one attempt: the accuracy again"
-
-
 def test_what_a_model_writes_stays_text(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }}\x00</div>"
     paths = write_run(tmp_path / "<b>run", rl_steps=2, sft_steps=2)
