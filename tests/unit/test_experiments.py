@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import importlib
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,8 +131,76 @@ def test_measurements_are_kept_by_the_weights_that_were_measured_and_by_what_was
     assert first == made("a", "x")
     assert all(one != another for one, another in zip(first, other, strict=True))
     assert [one == another for one, another in zip(first, led, strict=True)] == [True, True, False], "only what asks it"
-    monkeypatch.setattr(searching, "STEPS", (*searching.STEPS[:-1], "2"))
-    assert made("a", "x")[1:] != first[1:], "another seed"
+    monkeypatch.setattr(searching, "SEED", searching.SEED + 1)
+    assert made("a", "x")[1:] != first[1:]
+
+
+EXPRESSION = "( 7 * 3 ) + 5"
+
+
+def searched(tokens: int, solved: bool = False, end: str = "exhausted") -> dict[str, object]:
+    """A line of ``python -m neox_rl.search``."""
+    answer = EXPRESSION if solved else None
+    return {"id": "p", "solved": solved, "answer": answer, "nodes": 2, "tokens": tokens, "end": "solved" if solved else end, "counts": {}}
+
+
+def test_a_tree_and_an_attempt_in_context_that_are_the_same_cost_the_same(experiment, tmp_path: Path) -> None:
+    """The trees before the one that was right are paid, as attempts in context are, and so is the answer, which is written there."""
+    searching = experiment("searching")
+    problem = Problem("p", "countdown", "", "26", "c", {})
+
+    def spent(*lines: dict[str, object]) -> float:
+        file, context = tmp_path / "tree.jsonl", tmp_path / "context.json"
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        context.write_text(json.dumps({"p": [(True, len(straight.split()))]}))
+        found = searching._read({"tree": file}, context, [problem])
+        assert found[searching.IN_CONTEXT] == [searching.Spent("p", "c", 16.0)]
+        return found["tree"][0].tokens
+
+    straight = f"7 *3 =21 21 +5 =26 goal solution {EXPRESSION} <eos>"
+    assert spent(searched(6, solved=True)) == len(straight.split()) == 6 + searching.ANSWER_TOKENS
+    assert spent(searched(40), searched(40), searched(20, solved=True)) == 100 + searching.ANSWER_TOKENS
+    assert spent(searched(40), searched(40)) == np.inf
+
+
+def test_a_tree_that_is_exhausted_is_followed_by_another_until_the_budget_is_gone(
+    experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searching, asked = experiment("searching"), list[tuple[str, list[str]]]()
+    problems = {id: Problem(id, "math", id, "1", id) for id in ("at once", "third", "never", "cut", "free")}
+    trees = {
+        "at once": [searched(20, solved=True)],
+        "third": [searched(40), searched(40), searched(20, solved=True)],
+        "never": [searched(200)] * 3,
+        "cut": [searched(100, end="budget")],
+        "free": [searched(0)],
+    }
+
+    async def command(argv: list[str], out: Path) -> None:
+        ids = [json.loads(line)["id"] for line in Path(argv[argv.index("--problems") + 1]).read_text().splitlines()]
+        seed = argv[argv.index("--seed") + 1]
+        asked.append((seed, ids))
+        with out.open("a") as file:
+            file.writelines(json.dumps({**trees[id][int(seed) - 1], "id": id}) + "\n" for id in ids)
+
+    monkeypatch.setattr(searching, "_command", command)
+    servers, out = searching.Servers("", tmp_path, "", None), tmp_path / "tree.jsonl"
+    asyncio.run(searching._searches(servers, [], list(problems.values()), True, out))
+    assert asked == [("1", list(problems)), ("2", ["third", "never"]), ("3", ["third", "never"])]
+    assert {id: len(lines) for id, lines in searching.lines_of(out).items()} == {id: len(lines) for id, lines in trees.items()}
+    assert [file.name for file in tmp_path.iterdir()] == [out.name]
+    asked.clear()
+    asyncio.run(searching._searches(servers, [], list(problems.values()), False, out))
+    assert asked == [("1", list(problems))]
+
+
+def test_best_of_n_pays_for_its_answer_within_its_budget(experiment) -> None:
+    searching = experiment("searching")
+    asked = searching.commands(argparse.Namespace(), full=False)
+    for budget, attempts in ((16, 1), (32, 3), (512, 83)):
+        argv = asked[f"{searching.BEST_OF_N}, {budget}"]
+        width, paid = (int(argv[argv.index(name) + 1]) for name in ("--width", "--budget-tokens"))
+        assert (width, paid) == (attempts, budget - searching.ANSWER_TOKENS)
 
 
 def test_a_policy_made_anew_is_another_beginning_of_a_reward_model(experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,8 @@
 
 ``python tools/experiments/in_context.py --run runs/metarl``, after ``test_time.py`` or instead of it: the measurements are shared. In
 context the policy writes its whole search, dead ends and ways back included, and begins again when it was wrong; explicit search asks it
-for one step at a time and keeps the tree itself. Both stop at the first right answer, which can be checked.
+for one step at a time and keeps the tree itself; it begins again when it has asked every node. Both stop at the first right answer, which
+can be checked, and both pay for writing it.
 """
 
 from __future__ import annotations

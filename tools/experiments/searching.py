@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import numpy as np
 from common import CORES, ROOT, contents, digest, not_done, served
@@ -33,22 +34,26 @@ from neox_rl.run.search_cli import search_file
 from neox_rl.search.proposers import derived_seed
 from neox_rl.telemetry.rundata import load_run
 from neox_rl.telemetry.stats import Interval, cluster_mean_ci, paired_difference_ci
-from neox_rl.types import Finish, Problem, SamplingParams
+from neox_rl.types import End, Finish, Problem, SamplingParams
 from neox_rl.verify.verifier import ArithmeticVerifier
 
 MAX_TOKENS = 208
 BUDGETS = (8, 16, 32, 64, 128, 256, 512)
 ATTEMPT_TOKENS = 6
 """Of an attempt that goes straight to its end: two steps of three words."""
+ANSWER_WORDS = 3
+"""Of a written answer, beside its expression: ``goal`` before it, ``solution``, and the end."""
+ANSWER_TOKENS = 7 + ANSWER_WORDS
+"""Of three numbers, ``( 7 * 3 ) + 5``."""
 ONE_CONTEXT = 128
 """Tokens after which a search in one context is cut off, and another begins."""
 REQUEST_S = 900.0
 """One request waits behind those of all other problems."""
 SEED = 1
-STEPS = ("--max-step-tokens", "3", "--playouts", "4", "--playout-tokens", "24", "--budget-nodes", "1000", "--seed", str(SEED))
+STEPS = ("--max-step-tokens", "3", "--playouts", "4", "--playout-tokens", "24", "--budget-nodes", "1000")
 """What is the same for every search."""
 WIDTHS = (4, 8, 16)
-"""Steps that are sampled at a node, which is asked once."""
+"""Steps that are sampled at a node, which a tree asks once."""
 WIDTH = 8
 """Of the comparisons of strategies and of values."""
 STRATEGIES = ("beam", "bfs", "dfs", "best-first", "astar", "mcts")
@@ -124,13 +129,13 @@ def heldout(args: argparse.Namespace) -> tuple[Problem, ...]:
 
 
 def commands(args: argparse.Namespace, full: bool) -> dict[str, list[str]]:
-    """Options of ``python -m neox_rl.search`` by what they are called here. Best-of-n gets as many attempts as its budget pays."""
+    """Options of ``python -m neox_rl.search`` by what they are called here. Best-of-n gets as many attempts as its budget pays beside the
+    answer that is written at the end."""
     most = ["--budget-tokens", str(BUDGETS[-1])]
     found = {tree(w, v): ["--strategy", "best-first", "--value", v, "--width", str(w), *most] for w in WIDTHS for v in ("none", "oracle")}
     for budget in BUDGETS:
-        found[f"{BEST_OF_N}, {budget}"] = [
-            *("--strategy", BEST_OF_N, "--width", str(max(1, budget // ATTEMPT_TOKENS)), "--budget-tokens", str(budget))
-        ]
+        paid = max(ATTEMPT_TOKENS, budget - ANSWER_TOKENS)
+        found[f"{BEST_OF_N}, {budget}"] = [*("--strategy", BEST_OF_N, "--width", str(paid // ATTEMPT_TOKENS), "--budget-tokens", str(paid))]
     if full:
         at = ["--width", str(WIDTH), *most]
         found |= {tree(WIDTH, value): ["--strategy", "best-first", "--value", value, *at] for value in values(args)}
@@ -151,20 +156,51 @@ class Servers:
     critic: str
     critic_model: Path | None
 
-    def argv(self, rows: Path, chosen: Sequence[str]) -> list[str]:
+    def argv(self, rows: Path, chosen: Sequence[str], seed: int) -> list[str]:
         critic = [] if self.critic_model is None else ["--prm-server", self.critic, "--prm-model", str(self.critic_model)]
         where = ["--problems", str(rows), "--server", self.policy, "--model", str(self.model), *critic]
-        return [*chosen, *where, *STEPS, "--parallel", "48", "--timeout-s", str(REQUEST_S)]
+        return [*chosen, *where, *STEPS, "--seed", str(seed), "--parallel", "48", "--timeout-s", str(REQUEST_S)]
+
+
+async def _searches(servers: Servers, chosen: Sequence[str], problems: Sequence[Problem], again: bool, out: Path) -> None:
+    """The lines of all searches of one kind. ``again``: a tree that has asked its last node is followed by one with the next seed, as an
+    attempt in context is by another, until the problem is solved or the budget is gone; a narrow tree ends long before it."""
+    partial, rows, left, seed = out.with_suffix(".partial"), out.with_suffix(".rows"), list(problems), SEED
+    partial.unlink(missing_ok=True)
+    while left:
+        write_rows(rows, left)
+        await _command(servers.argv(rows, chosen, seed), partial)
+        made, seed = lines_of(partial), seed + 1
+        left = [problem for problem in left if again and unspent(made[problem.id])]
+    rows.unlink()
+    partial.rename(out)
 
 
 async def _command(argv: Sequence[str], out: Path) -> None:
-    """The program itself, in this process: to start it anew would cost more than most of these searches."""
-    partial = out.with_suffix(".partial")
-    with partial.open("w") as file, redirect_stdout(file), redirect_stderr(StringIO()):
+    """The program itself, in this process: to start it anew would cost more than most of these searches. Its lines are appended."""
+    with out.open("a") as file, redirect_stdout(file), redirect_stderr(StringIO()):
         failed = await search_file(search_parser().parse_args(argv))
     if failed:
         raise SystemExit(f"python -m neox_rl.search {' '.join(argv)} ended with status {failed}")
-    partial.rename(out)
+
+
+def lines_of(file: Path) -> dict[str, list[dict[str, Any]]]:
+    """Of each problem, in the order in which it was searched."""
+    found = dict[str, list[dict[str, Any]]]()
+    for line in map(json.loads, file.read_text().splitlines()):
+        found.setdefault(line["id"], []).append(line)
+    return found
+
+
+def unspent(lines: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether one more tree may be paid: the last one ended for want of nodes to ask, not of tokens. One that cost nothing never would."""
+    last = lines[-1]
+    return last["end"] == End.EXHAUSTED and last["tokens"] > 0 and sum(int(line["tokens"]) for line in lines) < BUDGETS[-1]
+
+
+def cost(line: Mapping[str, Any]) -> int:
+    """Tokens of a search, and of its answer: an explicit search has it put together, and in context the policy writes it."""
+    return int(line["tokens"]) + (len(line["answer"].split()) + ANSWER_WORDS if line["solved"] else 0)
 
 
 async def _attempts(policy: str, model: Path, problems: Sequence[Problem], count: int, out: Path) -> None:
@@ -187,7 +223,7 @@ def kept(
     args: argparse.Namespace, checkpoint: Checkpoint, problems: Sequence[Problem], wanted: Mapping[str, Sequence[str]]
 ) -> tuple[Path, dict[str, Path]]:
     """Where the measurements of a checkpoint are, and the file of each search: by the weights that were served, and by what was asked."""
-    facts = (contents(checkpoint.model / "model.safetensors"), [p.id for p in problems], MAX_TOKENS, STEPS)
+    facts = (contents(checkpoint.model / "model.safetensors"), [p.id for p in problems], MAX_TOKENS, STEPS, SEED)
     home = args.work / "searching" / f"{checkpoint.name.replace(' ', '-')}-{digest(*facts)}"
     critic = (contents(args.prm / "model.safetensors"),) if any("prm" in chosen for chosen in wanted.values()) else ()
     facts_of = {name: (*chosen, *(critic if "prm" in chosen else ())) for name, chosen in wanted.items()}
@@ -199,8 +235,6 @@ async def measure(args: argparse.Namespace, checkpoint: Checkpoint, full: bool) 
     problems, wanted = heldout(args), commands(args, full)
     home, files = kept(args, checkpoint, problems, wanted)
     home.mkdir(parents=True, exist_ok=True)
-    rows = home / "rows.jsonl"
-    write_rows(rows, problems)
     context = home / f"in-context-{args.attempts}-{ONE_CONTEXT}.json"
     todo = [name for name, file in files.items() if not file.is_file()]
     if todo or not context.is_file():
@@ -216,23 +250,18 @@ async def measure(args: argparse.Namespace, checkpoint: Checkpoint, full: bool) 
             for name in todo:
                 if monotonic() > args.end:
                     raise not_done()
-                await _command(servers.argv(rows, wanted[name]), files[name])
+                await _searches(servers, wanted[name], problems, not name.startswith(BEST_OF_N), files[name])
     return _read(files, context, problems)
 
 
 def _read(files: Mapping[str, Path], context: Path, problems: Sequence[Problem]) -> dict[str, list[Spent]]:
-    clusters = {p.id: p.cluster for p in problems}
-    found: dict[str, list[Spent]] = {}
-    for name, file in files.items():
-        lines = [json.loads(line) for line in file.read_text().splitlines()]
-        found[name] = [Spent(x["id"], clusters[x["id"]], float(x["tokens"]) if x["solved"] else np.inf) for x in lines]
-    made = json.loads(context.read_text())
-    found[IN_CONTEXT] = [Spent(id, clusters[id], until_right(attempts)) for id, attempts in made.items()]
-    return found
+    made = {name: {id: [(x["solved"], cost(x)) for x in lines] for id, lines in lines_of(file).items()} for name, file in files.items()}
+    made[IN_CONTEXT] = json.loads(context.read_text())
+    return {name: [Spent(p.id, p.cluster, until_right(tried[p.id])) for p in problems] for name, tried in made.items()}
 
 
 def until_right(attempts: Sequence[tuple[bool, int]]) -> float:
-    """Tokens of the attempts, one after the other, up to the end of the first right one: answers can be checked, so it stops there."""
+    """Tokens of attempts or trees, one after the other, up to the end of the first right one: answers can be checked, so it stops there."""
     spent = 0
     for right, tokens in attempts:
         spent += tokens

@@ -1,9 +1,10 @@
 """Accuracy against test-time tokens: every strategy, several checkpoints, several values; sigmoids, and the train/test trade-off.
 
 ``python tools/experiments/test_time.py --run DIR``, a run of ``configs/metarl.yml`` with ``checkpoint_factor: 100``: ``python -m
-neox_rl.search`` on vLLM servers that serve its checkpoints; with ``--prm`` a reward model that ``prm.py`` left is one more value. A sigmoid
-in the logarithm of the budget is fitted to each curve; the budget at which half of the problems are solved against the tokens that the
-checkpoint was trained on is the trade-off of Jones (arXiv 2104.03113).
+neox_rl.search`` on vLLM servers that serve its checkpoints; with ``--prm`` a reward model that ``prm.py`` left is one more value. A tree
+that has asked all of its nodes is followed by another, as an attempt is. A sigmoid in the logarithm of the budget is fitted to each curve;
+the budget at which half of the problems are solved against the tokens that the checkpoint was trained on is the trade-off of Jones (arXiv
+2104.03113).
 """
 
 from __future__ import annotations
