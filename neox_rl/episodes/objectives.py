@@ -1,6 +1,7 @@
 """What a rollout of several episodes is worth, and what of that each episode is credited with. Equations of arXiv 2501.04682.
 
-The KL term of (15) is no part of the reward here: ``metarl.objective.kl_coef`` puts it into the loss, for every method of rollout.
+The KL term of (15) is no part of the reward here: ``metarl.objective.kl_coef`` puts it into the loss, for every method of rollout, and
+its gradient is that of (15) with ``kl_estimator`` k1 or k2 alone (``loss.kl``).
 """
 
 from __future__ import annotations
