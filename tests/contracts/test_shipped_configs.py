@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from neox_rl.config.derived import num_parameters, staleness_bound
+from neox_rl.config.derived import hf_config, num_parameters, staleness_bound
 from neox_rl.config.leaves import blocks, leaves
 from neox_rl.config.load import load_config, parse
 from neox_rl.config.machine import Machine
 from neox_rl.config.reference import PAGE, page
 from neox_rl.config.rules import warnings
 from neox_rl.metacot import vocabulary
+from neox_rl.types import Json
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
@@ -27,12 +32,21 @@ ALONE = sorted(path for path in CONFIGS.rglob("*.yml") if path not in (*MODELS, 
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "neox_rl").rglob("*.md"), *CONFIGS.rglob("*"), *(ROOT / "docs").rglob("*.md")]
 
 
+def model_at(directory: Path, config: Mapping[str, Json]) -> None:
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file({"norm": np.ones(1, np.float32)}, directory / "model.safetensors")
+
+
 @pytest.mark.parametrize(
     "files",
     [[path] for path in ALONE] + [[model, job] for model in MODELS for job in JOBS],
     ids=lambda files: "+".join(f.stem for f in files),
 )
-def test_a_shipped_config_runs_on_a_laptop_without_a_warning(files: list[Path]) -> None:
+def test_a_shipped_config_runs_on_a_laptop_without_a_warning(files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes on from a policy does so from the main job's."""
+    monkeypatch.chdir(tmp_path)
+    model_at(Path("runs/metarl/model"), hf_config(parse([CONFIGS / "metarl.yml"]).config, 263))
     config = load_config(files, machine=LAPTOP)
     assert warnings(config, LAPTOP) == []
 
@@ -72,6 +86,32 @@ def test_every_key_of_the_reference_loads_under_the_heading_that_it_stands_below
     assert printed.keys() == leaves().keys()
     found = parse([], [f"{path}={default}" for path, default in printed.items()])
     assert found.written >= leaves().keys() and found.config == parse([]).config
+
+
+def test_the_example_of_a_model_of_your_own_is_that_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the ``config.json`` of SmolLM2-135M-Instruct; what is left out here says nothing of the model's mathematics."""
+    monkeypatch.chdir(tmp_path)
+    theirs: dict[str, Json] = {
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "head_dim": 64,
+        "rope_scaling": None,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 100000,
+        "tie_word_embeddings": True,
+        "vocab_size": 49152,
+    }
+    model_at(Path("models/SmolLM2-135M-Instruct"), theirs)
+    section = (ROOT / "docs/PROBLEMS.md").read_text(encoding="utf-8").partition("## Your own model")[2]
+    Path("job.yml").write_text(section.partition("```yaml\n")[2].partition("```")[0])
+    load_config(["job.yml"], machine=replace(LAPTOP, exists=lambda _: True))
 
 
 @pytest.mark.parametrize("path", [p for p in DOCUMENTS if p.suffix in (".md", ".yml")], ids=lambda path: str(path.relative_to(ROOT)))
