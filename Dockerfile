@@ -8,7 +8,7 @@
 # Several nodes: --network=host, so that the addresses in endpoints.json are the nodes' own, and InfiniBand with
 # --device=/dev/infiniband --ulimit memlock=-1. A GPT-NeoX checkout: -v /path/to/gpt-neox:/gpt-neox:ro -e
 # GPT_NEOX_PATH=/gpt-neox. Hugging Face checkpoints and tokenizers: -v "$HOME/.cache/huggingface:/home/neox/.cache/huggingface".
-# Under SLURM, the same image with enroot or apptainer (--nv). `launcher: pdsh` and `openmpi` go by ssh, which must lead into the containers
+# Not with tools/slurm/: the launcher calls srun and scontrol, which are not in the image. `launcher: pdsh` and `openmpi` go by ssh, which must lead into the containers
 # of the other nodes: an sshd in them is yours to set up, the image has the clients alone. GPT-NeoX's own kernels are not in it: their build
 # (megatron/fused_kernels at ea7aefd8) asks nvcc for sm_70, which CUDA 13 does not compile for; torch computes the same functions.
 #
