@@ -67,6 +67,16 @@ def pairs_are_whole(config: RunConfig, machine: Machine) -> Iterator[str]:
         yield f"metarl.search.width = {m.search.width}: makes no pair, since each place has one step; set width: 4"
 
 
+def steps_are_weighed_alike(config: RunConfig, machine: Machine) -> Iterator[str]:
+    """A step stands in the first path that holds it: as a share of that sequence it would weigh by what else stands there."""
+    m = config.metarl
+    if m.rollout.method == "search" and m.search.trains == "steps" and m.objective.aggregation == "sequence_mean":
+        yield (
+            "metarl.objective.aggregation = sequence_mean: with search.trains: steps a step would weigh less the more steps are new in the"
+            " path that holds it; set aggregation: token_mean"
+        )
+
+
 def searches_have_room(config: RunConfig, machine: Machine) -> Iterator[str]:
     search, seq, prompt = config.metarl.search, config.neox.seq_length, prompt_tokens(config) or 1
     if config.metarl.rollout.method != "search":
@@ -134,6 +144,7 @@ def told_steps_are_whole(config: RunConfig, machine: Machine) -> Iterator[str]:
 SEARCH_RULES = (
     objective_suits_what_is_trained,
     pairs_are_whole,
+    steps_are_weighed_alike,
     searches_have_room,
     values_know_the_problems,
     reward_model_is_served,

@@ -171,6 +171,12 @@ RUN_CASES = (
         )
         for trains in ("steps", "preferences", "traces")
     ),
+    Case(
+        "steps_are_weighed_alike",
+        "metarl.rollout.method=search metarl.objective.aggregation=sequence_mean",
+        "a step would weigh less the more steps are new in the path that holds it; set aggregation: token_mean",
+        "metarl.objective.aggregation=token_mean",
+    ),
     Case("discounts_are_shares", "metarl.episodes.gammas=[]", "must be 1 to 3 different numbers", "metarl.episodes.gammas=1.0"),
     Case("tools_can_be_called", "metarl.episodes.tool=calculator", "rollout.method is sample", "metarl.episodes.tool=none"),
     Case(
