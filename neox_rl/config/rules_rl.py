@@ -248,6 +248,15 @@ def demonstrations_are_trained_on(config: RunConfig, machine: Machine) -> Iterat
         )
 
 
+def searches_alone_have_a_start(config: RunConfig, machine: Machine) -> Iterator[str]:
+    w = config.metarl.warmstart
+    if w.mask == "search" and w.style in TOLD and w.steps and not starts_from_checkpoint(config):
+        yield (
+            "metarl.warmstart.mask = search: trains no solution, nor EOS behind it, so a policy from random weights never answers; set"
+            " mask: all, or start from one that answers already: metarl.warmstart.hf_checkpoint or load, with from_checkpoint: true"
+        )
+
+
 def solutions_are_scored(config: RunConfig, machine: Machine) -> Iterator[str]:
     """A likelihood is that of the policy itself, of a solution that somebody gives, after a search that is a rollout of its own."""
     m, r = config.metarl, config.metarl.reward
@@ -317,4 +326,4 @@ RL_RULES = (
     publishing_keeps_up,
     clips_are_sensible,
 )
-RL_WARNINGS = (stale_samples_are_corrected, policy_has_a_start)
+RL_WARNINGS = (stale_samples_are_corrected, policy_has_a_start, searches_alone_have_a_start)

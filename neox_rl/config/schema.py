@@ -86,7 +86,7 @@ class WarmstartConfig:
     )
     mask: str = key(
         "all",
-        "what of a told search is trained on: all, the search without its solution, no step off the path",
+        "what of a told search is trained on: all, the search to the word (line) that ends it, no step off the path",
         choices=("all", "search", "path"),
     )
     prune: float = key(0.0, "each step off the solution path is left out with this chance, and what came of it", low=0.0, high=1.0)

@@ -27,18 +27,20 @@ class Span(NamedTuple):
     """Words of one role.
 
     ``choice``: they say which step is tried next, which a random search does not determine. ``on_path``: they belong to the solution
-    path, not to a branch off it.
+    path, not to a branch off it. ``boundary``: where Z ends and S begins.
     """
 
     text: str
     role: Role
     choice: bool = False
     on_path: bool = True
+    boundary: bool = False
 
 
 class Mask(StrEnum):
     """Which tokens of a trace are trained on: all of it (22), the search alone (23), or what is not off the solution path (24),
-    or in a telling that ``corrects`` what is no wrong step (10)."""
+    or in a telling that ``corrects`` what is no wrong step (10). The search ends with the word (the line) that S begins with, or what
+    learned from it alone would never stop to search."""
 
     ALL = "all"
     SEARCH = "search"
@@ -49,6 +51,8 @@ DEMONSTRATED = Verdict(correct=True, extracted="", reason=Reason.MATCH, ms=0.0)
 _COMPARE = frozenset((metacot.LOW, metacot.HIGH, metacot.GOAL))
 _BACK = Span(metacot.BACK, Role.BACK, on_path=False)
 _BACK_LINE = Span(BACK_LINE + "\n", Role.BACK, on_path=False)
+_BOUNDARY = Span(metacot.SOLUTION, Role.SOLUTION, boundary=True)
+_BOUNDARY_LINE = Span(SOLUTION_LINE + "\n", Role.SOLUTION, boundary=True)
 
 
 class Told(NamedTuple):
@@ -164,7 +168,8 @@ def _words(tree: Tree, problem: Problem, restart: bool) -> list[Span]:
         if node.verdict is not None:
             spans.append(_compare_span(node.text, target, good))
     if solution:
-        spans.append(Span(ArithmeticDomain(problem).answer([node.text for node in solution]), Role.SOLUTION))
+        answer = ArithmeticDomain(problem).answer([node.text for node in solution])
+        spans += (_BOUNDARY, Span(answer.removeprefix(f"{metacot.SOLUTION} "), Role.SOLUTION))
     return spans
 
 
@@ -184,7 +189,7 @@ def _lines(tree: Tree, restart: bool) -> list[Span]:
         if node.verdict is not None:
             spans.append(Span((RIGHT_LINE if node.verdict.correct else WRONG_LINE) + "\n", Role.VERIFY, False, good))
     if solution:
-        spans.append(Span("".join(f"{line}\n" for line in (SOLUTION_LINE, *(node.text for node in solution))), Role.SOLUTION))
+        spans += (_BOUNDARY_LINE, Span("".join(f"{node.text}\n" for node in solution), Role.SOLUTION))
     return spans
 
 
@@ -265,7 +270,7 @@ def _enter(nodes: list[Node], entered: dict[tuple[int, str], int], parent: int, 
 
 def weight(span: Span, mask: Mask, choice_weight: float = 1.0, corrects: bool = False) -> float:
     """The loss weight of each of the span's tokens. ``corrects``: see ``styles.Telling``."""
-    if mask is Mask.SEARCH and span.role is Role.SOLUTION:
+    if mask is Mask.SEARCH and span.role is Role.SOLUTION and not span.boundary:
         return 0.0
     if mask is Mask.PATH and not span.on_path and not (corrects and span.role is not Role.THINK):
         return 0.0

@@ -387,5 +387,11 @@ CASES = (
         "knows arithmetic problems only, and source is jsonl",
         "metarl.search.value=monte-carlo",
     ),
+    Case(
+        "searches_alone_have_a_start",
+        "metarl.warmstart.mask=search metarl.warmstart.steps=9",
+        "a policy from random weights never answers; set mask: all",
+        "metarl.warmstart.hf_checkpoint=here metarl.warmstart.from_checkpoint=true",
+    ),
     Case("policy_has_a_start", "metarl.warmstart.steps=0", "RL starts from random weights", "metarl.warmstart.steps=100"),
 )

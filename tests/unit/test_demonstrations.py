@@ -70,7 +70,7 @@ def test_masks_leave_out_what_their_equation_leaves_out() -> None:
     everything, search, path = (told(TraceStyle(mask=mask)) for mask in (Mask.ALL, Mask.SEARCH, Mask.PATH))
     assert {m for _, m in everything} == {1.0}
     at = [word for word, _ in everything].index(metacot.SOLUTION)
-    assert {m for _, m in search[:at]} == {1.0} and {m for _, m in search[at:]} == {0.0}
+    assert {m for _, m in search[: at + 1]} == {1.0} and {m for _, m in search[at + 1 :]} == {0.0}, "it learns where the search ends"
     kept = " ".join(word for word, m in path if m)
     assert kept == " ".join([*(node.text for node in solution_of(TREE)), *(word for word, _ in everything[at - 1 :])])
 

@@ -14,10 +14,12 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from neox_rl.search.earlier import earlier_of, told_before_path
+from neox_rl.search.trees import tree_line
 from neox_rl.telemetry.paths import RunPaths
 from neox_rl.telemetry.stats import Interval
 from neox_rl.telemetry.status import Status, write_status
-from neox_rl.types import Problem
+from neox_rl.types import NO_NODE, Node, Problem, Tree
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools/experiments"
 
@@ -210,6 +212,37 @@ def test_a_policy_made_anew_is_another_beginning_of_a_reward_model(experiment, t
         (tmp_path / "model.safetensors").write_text(weights)
         names.add(prm.job(argparse.Namespace(policy=tmp_path, steps=1), "oracle", tmp_path / "trees.jsonl", []).name)
     assert len(names) == 2
+
+
+def test_a_meta_critic_is_told_in_the_comparison_what_its_search_had_done(experiment, tmp_path: Path) -> None:
+    """What it was trained on: the steps before the round of the judged one, and no later ones."""
+    prm = experiment("prm")
+    problem = Problem("p", "countdown", "numbers 3 5 7 target 26 search", "26", "c", {"numbers": [3, 5, 7], "target": 26, "max_value": 40})
+    steps = [Node(1, 0, "5 +3 =8", 1, value=0.2, seen=1), Node(2, 0, "7 *3 =21", 2, value=0.7, seen=2)]
+    path = tmp_path / "trees.jsonl"
+    path.write_bytes(tree_line(Tree("p", (Node(0, NO_NODE, "", 0), *steps))) + b"\n")
+    first, second = prm.steps_of(path, [problem])
+    assert (first.solvable, second.solvable) == (False, True)
+    assert told_before_path(earlier_of(first.position), problem) == ()
+    assert told_before_path(earlier_of(second.position), problem) == ("5 +3 =8", "back")
+
+
+def test_a_reward_model_and_a_meta_critic_are_two_runs(experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prm = experiment("prm")
+    monkeypatch.setattr(prm, "shown", lambda *_: "told")
+    plain, critic = (prm.job(argparse.Namespace(policy=None, steps=1), "oracle", tmp_path, [], sees) for sees in (False, True))
+    assert set(critic.settings) - set(plain.settings) == {prm.SEES_EARLIER}
+    assert plain.name != critic.name
+
+
+def test_the_interval_of_a_difference_is_paired(experiment) -> None:
+    """One that ranks every problem as another does is no better anywhere, however uncertain both are."""
+    prm = experiment("prm")
+    steps = [prm.Step(argparse.Namespace(problem=argparse.Namespace(cluster=str(i % 20))), i % 3 == 0, 0.0) for i in range(60)]
+    scores = [float((7 * i) % 11) for i in range(60)]
+    low, high = prm.interval(scores, steps)
+    assert low < high
+    assert prm.interval(scores, steps, less=[10.0 * score for score in scores]) == (0.0, 0.0)
 
 
 def test_half_is_the_median_of_what_each_problem_took(experiment) -> None:

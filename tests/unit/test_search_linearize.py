@@ -30,6 +30,7 @@ from neox_rl.search.values import HeuristicValue, NoValue
 from neox_rl.types import Node, Problem, Reason, Role, Tree, Verdict, VersionSpan
 from neox_rl.verify.verifier import ArithmeticVerifier
 from tests.unit.search_worlds import TOKENIZER, countdown
+from tests.unit.test_episodes import Letters
 
 TASKS = [countdown([3, 5, 7], 26), countdown([2, 4, 9, 1], 17), countdown([1, 2, 3, 4], 59), countdown([1, 3, 4, 6], 24, None)]
 
@@ -135,6 +136,8 @@ def test_lines_are_told_with_markers() -> None:
         *("Let me see.", "2+2=5", WRONG_LINE, BACK_LINE, "Again.", BACK_LINE, "Let me see.", "2+2=4", RIGHT_LINE),
         *(SOLUTION_LINE, "Let me see.", "2+2=4"),
     ]
+    trace = demonstration(task, linearize(tree, task), Letters(), 1.0, "g000000/r0", Mask.SEARCH, glue_of(task))
+    assert Letters().decode([i for s in trace.segments if s.mask for i in s.ids]) == text[: text.index("[SOLUTION]\n") + 11]
     with pytest.raises(ValueError, match="not one line"):
         linearize(Tree("text", (nodes_root := Node(0, -1, "", 0), Node(1, nodes_root.id, BACK_LINE, 1))), task)
     with pytest.raises(ValueError, match="at the root"):
@@ -220,7 +223,10 @@ def test_masks_train_all_the_search_alone_or_the_path_alone() -> None:
 
     everything = " ".join(text for text, _ in trained(Mask.ALL)).strip()
     assert everything == text_of(spans)
-    assert {role for _, role in trained(Mask.SEARCH)} == {Role.THINK, Role.VERIFY, Role.BACK}
+    search = trained(Mask.SEARCH)
+    assert [text for text, role in search if role is Role.SOLUTION] == [SOLUTION] and search[-1][1] is Role.SOLUTION, "where Z ends"
+    assert " ".join(text for text, _ in search).strip() == everything[: everything.index(SOLUTION) + len(SOLUTION)]
+    assert {role for _, role in search} == {Role.THINK, Role.VERIFY, Role.BACK, Role.SOLUTION}
     path = trained(Mask.PATH)
     steps = " ".join(text for text, role in path if role is Role.THINK)
     assert steps == " ".join(n.text for n in solution_of(tree)) and {" ".join(steps.split()[i : i + 3]) for i in range(0, 9, 3)} == right
@@ -235,7 +241,7 @@ def test_of_a_revision_the_path_is_trained_where_the_right_attempt_tells_it() ->
     spans = linearize(tree, TASKS[0], restart=True)
     assert [(span.text, span.on_path) for span in spans] == [
         *(("7 *3", False), ("=21", False), ("21 -5", False), ("=16", False), (metacot.LOW, False), (BACK, False)),
-        *(("7 *3", True), ("=21", True), ("21 +5", True), ("=26", True), (GOAL, True), (f"{SOLUTION} ( 7 * 3 ) + 5", True)),
+        *(("7 *3", True), ("=21", True), ("21 +5", True), ("=26", True), (GOAL, True), (SOLUTION, True), ("( 7 * 3 ) + 5", True)),
     ]
 
 
@@ -251,7 +257,7 @@ def test_the_path_is_told_once_and_with_restarts_in_one_piece(
         alone = linearize(STYLES["solution"](tree, random.Random(0)).tree, task)
         on_path = [i for i, span in enumerate(spans) if span.on_path]
         assert [spans[i] for i in on_path] == alone
-        steps = on_path[:-1]  # without the solution
+        steps = [i for i in on_path if spans[i].role is not Role.SOLUTION]
         assert not again or steps == list(range(steps[0], steps[-1] + 1) if steps else ())
 
 

@@ -2,7 +2,8 @@
 
 ``python tools/experiments/prm.py``: rows of a config's problems -> breadth-first searches over legal steps, valued by Monte-Carlo play (11)
 or by the oracle -> ``configs/prm.yml`` trained on those values -> the HF checkpoint served by vLLM -> its values of held-out steps, by one
-token's log-probs. Ranking (AUC) and accuracy against whether the step can still be continued to a right end.
+token's log-probs. Ranking (AUC) and accuracy against whether the step can still be continued to a right end. ``--sees-earlier`` trains
+meta-critics (8.3.4) beside them, which are told what the search did before, and compares the two step by step.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from neox_rl.problems.tokenizer import DirectoryTokenizer, load_tokenizer
 from neox_rl.rollout.vllm_completions import CompletionsGenerator
 from neox_rl.search import demonstrations
 from neox_rl.search.arithmetic_domain import ArithmeticDomain
+from neox_rl.search.credit import before
 from neox_rl.search.domain import Rejection
 from neox_rl.search.proposers import Position
 from neox_rl.search.reward_model import WordValue
@@ -37,7 +40,10 @@ from neox_rl.search.trees import read_trees
 from neox_rl.types import Problem
 
 LABELS = ("monte-carlo", "oracle")
+CONTEXT = 64
+"""Tokens that a reward model reads at most, its word included: ``seq_length`` of the config."""
 FROM_POLICY = ("metarl.warmstart.from_checkpoint=true", "metarl.warmstart.lr=1.0e-3")
+SEES_EARLIER = "metarl.warmstart.sees_earlier=true"
 BATCH = 256
 SHOWN = 8
 """Trees that are told for the name of a run."""
@@ -71,20 +77,21 @@ def shown(settings: Sequence[str], path: Path, problems: Sequence[Problem]) -> s
     config, known = load_config([ROOT / "configs/prm.yml"], settings), {p.id: p for p in problems}
     metarl = config.metarl
     first = [(tree, known[tree.problem_id]) for tree in islice(read_trees(path), SHOWN)]
-    told = demonstrations.values(first, load_tokenizer(metarl.tokenizer, metarl.problems))
+    tokenizer, sees = load_tokenizer(metarl.tokenizer, metarl.problems), metarl.warmstart.sees_earlier
+    told = demonstrations.values(first, tokenizer, sees, config.neox.seq_length)
     per_step, shared = metarl.warmstart.tokens_per_step, shares_prefixes(config)
     made = demonstrations.Demonstrations(told, metarl.seed, config.neox.seq_length, step_tokens=per_step, shared=shared)
     return digest(*made.step())
 
 
-def job(args: argparse.Namespace, label: str, path: Path, problems: Sequence[Problem]) -> Job:
+def job(args: argparse.Namespace, label: str, path: Path, problems: Sequence[Problem], sees_earlier: bool = False) -> Job:
     size = MODEL if args.policy is None else (*FROM_POLICY, f"metarl.warmstart.hf_checkpoint={args.policy.resolve()}")
     shape = (f"metarl.warmstart.steps={args.steps}", "metarl.warmstart.tokens_per_step=1024")
-    settings = (*size, *QUIET, f"metarl.warmstart.path={path}", *shape)
+    settings = (*size, *QUIET, f"metarl.warmstart.path={path}", *shape, *((SEES_EARLIER,) if sees_earlier else ()))
     data = shown(settings, path, problems)
     if args.policy is not None:
         data = digest(data, contents(args.policy / "model.safetensors"))
-    return Job(f"prm-{label}-{args.steps}", settings, "prm", data)
+    return Job(f"{'meta-critic' if sees_earlier else 'prm'}-{label}-{args.steps}", settings, "prm", data)
 
 
 def steps_of(path: Path, problems: Sequence[Problem]) -> list[Step]:
@@ -100,19 +107,20 @@ def steps_of(path: Path, problems: Sequence[Problem]) -> list[Step]:
                 after = domain.step(state, text, False)
                 assert not isinstance(after, Rejection)
                 state = after.state
-            found.append(Step(Position(problem, domain, state, texts, (), 0), bool(domain.solved_value(state)), node.value))
+            position = Position(problem, domain, state, texts, (), 0, visited=partial(before, tree, node, verdicts=True))
+            found.append(Step(position, bool(domain.solved_value(state)), node.value))
     return found
 
 
-async def all_judged(args: argparse.Namespace, names: Sequence[str], steps: Sequence[Step]) -> list[list[float]]:
+async def all_judged(args: argparse.Namespace, jobs: Sequence[Job], steps: Sequence[Step]) -> list[list[float]]:
     """One server each, side by side."""
-    return await asyncio.gather(*(judged(args, name, steps, CORES[i % len(CORES)]) for i, name in enumerate(names)))
+    return await asyncio.gather(*(judged(args, job, steps, CORES[i % len(CORES)]) for i, job in enumerate(jobs)))
 
 
-async def judged(args: argparse.Namespace, name: str, steps: Sequence[Step], core: int) -> list[float]:
-    model = args.work / name / "model"
-    async with served(model, 64, args.work / f"{name}-server.log", core) as address, CompletionsGenerator(address) as generator:
-        value, found = WordValue(generator, DirectoryTokenizer(model)), list[float]()
+async def judged(args: argparse.Namespace, job: Job, steps: Sequence[Step], core: int) -> list[float]:
+    model, log, sees_earlier = args.work / job.name / "model", args.work / f"{job.name}-server.log", SEES_EARLIER in job.settings
+    async with served(model, CONTEXT, log, core) as address, CompletionsGenerator(address) as generator:
+        value, found = WordValue(generator, DirectoryTokenizer(model), sees_earlier, CONTEXT), list[float]()
         for at in range(0, len(steps), BATCH):
             found += (await value.score([s.position for s in steps[at : at + BATCH]], None)).values
     return found
@@ -130,15 +138,19 @@ def auc(scores: Sequence[float], labels: Sequence[bool]) -> float:
     return float((ranks[right].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
-def interval(scores: Sequence[float], steps: Sequence[Step], draws: int = 200) -> tuple[float, float]:
-    """95 % of the AUC over problems drawn again (bootstrap by number multiset: steps of one are alike)."""
+def interval(scores: Sequence[float], steps: Sequence[Step], less: Sequence[float] | None = None, draws: int = 200) -> tuple[float, float]:
+    """95 % of the AUC, or of what it has above that of ``less``, over problems drawn again (bootstrap by number multiset: steps of one are
+    alike)."""
     rng, by = np.random.default_rng(1), dict[str, list[int]]()
     for i, step in enumerate(steps):
         by.setdefault(step.position.problem.cluster, []).append(i)
     clusters, found = list(by.values()), list[float]()
     for _ in range(draws):
         chosen = [i for at in rng.integers(len(clusters), size=len(clusters)) for i in clusters[at]]
-        found.append(auc([scores[i] for i in chosen], [steps[i].solvable for i in chosen]))
+        ours, theirs = (
+            0.0 if each is None else auc([each[i] for i in chosen], [steps[i].solvable for i in chosen]) for each in (scores, less)
+        )
+        found.append(ours - theirs)
     return float(np.quantile(found, 0.025)), float(np.quantile(found, 0.975))
 
 
@@ -162,21 +174,26 @@ def main() -> None:
     p.add_argument("--train", type=int, default=900, help="training problems that are searched")
     p.add_argument("--heldout", type=int, default=120)
     p.add_argument("--playouts", type=int, default=8)
+    p.add_argument(
+        "--sees-earlier", action="store_true", help="train and compare meta-critics too, which are told what the search did before"
+    )
     args = arguments(p)
     if args.quick:
         args.steps, args.train, args.heldout = 10, 40, 20
     config = load_config([ROOT / "configs/metarl.yml"]).metarl
     problems = load_problems(config.problems, config.seed)
     train = problems.train[:: max(1, len(problems.train) // args.train)][: args.train]
-    jobs = {label: job(args, label, trees(args, label, "train", train), train) for label in LABELS}
+    paths = {label: trees(args, label, "train", train) for label in LABELS}
+    jobs = {f"PRM of {label} values": job(args, label, path, train) for label, path in paths.items()}
+    if args.sees_earlier:
+        jobs |= {f"meta-critic of {label} values": job(args, label, path, train, sees_earlier=True) for label, path in paths.items()}
     heldout = trees(args, "monte-carlo", "heldout", problems.heldout[: args.heldout])
     run_jobs(list(jobs.values()), args)
     steps = steps_of(heldout, problems.heldout)
     labels = [step.solvable for step in steps]
     scores = {f"Monte-Carlo play, {args.playouts}": [step.searched for step in steps]}
     scores["heuristic"] = [step.position.domain.guess(step.position.state) for step in steps]
-    found_by_models = asyncio.run(all_judged(args, [each.name for each in jobs.values()], steps))
-    scores |= {f"PRM of {label} values": found for label, found in zip(jobs, found_by_models, strict=True)}
+    scores |= dict(zip(jobs, asyncio.run(all_judged(args, list(jobs.values()), steps)), strict=True))
     rows = []
     for name, found in scores.items():
         low, high = interval(found, steps)
@@ -186,7 +203,11 @@ def main() -> None:
         rows.append([name, at, f"{100 * accuracy:.1f} (at {cut:.2f})", f"{100 * half:.1f}"])
     print(f"{len(steps)} steps of {args.heldout} held-out problems, {100 * np.mean(labels):.1f} % of them can still be won\n")
     table(["value", "AUC", "accuracy at the best cut, %", "accuracy at 0.5, %"], rows)
-    print(*(f"the reward model of {label} values: {args.work / each.name / 'model'}" for label, each in jobs.items()), sep="\n")
+    for label in LABELS if args.sees_earlier else ():
+        critic, plain = (scores[f"{kind} of {label} values"] for kind in ("meta-critic", "PRM"))
+        low, high = interval(critic, steps, less=plain)
+        print(f"AUC of {label} values, meta-critic minus PRM: {auc(critic, labels) - auc(plain, labels):.3f} [{low:.3f}, {high:.3f}]")
+    print(*(f"{name}: {args.work / each.name / 'model'}" for name, each in jobs.items()), sep="\n")
     (args.work / "prm.json").write_text(json.dumps({name: [float(v) for v in found] for name, found in scores.items()}))
     _plot(scores, labels, args.picture)
 
