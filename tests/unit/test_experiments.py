@@ -14,6 +14,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from neox_rl.engines.mcore_state import rank_file
 from neox_rl.search.earlier import earlier_of, told_before_path
 from neox_rl.search.trees import tree_line
 from neox_rl.telemetry.paths import RunPaths
@@ -144,6 +145,16 @@ def searched(tokens: int, solved: bool = False, end: str = "exhausted") -> dict[
     """A line of ``python -m neox_rl.search``."""
     answer = EXPRESSION if solved else None
     return {"id": "p", "solved": solved, "answer": answer, "nodes": 2, "tokens": tokens, "end": "solved" if solved else end, "counts": {}}
+
+
+def test_a_checkpoint_that_a_run_has_not_is_refused_with_those_that_it_has(experiment, tmp_path: Path) -> None:
+    """The main job saves every 200 steps; the points of the tables are of a run that saves every 100."""
+    for step in (200, 1400):
+        directory = tmp_path / "checkpoints" / f"step{step:06d}"
+        directory.mkdir(parents=True)
+        rank_file(directory, 0).touch()
+    with pytest.raises(SystemExit, match=r"of steps 200, 1400, and not of 1300: .*--checkpoints, .*checkpoint_factor=100"):
+        experiment("searching")._exported(argparse.Namespace(run=tmp_path), 1300)
 
 
 def test_a_tree_and_an_attempt_in_context_that_are_the_same_cost_the_same(experiment, tmp_path: Path) -> None:

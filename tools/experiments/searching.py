@@ -102,7 +102,12 @@ def _exported(args: argparse.Namespace, step: int) -> Path:
     """The checkpoint after ``step`` steps, warm start and RL counted together."""
     source = args.run / "checkpoints" / f"step{step:06d}"
     if not rank_file(source, 0).is_file():
-        raise SystemExit(f"{source} is not there; --checkpoints takes those of {source.parent}")
+        found = (path.parent.name.removeprefix("step") for path in source.parent.glob(f"step*/{rank_file(source, 0).name}"))
+        there = sorted(int(name) for name in found if name.isdigit())
+        raise SystemExit(
+            f"{args.run} has checkpoints of steps {', '.join(map(str, there)) or 'none'}, and not of {step}: give some of these with"
+            " --checkpoints, or make a run with --set checkpoint_factor=100"
+        )
     out = export_of(args, step, rank_file(source, 0))
     if (out / "model.safetensors").is_file():
         return out
@@ -297,7 +302,13 @@ def paired(one: Sequence[Spent], other: Sequence[Spent], budget: float) -> Inter
 
 def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--run", type=Path, default=ROOT / "runs/metarl", help="a finished run of one rank with checkpoints")
-    p.add_argument("--checkpoints", type=int, nargs="*", default=[400, 800, 1300, 1400], help="those before the last policy, by step")
+    p.add_argument(
+        "--checkpoints",
+        type=int,
+        nargs="*",
+        default=[400, 800, 1300, 1400],
+        help="those before the last policy, by step: of a run with checkpoint_factor 100",
+    )
     p.add_argument("--problems", type=int, default=80, help="held-out problems")
     p.add_argument("--strategies", nargs="+", default=STRATEGIES, choices=STRATEGIES, help="trees that are compared, by the heuristic")
     p.add_argument("--attempts", type=int, default=16, help="attempts in context at a problem")
