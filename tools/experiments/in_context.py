@@ -1,9 +1,9 @@
 """Search in one context by the trained policy against explicit tree search with the same policy and the same tokens: which wins where.
 
-``python tools/experiments/in_context.py --run DIR``, a run of ``configs/metarl.yml`` with ``checkpoint_factor: 100``, after ``test_time.py``
-or instead of it: the measurements are shared. In context the policy writes its whole search, dead ends and ways back included, and begins
-again when it was wrong; explicit search asks it for one step at a time and keeps the tree itself; it begins again when it has asked every
-node. Both stop at the first right answer, which can be checked, and both pay for writing it.
+``python tools/experiments/in_context.py --run DIR``, a run of ``configs/metarl.yml`` with ``checkpoint_factor: 100``, after
+``test_time.py`` or instead of it: the measurements are shared. In context the policy writes its whole search, dead ends and ways back
+included, and begins again when it was wrong; explicit search asks it for one step at a time and keeps the tree itself; it begins again
+when it has asked every node. Both stop at the first right answer, which can be checked, and both pay for writing it.
 """
 
 from __future__ import annotations

@@ -307,7 +307,7 @@ def options(p: argparse.ArgumentParser) -> None:
         type=int,
         nargs="*",
         default=[400, 800, 1300, 1400],
-        help="those before the last policy, by step: of a run with checkpoint_factor 100",
+        help="those before the last policy, by step (checkpoint_factor: 100)",
     )
     p.add_argument("--problems", type=int, default=80, help="held-out problems")
     p.add_argument("--strategies", nargs="+", default=STRATEGIES, choices=STRATEGIES, help="trees that are compared, by the heuristic")
