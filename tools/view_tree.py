@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import html
+import os
 import re
 import sys
 from collections import defaultdict
@@ -263,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
     most = args.max_nodes if args.max_nodes > 0 else 120 if args.png else 2000
     try:
         if args.list:
-            print("\n".join(title(tree, len(tree.nodes)) for tree in read_trees(args.file)))
+            print("\n".join(title(tree, len(tree.nodes)) for tree in read_trees(args.file)), flush=True)
             return 0
         tree = find(args.file, args.problem)
         if args.png:
@@ -271,7 +272,10 @@ def main(argv: list[str] | None = None) -> int:
         elif args.html:
             args.html.write_text(as_html(tree, most, args.every_end), encoding="utf-8")
         else:
-            print(as_text(tree, most))
+            print(as_text(tree, most), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read the lines has seen enough
+        return 1
     except (NeoxRLError, LookupError, OSError) as error:
         parser.exit(2, f"view_tree: {error}\n")
     return 0

@@ -18,12 +18,14 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from neox_rl.arithmetic import ARITHMETIC_TASKS
 from neox_rl.config.schema import VerifyConfig
 from neox_rl.errors import ConfigError, NeoxRLError
 from neox_rl.run.search_parts import domain_of, own_value, prm_value
@@ -33,7 +35,7 @@ from neox_rl.search.domain import Domain
 from neox_rl.search.growth import Budget
 from neox_rl.search.proposers import ExhaustiveProposer, Proposer
 from neox_rl.search.search import Search, run_all
-from neox_rl.search.strategies import STRATEGIES
+from neox_rl.search.strategies import STRATEGIES, make_strategy
 from neox_rl.search.strategy import Options
 from neox_rl.search.trees import tree_line
 from neox_rl.search.values import Value
@@ -206,14 +208,16 @@ class Program:
 async def search_file(args: argparse.Namespace) -> int:
     """Raises ConfigError for arguments or a file that cannot be used."""
     if args.trees:
-        _check_writable(args.trees)
+        _check_writable(args)
     verifiers = Verifiers()
     async with AsyncExitStack() as stack:
         stack.callback(verifiers.close)
         asking = _asking(args.template)
         budget, options = Budget(args.budget_nodes, args.budget_tokens), make_options(args)
+        make_strategy(args.strategy, options)  # else each row would be told apart that there is none
         policy = await connect(args, asking.frame, stack) if args.server else None
         rows = read_rows(args.problems, policy is None or policy.writes_words, asking)
+        _check_suits(args, rows)
         value = await make_value(args, asking.frame, policy, verifiers, stack)
         proposer: Proposer = policy.proposer if policy else ExhaustiveProposer()
         search = Search(args.strategy, verifiers.domain, options, args.seed, every_value=args.trees is not None)
@@ -230,13 +234,31 @@ async def search_file(args: argparse.Namespace) -> int:
         return 1 if program.tally.failed else 0
 
 
-def _check_writable(path: Path) -> None:
-    """Before a server is asked for anything. What the file holds is kept until the search begins. Raises ConfigError."""
+def _check_writable(args: argparse.Namespace) -> None:
+    """Before a server is asked for anything. What the file holds is kept until the search begins, and what is read is not written over.
+    Raises ConfigError."""
+    path: Path = args.trees
     try:
         with path.open("ab"):
             pass
+        for name in ("problems", "template"):
+            read: Path | None = getattr(args, name)
+            if read and read.exists() and path.samefile(read):
+                raise ConfigError(f"--trees {path}: is the file of --{name}, which it would replace; give another")
     except OSError as error:
         raise ConfigError(f"--trees {path}: {error.strerror}; give a file that can be written") from error
+
+
+def _check_suits(args: argparse.Namespace, rows: Sequence[Row]) -> None:
+    """A row that the arguments do not suit is malformed; where that is every problem, they cannot be used. Raises ConfigError."""
+    tasks = {row.problem.task for row in rows if row.problem}
+    if not tasks or not tasks.isdisjoint(ARITHMETIC_TASKS):
+        return
+    what = f"--problems {args.problems}: holds texts alone"
+    if not args.server:
+        raise ConfigError(f"{what}, whose steps cannot be enumerated; give --server, whose policy proposes them")
+    if args.value in ("oracle", "heuristic"):
+        raise ConfigError(f"{what}, and --value {args.value} knows arithmetic problems only; give --value monte-carlo, prm or judge")
 
 
 def _asking(path: Path | None) -> Asking:

@@ -13,11 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from neox_rl.config.own import found
+from neox_rl.errors import ConfigError
 from neox_rl.search.growth import Distinct, Growth, Leaf
 from neox_rl.search.mcts import Mcts
 from neox_rl.search.strategy import Ask, Options, Strategy
 
 EPSILON = 1e-6
+PARTS = ("distinct", "reads_values", "pick", "add")
+"""Of a strategy."""
 
 
 @dataclass
@@ -113,5 +116,15 @@ STRATEGIES: Mapping[str, Callable[[Options], Strategy]] = {
 
 
 def make_strategy(name: str, options: Options) -> Strategy:
-    """A strategy at its beginning; each search needs one of its own. Raises ConfigError for an unknown name."""
-    return found(STRATEGIES, name, "strategy")(options)
+    """A strategy at its beginning; each search needs one of its own. Raises ConfigError for an unknown name, and where the user's own makes
+    none."""
+    make = found(STRATEGIES, name, "strategy")
+    if name in STRATEGIES:
+        return make(options)
+    try:
+        strategy = make(options)
+    except Exception as error:  # the user's own may fail in any way
+        raise ConfigError(f"strategy = {name!r}: {type(error).__name__}: {error}; give a function (Options) -> Strategy") from error
+    if missing := [part for part in PARTS if not hasattr(strategy, part)]:
+        raise ConfigError(f"strategy = {name!r}: makes {strategy!r} without {', '.join(missing)}; give a neox_rl.search.strategy.Strategy")
+    return strategy

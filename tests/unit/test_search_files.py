@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neox_rl.errors import WireError
+from neox_rl.problems.tokenizer import DirectoryTokenizer
 from neox_rl.run import search_cli, search_server
 from neox_rl.run.search_server import METRICS_BYTES, cache_counters
 from neox_rl.search.arithmetic_domain import ArithmeticDomain
@@ -31,7 +33,7 @@ from neox_rl.search.trees import read_tree, read_trees, tree_line, write_trees
 from neox_rl.search.values import HeuristicValue
 from neox_rl.types import NO_NODE, End, Node, Reason, Tree, Verdict, VersionSpan
 from neox_rl.verify.verifier import ArithmeticVerifier
-from tests.unit.search_worlds import RandomPlayer, countdown, policy
+from tests.unit.search_worlds import TOKENIZER, RandomPlayer, countdown, policy
 from tests.unit.test_search_scorers import server
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -188,6 +190,17 @@ def test_a_file_without_a_tree_is_one_line_of_error(content: bytes | None, tmp_p
     assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("arguments", [[], ["--list"]])
+def test_whoever_reads_a_part_of_a_tree_is_not_told_of_a_broken_pipe(arguments: list[str], tmp_path: Path) -> None:
+    write_trees(tmp_path / "t.jsonl", [TREE])
+    command = [sys.executable, str(ROOT / "tools" / "view_tree.py"), str(tmp_path / "t.jsonl"), *arguments]
+    reads, writes = os.pipe()
+    os.close(reads)  # as head does once it has what it wants
+    with os.fdopen(writes, "wb") as pipe:
+        done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, timeout=240, check=False)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
 ROWS = [
     {"numbers": [4, 9, 10, 13]},
     {"nums": [1, 3, 4, 6], "target": 24},
@@ -274,6 +287,10 @@ def test_every_value_that_needs_no_model_works_without_one(value: str, problems:
         (["--server", "http://127.0.0.1:1"], "--model"),
         (["--trees", "missing/trees.jsonl"], "--trees missing/trees.jsonl: No such file or directory; give a file"),
         (["--trees", "."], "--trees .: Is a directory; give a file"),
+        (["--strategy", "TYPO"], "strategy = 'TYPO': is none of"),
+        (["--strategy", "os:getcwd"], "strategy = 'os:getcwd': TypeError: "),
+        (["--strategy", "builtins:repr"], "without distinct, reads_values, pick, add"),
+        (["--strategy", "TYPO", "--server", "http://127.0.0.1:1", "--model", "missing"], "strategy = 'TYPO'"),
         (["--trees", ".", "--server", "http://127.0.0.1:1", "--model", "missing"], "--trees .: Is a directory"),
         (["--prune", "nan"], "prune nan"),
         (["--exploration", "nan"], "exploration nan"),
@@ -284,6 +301,37 @@ def test_what_cannot_be_used_is_one_message_and_status_2(
 ) -> None:
     with pytest.raises(SystemExit) as stop:
         search_cli.main(["--strategy", "dfs", "--problems", str(problems), "--budget-nodes", "5", *changes])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["problems", "template"])
+def test_trees_do_not_replace_what_is_read(name: str, problems: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    read = {"problems": problems, "template": problems.with_name("template.txt")}
+    read["template"].write_text("{numbers} -> {target}")
+    before = read[name].read_bytes()
+    trees = ["--trees", f"{read[name].parent}/./{read[name].name}", "--template", str(read["template"])]
+    with pytest.raises(SystemExit) as stop:
+        search_cli.main(["--strategy", "dfs", "--problems", str(problems), "--budget-nodes", "5", *trees])
+    assert stop.value.code == 2 and f"is the file of --{name}" in capsys.readouterr().err and read[name].read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("value", "serves", "message"),
+    [("none", False, "give --server"), ("oracle", True, "--value oracle knows arithmetic"), ("heuristic", True, "--value heuristic knows")],
+)
+def test_a_value_that_suits_no_row_of_the_file_is_status_2(
+    value: str, serves: bool, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def connected(*_: object) -> search_server.Policy:
+        return search_server.Policy(RandomPlayer(), DirectoryTokenizer(tmp_path), policy(RandomPlayer()), writes_words=False)
+
+    TOKENIZER.save(tmp_path)
+    monkeypatch.setattr(search_cli, "connect", connected)
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"problem": "1+1?", "answer": "2"}\n[]\n')
+    server = ["--server", "http://127.0.0.1:1"] if serves else []
+    with pytest.raises(SystemExit) as stop:
+        search_cli.main(["--strategy", "dfs", "--problems", str(path), "--budget-nodes", "5", "--value", value, *server])
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
