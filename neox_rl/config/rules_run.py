@@ -57,7 +57,7 @@ def paths_exist(config: RunConfig, machine: Machine) -> Iterator[str]:
 def checkpoint_fits(config: RunConfig, machine: Machine) -> Iterator[str]:
     """The ranks would say so minutes later. The vocabulary is the tokenizer's, which is not read here: ``run.launch`` compares it."""
     path = config.metarl.warmstart.hf_checkpoint
-    if not path or not machine.exists(path) or any(own_parts_exist(config, machine)):
+    if not path or not Path(path).exists() or any(own_parts_exist(config, machine)):
         return
     try:
         check_directory(Path(path), hf_config(config, vocab_size=0))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tests.unit.rule_cases import FAR, GPU, NEOX, Case
 
+HERE = Path(__file__).parent
 SCORED = "metarl.reward.kind=gain metarl.objective.baseline=mean "
 RUN_CASES = (
     Case("name_is_a_file_name", "metarl.name=../x", "metarl.name = '../x'", "metarl.name=x-1.2_b"),
     Case("name_is_a_file_name", "metarl.name=''", "metarl.name = ''", "metarl.name=x"),
     Case("paths_exist", "load=gone", "load = 'gone': does not exist", "load=here/checkpoint"),
     Case("paths_exist", "metarl.warmstart.hf_checkpoint=gone", "is downloaded first", "metarl.warmstart.hf_checkpoint=here"),
-    Case("checkpoint_fits", "metarl.warmstart.hf_checkpoint=here", "= 'here': here holds no *.saf", "metarl.warmstart.hf_checkpoint=''"),
+    Case("checkpoint_fits", f"metarl.warmstart.hf_checkpoint={HERE}", f"{HERE} holds no", "metarl.warmstart.hf_checkpoint=''"),
     Case("paths_exist", "metarl.debug.batches=gone", "metarl.debug.batches = 'gone'", "metarl.debug.batches=here"),
     Case("servers_come_from_one_place", "metarl.servers.addresses=[http://a:1]", "set num_servers: 0", "metarl.servers.num_servers=0"),
     Case(
