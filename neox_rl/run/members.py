@@ -6,7 +6,8 @@
 
 Only serving members get requests. Live is the newest version that every serving member attests, and it never falls: a member that is late
 with a switch by more than one heartbeat after the first one that made it is suspended, and live goes on without it. It serves again once it
-attests the live version. Whoever is silent for longer than a start may take, or answers but comes to no newer version for longer than
+attests the live version, and is not waited for again before it was in time once: one that is always late would cost every version a
+heartbeat. Whoever is silent for longer than a start may take, or answers but comes to no newer version for longer than
 that may take, is lost: it would be left behind for good, and nobody would hear of it.
 """
 
@@ -39,7 +40,8 @@ class State(StrEnum):
 class Member:
     """One server. ``version`` is the last that it attested since it was started, ``digest`` that of its weights; ``since`` is when
     ``state`` began. ``incarnation`` names this life of it, empty before it first answers: what an earlier life staged does not count.
-    ``owes_since``: a version newer than its own is offered since then, and it has switched to none; inf where it owes none."""
+    ``owes_since``: a version newer than its own is offered since then, and it has switched to none; inf where it owes none. ``late``: live
+    went on without it, and it was not in time since."""
 
     name: str
     address: str
@@ -51,6 +53,7 @@ class Member:
     digest: str = ""
     incarnation: str = ""
     owes_since: float = math.inf
+    late: bool = False
 
     @property
     def workers(self) -> frozenset[str]:
@@ -99,7 +102,7 @@ class Members:
 
     def begin(self, member: Member, incarnation: str, now: float) -> None:
         """It answers, with weights that are nobody's, and begins to stage under this name."""
-        member.incarnation, member.version, member.digest = incarnation, NO_VERSION, ""
+        member.incarnation, member.version, member.digest, member.late = incarnation, NO_VERSION, "", False
         self._owe(member, now)
         self._set(member, State.STAGING, "", now)
 
@@ -107,8 +110,8 @@ class Members:
         """After a switch: it serves, unless live has gone beyond it meanwhile."""
         member.version, member.digest = version, digest
         self._owe(member, now)
-        self._first.setdefault(version, now)
-        behind = version < self.live
+        first, behind = self._first.setdefault(version, now), version < self.live
+        member.late = member.late and (behind or now - first > self._heartbeat_s)
         self._set(member, State.STAGING if behind else State.SERVING, f"v{self.live} is live" if behind else "", now)
         self._settle()
 
@@ -155,12 +158,14 @@ class Members:
                 self._owe(member, now)
 
     def tick(self, now: float) -> None:
-        """Suspends whoever is late: others have attested a newer version for more than a heartbeat."""
+        """Suspends whoever is late: others have attested a newer version for more than a heartbeat, or at all where it was late before."""
         for member in self.serving:
             newer = [(at, version) for version, at in self._first.items() if version > member.version]
-            if newer and now - min(newer)[0] > self._heartbeat_s:
+            patience_s = 0.0 if member.late else self._heartbeat_s
+            if newer and now - min(newer)[0] > patience_s:
+                again, member.late = ", late as it was before" if member.late else "", True
                 version = min(newer)[1]
-                self.suspend(member, f"still at v{member.version}, {self._heartbeat_s:g} s after the first served v{version}", now)
+                self.suspend(member, f"still at v{member.version}, {patience_s:g} s after the first served v{version}{again}", now)
 
     def overdue(self, member: Member, silent_since: float, now: float, start_s: float, stage_s: float) -> str:
         """Why no more is to be hoped of this life of ``member``, with the limit; empty while there is hope.
@@ -204,5 +209,5 @@ class Members:
         version = min((member.version for member in self.serving), default=NO_VERSION)
         if version > self.live:
             self.live = version
-            self._first = {newer: at for newer, at in self._first.items() if newer > version}
+            self._first = {known: at for known, at in self._first.items() if known >= version}
             self._on_live(version)

@@ -68,6 +68,39 @@ def test_the_delay_counts_from_the_first_version_that_was_missed() -> None:
     assert story.live == [0, 3]
 
 
+def test_one_that_is_always_late_costs_one_heartbeat_and_is_waited_for_again_once_it_was_in_time() -> None:
+    story = Story("a", "b")
+    story.serving(0, "a", "b")
+    delays = dict[int, float]()
+    for version, behind_s in ((1, 1.5), (2, 1.5), (3, 1.5), (4, 0.5), (5, 0.5), (6, 1.5), (7, 1.5)):
+        at, comes = version * 10.0, False
+        story.serving(version, "a", at=at)
+        for now in (at + 0.05 * tick for tick in range(1, 100)):
+            if not comes and now >= at + behind_s:
+                comes = True
+                story.serving(version, "b", at=now)
+            story.members.tick(now)
+            if story.live[-1] == version and version not in delays:
+                delays[version] = round(now - at, 2)
+        assert story.states() == {"a": "serving", "b": "serving"}, "it serves in between"
+    assert delays == {1: 1.05, 2: 0.05, 3: 0.05, 4: 0.05, 5: 0.5, 6: 1.05, 7: 0.05}
+    assert story.of["b"].late and "b suspended v2" in story.said and "b suspended v4" not in story.said
+
+
+def test_one_that_was_started_again_or_has_just_come_is_not_late() -> None:
+    story = Story("a", "b")
+    story.serving(0, "a", "b")
+    story.serving(1, "a", at=10.0)
+    story.members.tick(12.0)
+    assert story.of["b"].late
+    story.members.begin(story.of["b"], "b@2", 20.0)
+    story.serving(1, "b", at=30.0)
+    assert story.states()["b"] == "serving" and not story.of["b"].late
+    story.serving(2, "a", at=40.0)
+    story.members.tick(41.0)
+    assert story.states()["b"] == "serving", "it is waited for"
+
+
 def test_a_lone_server_is_never_late() -> None:
     story = Story("a")
     story.serving(0, "a")
