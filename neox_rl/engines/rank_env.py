@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 from neox_rl.config.network import is_loopback
@@ -60,6 +60,16 @@ def rank_environment(environ: Mapping[str, str], default_master: str = "127.0.0.
             raise ConfigError(f"{local_key}={local_rank} is outside 0..{rank} ({rank_key}={rank}); unset what an outer job left")
         return RankEnv(rank, local_rank, world_size, master, port, environ.get(AGENT_STORE) == "True")
     return RankEnv(0, 0, 1, master, port)
+
+
+def hide_gpus(environ: MutableMapping[str, str]) -> None:
+    """On the CPU, which the launcher says by DS_ACCELERATOR, a rank sees no GPU.
+
+    DeepSpeed's launcher numbers the ranks in CUDA_VISIBLE_DEVICES there too: GPUs that the user hid with it would be back, and a rank
+    would be pinned to no core, or train on one. To be called before CUDA is asked for anything.
+    """
+    if environ.get("DS_ACCELERATOR") == "cpu":
+        environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def _integer(environ: Mapping[str, str], name: str, default: int) -> int:

@@ -22,7 +22,7 @@ from neox_rl.config.machine import Machine
 from neox_rl.config.network import curve_on
 from neox_rl.config.placement import place
 from neox_rl.config.run import RunConfig
-from neox_rl.engines.rank_env import rank_environment
+from neox_rl.engines.rank_env import hide_gpus, rank_environment
 from neox_rl.engines.registry import build_engine
 from neox_rl.errors import ConfigError, NeoxRLError, exit_status
 from neox_rl.keys import Keys
@@ -87,6 +87,7 @@ def train(paths: RunPaths, resume: bool) -> None:
     if interface := interface_towards(env.master_addr):
         for library in ("GLOO", "NCCL"):  # NCCL by itself listens on another interface than loopback wherever there is one
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface)
+    hide_gpus(os.environ)
     pin(config, Machine.here(), env.local_rank)
     if env.local_rank == 0:
         remove_stale_locks(os.environ)  # on the first node the launcher has done so

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import psutil
 import pytest
 
+from neox_rl.config.dump import dump
+from neox_rl.config.machine import visible_gpus
 from neox_rl.config.network import is_loopback
+from neox_rl.config.run import RunConfig
 from neox_rl.engines.rank_env import RankEnv, rank_environment
 from neox_rl.engines.world import device_index
 from neox_rl.errors import ConfigError
 from neox_rl.sockets import interface_towards
+from neox_rl.step import main
+from neox_rl.telemetry.paths import RunPaths
 from tests.e2e.runs import own_address
 
 MASTER = {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "1234"}
@@ -26,6 +34,27 @@ def test_every_launcher_says_the_same_in_its_own_words(launcher: dict[str, str])
 @pytest.mark.parametrize(("visible", "expected"), [(0, 3), (8, 3), (1, 0)])
 def test_a_rank_takes_its_own_of_all_gpus_or_the_only_one_that_it_sees(visible: int, expected: int) -> None:
     assert device_index(RankEnv(3, 3, 4, "h", 1), visible) == expected
+
+
+def test_gpus_that_are_hidden_from_a_run_stay_hidden_from_its_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's launcher numbers the ranks in CUDA_VISIBLE_DEVICES, on a CPU too: on a machine with a GPU they would see it again."""
+
+    class Pinned(Exception):
+        pass
+
+    def pinned(*_: object) -> None:
+        raise Pinned
+
+    environ = {"CUDA_VISIBLE_DEVICES": "0"}
+    monkeypatch.setattr(os, "environ", environ)
+    monkeypatch.setattr(main, "pin", pinned)
+    (tmp_path / "config.yml").write_text(dump(RunConfig()))
+    (tmp_path / "endpoints.json").write_text('{"master_port": 1}')
+    for found in ((1, ("0",)), (0, ())):
+        with pytest.raises(Pinned):
+            main.train(RunPaths.of(tmp_path), False)
+        assert visible_gpus(1, environ) == found
+        environ["DS_ACCELERATOR"] = "cpu"
 
 
 def test_a_lone_process_is_rank_0_of_1() -> None:
