@@ -32,6 +32,10 @@ class ProtocolError(WireError):
     """A peer of another release, or no peer of this project: repeating the message would not help."""
 
 
+class RefusedError(WireError):
+    """A request that servers refuse which answer others: it would be refused again, by any of them."""
+
+
 class WeightError(NeoxRLError):
     """A snapshot that is incomplete or whose digest differs: it must never become live."""
 
@@ -66,8 +70,9 @@ class JournalFullError(JournalError):
 
 GIVES_UP = 3
 """Exit status of a process whose error would only come again: the run is broken, not the process. Nobody starts it again."""
+_HOPELESS = ConfigError | DamagedError | StalenessError | JournalFullError | DiskStaysFullError | RefusedError
 
 
 def exit_status(error: NeoxRLError) -> int:
     """Of a process that ends with this error."""
-    return GIVES_UP if isinstance(error, ConfigError | DamagedError | StalenessError | JournalFullError | DiskStaysFullError) else 1
+    return GIVES_UP if isinstance(error, _HOPELESS) else 1

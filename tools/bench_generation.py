@@ -18,7 +18,7 @@ import aiohttp
 from benching import Half, describe_machine, parser, policy, ratio, rollout_half, table
 
 from neox_rl.rollout.groups import sampled_ids
-from neox_rl.rollout.vllm_client import ROUTE, request_body
+from neox_rl.rollout.vllm_requests import ROUTE, request_body
 from neox_rl.types import Problem, SamplingParams
 
 Answer = int | bytes

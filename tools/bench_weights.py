@@ -24,7 +24,7 @@ import torch
 import zmq
 from benching import Half, at_most, describe_machine, parser, policy, ratio, rollout_half, table
 
-from neox_rl.rollout.vllm_client import ROUTE
+from neox_rl.rollout.vllm_requests import ROUTE
 from neox_rl.telemetry.events import read_events
 from neox_rl.types import SamplingParams
 from neox_rl.weights.publisher import Publisher

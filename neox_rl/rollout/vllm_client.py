@@ -7,26 +7,25 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Self, TypeAlias, TypeVar
+from typing import NamedTuple, Self, TypeAlias, TypeVar
 
 import aiohttp
 import msgspec
 
 from neox_rl.bounded import most_bytes, read_bounded
-from neox_rl.errors import DeadlineError, NeoxRLError, WeightError, WireError
+from neox_rl.errors import DeadlineError, NeoxRLError, RefusedError, WeightError, WireError
 from neox_rl.rollout.pace import Paces, SlowError
 from neox_rl.rollout.vllm_control import parse_version
+from neox_rl.rollout.vllm_requests import ROUTE, request_body, score_body
 from neox_rl.types import NO_VERSION, Completion, Finish, SamplingParams, VersionSpan
 
 logger = logging.getLogger(__name__)
-ROUTE = "/inference/v1/generate"
 _NAN_LOGPROB = -9999.0
 """What vLLM sends for a log-prob that is NaN or minus infinity."""
 SPARED_S, MAX_DOUBLINGS = 10.0, 3
@@ -79,7 +78,7 @@ class ServerFailedError(NeoxRLError):
     """A server that did not answer, answered 5xx, or answered with what no policy made: another one may."""
 
 
-class _RefusedError(ServerFailedError):
+class _RefusesError(ServerFailedError):
     """A server that does not want the request: its own fault where another one answers it, the request's where all refuse."""
 
 
@@ -101,13 +100,14 @@ class _Asked(NamedTuple):
 @dataclass(slots=True)
 class _Server:
     """``calls``: its requests in flight; ``inflight``: the completions that these ask for. ``left``: what is in flight is to move.
-    ``failures``: how often it was spared since it last answered; ``spared_until``: when that ends."""
+    ``failures``: how often it was spared since it last answered; ``spared_until``: when that ends. ``answers``: it has answered one."""
 
     serving: bool = True
     left: bool = False
     inflight: int = 0
     failures: int = 0
     spared_until: float = 0.0
+    answers: bool = False
     calls: set[asyncio.Task[tuple[int, bytes]]] = field(default_factory=set)
 
 
@@ -118,8 +118,9 @@ class VllmGenerator:
     ``addresses`` as in ``http://127.0.0.1:8000``: those that serve from the start. Others come and go (``serve``, ``suspend``, ``forget``);
     with none serving a request waits for one. A request that fails because its server did is sent to others, at most ``max_attempts`` times
     in all, within the one deadline ``request_timeout_s``; so is one whose answer cannot be, and one that is refused (4xx), which does not
-    go there again. ``on_failure(address, why)`` is called for each such failure. A deadline that passes is no such failure: the server may
-    be well and busy. It only comes last for a while. One that has had a request for longer than ``patience_s`` and is far slower than
+    go there again: where nobody else serves it waits for another server, unless those that refused it are seen to answer other requests.
+    ``on_failure(address, why)`` is called for each such failure. A deadline that passes is no such failure: the server may be well and
+    busy. It only comes last for a while. One that has had a request for longer than ``patience_s`` and is far slower than
     another (``rollout/pace.py``) loses that request to it, once a request.
     """
 
@@ -130,7 +131,7 @@ class VllmGenerator:
         self._timeout_s, self._patience_s, self._paces = request_timeout_s, patience_s, Paces()
         self._max_attempts = max_attempts
         self._session: aiohttp.ClientSession | None = None
-        self._served = asyncio.Event()
+        self._changed = asyncio.Event()
         self.on_failure: Callable[[str, str], None] = lambda *_: None
 
     async def __aenter__(self) -> Self:
@@ -146,9 +147,9 @@ class VllmGenerator:
         """Requests may go there from now on."""
         server = self._servers.setdefault(address, _Server())
         if server.left:
-            server.failures, server.spared_until = 0, 0.0  # it was started anew, or is another
+            server.failures, server.spared_until, server.answers = 0, 0.0, False  # it was started anew, or is another
         server.serving, server.left = True, False
-        self._served.set()
+        self._changed.set()
         self._move()
 
     def suspend(self, address: str) -> None:
@@ -173,6 +174,7 @@ class VllmGenerator:
         self._paces.forget(address)
         for call in self._servers.pop(address).calls:
             call.cancel()
+        self._changed.set()
 
     def standing(self, address: str) -> AbstractContextManager[None]:
         """While the server switches its version: no time in which a request there would be made."""
@@ -192,7 +194,8 @@ class VllmGenerator:
         return {address: server.inflight for address, server in self._servers.items()}
 
     async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> tuple[Completion, ...]:
-        """See ``ports.Generator``. Also raises ServerFailedError when every attempt failed, WireError when all servers refuse it."""
+        """See ``ports.Generator``. Also raises ServerFailedError when every attempt failed, WireError when all servers refuse it, and
+        RefusedError, which is one, where those that do answer other requests."""
         body = request_body(prompt_ids, params, n, rollout_id)
 
         def parsed(raw: bytes, server: str, seconds: float) -> tuple[Completion, ...]:
@@ -215,12 +218,12 @@ class VllmGenerator:
         tried: list[str] = []
         most = most_bytes(body, n * budget)
         failures: list[str] = []
-        refused: set[str] = set()
+        refused: dict[str, str] = {}
         began = time.monotonic()
         try:
             async with asyncio.timeout(self._timeout_s):
                 while len(failures) < self._max_attempts:
-                    tried.append(await self._pick(tried, refused))
+                    tried.append(await self._pick(tried, refused, rollout_id))
                     began = time.monotonic()
                     try:
                         return await self._answer(tried[-1], _Asked(body, n, budget, most), parse)
@@ -234,10 +237,9 @@ class VllmGenerator:
                         failures.append(str(error))
                         self._spare(tried[-1])
                         self.on_failure(tried[-1], str(error))
-                        if isinstance(error, _RefusedError):
-                            refused.add(tried[-1])
-                            if refused >= self._servers.keys():
-                                raise WireError("; ".join(failures)) from error
+                        if isinstance(error, _RefusesError):
+                            refused[tried[-1]] = str(error)
+                            self._judge(refused, rollout_id)
         except TimeoutError as error:
             serving = self._serving()
             where = tried[-1] if tried and tried[-1] in serving else "a server that serves"
@@ -249,13 +251,26 @@ class VllmGenerator:
             raise kind(f"rollout {rollout_id} from {where}", self._timeout_s, hint) from error
         raise ServerFailedError(f"rollout {rollout_id}: {len(failures)} attempts failed: {'; '.join(failures)}")
 
-    async def _pick(self, tried: Sequence[str], refused: Collection[str]) -> str:
+    async def _pick(self, tried: Sequence[str], refused: Mapping[str, str], rollout_id: str) -> str:
         """The least loaded server, those of this rollout's failed attempts last, before them those that failed others just now."""
         while not (serving := {address: server for address, server in self._servers.items() if server.serving and address not in refused}):
-            self._served.clear()
-            await self._served.wait()
+            self._judge(refused, rollout_id)
+            self._changed.clear()
+            await self._changed.wait()
         now = time.monotonic()
         return min(serving, key=lambda address: (tried.count(address), now < serving[address].spared_until, serving[address].inflight))
+
+    def _judge(self, refused: Mapping[str, str], rollout_id: str) -> None:
+        """Raises where a refused request has nobody to wait for: what a server refuses that answers others no other would take."""
+        refusing = [server for address, server in self._servers.items() if address in refused]
+        if not refusing or any(server.serving for address, server in self._servers.items() if address not in refused):
+            return
+        words = "; ".join(refused.values())
+        if all(server.answers for server in refusing):
+            fix = "if it is too long, raise seq_length or lower metarl.rollout.max_new_tokens"
+            raise RefusedError(f"rollout {rollout_id}: servers that answer other requests refuse this one: {words}; {fix}")
+        if refused.keys() >= self._servers.keys():
+            raise WireError(words)
 
     def _spare(self, address: str) -> bool:
         """What was in flight there fails soon after where one does: that is one failure. Whether it is the first."""
@@ -283,6 +298,9 @@ class VllmGenerator:
             raise ServerFailedError(f"{address}: its answer cannot be read: {error!r:.300}") from error
         if server := self._servers.get(address):
             server.failures = 0
+            if not server.answers:
+                server.answers = True
+                self._changed.set()
         return found
 
     async def _request(self, address: str, asked: _Asked) -> bytes:
@@ -305,7 +323,7 @@ class VllmGenerator:
         if status >= 500:
             raise ServerFailedError(f"{address} answered {status}: {raw[:200]!r}")
         if status != 200:
-            raise _RefusedError(f"{address} refused the request with {status}: {raw[:500]!r}")
+            raise _RefusesError(f"{address} refused the request with {status}: {raw[:500]!r}")
         return raw
 
     async def _post(self, address: str, asked: _Asked) -> tuple[int, bytes]:
@@ -316,28 +334,6 @@ class VllmGenerator:
                 return response.status, await read_bounded(response, asked.most_bytes, ServerFailedError)
         except aiohttp.ClientError as error:
             raise ServerFailedError(f"{address}: {type(error).__name__}: {error}") from error
-
-
-def request_body(prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> bytes:
-    """The JSON of one request for ``n`` completions."""
-    sampling: dict[str, Any] = {
-        "n": n,
-        "max_tokens": params.max_tokens,
-        "temperature": params.temperature,
-        "top_p": params.top_p,
-        "stop_token_ids": list(params.stop_token_ids),
-        "logprobs": 0,
-        "detokenize": False,
-    }
-    if params.seed is not None:
-        sampling["seed"] = params.seed
-    return json.dumps({"token_ids": list(prompt_ids), "sampling_params": sampling}).encode()
-
-
-def score_body(prompt_ids: Sequence[int], ids: Sequence[int]) -> bytes:
-    """The JSON of one request for the log-probs of ``ids`` after ``prompt_ids``: a prompt, of which no more than one token is sampled."""
-    sampling = {"n": 1, "max_tokens": 1, "temperature": 1.0, "logprobs": 0, "prompt_logprobs": 0, "detokenize": False}
-    return json.dumps({"token_ids": [*prompt_ids, *ids], "sampling_params": sampling}).encode()
 
 
 def parse_score(raw: bytes, ids: Sequence[int], server: str) -> Completion:

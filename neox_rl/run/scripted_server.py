@@ -36,7 +36,7 @@ from neox_rl.ports import Tokenizer
 from neox_rl.problems.sources import load_problems
 from neox_rl.problems.tokenizer import load_tokenizer
 from neox_rl.rollout.scripted import LOGPROB, Scripts, Switches, choice
-from neox_rl.rollout.vllm_client import ROUTE
+from neox_rl.rollout.vllm_requests import ROUTE
 from neox_rl.rollout.vllm_server import ServerSpec
 from neox_rl.run.scripted_calls import last_said, words_with
 from neox_rl.search.dfs import dfs

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from dataclasses import replace
 
 import pytest
 from aiohttp import web
 
 from neox_rl.bounded import most_bytes
-from neox_rl.errors import WeightError, WireError
-from neox_rl.rollout.vllm_client import ServerFailedError, VllmGenerator, request_body
+from neox_rl.errors import GIVES_UP, RefusedError, WeightError, WireError, exit_status
+from neox_rl.rollout.vllm_client import ServerFailedError, VllmGenerator
 from neox_rl.rollout.vllm_completions import CompletionsGenerator
 from neox_rl.rollout.vllm_control import VllmControl
+from neox_rl.rollout.vllm_requests import request_body
 from tests.unit.test_vllm_client import PARAMS, Handler, broken, good, serve
 
 
@@ -58,6 +60,68 @@ def test_a_request_that_the_only_serving_server_refuses_waits_for_another() -> N
             generator.suspend(addresses[1])
             generator.on_failure = lambda *_: generator.serve(addresses[1])
             assert len(await generator.sample([1], PARAMS, 2, "g0")) == 2
+        await close()
+
+    asyncio.run(story())
+
+
+async def refuses_long(request: web.Request) -> web.Response:
+    return await (refuses if (await request.json())["sampling_params"]["max_tokens"] > PARAMS.max_tokens else good)(request)
+
+
+LONG = replace(PARAMS, max_tokens=PARAMS.max_tokens + 1)
+
+
+def test_a_request_that_a_server_refuses_which_answers_others_ends_at_once_though_another_is_away() -> None:
+    async def story() -> None:
+        addresses, close = await serve([refuses_long, good])
+        async with VllmGenerator(addresses, 60.0) as generator:
+            generator.suspend(addresses[1])
+            await generator.sample([1], PARAMS, 2, "g0")
+            with pytest.raises(RefusedError, match=r"rollout g000017: .*max_tokens is too large.*raise seq_length or lower") as caught:
+                await asyncio.wait_for(generator.sample([1], LONG, 2, "g000017"), 20.0)
+            assert exit_status(caught.value) == GIVES_UP
+            generator.serve(addresses[1])
+            assert len(await generator.sample([1], LONG, 2, "g000017")) == 2, "one that serves is asked"
+        await close()
+
+    asyncio.run(story())
+
+
+def test_a_request_that_waits_after_a_refusal_ends_once_that_server_answers_another() -> None:
+    async def story() -> None:
+        addresses, close = await serve([refuses_long, good])
+        refused = asyncio.Event()
+        async with VllmGenerator(addresses, 60.0) as generator:
+            generator.on_failure = lambda *_: refused.set()
+            generator.suspend(addresses[1])
+            await generator.sample([1], PARAMS, 2, "g0")
+            generator.move(addresses[0])
+            generator.serve(addresses[0])  # started again: what answered there was another
+            waiting = asyncio.create_task(generator.sample([1], LONG, 2, "g1"))
+            await asyncio.wait_for(refused.wait(), 20.0)
+            assert not waiting.done()
+            await generator.sample([1], PARAMS, 2, "g2")
+            with pytest.raises(RefusedError):
+                await asyncio.wait_for(waiting, 20.0)
+        await close()
+
+    asyncio.run(story())
+
+
+def test_a_request_whose_other_server_leaves_does_not_wait_for_it() -> None:
+    async def story() -> None:
+        addresses, close = await serve([refuses, good])
+        refused = asyncio.Event()
+        async with VllmGenerator(addresses, 60.0) as generator:
+            generator.on_failure = lambda *_: refused.set()
+            generator.suspend(addresses[1])
+            waiting = asyncio.create_task(generator.sample([1], PARAMS, 2, "g0"))
+            await asyncio.wait_for(refused.wait(), 20.0)
+            generator.forget(addresses[1])
+            with pytest.raises(WireError, match="max_tokens is too large") as caught:
+                await asyncio.wait_for(waiting, 20.0)
+            assert exit_status(caught.value) != GIVES_UP, "nobody knows whether it is the server"
         await close()
 
     asyncio.run(story())

@@ -18,9 +18,8 @@ from neox_rl.rollout.vllm_client import (
     VllmGenerator,
     parse_response,
     parse_score,
-    request_body,
-    score_body,
 )
+from neox_rl.rollout.vllm_requests import request_body, score_body
 from neox_rl.types import Completion, Finish, SamplingParams, VersionSpan
 
 PARAMS = SamplingParams(max_tokens=8, temperature=0.7, stop_token_ids=(2,))
