@@ -291,6 +291,15 @@ def solutions_are_scored(config: RunConfig, machine: Machine) -> Iterator[str]:
         )
 
 
+def gains_bring_their_baseline(config: RunConfig, machine: Machine) -> Iterator[str]:
+    m = config.metarl
+    if m.reward.kind == "gain" and m.objective.baseline != "none":
+        yield (
+            f"metarl.objective.baseline = {m.objective.baseline}: log pi(S | q) is the same for all of a group, so reward.kind: gain trains"
+            " what kind: solution trains, which asks once less a group; set baseline: none, or reward.kind: solution"
+        )
+
+
 def reward_model_is_trained_alone(config: RunConfig, machine: Machine) -> Iterator[str]:
     w, n = config.metarl.warmstart, config.neox
     if w.style != "values":
@@ -326,4 +335,4 @@ RL_RULES = (
     publishing_keeps_up,
     clips_are_sensible,
 )
-RL_WARNINGS = (stale_samples_are_corrected, policy_has_a_start, searches_alone_have_a_start)
+RL_WARNINGS = (stale_samples_are_corrected, policy_has_a_start, searches_alone_have_a_start, gains_bring_their_baseline)

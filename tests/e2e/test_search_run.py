@@ -43,13 +43,16 @@ def test_searches_are_generated_queued_and_trained_and_the_books_are_right(tmp_p
     assert "VIOLATED" not in audited(run)
 
 
-def test_a_solution_s_likelihood_is_a_reward_and_its_tokens_are_in_the_books(tmp_path: Path) -> None:
-    """The scripted policy finds every token as likely as not, so a reward is the solution's tokens times log 1/2."""
-    settings = ("metarl.reward.kind=solution", "metarl.objective.baseline=mean")
+@pytest.mark.parametrize(("kind", "baseline"), [("solution", "mean"), ("gain", "none")])
+def test_a_solution_s_likelihood_is_a_reward_and_its_tokens_are_in_the_books(tmp_path: Path, kind: str, baseline: str) -> None:
+    """The scripted policy finds every token as likely as not, so a reward is the solution's tokens times log 1/2, whatever the search:
+    nothing is gained by it."""
+    settings = (f"metarl.reward.kind={kind}", f"metarl.objective.baseline={baseline}")
     run = Run(tmp_path, "likely", "train_iters=3", *SHORT, *settings)
     assert run.wait() == 0, run.said()
     rows = [row for row in run.metrics() if row["phase"] == "rl"]
-    assert [row["step"] for row in rows] == [1, 2, 3] and all(row["reward_mean"] < 5 * math.log(0.5) for row in rows)
+    assert [row["step"] for row in rows] == [1, 2, 3] and sum(row["tokens_trained"] for row in rows) > 0
+    assert all((row["reward_mean"] < 5 * math.log(0.5)) if kind == "solution" else row["reward_mean"] == 0 for row in rows)
     trained = [row for row in read_jsonl(run.paths.rollouts) if row["label"] == "train"]
     assert trained and all("solution" in row["text"] and not row["correct"] for row in trained)
     assert "VIOLATED" not in audited(run)

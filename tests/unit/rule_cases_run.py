@@ -194,6 +194,18 @@ RUN_CASES = (
         "so the two terms of the gradient are out of proportion; set baseline: mean",
         "metarl.objective.baseline=mean",
     ),
+    Case(
+        "gains_bring_their_baseline",
+        "metarl.reward.kind=gain metarl.objective.baseline=rloo",
+        "baseline = rloo: log pi(S | q) is the same for all of a group",
+        "metarl.objective.baseline=none",
+    ),
+    Case(
+        "gains_bring_their_baseline",
+        "metarl.reward.kind=gain",
+        "so reward.kind: gain trains what kind: solution trains",
+        "metarl.reward.kind=solution",
+    ),
     Case("solutions_are_scored", "metarl.reward.kind=gain", "or metarl.reward.solution_weight: 0", "metarl.reward.solution_weight=0"),
     Case(
         "solutions_are_scored",
