@@ -113,6 +113,7 @@ class History:
     digests: dict[int, str] = field(default_factory=dict)
     published: int = -1
     evaluated: dict[str, Json] = field(default_factory=dict)
+    """Label -> metrics; None: it was, and no record says what came out."""
     state: dict[str, Any] = field(default_factory=dict)
     """What the trainer's checkpoint would hold now: the orchestrator's state after the last batch."""
     sft: dict[str, int] = field(default_factory=dict)
@@ -204,6 +205,10 @@ class History:
         self.spans = {t: m for t, m in self.spans.items() if t in self.open}
         self.positions = {t: p for t, p in self.positions.items() if t in keep}
         self.refusals = {t: n for t, n in self.refusals.items() if t in self.open}
+
+    def _heard(self, sft_step: int, rl_step: int) -> None:
+        """The trainer's messages are handled in order: one that came says that these were reported, also where damage took that record."""
+        self.reported = {"sft": max(self.reported["sft"], sft_step), "rl": max(self.reported["rl"], rl_step)}
 
     # one method a kind
 
@@ -307,8 +312,11 @@ class History:
         self.steps[phase] = step
         self.state = dict(meta["state"])
         if phase == "sft":
+            self._heard(step - 1, 0)
             self.sft = {"draws": int(meta["draws"]), "ticket": int(meta["ticket"])}
             return
+        self._heard(self.steps["sft"], step - 1)
+        self.evaluated.setdefault("warmstart", None)  # before the first of these, whatever came out
         tickets = tuple(int(t) for t in meta["tickets"])
         same = self.replay.get(step) == tickets
         self.replay = {s: t for s, t in self.replay.items() if s > step} if same else {}
@@ -325,19 +333,26 @@ class History:
     def _published(self, meta: Mapping[str, Any], _: bytes | memoryview) -> None:
         self.published = int(meta["version"])
         self.digests[self.published] = str(meta["digest"])
+        self._heard(self.steps["sft"], self.published)
 
     def _stopped(self, meta: Mapping[str, Any], _: bytes | memoryview) -> None:
         self.stopped = True
+        self._heard(self.steps["sft"], self.steps["rl"])
 
     def _evaluated(self, meta: Mapping[str, Any], _: bytes | memoryview) -> None:
         self.evaluated[str(meta["label"])] = meta["metrics"]
+        self._heard(self.steps["sft"], int(meta["version"]))
 
     def _reported(self, meta: Mapping[str, Any], _: bytes | memoryview) -> None:
-        self.reported[str(meta["phase"])] = int(meta["step"])
+        rl = meta["phase"] == "rl"
+        self._heard(self.steps["sft"] if rl else int(meta["step"]), int(meta["step"]) if rl else 0)
 
     def _checkpoint(self, meta: Mapping[str, Any], _: bytes | memoryview) -> None:
         """A resume goes to the newest checkpoint. Who goes back before it, because it is damaged, begins anew: what was trained by then,
         and with which problems, is not kept."""
+        self._heard(int(meta["sft_step"]), int(meta["rl_step"]))
+        if int(meta["rl_step"]) == self.published and int(meta["id"]) > self.last + 1:  # only an evaluation comes between these two
+            self.evaluated.setdefault("final" if self.published else "warmstart", None)
         self.forgotten = max(self.forgotten, int(meta["rl_step"]))
         self.taken = {step: tickets for step, tickets in self.taken.items() if step > int(meta["rl_step"])}
         self._prune()

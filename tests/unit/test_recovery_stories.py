@@ -205,8 +205,8 @@ class Trainer:
             if not self.answer.groups:
                 yield "done", {"reason": "stopped"}
             self._train("rl", step)
-            yield "published", self._publish()
             yield "report", {"phase": Phase.RL, "step": step, "metrics": {"loss": 1.0}}
+            yield "published", self._publish()
             if step % SAVE_EVERY == 0 and self.world.segment_bytes is None:
                 keys = {"sft": self.sft, "rl": self.rl, "weights": self.weights, "state": self.state}
                 self.checkpoint = keys | {"trained": dict(self.trained), "digests": dict(self.digests)}

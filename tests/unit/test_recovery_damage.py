@@ -1,0 +1,147 @@
+"""Damage in the midst of a journal: whichever record it takes, what is written for people stays, and every ticket is trained once.
+
+The small run of ``test_recovery_stories``, whose trainer says here all that the real loop says, and hears what the socket would tell it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from neox_rl.ages import count_ages, token_ages
+from neox_rl.errors import JournalError
+from neox_rl.queue.book import Book
+from neox_rl.queue.records import Record
+from neox_rl.queue.wire_messages import Phase
+from neox_rl.run.orchestrator import Orchestrator
+from neox_rl.telemetry.jsonl import read_jsonl
+from tests.unit import test_recovery_stories as stories
+from tests.unit.test_recovery_stories import SAVE_EVERY, SFT, STEPS, B, Disk, Policy, Trainer, World, check, live_on
+
+LABELS = ["warmstart", "final"]
+
+
+@pytest.fixture(autouse=True)
+def damaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stories, "Book", partial(Book, has_holes=True))
+
+
+class Recorded(World):
+    """Every rollout is recorded, and servers hold what the trainer publishes also where the orchestrator's journal does not say so."""
+
+    def __init__(self, root: Path, seed: int, faithful: bool = True) -> None:
+        super().__init__(root, seed, faithful)
+        rollout = replace(self.config.metarl.rollout, record_every=1)
+        self.config = replace(self.config, metarl=replace(self.config.metarl, rollout=rollout))
+        self.follows = False
+        """An orchestrator takes over from another, while trainer and servers live."""
+
+    def policy(self) -> Policy:
+        return Served(self)
+
+
+class Served(Policy):
+    async def run(self, on_live: Any) -> None:
+        assert isinstance(self.world, Recorded)
+        if self.world.follows and self.offered:
+            self.promise(max(self.offered))
+        await super().run(on_live)
+
+
+class Loop(Trainer):
+    """``neox_rl/step/loop.py`` without an engine."""
+
+    def _messages(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        state = self.state | {"sft_step": self.sft, "rl_step": self.rl}
+        yield "hello", {"session": self.session, "world": 1, "pid": 1, "attempt": self.attempt, "state": state}
+        for step in range(self.sft + 1, SFT + 1):
+            yield from self._step(Phase.SFT, step)
+        yield "published", self._publish()
+        if self.rl == 0:
+            yield "evaluate", {"label": "warmstart", "version": 0}
+        for step in range(self.rl + 1, STEPS + 1):
+            yield from self._step(Phase.RL, step)
+            yield "published", self._publish()
+            if step % SAVE_EVERY == 0:
+                yield self._save()
+        yield "evaluate", {"label": "final", "version": STEPS}
+        yield self._save()
+        yield "done", {"reason": "finished"}
+
+    def _step(self, phase: Phase, step: int) -> Iterator[tuple[str, dict[str, Any]]]:
+        yield "next", {"phase": phase, "step": step}
+        self._train(phase.value, step)
+        metrics: dict[str, Any] = {"loss": 1.0}
+        if phase is Phase.RL:
+            traces = [trace for group in self.trained["rl", step] for trace in group.traces]
+            ages = count_ages(token_ages(trace, step) for trace in traces)
+            metrics |= {"staleness_hist": {str(age): tokens for age, tokens in ages.items()}, "staleness_max": max(ages)}
+            metrics |= {"tokens_trained": sum(ages.values()), "tokens_masked_stale": 0}
+        yield "report", {"phase": phase, "step": step, "metrics": metrics}
+
+    def _save(self) -> tuple[str, dict[str, Any]]:
+        keys = {"sft": self.sft, "rl": self.rl, "weights": self.weights, "state": self.state}
+        self.checkpoint = keys | {"trained": dict(self.trained), "digests": dict(self.digests)}
+        self.world.saved.append(self.checkpoint)
+        return "checkpoint", {"sft_step": self.sft, "rl_step": self.rl}
+
+    async def talk(self, orchestrator: Orchestrator, policy: Policy) -> None:
+        """Raises JournalError where ``ExperienceServer`` refuses: a session that it does not know, or a message that nobody can repeat."""
+        history = orchestrator._book.history
+        since = self.unacked[0][0] if self.unacked else self.id + 1
+        if since > (history.last if history.session == self.session else 0) + 1:
+            raise JournalError("the journal lost what the trainer cannot repeat")
+        await super().talk(orchestrator, policy)
+
+
+def interrupted(world: Recorded, at: int | None) -> tuple[Loop, list[Record]]:
+    """The first orchestrator dies at its ``at``-th record, or at the end with its last answer; and what its successor finds."""
+    trainer, disk = Loop(world, 0, None), Disk([], at, world.rng)
+    world.follows = False
+    with contextlib.suppress(ExceptionGroup):
+        asyncio.run(live_on(world, trainer, disk))
+    return trainer, disk.left()
+
+
+def follow(world: Recorded, trainer: Loop, records: Sequence[Record]) -> list[Record]:
+    """The next orchestrator takes over, to the end of the run."""
+    world.follows = True
+    disk = Disk(records, None, world.rng)
+    asyncio.run(live_on(world, trainer, disk))
+    return disk.records
+
+
+def check_rows(world: World, whole: bool = True) -> None:
+    assert [row["label"] for row in read_jsonl(world.paths.evaluations)] == LABELS
+    rollouts = [(row["label"], row["id"]) for row in read_jsonl(world.paths.rollouts)]
+    assert [label for label, _ in rollouts if label != "train"] == LABELS
+    if whole:
+        assert {id for label, id in rollouts if label == "train"} == {f"g{ticket:06d}/r0" for ticket in range(B * STEPS)}
+
+
+@pytest.mark.parametrize("kind", ["reported", "evaluated"])
+def test_what_was_written_for_people_outlives_the_record_that_says_so(tmp_path: Path, kind: str) -> None:
+    """Each but the last: of that one the trainer's next word is the same as if it had never been."""
+    at = 30
+    while True:
+        world = Recorded(tmp_path / f"{at}", at)
+        trainer, records = interrupted(world, at)
+        told = [i for i, record in enumerate(records) if record.kind == kind and any("id" in r.meta for r in records[i + 1 :])]
+        for hit in told:
+            world = Recorded(tmp_path / f"{at}-{hit}", at)
+            trainer, records = interrupted(world, at)
+            assert records[hit].kind == kind
+            follow(world, trainer, records[:hit] + records[hit + 1 :])
+            check(world, trainer)
+            check_rows(world)
+        if trainer.done:
+            break
+        at += 9
+    assert told
