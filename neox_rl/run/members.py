@@ -7,8 +7,8 @@
 Only serving members get requests. Live is the newest version that every serving member attests, and it never falls: a member that is late
 with a switch by more than one heartbeat after the first one that made it is suspended, and live goes on without it. It serves again once it
 attests the live version, and is not waited for again before it was in time once: one that is always late would cost every version a
-heartbeat. Whoever is silent for longer than a start may take, or answers but comes to no newer version for longer than
-that may take, is lost: it would be left behind for good, and nobody would hear of it.
+heartbeat. Whoever is silent for longer than a start may take, or answers but neither comes to a newer version
+nor copies one for longer than that may take, is lost: it would be left behind for good, and nobody would hear of it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Member:
     """One server. ``version`` is the last that it attested since it was started, ``digest`` that of its weights; ``since`` is when
     ``state`` began. ``incarnation`` names this life of it, empty before it first answers: what an earlier life staged does not count.
     ``owes_since``: a version newer than its own is offered since then, and it has switched to none; inf where it owes none. ``late``: live
-    went on without it, and it was not in time since."""
+    went on without it, and it was not in time since. ``copied``: the newest version that it held when live was beyond it already."""
 
     name: str
     address: str
@@ -54,6 +54,7 @@ class Member:
     incarnation: str = ""
     owes_since: float = math.inf
     late: bool = False
+    copied: int = NO_VERSION
 
     @property
     def workers(self) -> frozenset[str]:
@@ -102,7 +103,8 @@ class Members:
 
     def begin(self, member: Member, incarnation: str, now: float) -> None:
         """It answers, with weights that are nobody's, and begins to stage under this name."""
-        member.incarnation, member.version, member.digest, member.late = incarnation, NO_VERSION, "", False
+        member.incarnation, member.version, member.digest = incarnation, NO_VERSION, ""
+        member.late, member.copied = False, NO_VERSION
         self._owe(member, now)
         self._set(member, State.STAGING, "", now)
 
@@ -114,6 +116,17 @@ class Members:
         member.late = member.late and (behind or now - first > self._heartbeat_s)
         self._set(member, State.STAGING if behind else State.SERVING, f"v{self.live} is live" if behind else "", now)
         self._settle()
+
+    def copied(self, member: Member, version: int, now: float) -> bool:
+        """It holds a version that is too old to serve by now. Whether this is the first such one since it was started.
+
+        A new start would copy no faster: while one copy after the other comes it is not overdue.
+        """
+        if version <= member.copied:
+            return False
+        first, member.copied, member.owes_since = member.copied == NO_VERSION, version, now
+        member.why = f"its copy of v{version} came when v{self.live} was live: raise metarl.weights.publish_every, or give it a faster link"
+        return first
 
     def answers(self, member: Member, silent_since: float, now: float) -> None:
         """It is there after all. One that was suspended serves again if it has the live version; else it must switch first.

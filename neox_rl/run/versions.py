@@ -234,6 +234,8 @@ class ServerKeeper:
                 if tended.answering and member.here and held > member.version and held >= self.members.live:
                     await self._switch(member, tended, held)
                 else:
+                    if tended.answering and member.here and held > member.version and self.members.copied(member, held, time.monotonic()):
+                        logger.warning("%s", member)
                     tended.wake.clear()
                     await _until(tended.wake, probe_at - time.monotonic())
         finally:
