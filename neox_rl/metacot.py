@@ -101,12 +101,12 @@ def goal_words(num_goals: int) -> tuple[str, ...]:
     return tuple(dict.fromkeys(word for word in goal_prompt(num_goals).split() if not word.isdigit()))
 
 
-def episode_words(num_episodes: int) -> tuple[str, ...]:
-    """The words around the episodes of one rollout (``neox_rl.episodes.protocol``), none where there is one episode at most."""
-    if num_episodes < 2:
-        return ()
-    resets = (RESET, FROM, *NAMED_STATES, *(f"{name}]" for name in NAMED_STATES))
+def episode_words(num_episodes: int, tagged: bool = False) -> tuple[str, ...]:
+    """The words around the episodes of one rollout (``neox_rl.episodes.protocol``); of one episode at most, those of TAGS if ``tagged``."""
     tags = tuple(dict.fromkeys(" ".join(TAGS).split()))
+    if num_episodes < 2:
+        return tags if tagged else ()
+    resets = (RESET, FROM, *NAMED_STATES, *(f"{name}]" for name in NAMED_STATES))
     return (EPISODE, *(f"{i}]" for i in range(2, num_episodes + 1)), RIGHT, WRONG, STOP, *resets, *tags)
 
 

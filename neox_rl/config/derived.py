@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from neox_rl.config.own import own
@@ -56,12 +57,18 @@ def prompt_tokens(config: RunConfig) -> int | None:
     return PROMPT_MARKERS + problems.num_numbers
 
 
-def symbolic_words(problems: ProblemsConfig, episodes: int = 1) -> tuple[str, ...]:
-    """The vocabulary of the symbolic tokenizer, for rollouts of at most so many episodes."""
+def symbolic_words(problems: ProblemsConfig, around: Sequence[str] = ()) -> tuple[str, ...]:
+    """The vocabulary of the symbolic tokenizer, with the words ``around`` attempts."""
     words = vocabulary(problems.max_value)
     if problems.source == "goal_finding":
         words = vocabulary(problems.num_goals) + goal_words(problems.num_goals)
-    return tuple(dict.fromkeys(words + episode_words(episodes)))
+    return tuple(dict.fromkeys((*words, *around)))
+
+
+def words_around(config: RunConfig) -> tuple[str, ...]:
+    """What stands around the attempts of a run's rollouts: the words of episodes, and of the tags of several discounts."""
+    e = config.metarl.episodes
+    return episode_words(e.count, len(e.gammas) > 1) if config.metarl.rollout.method == "episodes" else ()
 
 
 def num_episodes(config: RunConfig) -> int:

@@ -78,7 +78,8 @@ class EpisodesConfig:
     gammas: tuple[float, ...] = key(
         (1.0,),
         "discounts a token that the policy writes before its solution (21), any token where no word begins one; of several each group has"
-        " one, which its prompt tells by a tag: work quickly, take a moment, take your time. Held-out problems have the largest",
+        " one, which its prompt tells by a tag: work quickly, take a moment, take your time. Held-out problems have the largest, and"
+        " before and after RL each",
     )
     tool: str = key(
         "none",

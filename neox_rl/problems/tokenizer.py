@@ -129,14 +129,14 @@ class DirectoryTokenizer:
         return str(self._hf.decode(list(ids), skip_special_tokens=True))
 
 
-def load_tokenizer(cfg: TokenizerConfig, problems: ProblemsConfig, episodes: int = 1) -> Tokenizer:
-    """The tokenizer of ``tokenizer.path``; when that is empty the symbolic one, which knows the games alone, and the words around
-    at most so many ``episodes`` of a rollout."""
+def load_tokenizer(cfg: TokenizerConfig, problems: ProblemsConfig, around: Sequence[str] = ()) -> Tokenizer:
+    """The tokenizer of ``tokenizer.path``; when that is empty the symbolic one, which knows the games alone, and the words ``around``
+    attempts (``derived.words_around``)."""
     if cfg.path:
         return DirectoryTokenizer(Path(cfg.path), problems.template)
     if problems.free_text:
         raise ConfigError(f"problems.source {problems.source} needs tokenizer.path: the symbolic tokenizer has words for the games only")
-    return SymbolicTokenizer(symbolic_words(problems, episodes))
+    return SymbolicTokenizer(symbolic_words(problems, around))
 
 
 def _read(path: Path) -> HFTokenizer:

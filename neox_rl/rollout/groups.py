@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self, TypeVar
 
@@ -70,6 +70,10 @@ class Attempts:
     def chunked(self, chunks: Chunks) -> Self:
         """See ``ports.GroupMaker``."""
         return replace(self, generator=chunks(self.generator, Requests.ONE))
+
+    def by_tag(self) -> Mapping[str, Self]:
+        """Its prompts have no tags."""
+        return {"": self}
 
     async def attempt(self, problem: Problem, name: str, params: SamplingParams, size: int) -> tuple[Trace, ...]:
         """``size`` verified rollouts of ``problem``, ids ``<name>/r<i>``. Raises what the generator raises."""

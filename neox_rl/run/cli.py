@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from neox_rl.config.checkout import VARIABLE, find_checkout
-from neox_rl.config.derived import num_episodes, num_parameters, staleness_bound, symbolic_words, warmstart_skipped
+from neox_rl.config.derived import num_parameters, staleness_bound, symbolic_words, warmstart_skipped, words_around
 from neox_rl.config.dump import dump
 from neox_rl.config.load import parse
 from neox_rl.config.machine import Machine
@@ -120,5 +120,5 @@ def _model(config: RunConfig) -> str:
     )
     if config.metarl.tokenizer.path:
         return f"{shape}, and the embeddings of the tokenizer in {config.metarl.tokenizer.path}"
-    words = len(symbolic_words(config.metarl.problems, num_episodes(config)))
+    words = len(symbolic_words(config.metarl.problems, words_around(config)))
     return f"{num_parameters(config, words) / 1e6:.2f} M parameters: {shape}, vocabulary of {words}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -24,14 +24,15 @@ from neox_rl.types import Group, Problem, SamplingParams, Trace
 class EpisodeGroups:
     """The ``ports.GroupMaker`` of rollouts of several episodes, each of which is an attempt as ``attempts`` has it judged and rewarded.
 
-    ``gammas``: the discounts a token (21), in turn by ticket; held-out problems are attempted under the largest. ``baseline``: as in
-    ``batch.advantages``, over the episodes of one number.
+    ``gammas``: the discounts a token (21), in turn by ticket; ``heldout_gamma``: that under which held-out problems are attempted.
+    ``baseline``: as in ``batch.advantages``, over the episodes of one number.
     """
 
     attempts: Attempts
     rules: Rules
     objective: Objective
     gammas: tuple[float, ...]
+    heldout_gamma: float
     baseline: str
     tool: Tool | None
 
@@ -44,7 +45,7 @@ class EpisodeGroups:
         e = config.metarl.episodes
         limits = (config.metarl.rollout.max_new_tokens, max_policy_tokens(config), config.neox.seq_length)
         rules = Rules(e.count, Feedback(e.feedback), *limits)
-        return cls(attempts, rules, Objective(e.objective), e.gammas, config.metarl.objective.baseline, tool)
+        return cls(attempts, rules, Objective(e.objective), e.gammas, max(e.gammas), config.metarl.objective.baseline, tool)
 
     async def group(self, problem: Problem, ticket: int, params: SamplingParams, size: int) -> Group:
         """See ``ports.GroupMaker``."""
@@ -52,9 +53,13 @@ class EpisodeGroups:
         rollouts = await self._roll_out(problem, f"g{ticket:06d}", params, size, gamma)
         return Group(ticket, problem.id, credited(rollouts, self.objective, self.baseline))
 
+    def by_tag(self) -> Mapping[str, Self]:
+        """The same with held-out problems attempted under each discount, the largest last."""
+        return {tag: replace(self, heldout_gamma=gamma) for gamma, tag in tags_of(self.gammas).items()}
+
     async def attempt(self, problem: Problem, name: str, params: SamplingParams, size: int) -> tuple[Trace, ...]:
         """``size`` rollouts for an evaluation, ids ``<name>/r<i>``."""
-        return tuple(rollout.trace for rollout in await self._roll_out(problem, name, params, size, max(self.gammas)))
+        return tuple(rollout.trace for rollout in await self._roll_out(problem, name, params, size, self.heldout_gamma))
 
     def chunked(self, chunks: Chunks) -> Self:
         """See ``ports.GroupMaker``: tools and environments are asked again after a crash."""

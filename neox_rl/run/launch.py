@@ -24,7 +24,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from neox_rl.config.derived import hf_config, num_episodes
+from neox_rl.config.derived import hf_config, words_around
 from neox_rl.config.dump import dump
 from neox_rl.config.hf_directory import check_config
 from neox_rl.config.machine import Machine
@@ -109,7 +109,7 @@ def prepared(config: RunConfig, script: str, resume: bool, by_hand: bool = True)
 
     Whatever a user can get wrong is found first: a start that fails leaves the directory as it was. Raises ConfigError.
     """
-    tokenizer = load_tokenizer(config.metarl.tokenizer, config.metarl.problems, num_episodes(config))
+    tokenizer = load_tokenizer(config.metarl.tokenizer, config.metarl.problems, words_around(config))
     _refuse_vocabulary(config, tokenizer.vocab_size)
     if config.metarl.debug.mode == "train_only":
         refuse_unrecorded(config)

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from neox_rl.arithmetic import ARITHMETIC_TASKS
-from neox_rl.config.derived import num_episodes
+from neox_rl.config.derived import words_around
 from neox_rl.config.machine import Machine
 from neox_rl.config.network import curve_on
 from neox_rl.config.placement import num_servers
@@ -85,7 +85,7 @@ async def build_parts(config: RunConfig, paths: RunPaths, events: EventLog, stac
     metarl = config.metarl
     endpoints = read_endpoints(paths.endpoints)
     keys = Keys.of_run(curve_on(metarl.network), paths.keys)
-    tokenizer = load_tokenizer(metarl.tokenizer, metarl.problems, num_episodes(config))
+    tokenizer = load_tokenizer(metarl.tokenizer, metarl.problems, words_around(config))
     task = metarl.problems.task if metarl.problems.free_text else metarl.problems.source
     verifier = make_verifier(metarl.verify, task)
     stack.callback(verifier.close)

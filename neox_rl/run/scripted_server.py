@@ -24,7 +24,7 @@ from typing import Any
 from aiohttp import web
 
 from neox_rl.arithmetic import ARITHMETIC_TASKS
-from neox_rl.config.derived import num_episodes
+from neox_rl.config.derived import words_around
 from neox_rl.config.load import load_resolved
 from neox_rl.config.run import RunConfig
 from neox_rl.config.schema import ScriptedConfig
@@ -166,7 +166,7 @@ def scripts_of(config: RunConfig) -> Scripts:
     """The searches of the run's problems; with several episodes one search each."""
     metarl = config.metarl
     problems = load_problems(metarl.problems, metarl.seed)
-    tokenizer = load_tokenizer(metarl.tokenizer, metarl.problems, num_episodes(config))
+    tokenizer = load_tokenizer(metarl.tokenizer, metarl.problems, words_around(config))
     several = metarl.rollout.method == "episodes"
     tags = list(tags_of(metarl.episodes.gammas).values()) if several else [""]
     by_prompt = {tokenizer.encode_prompt(tagged(p.prompt, tag)): p for p in (*problems.train, *problems.heldout) for tag in tags}

@@ -24,7 +24,7 @@ from neox_rl.telemetry.rows import SEARCH_METRICS
 from neox_rl.telemetry.rundata import MODES, RunData, load_run
 from neox_rl.telemetry.shares import IDLE, PRECEDENCE, time_shares
 from neox_rl.telemetry.summary import build_summary
-from neox_rl.telemetry.table import search_mode, search_rows
+from neox_rl.telemetry.table import search_mode, search_rows, tag_rows
 
 MIN_SHARE = 0.002
 
@@ -65,6 +65,7 @@ def page_data(run: RunData) -> dict[str, Any]:
         "shares": _shares(run),
         "span_meaning": SPANS | {IDLE: "nothing that is recorded"},
         "faults": [asdict(fault) | {"at": clock(fault.at_s)} for fault in faults(run.events)],
+        "tags": tag_rows(summary),
         "search": _search(summary),
         "search_mode": search_mode(summary),
         "pairs": choose_pairs(run.rollouts),

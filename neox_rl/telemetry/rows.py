@@ -107,6 +107,14 @@ class IntervalRow(TypedDict):
     n: int
 
 
+class TagRow(TypedDict):
+    """What held-out rollouts came to whose prompts have one tag."""
+
+    accuracy: IntervalRow
+    tokens: IntervalRow
+    """That the policy wrote in a rollout."""
+
+
 class EpisodeRow(TypedDict, total=False):
     """What rollouts of several episodes found; entry k - 1 speaks of episode k."""
 
@@ -117,6 +125,9 @@ class EpisodeRow(TypedDict, total=False):
     solved_in: str
     """In which episode a rollout must be right to count as right in ``accuracy``: "the last episode", "the first episode", "one of the
     episodes". The last is the last that it had. Left out where a rollout has one at most."""
+    by_tag: dict[str, TagRow]
+    """Of a full evaluation of several discounts (``episodes.gammas``): each prompt tag, from the smallest discount to the largest, of which
+    everything else in the row is."""
 
 
 class EvaluationRow(EpisodeRow, total=False):

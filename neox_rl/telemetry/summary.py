@@ -18,8 +18,9 @@ def build_summary(run: RunData) -> dict[str, Json]:
 
     ``heldout_accuracy_*`` without a mode is the greedy one (the sampled one where greedy was not evaluated): it cannot
     rise by sharpening the distribution alone. ``heldout_solved_in``: of rollouts of several episodes, in which they must be right.
-    ``trainer_idle_frac`` is waiting for batches over the time of all RL steps. ``prefix_cache_hit_rate`` is of runs whose rollouts are made
-    by search. ``weight_pause_s_median`` is over servers and versions.
+    ``heldout_by_tag_*``: accuracy and tokens under each tag of the prompts, where several discounts have some. ``trainer_idle_frac`` is
+    waiting for batches over the time of all RL steps. ``prefix_cache_hit_rate`` is of runs whose rollouts are made by search.
+    ``weight_pause_s_median`` is over servers and versions.
     """
     rl, found = run.rl, dict[str, Json]()
     for label, name in ((FIRST, "warmstart"), (LAST, "final")):
@@ -29,6 +30,7 @@ def build_summary(run: RunData) -> dict[str, Json]:
         for mode, row in rows.items():
             found[f"heldout_accuracy_{name}_{mode}"] = row["accuracy"] if row else None
             found[f"search_{name}_{mode}"] = row.get("search") if row else None
+            found[f"heldout_by_tag_{name}_{mode}"] = row.get("by_tag") if row else None
     for mode in MODES:
         gain = run.gain(mode)
         found[f"heldout_accuracy_gain_{mode}"] = gain.row() if gain else None

@@ -35,9 +35,28 @@ def before_after(summary: Mapping[str, Any]) -> Table:
         if before or after:
             gain = summary.get(f"heldout_accuracy_gain_{mode}")
             table.add_row(f"accuracy, {mode}", percent(before), percent(after), percent(gain, sign="+", unit=""), style="bold")
-    for title, before_text, after_text, change in search_rows(summary):
+    for title, before_text, after_text, change in (*tag_rows(summary), *search_rows(summary)):
         table.add_row(title, before_text, after_text, change)
     return table
+
+
+def tag_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(title, before, after, difference in tokens) of every prompt tag and mode; none where prompts have no tags."""
+    rows: list[tuple[str, str, str, str]] = []
+    for mode in ("greedy", "sampled"):
+        before, after = ((summary.get(f"heldout_by_tag_{name}_{mode}") or {}) for name in ("warmstart", "final"))
+        for tag in {**before, **after}:
+            old, new = before.get(tag), after.get(tag)
+            change = f"{new['tokens']['mean'] - old['tokens']['mean']:+.1f} tokens" if old and new else ""
+            rows.append((f"“{tag}”, {mode}", _of_tag(old), _of_tag(new), change))
+    return rows
+
+
+def _of_tag(found: Mapping[str, Any] | None) -> str:
+    if not found:
+        return "-"
+    mean, low, high = (f"{found['tokens'][key]:.1f}" for key in ("mean", "ci95_low", "ci95_high"))
+    return f"{percent(found['accuracy'])} in {mean} [{low}, {high}] tokens"
 
 
 def search_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:

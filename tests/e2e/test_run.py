@@ -170,6 +170,7 @@ def test_a_run_of_several_episodes_a_rollout_trains_them_and_evaluates_by_episod
     for row in read_jsonl(run.paths.evaluations):
         found = [each["mean"] for each in row["found_by"]]
         assert len(found) == len(row["right_in"]) == 3 and found == sorted(found) and found[-1] == row["accuracy"]["mean"]
+        assert (len(row.get("by_tag", ())) == 2) == (row["label"] in ("warmstart", "final")), "under every discount at both ends"
     rl = [row for row in run.metrics() if row["phase"] == "rl"]
     assert max(row["reward_mean"] for row in rl) > 1, "more than one episode of a rollout may be right"
     rows = read_jsonl(run.paths.rollouts)

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from neox_rl.codec import decode_group, encode_group
-from neox_rl.config.derived import num_episodes, symbolic_words
+from neox_rl.config.derived import symbolic_words, words_around
 from neox_rl.config.run import RunConfig
 from neox_rl.config.schema import TokenizerConfig
 from neox_rl.episodes.tools import Tool
 from neox_rl.errors import ConfigError
-from neox_rl.metacot import UNKNOWN
+from neox_rl.metacot import TAGS, UNKNOWN
 from neox_rl.ports import Tokenizer
 from neox_rl.problems.make_tokenizer import EOS, MIN_VOCAB, PAD, train_tokenizer
 from neox_rl.problems.sources import load_problems
@@ -36,6 +36,7 @@ from tests.unit.small_run import small_config
 
 DOORS, SIZE = 4, 3
 PARAMS = SamplingParams(2)
+HASTE, *_, LEISURE = TAGS
 
 
 def goals(root: Path, source: str = "goal_finding", baseline: str = "mean", **episodes: object) -> RunConfig:
@@ -66,7 +67,7 @@ class Guesser:
 
 
 def maker(config: RunConfig) -> tuple[EpisodeGroups, Guesser]:
-    tokenizer = load_tokenizer(config.metarl.tokenizer, config.metarl.problems, num_episodes(config))
+    tokenizer = load_tokenizer(config.metarl.tokenizer, config.metarl.problems, words_around(config))
     assert isinstance(tokenizer, SymbolicTokenizer)
     verifier, guesser = make_verifier(config.metarl.verify, config.metarl.problems.source), Guesser(tokenizer)
     made = make_maker(config, Attempts(guesser, verifier, tokenizer, lambda problem, verdict, text, tokens: float(verdict.correct)))
@@ -116,6 +117,42 @@ def test_tickets_take_the_discounts_in_turn_and_the_prompt_says_which(tmp_path: 
     assert not any(UNKNOWN in text for _, text, _ in guesser.asked)
 
 
+class Hasty(Guesser):
+    """Names no door where it is to work quickly."""
+
+    async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> tuple[Completion, ...]:
+        self.script = [(self.tokenizer.eos_id,)] if HASTE in self.tokenizer.decode(prompt_ids) else []
+        return await super().sample(prompt_ids, params, n, rollout_id)
+
+
+def test_an_evaluation_at_the_ends_of_a_run_asks_under_every_discount(tmp_path: Path) -> None:
+    """Whether the tag for haste makes answers shorter is what it is there for."""
+    config = goals(tmp_path, gammas=(1.0, 0.5))
+    made, guesser = maker(config)
+    guesser = Hasty(guesser.tokenizer)
+    made = replace(made, attempts=replace(made.attempts, generator=guesser))
+    evaluator = Evaluator(config, [hidden_at(config, 2)], made, PARAMS, retry_s=0.0)
+    assert "by_tag" not in asyncio.run(evaluator.small("step 1", 1, 4))
+    assert all(LEISURE in text for _, text, _ in guesser.asked)
+    guesser.asked.clear()
+    rows, attempts = asyncio.run(evaluator.full("final", 1, 4))
+    hasty, patient = ({name for name, text, _ in guesser.asked if tag in text} for tag in (HASTE, LEISURE))
+    assert hasty and patient and not hasty & patient, "both, by names of their own"
+    for row in rows:
+        by_tag = [(tag, found["accuracy"]["mean"], found["tokens"]["mean"]) for tag, found in row["by_tag"].items()]
+        assert by_tag == [(HASTE, 0.0, 3.0), (LEISURE, 1.0, 6.0)] and row["accuracy"]["mean"] == 1.0
+    assert [attempt.num_tokens for attempt in attempts] == [6]
+
+
+def test_tags_are_words_of_the_vocabulary_also_where_a_rollout_has_one_episode(tmp_path: Path) -> None:
+    config = goals(tmp_path, source="countdown", count=1, gammas=(0.5, 0.9, 1.0))
+    made, guesser = maker(config)
+    problem = load_problems(config.metarl.problems, 1).train[0]
+    for ticket in range(3):
+        asyncio.run(made.group(problem, ticket, SamplingParams(40), 1))
+    assert [text.split("search ")[1] for _, text, _ in guesser.asked] == ["work quickly", "take a moment", "take your time"]
+
+
 @pytest.mark.parametrize("feedback", ["none", "binary", "text"])
 @pytest.mark.parametrize("source", ["goal_finding", "countdown", "game24"])
 def test_demonstrations_show_the_forms_in_words_that_the_vocabulary_has(tmp_path: Path, source: str, feedback: str) -> None:
@@ -123,7 +160,7 @@ def test_demonstrations_show_the_forms_in_words_that_the_vocabulary_has(tmp_path
     if source == "game24":
         config = goals(tmp_path, source="countdown", feedback=feedback, count=4)
     problems = load_problems(config.metarl.problems, 1).train
-    tokenizer = load_tokenizer(config.metarl.tokenizer, config.metarl.problems, num_episodes(config))
+    tokenizer = load_tokenizer(config.metarl.tokenizer, config.metarl.problems, words_around(config))
     draw, rng = demonstration_source(config, problems, tokenizer), random.Random(3)
     traces = [draw(rng, f"g{i:06d}")[0] for i in range(200)]
     texts = [tokenizer.decode([i for s in trace.segments for i in s.ids]) for trace in traces]
@@ -143,7 +180,7 @@ def test_guesses_that_are_shown_look_back_at_those_before_and_use_nothing_of_wha
     """Without looking back the warm start would teach a policy that RL cannot teach to remember; with use of it, what RL is to find."""
     config = goals(tmp_path, count=DOORS)
     problems = load_problems(config.metarl.problems, 1).train
-    tokenizer = load_tokenizer(config.metarl.tokenizer, config.metarl.problems, num_episodes(config))
+    tokenizer = load_tokenizer(config.metarl.tokenizer, config.metarl.problems, words_around(config))
     draw, rng, goal = demonstration_source(config, problems, tokenizer), random.Random(7), {p.id: p.answer for p in problems}
     again: dict[bool, list[bool]] = {True: [], False: []}
     right = list[list[bool]]()
@@ -219,7 +256,7 @@ def test_samples_of_an_evaluation_have_seeds_of_their_own(tmp_path: Path) -> Non
 
 def test_the_vocabulary_grows_with_the_episodes_alone(tmp_path: Path) -> None:
     problems = goals(tmp_path, source="countdown").metarl.problems
-    once, more = symbolic_words(problems), symbolic_words(problems, 5)
+    once, more = symbolic_words(problems), symbolic_words(problems, words_around(goals(tmp_path, source="countdown", count=5)))
     assert more[: len(once)] == once and {"[EPISODE", "5]", "[STOP]", "s9]", "quickly"} <= {*more} - {*once}
 
 
@@ -257,7 +294,7 @@ def test_a_policy_that_asks_the_calculator_in_each_episode_is_judged_by_what_it_
     config = goals(tmp_path, tool="calculator", objective="any")
     blocks = {"tokenizer": TokenizerConfig(str(tmp_path / "tokenizer")), "rollout": replace(config.metarl.rollout, max_new_tokens=40)}
     config = replace(config, neox=replace(config.neox, seq_length=400), metarl=replace(config.metarl, **blocks))
-    tokenizer = load_tokenizer(config.metarl.tokenizer, config.metarl.problems, num_episodes(config))
+    tokenizer = load_tokenizer(config.metarl.tokenizer, config.metarl.problems, words_around(config))
     verifier = make_verifier(config.metarl.verify, config.metarl.problems.source)
     attempts = Attempts(Counter(tokenizer), verifier, tokenizer, lambda problem, verdict, text, tokens: float(verdict.correct))
     with ExitStack() as stack:
@@ -281,4 +318,4 @@ def test_problems_that_nobody_can_attempt_here_are_refused(tmp_path: Path) -> No
     problem = Problem("math/1", "math", "1 + 1?", "2", "1")
     config = goals(tmp_path)
     with pytest.raises(ConfigError, match="nobody shows attempts"):
-        demonstration_source(config, [problem], load_tokenizer(config.metarl.tokenizer, config.metarl.problems, 3))
+        demonstration_source(config, [problem], load_tokenizer(config.metarl.tokenizer, config.metarl.problems))

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import pytest
 
-from neox_rl.config.derived import num_episodes
+from neox_rl.config.derived import words_around
 from neox_rl.config.run import RunConfig
 from neox_rl.config.schema_search import SearchConfig
 from neox_rl.episodes.tools import Tool
@@ -192,7 +192,7 @@ def searches(**block: object) -> World:
 def of_run(root: Path, tool: Tool | None = None, **blocks: dict[str, Any]) -> World:
     """Completions of up to 24 tokens, in chunks of 5."""
     config = small_config(root, **blocks)
-    tokenizer = load_tokenizer(config.metarl.tokenizer, config.metarl.problems, num_episodes(config))
+    tokenizer = load_tokenizer(config.metarl.tokenizer, config.metarl.problems, words_around(config))
     assert isinstance(tokenizer, SymbolicTokenizer)
     problem = load_problems(config.metarl.problems, 1).train[0]
 
