@@ -115,7 +115,9 @@ class ChunkedGenerator:
             if all(not chunk.spans or chunk.spans[0].version >= reached for chunk in chunks):
                 return chunks
             await asyncio.sleep(BEHIND_S * 2**attempt)
-        raise ServerFailedError(f"rollout {name}: it has tokens of v{reached}, but {BEHIND_TRIES} answers came from older weights")
+        oldest = min(chunk.spans[0].version for chunk in chunks if chunk.spans)
+        came = f"{BEHIND_TRIES} answers came from older weights, the last from v{oldest}"
+        raise ServerFailedError(f"rollout {name}: it has tokens of v{reached}, but {came}: some server stays behind, as its log says")
 
     def _params(self, params: SamplingParams, index: int, start: int) -> SamplingParams:
         left = params.max_tokens - start

@@ -289,7 +289,7 @@ class ServerKeeper:
         try:
             with self._generator.standing(member.address):
                 times = await _of_server(member, tended.control.switch(version, self._deadlines.switch_s))
-            attested = await _of_server(member, tended.control.live_version())
+            attested = await _of_server(member, tended.control.live_version(self._deadlines.switch_s))
             if attested != version:
                 raise WeightError(f"{member.address} attests v{attested} after a switch to v{version}: another run updates this server")
         except (WeightError, DeadlineError) as error:

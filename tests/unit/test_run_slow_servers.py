@@ -1,12 +1,15 @@
-"""A server whose copy of a version takes longer than the time between two publishes: it cannot serve, and a new start would not help it."""
+"""Servers that are slow with a version: what a new start would not help is not started again."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
 import zmq
 
+from neox_rl.rollout.vllm_control import VllmControl
 from neox_rl.run.members import State
 from neox_rl.weights.wire import STAGED, control
 from tests.unit.small_run import small_snapshot
@@ -57,3 +60,24 @@ def test_a_copy_that_comes_too_late_counts_once_and_one_that_is_in_time_has_it_s
         assert far.owes_since == version * 10.0 + 5.0
     told.serving(3, "far", at=39.0)
     assert told.states() == {"quick": "serving", "far": "serving"} and far.why == ""
+
+
+def test_a_server_has_the_time_of_a_switch_to_attest_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its next step computes all keys and values of what is in flight anew, before it answers anything."""
+    asked: list[tuple[str, float]] = []
+    call = VllmControl._call
+
+    async def seen(self: VllmControl, method: str, route: str, deadline_s: float, **request: Any) -> dict[str, Any]:
+        asked.append((route, deadline_s))
+        return await call(self, method, route, deadline_s, **request)
+
+    monkeypatch.setattr(VllmControl, "_call", seen)
+
+    async def told(run: Run) -> None:
+        spec = run.spec("a")
+        async with server(run, spec):
+            await run.serving(spec)
+            attests = next(i for i, (route, _) in enumerate(asked) if route == "/wake_up") + 1
+            assert asked[attests] == ("/weight_info", run.limits.switch_s)
+
+    story(told, tmp_path)
