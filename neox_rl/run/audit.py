@@ -180,7 +180,7 @@ class Audit:
         self.results["once"].checked += 1
         if ticket in self.trained:
             by = self.trained.step_of(ticket) or f"{self._forgotten} or one before it"
-            self._violated("once", f"{name(ticket)} was trained by step {by} and again by step {step}")
+            self._missing("once", f"{name(ticket)} was trained by step {by} and again by step {step}")
         if not 0 <= ticket < self.rule.groups_per_step * self.rule.num_steps:
             self._violated("once", f"{name(ticket)} was trained by step {step}: no ticket of this run has that number")
         self.trained.add(ticket, step)
@@ -226,7 +226,7 @@ class Audit:
             elif published.get(int(version)) is None:
                 self._missing("policy", f"step {step} trained tokens of v{version}, which nobody published")
             elif set(digests) != {published[int(version)]}:
-                self._violated("policy", f"step {step}: tokens of v{version} by weights {digests}, published was {published[int(version)]}")
+                self._missing("policy", f"step {step}: tokens of v{version} by weights {digests}, published was {published[int(version)]}")
 
     def _compare(self, queue: object, step: int) -> None:
         """The queue's own books: every ticket up to the newest is either open or trained."""
@@ -234,7 +234,7 @@ class Audit:
             return
         self._queue = queue
         if both := [ticket for ticket in queue["open"] if ticket in self.trained]:
-            self._violated("once", f"open after step {step}, and trained already: {names(both)}")
+            self._missing("once", f"open after step {step}, and trained already: {names(both)}")
         if len(self.trained) + len(queue["open"]) != queue["fresh"]:
             lost = self.trained.missing(queue["fresh"], queue["open"])
             self._missing("once", f"lost after step {step}, neither open nor trained: {names(lost)}")
@@ -274,14 +274,14 @@ class Audit:
         if version > self.last:
             self._missing("digests", f"v{version} was published after {self.last} steps")
         if version > self.sessions[-1].rl_step and published.get(version, digest) != digest:
-            self._violated("digests", f"v{version} was published twice by one trainer: {published[version]}, then {digest}")
+            self._missing("digests", f"v{version} was published twice by one trainer: {published[version]}, then {digest}")
         published[version] = digest
 
     def _live(self, version: int, digest: object) -> None:
         self.results["digests"].checked += 1
         if digest is not None and digest != self.sessions[-1].published.get(version):
             said = self.sessions[-1].published.get(version, "nothing")
-            self._violated("digests", f"live is v{version} with digest {digest}, published was {said}")
+            self._missing("digests", f"live is v{version} with digest {digest}, published was {said}")
 
     # the servers
 
@@ -310,7 +310,7 @@ class Audit:
             return
         self.results["digests"].checked += 1
         if digest != published[version]:
-            self._violated("digests", f"{who} v{version} with digest {digest}, published was {published[version]}")
+            self._missing("digests", f"{who} v{version} with digest {digest}, published was {published[version]}")
 
     # what the trainer says
 
@@ -374,14 +374,14 @@ class Audit:
         """Issued and not trained, by the queue's own last word."""
         return sorted(self._queue.get("open", ()))
 
-    def expect(self, check: str, what: str, found: object, expected: object) -> None:
-        """One figure against another."""
+    def expect(self, check: str, what: str, found: object, expected: object, of_journal: bool = False) -> None:
+        """One figure against another. ``of_journal``: its records say what is expected."""
         self.results[check].checked += 1
         if found != expected:
-            self._violated(check, f"{what} is {found}, journal and metrics say {expected}")
+            (self._missing if of_journal else self._violated)(check, f"{what} is {found}, journal and metrics say {expected}")
 
     def _missing(self, check: str, what: str) -> None:
-        """Wrong, unless the record that would say so was lost."""
+        """Wrong, unless a record that was lost would say why: a step, a publication, a trainer that began anew."""
         if self.damaged:
             self.undecided += 1
             self.gap(check, f"{what} (records are lost)")

@@ -61,7 +61,8 @@ def audit_run(paths: RunPaths) -> Audited:
         _summary(audit, summary, rows, finished)
     if finished:
         generated = summary.get("tokens_generated") or 0  # null where no RL step was trained
-        audit.expect("summary", "tokens_generated", generated, fold(reading.records).tally.tokens_generated)
+        expected = fold(reading.records).tally.tokens_generated
+        audit.expect("summary", "tokens_generated", generated, expected, of_journal=True)
     audit.close(finished)
     return Audited(audit, finished, reading.words(), audit.open_tickets(), compared)
 
@@ -109,7 +110,7 @@ def _rows(audit: Audit, rows: list[dict[str, Any]], warm_steps: int, finished: b
         audit.expect("metrics", f"{phase} steps without a row", sorted(set(range(1, last + 1)).difference(steps)), [])
         audit.expect("metrics", f"the number of {phase} rows", len(steps), len(set(steps)))
         if finished or not taken - 1 <= last <= taken:
-            audit.expect("metrics", f"the last {phase} step with a row", last, taken)
+            audit.expect("metrics", f"the last {phase} step with a row", last, taken, of_journal=True)
 
 
 def _checkpoints(audit: Audit, directory: Path) -> None:
@@ -130,7 +131,7 @@ def _summary(audit: Audit, summary: dict[str, Any], rows: list[dict[str, Any]], 
         if summary.get(key) is not None:
             audit.expect("summary", key, summary[key], 0)
     if finished:
-        audit.expect("summary", "steps", summary.get("steps"), audit.last)
+        audit.expect("summary", "steps", summary.get("steps"), audit.last, of_journal=True)
     for key in ("tokens_trained", "tokens_masked_stale"):
         if summary.get(key) is not None:
             audit.expect("summary", key, summary[key], sum(row.get(key) or 0 for row in rl))

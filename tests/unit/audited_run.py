@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from neox_rl.config.dump import dump
+from neox_rl.queue.journal import open_journal
 from neox_rl.queue.positions import packed
-from neox_rl.queue.records import Record
+from neox_rl.queue.records import Record, payload_of
 from neox_rl.run.audit import Audit, Rule
+from tests.unit.small_run import small_config, small_paths
 
 RULE = Rule(groups_per_step=2, admission_slack=1, delivery_slack=1, mode="token", stale_tokens="mask", num_steps=4)
 BATCHES = {1: (0, 1), 2: (2, 4), 3: (5, 6), 4: (3, 7)}
@@ -113,3 +118,21 @@ def good() -> Run:
 
 def second_trainer(run: Run) -> int:
     return next(i for i, r in enumerate(run.records) if r["kind"] == "session" and r["rl_step"] == 2)
+
+
+def written(root: Path) -> Path:
+    """The good run on the disk; its checkpoint has put everything but the last records into the ledger."""
+    config = small_config(root, train_iters=4, rollout={"groups_per_step": 2}, warmstart={"steps": 1})
+    paths = small_paths(config)
+    paths.config.write_text(dump(config))
+    journal, _ = open_journal(paths.journal, 0.01, 1.0)
+    for row in good().records:
+        journal.append(payload_of(row["kind"], {key: value for key, value in row.items() if key != "kind"}))
+    journal.rotate([payload_of("checkpoint", {"id": 1, "sft_step": 1, "rl_step": 4})])
+    journal.close()
+    rows = [{"phase": "sft", "step": 1}, *({"phase": "rl", "step": step, **row} for step, row in good().rows.items())]
+    paths.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    checkpoint = paths.checkpoints / "step000004"
+    checkpoint.mkdir()
+    (checkpoint / "meta.json").write_text(json.dumps({"client_state": {"rl_step": 4, "feed": {"queue": queue_after(4)}}}))
+    return paths.root

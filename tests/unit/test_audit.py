@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from neox_rl.config.dump import dump
 from neox_rl.config.load import load_resolved
 from neox_rl.engines import checkpoint_files
 from neox_rl.errors import StalenessError
@@ -27,7 +26,7 @@ from neox_rl.run.live_audit import LiveAudit
 from neox_rl.run.members import Member, State
 from neox_rl.telemetry.events import EventLog, read_events
 from tests.contracts.test_floors import tool
-from tests.unit.audited_run import BATCHES, CURSORS, OLD, POSITIONS, RULE, Run, good, queue_after, second_trainer, state_after
+from tests.unit.audited_run import BATCHES, CURSORS, OLD, POSITIONS, RULE, Run, good, queue_after, second_trainer, state_after, written
 from tests.unit.small_run import rollout_group, small_config, small_paths
 
 main = tool("audit").main
@@ -281,21 +280,7 @@ def test_an_orchestrator_that_takes_over_before_the_first_step_knows_what_v0_is(
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """The good run on the disk; its checkpoint has put everything but the last records into the ledger."""
-    config = small_config(tmp_path, train_iters=4, rollout={"groups_per_step": 2}, warmstart={"steps": 1})
-    paths = small_paths(config)
-    paths.config.write_text(dump(config))
-    journal, _ = open_journal(paths.journal, 0.01, 1.0)
-    for row in good().records:
-        journal.append(payload_of(row["kind"], {key: value for key, value in row.items() if key != "kind"}))
-    journal.rotate([payload_of("checkpoint", {"id": 1, "sft_step": 1, "rl_step": 4})])
-    journal.close()
-    rows = [{"phase": "sft", "step": 1}, *({"phase": "rl", "step": step, **row} for step, row in good().rows.items())]
-    paths.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    checkpoint = paths.checkpoints / "step000004"
-    checkpoint.mkdir()
-    (checkpoint / "meta.json").write_text(json.dumps({"client_state": {"rl_step": 4, "feed": {"queue": queue_after(4)}}}))
-    return paths.root
+    return written(tmp_path)
 
 
 def test_the_command_passes_a_good_run(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,41 @@
+"""The audit of a run whose journal is damaged: what a lost record may explain is left open, and never called wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from neox_rl.queue.journal import LEDGER
+from neox_rl.queue.records import Record, scan
+from tests.contracts.test_floors import tool
+from tests.unit.audited_run import good, written
+
+main = tool("audit").main
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_no_record_that_is_lost_makes_others_a_violation(length: int) -> None:
+    """Whichever it is, also a trainer's hello, behind which all happens a second time; and those that lie beside it."""
+    for first in range(1, len(good().records)):
+        run = good()
+        gone = run.records[first : first + length]
+        del run.records[first : first + length]
+        assert run.audit(damaged=True).violations == [], gone
+
+
+def test_one_flipped_byte_never_makes_the_command_say_violation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit status 3 where the record is missed, 0 where others say the same."""
+    root = written(tmp_path)
+    ledger = root / "journal" / LEDGER
+    whole, at, found = ledger.read_bytes(), 0, dict[str, set[int]]()
+    for record in scan(LEDGER, whole):
+        assert isinstance(record, Record)
+        at = whole.index(f'"kind":"{record.kind}"'.encode(), at + 1)
+        data = bytearray(whole)
+        data[at] ^= 1
+        ledger.write_bytes(data)
+        status = main([str(root)])
+        assert status in (0, 3), capsys.readouterr().out
+        found.setdefault(record.kind, set()).add(status)
+    assert all(3 in found[kind] for kind in ("taken", "session", "published")), found
