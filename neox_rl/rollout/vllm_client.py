@@ -95,6 +95,7 @@ class _Asked(NamedTuple):
     n: int
     budget: int
     most_bytes: int
+    scored: bool
 
 
 @dataclass(slots=True)
@@ -211,10 +212,17 @@ class VllmGenerator:
         All of it is one policy's: the engine computes a prompt whose log-probs are asked for anew, whatever its cache has, and begins again
         with a prompt that a switch of version interrupts; the version is that of the token which it samples in the same pass.
         """
-        return await self._asked(score_body(prompt_ids, ids), 1, rollout_id, lambda raw, server, _: parse_score(raw, ids, server))
+        num_read = len(prompt_ids) + len(ids)
 
-    async def _asked(self, body: bytes, n: int, rollout_id: str, parse: Parse[T], budget: int = 0) -> T:
-        """What ``parse`` reads in the answer of a server to a request for ``n`` completions of at most ``budget`` tokens; 0: it stays."""
+        def parsed(raw: bytes, server: str, seconds: float) -> Completion:
+            found = parse_score(raw, ids, server)
+            self._paces.answered(server, seconds, num_read, scored=True)
+            return found
+
+        return await self._asked(score_body(prompt_ids, ids), 1, rollout_id, parsed, num_read, scored=True)
+
+    async def _asked(self, body: bytes, n: int, rollout_id: str, parse: Parse[T], budget: int, scored: bool = False) -> T:
+        """What ``parse`` reads in the answer to a request for ``n`` completions of up to ``budget`` tokens, or to score so many."""
         tried: list[str] = []
         most = most_bytes(body, n * budget)
         failures: list[str] = []
@@ -226,9 +234,9 @@ class VllmGenerator:
                     tried.append(await self._pick(tried, refused, rollout_id))
                     began = time.monotonic()
                     try:
-                        return await self._answer(tried[-1], _Asked(body, n, budget, most), parse)
+                        return await self._answer(tried[-1], _Asked(body, n, budget, most, scored), parse)
                     except SlowError as error:
-                        budget = 0
+                        budget = 0  # it leaves no other
                         if self._spare(tried[-1]):
                             logger.warning("%s: it comes last for a while", error)
                     except _MovedError:
@@ -310,7 +318,7 @@ class VllmGenerator:
         server.inflight += asked.n
         try:
             if asked.budget:
-                await self._paces.watched(call, address, self._serving, asked.budget, self._patience_s)
+                await self._paces.watched(call, address, self._serving, asked.budget, self._patience_s, asked.scored)
             else:
                 await asyncio.wait({call})
         finally:

@@ -15,7 +15,7 @@ from aiohttp import web
 
 from neox_rl.rollout.pace import FEWEST, Paces
 from neox_rl.rollout.vllm_client import VllmGenerator
-from tests.unit.test_vllm_client import PARAMS, good, serve
+from tests.unit.test_vllm_client import GIVEN, PARAMS, good, scored, serve
 
 
 @pytest.mark.parametrize(
@@ -69,6 +69,45 @@ def test_a_request_leaves_a_server_that_is_far_slower_than_another_once(budget: 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Paces, "due_s", seen)
         asyncio.run(story())
+
+
+def test_what_is_scored_leaves_a_server_that_is_far_slower_than_another_at_it() -> None:
+    async def story() -> None:
+        asked = asyncio.Event()
+
+        async def stuck(_: web.Request) -> web.Response:
+            asked.set()
+            await asyncio.Event().wait()
+            return web.Response()
+
+        async def quick(request: web.Request) -> web.Response:
+            scores = "prompt_logprobs" in (await request.json())["sampling_params"]
+            return web.Response(body=scored([*GIVEN])) if scores else await good(request)
+
+        addresses, close = await serve([stuck, quick])
+        async with VllmGenerator(addresses[1:], 60.0, patience_s=0.05) as generator:
+            for _ in range(FEWEST):
+                await generator.score([4, 5], (6, 7), "g0")
+            generator.suspend(addresses[1])
+            generator.serve(addresses[0])
+            one = asyncio.create_task(generator.score([4, 5], (6, 7), "g1"))
+            await asyncio.wait_for(asked.wait(), 20.0)
+            generator.serve(addresses[1])
+            assert (await asyncio.wait_for(one, 20.0)).logprobs == (-0.25, -0.5)
+        await close()
+
+    asyncio.run(story())
+
+
+def test_a_server_has_a_pace_for_what_it_samples_and_one_for_what_it_scores() -> None:
+    paces = Paces()
+    for _ in range(FEWEST):
+        paces.answered("b", 1.0, 10)
+        paces.answered("b", 1.0, 1000, scored=True)
+    assert paces.due_s("a", ["a", "b"], 100, 0.0) == pytest.approx(3 * 100 * 0.1)
+    assert paces.due_s("a", ["a", "b"], 1000, 0.0, scored=True) == pytest.approx(3 * 1.0)
+    paces.forget("b")
+    assert paces.due_s("a", ["a", "b"], 1000, 0.0, scored=True) == math.inf
 
 
 def test_no_request_leaves_a_server_for_one_whose_pace_nobody_knows() -> None:
