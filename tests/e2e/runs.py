@@ -50,7 +50,7 @@ class Run:
             )
         self.started.append(self)
 
-    def wait(self, deadline_s: float = 150.0) -> int:
+    def wait(self, deadline_s: float = 400.0) -> int:
         try:
             return self.process.wait(deadline_s)
         except subprocess.TimeoutExpired:
@@ -66,7 +66,7 @@ class Run:
     def said(self) -> str:
         return self.output.read_text(errors="replace")
 
-    def until(self, reached: Callable[[], bool], what: str, deadline_s: float = 120.0) -> None:
+    def until(self, reached: Callable[[], bool], what: str, deadline_s: float = 300.0) -> None:
         end = time.monotonic() + deadline_s
         while not reached():
             if self.process.poll() is not None or time.monotonic() > end:
@@ -74,8 +74,10 @@ class Run:
                 raise AssertionError(f"the run ended or took too long before {what}; it said:\n{self.said()}")
             time.sleep(0.1)
 
-    def until_step(self, phase: str, step: int) -> None:
-        self.until(lambda: (status := read_status(self.paths.status)).phase == phase and status.step >= step, f"{phase} step {step}")
+    def until_step(self, phase: str, step: int, deadline_s: float = 300.0) -> None:
+        self.until(
+            lambda: (status := read_status(self.paths.status)).phase == phase and status.step >= step, f"{phase} step {step}", deadline_s
+        )
 
     def processes(self) -> list[psutil.Process]:
         """What the run has started and is alive, the launcher included.
@@ -96,7 +98,7 @@ class Run:
                 line = process.cmdline()
                 matching += [process] * all(any(word in part for part in line) for word in words)
         assert matching, f"no process of the run has {words} in its command line"
-        return max(matching, key=lambda p: p.create_time())
+        return max(matching, key=lambda p: (p.create_time(), p.pid))
 
     def kill_one(self, *words: str) -> None:
         """``kill -9`` for the process that :meth:`one` finds."""

@@ -7,12 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.e2e.runs import ROOT
 
 
-@pytest.mark.timeout(600)  # a minute on two idle cores; where others work, every process that is started again takes its time
 def test_a_tormented_run_ends_and_its_audit_finds_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "tools/chaos.py", "configs/debug/fake_generator.yml", "--kills", "5", "--seed", "7"]
     command += ["--runs-dir", str(tmp_path), "--hang-s", "200", "--set", "train_iters=75"]

@@ -75,9 +75,11 @@ def test_it_leaves_a_report_events_of_every_process_and_tensorboard_files(finish
 def test_its_events_say_what_the_planner_needs(finished: Run) -> None:
     measured = measure(finished.paths.root)
     scenario, rates = measured.scenario, measured.rates
+    publishing, decoding = scenario.publishing, scenario.decoding
     assert len(scenario.step.measured) == RL - 1 and scenario.evaluations.lengths
-    assert scenario.publishing.stage_s > 0.0 and scenario.publishing.pause_s > 0.0
-    assert scenario.decoding.step_s(1) > 0.0 and measured.group_s > 0.0
+    # Of one time's parts a fit may find any to be nothing, as where the machine stood still once.
+    assert publishing.stage_s + publishing.stage_seq_s > 0.0 and publishing.pause_s + publishing.pause_seq_s > 0.0
+    assert decoding.latency_s + decoding.step_s(1) + decoding.prefill_s > 0.0 and measured.group_s > 0.0
     assert 0.0 <= rates.idle_frac < 1.0 and 0.0 < rates.busy_frac <= 1.0 and rates.tokens_per_s > 0.0
 
 
@@ -128,10 +130,11 @@ def long_run(runs: Path, request: pytest.FixtureRequest) -> Iterator[Run]:
 def test_a_lost_rank_ends_the_run_with_its_name_and_log_and_leaves_nothing(long_run: Run) -> None:
     begin = time.monotonic()
     long_run.kill_one("train.py", "--run-dir", "--local_rank")
-    assert long_run.wait(60.0) == 1 and long_run.gone()
-    assert time.monotonic() - begin < 30.0
+    assert long_run.wait(200.0) == 1 and long_run.gone()
+    assert time.monotonic() - begin < 55.0
     error = long_run.said().split("error: ")[1]
     assert error.startswith("trainer") and str(long_run.paths.log("trainer")) in error
+    assert "shows no sign of life" not in error, "its death is seen before its silence"
     summary: dict[str, Any] = long_run.summary()
     assert summary["phase"] == "failed" and summary["steps"] >= 2
     assert "This run failed" in long_run.paths.report.read_text()
@@ -148,7 +151,7 @@ def test_nothing_is_left_of_a_run_whose_launcher_was_killed(long_run: Run) -> No
 def test_two_ranks_train_and_export_as_one_does(runs: Path, tp: int, ranks: int) -> None:
     settings = (*SHORT, f"num_gpus={ranks}", f"model_parallel_size={tp}")
     run = Run(runs, f"tp{tp}-of-{ranks}", *settings)
-    assert run.wait(200.0) == 0, run.said()
+    assert run.wait() == 0, run.said()
     assert run.steps() == STEPS and run.summary()["phase"] == "done" and run.gone()
     assert AutoModelForCausalLM.from_pretrained(run.paths.root / "model").config.hidden_size == 64
 
