@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from neox_rl.config.own import own
-from neox_rl.config.rules_model import LLAMA, model_family
+from neox_rl.config.rules_model import GPT_NEOX, LLAMA, QWEN2, model_family
 from neox_rl.config.run import RunConfig
 from neox_rl.config.schema import MEGATRON_ENGINE, PREFERENCE, ObjectiveConfig, ProblemsConfig
 from neox_rl.metacot import episode_words, goal_prompt, goal_words, vocabulary
@@ -93,8 +93,9 @@ def num_parameters(config: RunConfig, vocab_size: int) -> int:
     n = config.neox
     h, kv, width, vocab = n.hidden_size, n.kv_heads * n.head_dim, n.mlp_width, vocab_size * n.hidden_size
     embeddings = vocab * (2 if n.no_weight_tying else 1)
-    if model_family(config) == LLAMA:
-        return embeddings + h + n.num_layers * (2 * h * h + 2 * h * kv + 3 * h * width + 2 * h)
+    if model_family(config) != GPT_NEOX:
+        biases = h + 2 * kv if config.metarl.qkv_bias else 0
+        return embeddings + h + n.num_layers * (2 * h * h + 2 * h * kv + biases + 3 * h * width + 2 * h)
     attention, mlp, norms = 4 * h * h + 4 * h, 2 * h * width + width + h, 4 * h
     return embeddings + 2 * h + n.num_layers * (attention + mlp + norms)
 
@@ -112,7 +113,7 @@ def hf_config(config: RunConfig, vocab_size: int, *, eos_id: int = 1, pad_id: in
 
 
 def _family_config(config: RunConfig, vocab_size: int, eos_id: int, pad_id: int) -> dict[str, Any]:
-    n = config.neox
+    n, family = config.neox, model_family(config)
     common: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": n.hidden_size,
@@ -129,16 +130,17 @@ def _family_config(config: RunConfig, vocab_size: int, eos_id: int, pad_id: int)
         "use_cache": True,
     }
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(n.rotary_emb_base)}
-    if model_family(config) == LLAMA:
+    own_words: dict[str, dict[str, Any]] = {
+        LLAMA: {"architectures": ["LlamaForCausalLM"], "head_dim": n.head_dim, "attention_bias": False, "mlp_bias": False},
+        QWEN2: {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False},
+    }
+    if family in own_words:
         return common | {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "model_type": family,
+            **own_words[family],
             "num_key_value_heads": n.kv_heads,
-            "head_dim": n.head_dim,
             "hidden_act": "silu",
             "rms_norm_eps": n.rms_norm_epsilon,
-            "attention_bias": False,
-            "mlp_bias": False,
             "rope_theta": rope["rope_theta"],
             "rope_parameters": rope,
         }

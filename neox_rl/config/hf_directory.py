@@ -13,7 +13,7 @@ from neox_rl.errors import WeightError
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 KEYS: Mapping[str, str] = {
-    "model_type": "norm or metarl.hf_layout",
+    "model_type": "norm, metarl.qkv_bias or metarl.hf_layout",
     "num_hidden_layers": "num_layers",
     "hidden_size": "hidden_size",
     "num_attention_heads": "num_attention_heads",
@@ -26,6 +26,7 @@ KEYS: Mapping[str, str] = {
     "use_parallel_residual": "gpt_j_residual",
     "attention_bias": "use_bias_in_attn_linear",
     "mlp_bias": "use_bias_in_mlp",
+    "use_sliding_window": "none: every layer sees all",
     "tie_word_embeddings": "no_weight_tying",
     "rope_theta": "rotary_emb_base",
     "rotary_pct": "rotary_pct",

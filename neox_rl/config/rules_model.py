@@ -10,12 +10,12 @@ from dataclasses import fields
 from neox_rl.config.checkout import VARIABLE, find_checkout, known_keys
 from neox_rl.config.machine import Machine
 from neox_rl.config.run import RunConfig
-from neox_rl.config.schema import NEOX_ENGINE
+from neox_rl.config.schema import MEGATRON_ENGINE, NEOX_ENGINE
 from neox_rl.errors import ConfigError
 
 VLLM_CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head sizes that vLLM's CPU attention kernels are built for; any other dies when the server loads the model."""
-LLAMA, GPT_NEOX = "llama", "gpt_neox"
+LLAMA, QWEN2, GPT_NEOX = "llama", "qwen2", "gpt_neox"
 ADAM_PARAMS = frozenset({"lr", "betas", "eps"})
 LOSS_SCALE_LIMITS: dict[str, tuple[int, float]] = {
     "initial_scale_power": (0, 32),
@@ -45,22 +45,26 @@ ZERO_TUNING = frozenset(
 
 
 def model_family(config: RunConfig) -> str:
-    """The HF architecture that holds this model: ``llama`` after its norm, else ``gpt_neox``. ``one_family`` says whether it fits."""
-    return LLAMA if config.neox.norm == "rmsnorm" else GPT_NEOX
+    """The HF architecture that holds this model, after its norm: ``gpt_neox``, or ``llama``, which with biases of query, key and value is
+    ``qwen2``. ``one_family`` says whether it fits."""
+    if config.neox.norm != "rmsnorm":
+        return GPT_NEOX
+    return QWEN2 if config.metarl.qkv_bias else LLAMA
 
 
 def one_family(config: RunConfig, machine: Machine) -> Iterator[str]:
-    """The servers load HF checkpoints, and HF knows two of the models that NeoX keys can spell."""
-    n = config.neox
+    """The servers load HF checkpoints, and HF knows three of the models that these keys can spell."""
+    n, family = config.neox, model_family(config)
     found_and_needed: dict[str, tuple[object, object]] = {
         "activation": (n.activation, "gelu"),
         "use_bias_in_norms": (n.use_bias_in_norms, True),
         "use_bias_in_attn_linear": (n.use_bias_in_attn_linear, True),
         "use_bias_in_mlp": (n.use_bias_in_mlp, True),
         "num_kv_heads": (n.kv_heads, n.num_attention_heads),
+        "metarl.qkv_bias": (config.metarl.qkv_bias, False),
     }
     name, other = "norm layernorm makes a GPTNeoXForCausalLM", "rmsnorm"
-    if model_family(config) == LLAMA:
+    if family != GPT_NEOX:
         found_and_needed = {
             "activation": (n.activation, "swiglu"),
             "use_bias_in_attn_linear": (n.use_bias_in_attn_linear, False),
@@ -68,13 +72,22 @@ def one_family(config: RunConfig, machine: Machine) -> Iterator[str]:
             "gpt_j_residual": (n.gpt_j_residual, False),
             "rotary_pct": (n.rotary_pct, 1.0),
         }
-        name, other = "norm rmsnorm makes a LlamaForCausalLM", "layernorm"
+        name, other = f"norm rmsnorm makes a {'LlamaForCausalLM' if family == LLAMA else 'Qwen2ForCausalLM'}", "layernorm"
     for key, (found, needed) in found_and_needed.items():
         if found != needed:
             yield (
                 f"{key} = {_yaml(found)}: {name}, which needs {key}: {_yaml(needed)}; set it so, or choose the other family with norm:"
                 f" {other}"
             )
+
+
+def engine_has_the_biases(config: RunConfig, machine: Machine) -> Iterator[str]:
+    """GPT-NeoX has one switch for the biases of all projections of attention, that of the output among them."""
+    if config.metarl.qkv_bias and config.metarl.engine == NEOX_ENGINE:
+        yield (
+            "metarl.qkv_bias = true: GPT-NeoX has biases in every projection of attention or in none, so its engine has no Qwen2; set"
+            f" metarl.engine: {MEGATRON_ENGINE}"
+        )
 
 
 def heads_divide_width(config: RunConfig, machine: Machine) -> Iterator[str]:
@@ -337,6 +350,7 @@ def _repeated(item: object) -> bool:
 MODEL_RULES = (
     heads_divide_width,
     one_family,
+    engine_has_the_biases,
     head_size_served,
     rotary_dimensions,
     kv_heads_divide,

@@ -351,15 +351,13 @@ class MetaRLConfig:
     name: str = key("metarl", "run name: everything goes to <runs_dir>/<name>")
     runs_dir: str = key("runs", "parent directory of runs")
     engine: str = key(
-        MEGATRON_ENGINE,
-        "trainer engine: megatron-core, or gpt-neox (the checkout at GPT_NEOX_PATH)",
-        choices=ENGINES,
-        own=True,
+        MEGATRON_ENGINE, "trainer engine: megatron-core, or gpt-neox (the checkout at GPT_NEOX_PATH)", choices=ENGINES, own=True
     )
     patches: tuple[str, ...] = key(
         (), "changes of your own to megatron-core, GPT-NeoX or DeepSpeed (megatron_patches.Patch), made before the engine", own=True
     )
     hf_layout: str = key("", "names in HF checkpoints, of an architecture with Llama's or GPT-NeoX's mathematics; empty: theirs", own=True)
+    qkv_bias: bool = key(False, "biases in the projections to query, key and value alone: Qwen2 (norm rmsnorm, engine megatron-core)")
     seed: int = key(1234, "seed of problems, demonstrations and sampling", low=0, high=(1 << 32) - 1)
     restarts: int = key(0, "how often a run that lost a training rank goes on from its last checkpoint by itself (--restarts)", low=0)
     orchestrator_restarts: int = key(

@@ -157,17 +157,23 @@ def _llama_layer(shape: ModelShape, layer: int) -> list[Entry]:
     groups, dim = shape.num_kv_heads, shape.head_dim
 
     def interleave(parts: Sequence[Tensor]) -> Tensor:
-        return torch.cat([part.reshape(groups, -1, shape.hidden) for part in parts], 1).reshape(-1, shape.hidden)
+        """Matrices, or biases."""
+        tail = parts[0].shape[1:]
+        return torch.cat([part.reshape(groups, -1, *tail) for part in parts], 1).reshape(-1, *tail)
 
     def separate(full: Tensor) -> Sequence[Tensor]:
-        parts = full.view(groups, -1, shape.hidden).split([shape.num_heads // groups * dim, dim, dim], 1)
-        return [part.reshape(-1, shape.hidden) for part in parts]
+        tail = full.shape[1:]
+        parts = full.view(groups, -1, *tail).split([shape.num_heads // groups * dim, dim, dim], 1)
+        return [part.reshape(-1, *tail) for part in parts]
 
-    qkv = tuple(f"{hf}.self_attn.{part}_proj.weight" for part in "qkv")
+    def qkv(kind: str) -> Entry:
+        names = tuple(f"{hf}.self_attn.{part}_proj.{kind}" for part in "qkv")
+        return Entry(f"{ours}.self_attention.linear_qkv.{kind}", names, Split.ROWS, interleave, separate)
+
     gated = (f"{hf}.mlp.gate_proj.weight", f"{hf}.mlp.up_proj.weight")
     return [
         *_plain(f"{ours}.input_layernorm", f"{hf}.input_layernorm"),
-        Entry(f"{ours}.self_attention.linear_qkv.weight", qkv, Split.ROWS, interleave, separate),
+        *map(qkv, ("weight", "bias") if shape.qkv_bias else ("weight",)),
         *_plain(f"{ours}.self_attention.linear_proj", f"{hf}.self_attn.o_proj", Split.COLUMNS),
         *_plain(f"{ours}.pre_mlp_layernorm", f"{hf}.post_attention_layernorm"),
         Entry(f"{ours}.mlp.linear_fc1.weight", gated, Split.GATED, lambda parts: torch.cat(list(parts)), lambda full: full.chunk(2)),

@@ -64,7 +64,7 @@ def transformer_config(neox: NeoXConfig, shape: ModelShape, world: World) -> Tra
         activation_func=F.silu if shape.llama else F.gelu,
         gated_linear_unit=shape.llama,
         add_bias_linear=not shape.llama,
-        add_qkv_bias=not shape.llama,
+        add_qkv_bias=shape.qkv_bias,
         tensor_model_parallel_size=world.topology.tp,
         pipeline_model_parallel_size=world.topology.pp,
         sequence_parallel=neox.sequence_parallel and world.topology.tp > 1,

@@ -12,7 +12,8 @@ from torch import Tensor
 from neox_rl.config.derived import padded_vocab_size
 from neox_rl.config.machine import Machine
 from neox_rl.config.rules_model import (
-    LLAMA,
+    GPT_NEOX,
+    QWEN2,
     heads_divide_width,
     kv_heads_divide,
     model_family,
@@ -47,8 +48,14 @@ class ModelShape:
 
     @property
     def llama(self) -> bool:
-        """Llama has RMSNorm, SwiGLU and no bias; GPT-NeoX has LayerNorm, GELU and a bias in every projection and norm."""
-        return self.family == LLAMA
+        """Llama has RMSNorm, SwiGLU and no bias, and so has Qwen2 but for its ``qkv_bias``; GPT-NeoX has LayerNorm, GELU and a bias in
+        every projection and norm."""
+        return self.family != GPT_NEOX
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether the projections to query, key and value have a bias."""
+        return self.family in (GPT_NEOX, QWEN2)
 
     @property
     def head_dim(self) -> int:
@@ -81,7 +88,8 @@ class ModelShape:
         return sizes if self.tied else sizes | {f"{output}.weight": (self.vocab, h)}
 
     def _with_bias(self, name: str, size: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        return {f"{name}.weight": size} | ({} if self.llama else {f"{name}.bias": size[:1]})
+        biased = not self.llama or (self.qkv_bias and name.endswith(("q_proj", "k_proj", "v_proj")))
+        return {f"{name}.weight": size} | ({f"{name}.bias": size[:1]} if biased else {})
 
     def initial(self, name: str, seed: int) -> Tensor:
         """The initial value of an HF tensor (fp32), a function of the seed and the name alone: equal for every parallel layout.
@@ -118,7 +126,7 @@ def model_shape(config: RunConfig, vocab_size: int) -> ModelShape:
         vocab=vocab_size,
         padded_vocab=padded_vocab_size(config, vocab_size),
         max_positions=neox.max_positions,
-        norm_eps=neox.rms_norm_epsilon if family == LLAMA else neox.layernorm_epsilon,
+        norm_eps=neox.layernorm_epsilon if family == GPT_NEOX else neox.rms_norm_epsilon,
         rotary_pct=neox.rotary_pct,
         rotary_base=neox.rotary_emb_base,
         parallel_residual=neox.gpt_j_residual,

@@ -30,8 +30,9 @@ FIXED = (
     *("max_position_embeddings", "norm", "layernorm_epsilon", "rms_norm_epsilon", "rotary_pct", "rotary_emb_base", "activation"),
     *("gpt_j_residual", "use_bias_in_norms", "use_bias_in_attn_linear", "use_bias_in_mlp", "no_weight_tying"),
     *("make_vocab_size_divisible_by", "precision", "model_parallel_size", "pipe_parallel_size", "zero_optimization", "num_gpus"),
-    *("optimizer.type", "save", "metarl.engine", "metarl.seed", "metarl.problems", "metarl.tokenizer", "metarl.warmstart.steps"),
-    *("metarl.warmstart.style", "metarl.rollout.groups_per_step", "metarl.rollout.generator", "metarl.debug.mode"),
+    *("optimizer.type", "save", "metarl.engine", "metarl.qkv_bias", "metarl.seed", "metarl.problems", "metarl.tokenizer"),
+    *("metarl.warmstart.steps", "metarl.warmstart.style", "metarl.rollout.groups_per_step", "metarl.rollout.generator"),
+    "metarl.debug.mode",
 )
 """Keys that a checkpoint, the queue in it or the curves of the run depend on. All others may change between two parts of a run."""
 

@@ -17,7 +17,12 @@ VOCAB = 383
 
 @pytest.mark.parametrize(
     "settings",
-    [LLAMA + " num_kv_heads=3 no_weight_tying=false", "rotary_pct=0.25 gpt_j_residual=true", "intermediate_size=512 model_parallel_size=2"],
+    [
+        LLAMA + " num_kv_heads=3 no_weight_tying=false",
+        LLAMA + " num_kv_heads=3 metarl.qkv_bias=true",
+        "rotary_pct=0.25 gpt_j_residual=true",
+        "intermediate_size=512 model_parallel_size=2",
+    ],
 )
 def test_config_and_engine_describe_one_model(settings: str) -> None:
     config = parse([], settings.split()).config
@@ -27,7 +32,15 @@ def test_config_and_engine_describe_one_model(settings: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", ["norm=rmsnorm", "activation=swiglu", LLAMA + " rotary_pct=0.5", LLAMA + " gpt_j_residual=true", "num_kv_heads=2"]
+    "settings",
+    [
+        "norm=rmsnorm",
+        "activation=swiglu",
+        LLAMA + " rotary_pct=0.5",
+        LLAMA + " gpt_j_residual=true",
+        "num_kv_heads=2",
+        "metarl.qkv_bias=true",
+    ],
 )
 def test_what_the_rules_refuse_the_engine_refuses_too(settings: str) -> None:
     config = parse([], settings.split()).config

@@ -40,7 +40,8 @@ def build(case: dict[str, Any], out: Path, number: int = 0) -> RankEngine:
         assert time.monotonic() < deadline, f"rank 0 did not write {notice}"
         time.sleep(0.02)
     os.environ["MASTER_PORT"] = notice.read_text()
-    config = RunConfig(NeoXConfig(**case["neox"]), MetaRLConfig(engine=case.get("engine", "megatron-core")), case.get("extra", {}))
+    metarl = MetaRLConfig(engine=case.get("engine", "megatron-core"), qkv_bias=case.get("qkv_bias", False))
+    config = RunConfig(NeoXConfig(**case["neox"]), metarl, case.get("extra", {}))
     engine = build_engine(config, VOCAB)
     assert isinstance(engine, RankEngine)
     return engine

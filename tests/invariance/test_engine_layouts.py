@@ -26,7 +26,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {**BASE, **LLAMA, "num_layers": 3, "num_kv_heads": 2},
     "pythia": {**BASE, "num_layers": 2, "rotary_pct": 0.25, "gpt_j_residual": True},
     "neox_tied": {**BASE, "num_layers": 2, "no_weight_tying": False},
+    "qwen2": {**BASE, **LLAMA, "num_layers": 2, "num_kv_heads": 2, "no_weight_tying": False},
 }
+QKV_BIAS = ("qwen2",)
+"""Which GPT-NeoX cannot have."""
 ZERO1 = {"zero_optimization": {"stage": 1}}
 LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {
     "one": (1, {}, 1),
@@ -72,7 +75,9 @@ OVERFLOW = {"fp16": {"initial_scale_power": 30, "hysteresis": 1}}
 
 
 def families_of(engine: str, layout: str) -> tuple[str, ...]:
-    return ("neox_tied",) if ENGINES[engine][layout][0] == 4 else tuple(FAMILIES)
+    if ENGINES[engine][layout][0] == 4:
+        return ("neox_tied",)
+    return tuple(family for family in FAMILIES if engine == "megatron-core" or family not in QKV_BIAS)
 
 
 def marked(engine: str, *values: str) -> Any:
@@ -90,6 +95,7 @@ def run_engine(engine: str, exports: Path, out: Path, first: list[dict[str, Any]
         for family in families_of(engine, layout):
             neox = {**FAMILIES[family], **keys}
             case = {"engine": engine, "name": f"{layout}-{family}", "kind": "parity", "neox": neox, "accumulate": accumulate}
+            case["qkv_bias"] = family in QKV_BIAS
             cases[world].append({**case, "load_hf": str(exports / f"export-{family}" / "hf")})
             if layout in RESUMED[engine] and family == "llama":
                 cases[world].append({**case, "name": f"resume-{layout}", "kind": "resume"})
@@ -107,7 +113,8 @@ def run_engine(engine: str, exports: Path, out: Path, first: list[dict[str, Any]
 def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What megatron-core's cases left, and the HF models that every engine starts from."""
     out = tmp_path_factory.mktemp("engine")
-    return run_engine("megatron-core", out, out, [{"name": f"export-{f}", "kind": "export", "neox": FAMILIES[f]} for f in FAMILIES])
+    exports = [{"name": f"export-{f}", "kind": "export", "neox": FAMILIES[f], "qkv_bias": f in QKV_BIAS} for f in FAMILIES]
+    return run_engine("megatron-core", out, out, exports)
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +290,7 @@ def test_export_holds_what_was_trained_and_its_config(found: Path, family: str) 
     directory = found / f"export-{family}" / "hf"
     config = AutoConfig.from_pretrained(directory)
     assert config.vocab_size == VOCAB
-    assert config.tie_word_embeddings == (family == "neox_tied")
+    assert config.tie_word_embeddings != FAMILIES[family].get("no_weight_tying", True)
     tensors = load_file(directory / "model.safetensors")
     expected = np.load(found / f"export-{family}" / "tensors.npz")
     assert tensors.keys() == set(expected.files)

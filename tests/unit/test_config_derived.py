@@ -29,6 +29,7 @@ def of(settings: str = "") -> RunConfig:
     [
         LLAMA + " no_weight_tying=false",
         LLAMA + " num_kv_heads=2 rotary_emb_base=1000",
+        LLAMA + " metarl.qkv_bias=true num_kv_heads=2 rotary_emb_base=1000000",
         "rotary_pct=0.25 gpt_j_residual=true",
         "no_weight_tying=false max_position_embeddings=512",
     ],

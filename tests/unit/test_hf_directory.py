@@ -59,7 +59,7 @@ def test_a_checkpoint_that_fits_is_taken(model: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model_type": "mistral"}, "model_type 'mistral' there, 'llama' here (key norm or metarl.hf_layout); change the keys"),
+        ({"model_type": "mistral"}, "model_type 'mistral' there, 'llama' here (key norm, metarl.qkv_bias or metarl.hf_layout); chan"),
         ({"num_hidden_layers": 24, "hidden_size": 896}, "num_hidden_layers 24 there, 3 here (key num_layers); hidden_size 896 there, 192"),
         ({"intermediate_size": 4864}, "intermediate_size 4864 there, 512 here (key intermediate_size, with swiglu 3 times as much)"),
         ({"rope_parameters": {"rope_theta": 1e6}}, "rope_theta 1000000.0 there, 10000.0 here (key rotary_emb_base)"),

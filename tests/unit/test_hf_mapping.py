@@ -8,6 +8,7 @@ from torch import Tensor
 
 from neox_rl.config.neox import NeoXConfig
 from neox_rl.config.run import RunConfig
+from neox_rl.config.schema import MetaRLConfig
 from neox_rl.engines.hf_mapping import entries, fused, shard, unshard
 from neox_rl.engines.model_shape import ModelShape, model_shape, stage_layers
 from neox_rl.errors import ConfigError, WeightError
@@ -26,10 +27,11 @@ MODELS: dict[str, NeoXConfig] = {
     ),
     "pythia": NeoXConfig(hidden_size=64, num_attention_heads=4, rotary_pct=0.25, gpt_j_residual=True, no_weight_tying=False),
 }
+MODELS["qwen2"] = MODELS["llama"]
 
 
 def shape_of(model: str) -> ModelShape:
-    return model_shape(RunConfig(MODELS[model]), VOCAB)
+    return model_shape(RunConfig(MODELS[model], MetaRLConfig(qkv_bias=model == "qwen2")), VOCAB)
 
 
 def checkpoint(shape: ModelShape) -> dict[str, Tensor]:
@@ -52,11 +54,12 @@ def test_round_trip_is_exact_and_covers_every_tensor_once(model: str, tp: int) -
     assert all(torch.equal(back[name], weights[name]) for name in weights)
 
 
-def test_a_rank_holds_whole_groups_of_queries_key_and_value() -> None:
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+def test_a_rank_holds_whole_groups_of_queries_key_and_value(kind: str) -> None:
     """GQA with 2 groups at TP 2: rank 1 has query heads 2 and 3, and key and value head 1."""
-    shape = shape_of("llama")
+    shape = shape_of("qwen2")
     weights = checkpoint(shape)
-    entry = next(e for e in entries(shape) if e.name == "decoder.layers.0.self_attention.linear_qkv.weight")
+    entry = next(e for e in entries(shape) if e.name == f"decoder.layers.0.self_attention.linear_qkv.{kind}")
     part = shard(fused(entry, weights.__getitem__, shape), entry.split, 1, 2, shape.padded_vocab)
     q, k, v = (weights[name] for name in entry.hf)
     assert torch.equal(part, torch.cat([q[32:], k[16:], v[16:]]))
