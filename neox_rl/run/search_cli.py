@@ -163,7 +163,7 @@ async def make_value(args: argparse.Namespace, template: str, policy: Policy | N
         return own_value(args.value, proposer, verifiers, args.playouts, args.playout_tokens, args.votes, args.sees_earlier)
     if not args.prm_server or not args.prm_model:
         raise ConfigError("--value prm needs --prm-server URL and --prm-model DIR or NAME: the served process reward model")
-    return await prm_value(args.prm_server, args.prm_model, args.timeout_s, stack, args.sees_earlier, template)
+    return await prm_value(args.prm_server, args.prm_model, args.timeout_s, stack, args.sees_earlier, template)()
 
 
 def make_options(args: argparse.Namespace) -> Options:

@@ -24,7 +24,7 @@ from neox_rl.ports import Chunks, Requests
 from neox_rl.rollout.groups import Attempts, Named, Patient
 from neox_rl.rollout.vllm_client import ServerFailedError
 from neox_rl.run.search_parts import domain_of, own_value, prm_value
-from neox_rl.run.served_value import ServedValue
+from neox_rl.run.served_value import served_value
 from neox_rl.search.demonstrations import TraceStyle
 from neox_rl.search.growth import Budget
 from neox_rl.search.linearize import Mask
@@ -111,13 +111,13 @@ class SearchGroups:
 
 
 async def reward_model(config: RunConfig, stack: AsyncExitStack) -> Value | None:
-    """The served model that ``search.value: prm`` asks, None with another value. Raises what a server that does not answer raises."""
+    """The served model that ``search.value: prm`` asks, None with another value. Its server may come later."""
     block = config.metarl.search
     if config.metarl.rollout.method != "search" or block.value != "prm":
         return None
     servers, template = config.metarl.servers, config.metarl.problems.template
-    value = await prm_value(block.prm_server, block.prm_model, servers.request_timeout_s, stack, block.sees_earlier, template)
-    return ServedValue(value, block.prm_server, servers.start_timeout_s)
+    make = prm_value(block.prm_server, block.prm_model, servers.request_timeout_s, stack, block.sees_earlier, template)
+    return await served_value(make, block.prm_server, servers.start_timeout_s)
 
 
 def search_groups(config: RunConfig, attempts: Attempts, prm: Value | None = None) -> SearchGroups:

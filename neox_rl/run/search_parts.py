@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -27,15 +28,21 @@ def domain_of(problem: Problem, verifier: Verifier) -> Domain:
     return ArithmeticDomain(problem) if problem.task in ARITHMETIC_TASKS else TextDomain(problem, verifier)
 
 
-async def prm_value(
+def prm_value(
     server: str, model: str, timeout_s: float, stack: AsyncExitStack, sees_earlier: bool = False, template: str = ""
-) -> Value:
-    """The process reward model that ``server`` serves: one of this project, whose tokenizer is in the directory ``model``, or a sequence
-    classifier of that name, which sees the problem without the ``template``. Raises what a server that does not answer raises."""
-    if Path(model, TOKENIZER).is_file():
+) -> Callable[[], Awaitable[Value]]:
+    """Makes, when called, the process reward model that ``server`` serves: one of this project, whose tokenizer is in the directory
+    ``model``, or a sequence classifier of that name, which sees the problem without the ``template``. The call raises what a server that
+    does not answer raises."""
+    tokenizer = DirectoryTokenizer(Path(model), template) if Path(model, TOKENIZER).is_file() else None
+
+    async def opened() -> Value:
+        if tokenizer is None:
+            return PrmValue(ServedScorer(server.rstrip("/"), model, timeout_s), sees_earlier)
         served = await stack.enter_async_context(CompletionsGenerator(server, timeout_s))
-        return WordValue(served, DirectoryTokenizer(Path(model), template), sees_earlier, served.max_model_len)
-    return PrmValue(ServedScorer(server.rstrip("/"), model, timeout_s), sees_earlier)
+        return WordValue(served, tokenizer, sees_earlier, served.max_model_len)
+
+    return opened
 
 
 def own_value(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from neox_rl.errors import ConfigError
+from neox_rl.errors import ConfigError, DeadlineError
 from neox_rl.rollout.vllm_client import ServerFailedError
 from neox_rl.search.proposers import Position
 from neox_rl.search.scorers import ScorerFailedError, TextsRefusedError
@@ -17,6 +17,26 @@ from neox_rl.search.values import Scores, Value
 
 logger = logging.getLogger(__name__)
 RETRY_S: Final = 1.0
+FIRST_S: Final = 5.0
+"""To ask at the start of a run whether the server is there: a trainer may wait for what starts."""
+
+
+@dataclass
+class LateValue:
+    """What ``make`` makes, which needs an answer of its server: made once that is there, and tried anew when it is asked before."""
+
+    make: Callable[[], Awaitable[Value]]
+    _making: asyncio.Future[Value] | None = None
+
+    async def made(self) -> Value:
+        """Raises as ``make``. Who asks while others do waits with them for the one answer."""
+        if self._making is None or (self._making.done() and (self._making.cancelled() or self._making.exception() is not None)):
+            self._making = asyncio.ensure_future(self.make())
+        return await asyncio.shield(self._making)
+
+    async def score(self, positions: Sequence[Position], max_tokens: int | None) -> Scores:
+        """See ``Value``. Raises as ``make`` and the value do."""
+        return await (await self.made()).score(positions, max_tokens)
 
 
 @dataclass(frozen=True)
@@ -49,3 +69,14 @@ class ServedValue:
                     said = True
                     logger.warning("waits for the reward model at %s, for up to %g s: %s", self.address, self.deadline_s, error)
             await asyncio.sleep(self.retry_s)
+
+
+async def served_value(make: Callable[[], Awaitable[Value]], address: str, deadline_s: float) -> ServedValue:
+    """What ``make`` makes, whether its server is there already or not. Raises what a server of another kind raises."""
+    value = LateValue(make)
+    try:
+        async with asyncio.timeout(FIRST_S):
+            await value.made()
+    except (TimeoutError, DeadlineError, ServerFailedError) as error:
+        logger.warning("the reward model at %s does not answer yet, searches will wait for it: %s", address, str(error) or "no answer")
+    return ServedValue(value, address, deadline_s)

@@ -16,7 +16,7 @@ from neox_rl.rollout.vllm_client import ServerFailedError
 from neox_rl.run.endpoints import free_port
 from neox_rl.run.search_groups import reward_model
 from neox_rl.run.served_value import ServedValue
-from neox_rl.search.reward_model import WordValue
+from neox_rl.search.reward_model import WordValue, value_ids
 from neox_rl.search.scorers import PrmValue, ServedScorer, TextsRefusedError
 from neox_rl.types import SamplingParams
 from tests.unit.search_worlds import TOKENIZER
@@ -39,9 +39,12 @@ class Classifier:
         texts = (await request.json())["input"]
         return web.json_response({"data": [{"index": i, "probs": [0.5, 0.5]} for i, _ in enumerate(texts)]})
 
+    def routes(self) -> list[web.RouteDef]:
+        return [web.post("/classify", self._classify)]
+
     async def start(self) -> None:
         app = web.Application()
-        app.router.add_post("/classify", self._classify)
+        app.add_routes(self.routes())
         self._runner, self.last = web.AppRunner(app), 10**9
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
@@ -81,6 +84,57 @@ def test_a_search_waits_for_a_reward_model_that_is_started_again(tmp_path: Path)
             group = await asyncio.wait_for(making, 60.0)
             await prm.stop()
             assert prm.asked > asked and all(trace.finish.value != "abort" for trace in group.traces)
+
+    asyncio.run(story(Classifier()))
+
+
+class WordServer(Classifier):
+    """A reward model of this project, as ``vllm serve`` has it."""
+
+    async def _models(self, _: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "prm", "max_model_len": 64}]})
+
+    async def _complete(self, request: web.Request) -> web.Response:
+        self.asked += 1
+        tops = {f"token_id:{i}": -1.0 for i in value_ids(TOKENIZER)}
+        prompts = (await request.json())["prompt"]
+        return web.json_response({"choices": [{"index": i, "logprobs": {"top_logprobs": [tops]}} for i, _ in enumerate(prompts)]})
+
+    def routes(self) -> list[web.RouteDef]:
+        return [web.get("/v1/models", self._models), web.post("/v1/completions", self._complete)]
+
+
+def test_a_run_that_begins_while_its_reward_model_is_away_has_its_searches_wait(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Who trains hears nothing of a run that does not begin."""
+    TOKENIZER.save(tmp_path / "prm")
+
+    async def story(prm: WordServer) -> None:
+        search = {"value": "prm", "prm_server": prm.address, "prm_model": str(tmp_path / "prm")}
+        async with AsyncExitStack() as stack:
+            value = await reward_model(small_config(tmp_path, rollout={"method": "search"}, search=search), stack)
+            assert isinstance(value, ServedValue) and f"reward model at {prm.address} does not answer yet" in caplog.text
+            served = replace(value, retry_s=0.05)
+            asking = [asyncio.create_task(served.score([position("7 *3 =21")], None)) for _ in range(3)]
+            while "waits for the reward model" not in caplog.text:
+                await asyncio.sleep(0.01)
+            assert not any(task.done() for task in asking)
+            await prm.start()
+            assert [scores.values for scores in await asyncio.wait_for(asyncio.gather(*asking), 60.0)] == [[0.5]] * 3
+        await prm.stop()
+
+    asyncio.run(story(WordServer()))
+
+
+def test_a_run_whose_reward_model_is_no_vllm_server_ends_at_once(tmp_path: Path) -> None:
+    TOKENIZER.save(tmp_path / "prm")
+
+    async def story(prm: Classifier) -> None:
+        await prm.start()
+        search = {"value": "prm", "prm_server": prm.address, "prm_model": str(tmp_path / "prm")}
+        async with AsyncExitStack() as stack:
+            with pytest.raises(WireError, match="/v1/models with 404"):
+                await reward_model(small_config(tmp_path, rollout={"method": "search"}, search=search), stack)
+        await prm.stop()
 
     asyncio.run(story(Classifier()))
 
