@@ -95,20 +95,24 @@ def _mapped(pid: int | str) -> set[str]:
     return {path for path in found if path.startswith(_SHARED_MEMORY + "/") and not path.endswith(" (deleted)")}
 
 
-class _SharedMemory:
-    """What the group has in ``/dev/shm``, as far as it was seen. Its record says whose it is, as ``.owner``; then inode, path each."""
+def _named() -> set[str]:
+    """What there is of shared memory."""
+    with contextlib.suppress(OSError):
+        return {f"{_SHARED_MEMORY}/{name}" for name in os.listdir(_SHARED_MEMORY) if not name.startswith(_RECORD)}
+    return set()
 
-    def __init__(self, child: int) -> None:
+
+class _SharedMemory:
+    """What the group has in ``/dev/shm``, as far as it was seen. Its record says whose it is, as ``.owner``; then inode, path each.
+
+    ``before``: what was there when the child did not run yet. It may be quicker than the look through old records.
+    """
+
+    def __init__(self, child: int, before: set[str]) -> None:
         _remove_recorded()
         self._record = f"{_SHARED_MEMORY}/{_RECORD}{os.getpid()}-{_started(os.getpid())}"
         self._child, self._looks, self._next = child, 0, time.monotonic() + _LOOK_S[0]
-        self._before = set(self._all())
-        self._seen: set[str] = set()
-
-    def _all(self) -> list[str]:
-        with contextlib.suppress(OSError):
-            return [f"{_SHARED_MEMORY}/{name}" for name in os.listdir(_SHARED_MEMORY) if not name.startswith(_RECORD)]
-        return []
+        self._before, self._seen = before, set[str]()
 
     def look(self, now: bool = False) -> None:
         """From time to time, or ``now``."""
@@ -116,9 +120,9 @@ class _SharedMemory:
             self._looks += 1
             self._next = time.monotonic() + _LOOK_S[min(self._looks, len(_LOOK_S) - 1)]
             found: set[str] = set()
-            for pid in _group(self._child) if set(self._all()) - self._before else ():
+            for pid in _group(self._child) if _named() - self._before else ():
                 found |= _mapped(pid)
-            found &= set(self._all())  # what is below a directory there is somebody's files: a model, a run directory
+            found &= _named()  # what is below a directory there is somebody's files: a model, a run directory
             self._note(found - self._before - self._seen)
             self._seen |= found
 
@@ -135,7 +139,7 @@ class _SharedMemory:
 
     def remove(self) -> None:
         """Once the group is gone."""
-        left = (self._seen - self._before) & set(self._all())
+        left = (self._seen - self._before) & _named()
         if left:
             for path in left - _held():
                 with contextlib.suppress(OSError):
@@ -297,8 +301,9 @@ def main(argv: list[str]) -> int:
     if argv[2] and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {int(core) for core in argv[2].split(",")})
     private = _make_private()
+    before = _named()
     child = _spawn(argv[3:])
-    memory = _SharedMemory(child)
+    memory = _SharedMemory(child, before)
     _watch(child, lifeline, grace_s, wakeup, memory)
     memory.look(now=True)
     code = os.waitstatus_to_exitcode(_reap(child))
