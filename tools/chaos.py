@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import psutil
 from audit import report
 from chaos_journal import tear
-from chaos_run import ChaosRun, alive, free_port, send
+from chaos_run import ChaosRun, alive, send
 
 from neox_rl.config.load import parse
 from neox_rl.config.machine import Machine
@@ -39,6 +39,7 @@ from neox_rl.config.rules import check
 from neox_rl.config.run import RunConfig
 from neox_rl.errors import ConfigError
 from neox_rl.run.audit_files import audit_run
+from neox_rl.run.endpoints import free_port
 from neox_rl.run.resume import has_checkpoint
 from neox_rl.telemetry.events import Event, read_events
 from neox_rl.telemetry.paths import RunPaths
@@ -330,10 +331,9 @@ def table(faults: Sequence[Fault]) -> str:
 
 def settings(options: argparse.Namespace, runs: Path, name: str) -> list[str]:
     """What the run is started with, the caller's own words last."""
-    servers = SERVERS[options.servers]
     steps = round(options.kills * sum(MIX.values()) / MIX["kill"] * BUDGET) + 2 * STEPS_LEFT
-    mine = [f"metarl.runs_dir={runs}", f"metarl.name={name}", f"train_iters={steps}", f"metarl.network.join_port={free_port()}"]
-    return [*mine, *FAST, *(FOUND_IN if options.hangs else ()), *servers, *options.set]
+    mine = [f"metarl.runs_dir={runs}", f"metarl.name={name}", f"train_iters={steps}", f"metarl.network.join_port={free_port('127.0.0.1')}"]
+    return [*mine, *FAST, *(FOUND_IN if options.hangs else ()), *SERVERS[options.servers], *options.set]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

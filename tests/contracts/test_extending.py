@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from neox_rl.loss.inputs import TokenInputs
 from neox_rl.loss.policy import objective
 from neox_rl.problems.sources import load_problems
 from neox_rl.run import search_cli
+from neox_rl.run.endpoints import free_port
 from neox_rl.types import Reason
 from neox_rl.verify.verifier import make_verifier
 from tests.e2e.runs import Run
@@ -66,9 +66,7 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
+    monkeypatch.setenv("MASTER_PORT", str(free_port("127.0.0.1")))
 
 
 def built(**keys: object) -> Iterator[Engine]:
