@@ -41,7 +41,7 @@ def wheel(folder: Path, name: str, version: str, *requirements: str) -> None:
 def inside(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The interpreter of a fresh environment with pip."""
     folder = tmp_path_factory.mktemp("env") / "venv"
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True, timeout=120)
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True, timeout=240)
     return folder / "bin" / "python"
 
 

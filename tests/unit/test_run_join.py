@@ -144,10 +144,10 @@ def test_a_server_joins_serves_is_healed_outlives_an_orchestrator_and_leaves(tmp
             member = run.keeper.members.get("guest")
             assert member is not None and (member.version, member.address in run.generator.inflight) == (3, True)
 
-            first = it.server_of(agent)
+            first, life = it.server_of(agent), member.incarnation
             first.kill()
-            await until(lambda: run.states()["guest"] == State.SUSPENDED, "the death to be seen")
-            await until(lambda: run.states()["guest"] == State.SERVING, "its agent to start it again", SOON_S)
+            await until(lambda: member.incarnation != life, "its agent to start it again", SOON_S)
+            await until(lambda: run.states()["guest"] == State.SERVING, "the guest to serve again", SOON_S)
             second = it.server_of(agent)
             assert second.pid != first.pid
 

@@ -45,11 +45,10 @@ POLITE = (
 def supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Supervisor]:
     monkeypatch.setattr(supervise, "FALL_S", 0.4)
     config = small_config(tmp_path, deadlines={"ranks_start_s": 20.0, "stop_s": 20.0, "shutdown_s": 8.0}, servers={"max_restarts": 0})
-    config = replace(config, metarl=replace(config.metarl, orchestrator_restarts=0))
     paths = small_paths(config)
     write_status(paths.status, Status(phase="rl"))
     events = EventLog(paths.event_log("launcher"), "launcher")
-    yield Supervisor(config, paths, events)
+    yield Supervisor(replace(config, metarl=replace(config.metarl, orchestrator_restarts=0)), paths, events)
     events.close()
 
 
@@ -70,9 +69,10 @@ def run(supervisor: Supervisor, **codes: str) -> bool:
     return supervisor.run([program(supervisor, name.replace("server", "server-"), code) for name, code in codes.items()])
 
 
-def with_deadline(supervisor: Supervisor, name: str, seconds: float) -> None:
+def with_deadline(supervisor: Supervisor, name: str, seconds: float) -> Supervisor:
     metarl = supervisor.config.metarl
     supervisor.config = RunConfig(supervisor.config.neox, replace(metarl, deadlines=replace(metarl.deadlines, **{name: seconds})))
+    return supervisor
 
 
 def later(supervisor: Supervisor, seconds: float = 0.0, count: int = 1) -> None:
@@ -207,10 +207,15 @@ def once(paths: RunPaths, name: str, first: str, then: str) -> str:
     return f"import os\nif os.path.exists({mark!r}):\n    {then}\nelse:\n    open({mark!r}, 'w').close()\n    {first}"
 
 
+def put(path: Path, words: str) -> str:
+    """A program that writes what the expression ``words`` gives at once, as those whom it stands for do: no reader finds half of it."""
+    new = f"{path}.new"
+    return f"import os; open({new!r}, 'w').write({words}); os.replace({new!r}, {str(path)!r})"
+
+
 def last_word(paths: RunPaths, after_s: float) -> str:
     """An orchestrator that says so when all is trained."""
-    path, row = str(paths.status), json.dumps({"phase": "report"})
-    return f"import time; time.sleep({after_s}); open({path!r}, 'w').write({row!r})"
+    return f"import time; time.sleep({after_s}); {put(paths.status, repr(json.dumps({'phase': 'report'})))}"
 
 
 def until_said(paths: RunPaths, *also: str) -> str:
@@ -314,7 +319,7 @@ def test_ctrl_c_while_ranks_wait_for_their_next_start_ends_the_run(supervisor: S
 def test_a_server_is_started_again_when_the_orchestrator_asks_for_it(supervisor: Supervisor, capsys: pytest.CaptureFixture[str]) -> None:
     supervisor = healing(supervisor)
     request = supervisor.paths.restart / "server-0"
-    asks = f"open({str(request)!r}, 'w').write('answers nothing'); {until(f'not {there(request)}')}; {last_word(supervisor.paths, 0.0)}"
+    asks = f"{put(request, repr('answers nothing'))}; {until(f'not {there(request)}')}; {last_word(supervisor.paths, 0.0)}"
     assert run(supervisor, server0=FOREVER, orchestrator=asks, trainer=until_said(supervisor.paths)) is True
     assert "server-0 was to be started again: answers nothing; log " in capsys.readouterr().err
     assert not list(supervisor.paths.restart.iterdir())
@@ -322,40 +327,36 @@ def test_a_server_is_started_again_when_the_orchestrator_asks_for_it(supervisor:
 
 def beating(supervisor: Supervisor, name: str, then: str) -> str:
     row = {"process": name, "pid": 0, "host": socket.gethostname(), "number": 1, "doing": "train_step phase rl step 3"}
-    path = str(supervisor.paths.beats / f"{name}.json")
-    return f"import json, os, time; open({path!r}, 'w').write(json.dumps({row!r} | {{'pid': os.getpid()}})); {then}"
+    written = put(supervisor.paths.beats / f"{name}.json", f"json.dumps({row!r} | {{'pid': os.getpid()}})")
+    return f"import json, time; {written}; {then}"
 
 
 def test_a_stopped_rank_is_found_by_its_silence_and_named(supervisor: Supervisor) -> None:
-    with_deadline(supervisor, "silence_s", 1.0)
-    supervisor = healing(supervisor)
-    rank = beating(supervisor, "trainer-0", "time.sleep(0.3); os.kill(os.getpid(), 19)")
+    supervisor = healing(with_deadline(supervisor, "silence_s", 1.0))
     with pytest.raises(
         ProcessDiedError, match=r"trainer shows no sign of life for \d+ s: trainer-0 \(pid \d+ on .*\), at train_step phase rl step 3"
     ):
-        run(supervisor, orchestrator=FOREVER, trainer=rank)
+        run(supervisor, orchestrator=FOREVER, trainer=beating(supervisor, "trainer-0", "time.sleep(0.3); os.kill(os.getpid(), 19)"))
     assert no_process_is_left(supervisor)
 
 
 def test_ranks_that_stand_still_say_where_they_are_before_they_are_ended(supervisor: Supervisor) -> None:
-    with_deadline(supervisor, "step_s", 1.0)
-    supervisor = healing(supervisor)
-    beats = "import faulthandler, signal; faulthandler.register(signal.SIGUSR1); row = json.load(open({path!r}))\nwhile True:\n"
-    beats += "    time.sleep(0.1); row['number'] += 1; open({path!r}, 'w').write(json.dumps(row))"
-    rank = beating(supervisor, "trainer-0", beats.format(path=str(supervisor.paths.beats / "trainer-0.json")))
+    supervisor = healing(with_deadline(supervisor, "step_s", 1.0))
+    path = supervisor.paths.beats / "trainer-0.json"
+    beats = f"import faulthandler, signal; faulthandler.register(signal.SIGUSR1); row = json.load(open({str(path)!r}))\nwhile True:\n"
+    beats += f"    time.sleep(0.1); row['number'] += 1; {put(path, 'json.dumps(row)')}"
     with pytest.raises(
         ProcessDiedError, match=r"trainer stands still for \d+ s: trainer-0 .* at train_step phase rl step 3; .*(?s:.*)line \d+ in <module>"
     ):
-        run(supervisor, orchestrator=FOREVER, trainer=rank)
+        run(supervisor, orchestrator=FOREVER, trainer=beating(supervisor, "trainer-0", beats))
     assert no_process_is_left(supervisor)
 
 
 def starting(supervisor: Supervisor, restarts: int) -> Supervisor:
     """With two ranks, of which the orchestrator has not heard."""
     supervisor.config = replace(supervisor.config, neox=replace(supervisor.config.neox, num_gpus=2))
-    with_deadline(supervisor, "ranks_start_s", 8.0)  # those that do not hang need some of it on a loaded machine
     write_status(supervisor.paths.status, Status())
-    return healing(supervisor, restarts)
+    return healing(with_deadline(supervisor, "ranks_start_s", 8.0), restarts)  # a loaded machine takes some of it where nothing hangs
 
 
 def test_ranks_that_hang_while_they_start_are_named_with_what_they_are_at_and_those_never_heard_of(supervisor: Supervisor) -> None:
@@ -377,8 +378,7 @@ def test_ranks_that_hang_while_they_start_are_started_again(supervisor: Supervis
 
 
 def test_a_silent_orchestrator_is_started_again(supervisor: Supervisor) -> None:
-    with_deadline(supervisor, "silence_s", 1.0)
-    supervisor = healing(supervisor)
+    supervisor = healing(with_deadline(supervisor, "silence_s", 1.0))
     stopped = beating(supervisor, ORCHESTRATOR, "os.kill(os.getpid(), 19)")
     orchestrator = once(supervisor.paths, "orchestrator", stopped, last_word(supervisor.paths, 0.2))
     assert run(supervisor, orchestrator=orchestrator, trainer=until_said(supervisor.paths)) is True

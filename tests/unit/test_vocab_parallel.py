@@ -95,7 +95,7 @@ def test_what_has_no_logprob_is_refused() -> None:
 
 def _rank(rank: int, store: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=240))
     # valid 11: the padding is on the last rank; valid 5: rank 1 holds nothing but padding.
     for valid in (11, 5):
         logits, targets = problem()
@@ -116,6 +116,6 @@ def _rank(rank: int, store: str) -> None:
 def test_two_ranks_with_half_the_vocabulary_each_agree_with_one(tmp_path: Path) -> None:
     context = start_processes(_rank, args=(str(tmp_path / "store"),), nprocs=2, join=False, daemon=True)  # type: ignore[no-untyped-call]
     assert context is not None
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while not context.join(timeout=5):
-        assert time.monotonic() < deadline, "the two ranks did not end within 90 s"
+        assert time.monotonic() < deadline, "the two ranks did not end within 240 s"

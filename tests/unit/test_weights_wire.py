@@ -220,7 +220,7 @@ def test_a_peer_behind_a_slow_link_has_one_snapshot_on_its_way_and_then_gets_the
     link.open.set()
     assert worker.take(4, 30.0).digest == big[-1].digest
     wait_for(lambda: 4 in worker.came)
-    assert worker.came == [1, 4]
+    assert worker.came[:2] == [1, 4] and set(worker.came) == {1, 4}, "what was asked for twice may come twice"
 
 
 def test_a_worker_that_has_a_version_in_hand_need_not_repeat_its_request_for_the_next(stack: ExitStack, publisher: Publisher) -> None:
