@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 
 class NeoxRLError(Exception):
     """Base of every error this project raises on purpose."""
@@ -76,3 +78,12 @@ _HOPELESS = ConfigError | DamagedError | StalenessError | JournalFullError | Dis
 def exit_status(error: NeoxRLError) -> int:
     """Of a process that ends with this error."""
     return GIVES_UP if isinstance(error, _HOPELESS) else 1
+
+
+def leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+    """The single errors of nested task groups."""
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from leaves(error)
+        else:
+            yield error

@@ -116,7 +116,7 @@ class ExperienceServer:
         self._session, self._attempt, self._heard = "", NO_ATTEMPT, False
         self._peer = b""  # changes when the trainer reconnects
         self._last = self._acked = 0
-        self._follows = False  # nothing was handled since the take-over
+        self._follows, self._lost = False, ""  # nothing was handled since the take-over; nor can be
         self._reply: list[Frame] = []
         self._working: asyncio.Task[list[Frame]] | None = None  # the message that was begun last, behind those before it
         self._awaited = False  # the trainer waits for its answer, so that nothing comes after it
@@ -145,9 +145,12 @@ class ExperienceServer:
             if self._working is not None:
                 self._working.cancel()
 
-    def take_over(self, session: str, attempt: int, last: int) -> None:
-        """Before ``serve``: this orchestrator follows on one that handled the messages of ``session`` up to ``last``."""
-        self._session, self._attempt, self._last, self._acked = session, attempt, last, last
+    def take_over(self, session: str, attempt: int, last: int, lost: str = "") -> None:
+        """Before ``serve``: this orchestrator follows on one that handled the messages of ``session`` up to ``last``.
+
+        ``lost``: what it would need to go on, and the journal does not hold. The trainer is told so at its next word.
+        """
+        self._session, self._attempt, self._last, self._acked, self._lost = session, attempt, last, last, lost
         self._follows = bool(session)
 
     def close(self) -> None:
@@ -185,7 +188,8 @@ class ExperienceServer:
             return
         self._heard = True
         if self._follows and message.since > self._last + 1:
-            lost = f"messages {self._last + 1} to {message.since - 1} of the trainer were handled, but the journal does not hold them"
+            self._lost = f"messages {self._last + 1} to {message.since - 1} of the trainer were handled, but the journal does not hold them"
+        if lost := self._lost:
             self._send(peer, self._pack("error", 0, message=f"{lost}: the run goes on from its checkpoint, with --resume"))
             raise JournalError(lost)
         if message.id <= self._last:

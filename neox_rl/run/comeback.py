@@ -21,7 +21,7 @@ from neox_rl.config.run import RunConfig
 from neox_rl.errors import ConfigError, WireError
 from neox_rl.problems.sources import ProblemCursor
 from neox_rl.queue.book import Book
-from neox_rl.queue.history import Standing
+from neox_rl.queue.history import History, Standing
 from neox_rl.queue.journal import LOCK_S
 from neox_rl.queue.state import TicketQueue, name
 from neox_rl.run.audit import Rule
@@ -34,6 +34,16 @@ def open_book(config: RunConfig, paths: RunPaths, attempt: int) -> Book:
     """An orchestrator of a run before this one may hold it for as long as a process gets to end."""
     queue, lock_s = config.metarl.queue, config.metarl.deadlines.shutdown_s + LOCK_S
     return Book.open(paths.journal, attempt, queue.flush_s, queue.disk_full_s, Rule.of(config).json(), queue.segment_mib << 20, lock_s)
+
+
+def lost_batch(history: History) -> str:
+    """In words, where the journal speaks of an RL step and has lost what it took; empty where nothing is missing.
+
+    Whoever went on would not know which of the open tickets are trained, or wait for the steps in between.
+    """
+    first, last = history.steps["rl"] + 1, history.reported["rl"]
+    which = f"step {last}" if first == last else f"steps {first} to {last}"
+    return f"the journal lost what {which} took" if first <= last else ""
 
 
 class Comeback:

@@ -16,7 +16,7 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
@@ -28,13 +28,13 @@ from neox_rl.codec import encode_group
 from neox_rl.config.derived import shares_prefixes
 from neox_rl.config.load import load_resolved
 from neox_rl.config.run import RunConfig
-from neox_rl.errors import ConfigError, JournalError, NeoxRLError, exit_status
+from neox_rl.errors import ConfigError, JournalError, NeoxRLError, exit_status, leaves
 from neox_rl.problems.sources import ProblemCursor
 from neox_rl.queue.book import Book
 from neox_rl.queue.state import TicketQueue, name
 from neox_rl.queue.wire import Delivery, ExperienceServer, Phase
 from neox_rl.queue.wire_messages import attempt_of
-from neox_rl.run.comeback import Comeback, open_book
+from neox_rl.run.comeback import Comeback, lost_batch, open_book
 from neox_rl.run.demonstrating import demonstration_source
 from neox_rl.run.evaluation import Evaluator
 from neox_rl.run.live_audit import LiveAudit
@@ -128,7 +128,10 @@ class Orchestrator:
         if self._attempt > history.attempt:
             server.take_over("", history.attempt, 0)
             return
-        server.take_over(history.session, history.attempt, history.last)
+        server.take_over(history.session, history.attempt, history.last, lost := lost_batch(history))
+        if lost:
+            self._parts.events.instant("journal", message=lost)
+            return
         settle(self._paths, history.reported["sft"], history.reported["rl"], history.evaluated.keys())
         small = [row["step"] for row in read_jsonl(self._paths.evaluations) if row["label"].startswith(SMALL)]
         self._evaluated = max(small, default=0)
@@ -145,6 +148,8 @@ class Orchestrator:
         match history.state:
             case {"draws": int() as draws, "ticket": int() as ticket}:
                 self._demonstrations = self._new_demonstrations(draws, ticket)
+        for _ in range(0 if history.steps["rl"] else history.reported["sft"] - history.steps["sft"]):
+            self._batch(self._demonstrations)  # of a step whose record is lost: shown already
         self._parts.events.instant("recovered", message=message, sft_step=history.steps["sft"], rl_step=history.steps["rl"], **found)
         message = "; ".join(filter(None, (message, self._book.warning)))
         warm = history.steps["sft"] < self._config.metarl.warmstart.steps
@@ -308,6 +313,8 @@ class Orchestrator:
             self._book.attested(member.version, member.digest)
 
     def _on_live(self, version: int) -> None:
+        if version > self._queue.step and self._book.has_holes:
+            return  # the record of the step that made it is lost: the trainer is told at its next word
         self._comeback.live(version)
         self._book.add("live", version=version, digest=self._book.history.digests.get(version))
         self._pump.changed.fire()
@@ -385,15 +392,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(failures) > MAX_ERRORS:
         logger.error("and %d more like these", len(failures) - MAX_ERRORS)
     return max((exit_status(failure) for failure in failures if isinstance(failure, NeoxRLError)), default=0)
-
-
-def leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
-    """The single errors of nested task groups."""
-    for error in group.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            yield from leaves(error)
-        else:
-            yield error
 
 
 if __name__ == "__main__":

@@ -62,6 +62,17 @@ def test_a_successor_whose_journal_lost_what_the_trainer_cannot_repeat_says_so()
             assert isinstance(second.result.exception(timeout=60), JournalError)
 
 
+def test_a_successor_whose_journal_lost_a_batch_says_so_at_the_trainers_next_word() -> None:
+    port, calls = free_port("127.0.0.1"), Recorder()
+    with serving(Recorder(), port) as first, connected(f"tcp://127.0.0.1:{port}") as client:
+        client.next_groups(Phase.RL, 1)
+        first.stop()
+        with serving(calls, port, session=client._session, last=2, lost="the journal lost what step 1 took") as second:
+            with pytest.raises(NeoxRLError, match="lost what step 1 took: the run goes on from its checkpoint, with --resume"):
+                client.next_groups(Phase.RL, 2)
+            assert isinstance(second.result.exception(timeout=60), JournalError) and not calls.calls
+
+
 def test_a_new_trainer_needs_a_higher_attempt_and_an_orchestrator_that_has_not_heard_the_old_one() -> None:
     handler = Recorder()
     with serving(handler, session="", attempt=1) as running:

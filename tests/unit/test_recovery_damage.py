@@ -20,6 +20,8 @@ from neox_rl.errors import JournalError
 from neox_rl.queue.book import Book
 from neox_rl.queue.records import Record
 from neox_rl.queue.wire_messages import Phase
+from neox_rl.run.audit import Audit, Rule
+from neox_rl.run.comeback import lost_batch
 from neox_rl.run.orchestrator import Orchestrator
 from neox_rl.telemetry.jsonl import read_jsonl
 from tests.unit import test_recovery_stories as stories
@@ -58,6 +60,8 @@ class Served(Policy):
 class Loop(Trainer):
     """``neox_rl/step/loop.py`` without an engine."""
 
+    world: Recorded
+
     def _messages(self) -> Iterator[tuple[str, dict[str, Any]]]:
         state = self.state | {"sft_step": self.sft, "rl_step": self.rl}
         yield "hello", {"session": self.session, "world": 1, "pid": 1, "attempt": self.attempt, "state": state}
@@ -95,9 +99,12 @@ class Loop(Trainer):
     async def talk(self, orchestrator: Orchestrator, policy: Policy) -> None:
         """Raises JournalError where ``ExperienceServer`` refuses: a session that it does not know, or a message that nobody can repeat."""
         history = orchestrator._book.history
+        known = history.session == self.session
         since = self.unacked[0][0] if self.unacked else self.id + 1
-        if since > (history.last if history.session == self.session else 0) + 1:
-            raise JournalError("the journal lost what the trainer cannot repeat")
+        if (known and lost_batch(history)) or since > (history.last if known else 0) + 1:
+            while self.world.follows and policy.live < max(policy.offered, default=policy.live):
+                await asyncio.sleep(0)  # the servers may be faster than the trainer's next word
+            raise JournalError(lost_batch(history) or "the trainer cannot repeat what the journal lost")
         await super().talk(orchestrator, policy)
 
 
@@ -107,7 +114,7 @@ def interrupted(world: Recorded, at: int | None) -> tuple[Loop, list[Record]]:
     world.follows = False
     with contextlib.suppress(ExceptionGroup):
         asyncio.run(live_on(world, trainer, disk))
-    return trainer, disk.left()
+    return trainer, disk.records
 
 
 def follow(world: Recorded, trainer: Loop, records: Sequence[Record]) -> list[Record]:
@@ -145,3 +152,58 @@ def test_what_was_written_for_people_outlives_the_record_that_says_so(tmp_path: 
             break
         at += 9
     assert told
+
+
+def healed(world: Recorded, trainer: Loop, records: Sequence[Record]) -> tuple[Loop, list[Record]]:
+    """To the end of the run, the ranks from their checkpoint where the orchestrator says so, as ``--restarts`` has it."""
+    for _ in range(3):
+        disk = Disk(records, None, world.rng)
+        try:
+            asyncio.run(live_on(world, trainer, disk))
+            return trainer, disk.records
+        except* JournalError:
+            records, world.follows = disk.records, False
+            trainer = Loop(world, trainer.attempt + 1, trainer.checkpoint)
+    raise AssertionError("it is told again and again that it must resume")
+
+
+def judge(world: World, records: Sequence[Record]) -> Audit:
+    """All that a run left, whose journal is known to be damaged."""
+    audit = Audit(Rule.of(world.config), damaged=True)
+    audit.spent.foresee(records)
+    for record in records:
+        audit.apply(record)
+    for row in read_jsonl(world.paths.metrics):
+        if row["phase"] == "rl":
+            audit.reported(row["step"], row)
+    audit.saved("the last", world.saved[-1]["rl"], world.saved[-1]["state"]["queue"])
+    audit.close(finished=True)
+    return audit
+
+
+@pytest.mark.parametrize("who", ["orchestrator", "ranks"])
+@pytest.mark.parametrize("at", [None, 3, 5, 24, 37, 46, 55, 68])
+def test_a_run_whose_journal_lost_any_one_record_goes_on_and_loses_and_doubles_nothing(tmp_path: Path, at: int | None, who: str) -> None:
+    """Interrupted somewhere, or finished and asked to go on; whichever record, but the last, is gone by then."""
+    end = len(interrupted(Recorded(tmp_path / "whole", 3), at)[1]) - 1
+    for hit in range(end):
+        world = Recorded(tmp_path / f"{hit}", 3)
+        trainer, records = interrupted(world, at)
+        again = who == "ranks" or trainer.done
+        world.follows = not again
+        last = Loop(world, 1, trainer.checkpoint) if again else trainer
+        last, records = healed(world, last, records[:hit] + records[hit + 1 :])
+        check(world, last)
+        check_rows(world, whole=last is trainer)
+        assert judge(world, records).violations == [], records[hit]
+
+
+def test_the_audit_of_a_run_whose_journal_lost_any_one_record_says_no_violation(tmp_path: Path) -> None:
+    world = Recorded(tmp_path, 5)
+    trainer, records = interrupted(world, 60)
+    trainer, records = healed(world, Loop(world, 1, trainer.checkpoint), records)
+    check(world, trainer)
+    assert judge(world, records).undecided == 0
+    found = [(record.kind, judge(world, [*records[:hit], *records[hit + 1 :]])) for hit, record in enumerate(records)]
+    assert [(kind, audit.violations) for kind, audit in found if audit.violations] == []
+    assert {kind for kind, audit in found if audit.undecided} >= {"taken", "session"}

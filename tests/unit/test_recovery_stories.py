@@ -256,7 +256,7 @@ class Trainer:
 class Server:
     """What ``_take_over`` tells the socket."""
 
-    def take_over(self, session: str, attempt: int, last: int) -> None: ...
+    def take_over(self, session: str, attempt: int, last: int, lost: str = "") -> None: ...
 
 
 async def live_on(world: World, trainer: Trainer, disk: Disk) -> None:

@@ -86,9 +86,11 @@ class Recorder:
 class Running:
     """A server in a thread with its own event loop; ``result`` is what ``serve`` returned or raised."""
 
-    def __init__(self, handler: Recorder, port: int = 0, session: str | None = None, attempt: int = 0, last: int = 0) -> None:
+    def __init__(
+        self, handler: Recorder, port: int = 0, session: str | None = None, attempt: int = 0, last: int = 0, lost: str = ""
+    ) -> None:
         self.server: ExperienceServer
-        self._before = (session, attempt, last)
+        self._before = (session, attempt, last, lost)
         self._up, self._handler, self._port = threading.Event(), handler, port
         self._stop: asyncio.Event
         self._loop: asyncio.AbstractEventLoop
@@ -127,8 +129,10 @@ class Running:
 
 
 @contextmanager
-def serving(handler: Recorder, port: int = 0, session: str | None = None, attempt: int = 0, last: int = 0) -> Iterator[Running]:
-    running = Running(handler, port, session, attempt, last)
+def serving(
+    handler: Recorder, port: int = 0, session: str | None = None, attempt: int = 0, last: int = 0, lost: str = ""
+) -> Iterator[Running]:
+    running = Running(handler, port, session, attempt, last, lost)
     try:
         yield running
     finally:
