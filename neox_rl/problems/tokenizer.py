@@ -15,7 +15,6 @@ from neox_rl.config.derived import symbolic_words
 from neox_rl.config.schema import PLACE, ProblemsConfig, TokenizerConfig
 from neox_rl.errors import ConfigError
 from neox_rl.metacot import EOS, PAD, UNKNOWN
-from neox_rl.ports import Tokenizer
 
 
 class SymbolicTokenizer:
@@ -39,6 +38,10 @@ class SymbolicTokenizer:
     @property
     def vocab_size(self) -> int:
         return len(self.words)
+
+    @property
+    def ids(self) -> Mapping[str, int]:
+        return self._ids
 
     def encode(self, text: str) -> tuple[int, ...]:
         """One id a whitespace-separated word; words outside the language become the unknown token, and so does the name of EOS or padding:
@@ -84,7 +87,7 @@ class DirectoryTokenizer:
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise ConfigError(f"tokenizer.path {directory}: no tokenizer.json there; save it with a fast HF tokenizer (save_pretrained)")
-        self._template, self._path, self._hf = template, path, _read(path)
+        self._template, self._path, self._hf = template, path, _read(path, "tokenizer.path")
         self._hf.encode_special_tokens = True
         self._size = max(self._hf.get_vocab(with_added_tokens=True).values()) + 1
         self._eos_id = _eos_id(directory, self._hf)
@@ -98,6 +101,10 @@ class DirectoryTokenizer:
     def vocab_size(self) -> int:
         """Ids in use; a model's embedding may be larger."""
         return self._size
+
+    @property
+    def ids(self) -> Mapping[str, int]:
+        return self._hf.get_vocab(with_added_tokens=True)
 
     def encode(self, text: str) -> tuple[int, ...]:
         ids = self._hf.encode(text, add_special_tokens=False).ids
@@ -129,7 +136,10 @@ class DirectoryTokenizer:
         return str(self._hf.decode(list(ids), skip_special_tokens=True))
 
 
-def load_tokenizer(cfg: TokenizerConfig, problems: ProblemsConfig, around: Sequence[str] = ()) -> Tokenizer:
+RunTokenizer = SymbolicTokenizer | DirectoryTokenizer
+
+
+def load_tokenizer(cfg: TokenizerConfig, problems: ProblemsConfig, around: Sequence[str] = ()) -> RunTokenizer:
     """The tokenizer of ``tokenizer.path``; when that is empty the symbolic one, which knows the games alone, and the words ``around``
     attempts (``derived.words_around``)."""
     if cfg.path:
@@ -139,11 +149,32 @@ def load_tokenizer(cfg: TokenizerConfig, problems: ProblemsConfig, around: Seque
     return SymbolicTokenizer(symbolic_words(problems, around))
 
 
-def _read(path: Path) -> HFTokenizer:
+def refuse_other_tokens(checkpoint: str, ours: Mapping[str, int]) -> None:
+    """Compares the ``tokenizer.json`` of the HF directory ``checkpoint``, where there is one, with the run's: a model whose rows stand for
+    other tokens loads, and trains on noise. Only ids that both have are compared: either may have more.
+
+    Raises ConfigError naming the first id that differs.
+    """
+    path, key = Path(checkpoint, "tokenizer.json"), f"metarl.warmstart.hf_checkpoint = {checkpoint!r}"
+    if not path.is_file():
+        return
+    theirs = _read(path, key).get_vocab(with_added_tokens=True)
+    tokens = {i: token for token, i in theirs.items()}
+    both = sorted((i, token) for token, i in ours.items() if i in tokens)
+    if different := [(i, token) for i, token in both if theirs.get(token) != i]:
+        i, token = different[0]
+        raise ConfigError(
+            f"{key}: its tokenizer is not the run's: id {i} is {tokens[i]!r} there, {token!r} here ({len(different)} of {len(both)} differ)"
+            f"; set metarl.tokenizer.path: {checkpoint}, or, for the model of a run without that key, metarl.problems and metarl.episodes"
+            " as they were there"
+        )
+
+
+def _read(path: Path, key: str) -> HFTokenizer:
     try:
         return HFTokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises this class itself
-        raise ConfigError(f"tokenizer.path: {path} is no tokenizer ({error}): cut, or a pointer of Git LFS? Download it again") from error
+        raise ConfigError(f"{key}: {path} is no tokenizer ({error}): cut, or a pointer of Git LFS? Download it again") from error
 
 
 def _eos_id(directory: Path, hf: HFTokenizer) -> int:

@@ -33,9 +33,8 @@ from neox_rl.config.placement import num_ranks
 from neox_rl.config.run import RunConfig
 from neox_rl.errors import ConfigError, WeightError
 from neox_rl.keys import Keys
-from neox_rl.ports import Tokenizer
 from neox_rl.problems.sources import problems_of_run
-from neox_rl.problems.tokenizer import SymbolicTokenizer, load_tokenizer
+from neox_rl.problems.tokenizer import RunTokenizer, SymbolicTokenizer, load_tokenizer, refuse_other_tokens
 from neox_rl.queue.journal import LOCK_S
 from neox_rl.run.demonstrating import demonstration_source, refuse_unrecorded
 from neox_rl.run.endpoints import choose_endpoints, write_endpoints
@@ -110,7 +109,7 @@ def prepared(config: RunConfig, script: str, resume: bool, by_hand: bool = True)
     Whatever a user can get wrong is found first: a start that fails leaves the directory as it was. Raises ConfigError.
     """
     tokenizer = load_tokenizer(config.metarl.tokenizer, config.metarl.problems, words_around(config))
-    _refuse_vocabulary(config, tokenizer.vocab_size)
+    _refuse_vocabulary(config, tokenizer)
     if config.metarl.debug.mode == "train_only":
         refuse_unrecorded(config)
     else:
@@ -144,13 +143,15 @@ def prepared(config: RunConfig, script: str, resume: bool, by_hand: bool = True)
         yield paths, [p.in_attempt(attempt, resume and p.name == RANKS) if p.name in (RANKS, ORCHESTRATOR) else p for p in parts]
 
 
-def _refuse_vocabulary(config: RunConfig, vocab_size: int) -> None:
-    """Raises ConfigError for a checkpoint that has no rows for all tokens; what else must fit is a rule of the config."""
+def _refuse_vocabulary(config: RunConfig, tokenizer: RunTokenizer) -> None:
+    """Raises ConfigError for a checkpoint that has no rows for all tokens, or those of others; what else must fit is a rule of the
+    config."""
     if path := config.metarl.warmstart.hf_checkpoint:
         try:
-            check_config(Path(path), hf_config(config, vocab_size))
+            check_config(Path(path), hf_config(config, tokenizer.vocab_size))
         except WeightError as error:
             raise ConfigError(f"metarl.warmstart.hf_checkpoint = {path!r}: {error}") from error
+        refuse_other_tokens(path, tokenizer.ids)
 
 
 def _ending_s(config: RunConfig) -> float:
@@ -200,7 +201,7 @@ def commands(config: RunConfig, parts: list[Program], env: Mapping[str, str]) ->
     return "\n".join(lines) + "\n"
 
 
-def _write_model(config: RunConfig, paths: RunPaths, tokenizer: Tokenizer) -> None:
+def _write_model(config: RunConfig, paths: RunPaths, tokenizer: RunTokenizer) -> None:
     """What servers and transformers read beside the weights: config and tokenizer."""
     directory = paths.root / "model"
     directory.mkdir(exist_ok=True)

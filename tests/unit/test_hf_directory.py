@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import models
 
-from neox_rl.config.derived import hf_config
+from neox_rl.config.derived import hf_config, symbolic_words, words_around
 from neox_rl.config.hf_directory import INDEX
 from neox_rl.config.load import parse
+from neox_rl.metacot import EOS, PAD, episode_words
+from neox_rl.problems.tokenizer import SymbolicTokenizer, load_tokenizer, refuse_other_tokens, save_hf
 from neox_rl.run.cli import main
 
 LLAMA = ("norm=rmsnorm", "activation=swiglu", "use_bias_in_attn_linear=false", "use_bias_in_mlp=false", "intermediate_size=1536")
 WORDS = 4096
+CONFIGS = Path(__file__).parents[2] / "configs"
+PROBLEMS = parse([], ()).config.metarl.problems
 
 
 @pytest.fixture
@@ -77,6 +84,41 @@ def test_another_model(model: Path, capsys: pytest.CaptureFixture[str], how: str
 def test_a_vocabulary_that_is_too_small(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change(model, vocab_size=50)
     assert "vocab_size 50 there, " in refusal(model, capsys, "--prepare")
+
+
+@pytest.mark.parametrize("words", [symbolic_words(PROBLEMS, episode_words(3, True)), symbolic_words(PROBLEMS)[:60]], ids=["more", "fewer"])
+def test_tokens_beyond_those_of_the_run_are_no_difference(model: Path, words: tuple[str, ...]) -> None:
+    SymbolicTokenizer(words).save(model)
+    assert start(model, "--prepare") == 0
+
+
+def test_another_tokenizer_than_the_runs(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hf = HFTokenizer(models.WordLevel({"!": 0, EOS: 1, "#": 2}, unk_token="!"))
+    save_hf(hf, {"eos_token": EOS}, model)
+    line = refusal(model, capsys, "--prepare")
+    assert f"id 0 is '!' there, {PAD!r} here (2 of 3 differ)" in line and f"set metarl.tokenizer.path: {model}, or" in line
+
+
+def test_values_of_another_range_move_the_ids_of_the_symbolic_words(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their number alone would pass: the checkpoint has more."""
+    largest = PROBLEMS.max_value
+    SymbolicTokenizer(symbolic_words(replace(PROBLEMS, max_value=largest + 1))).save(model)
+    assert f" is '{largest + 1}' there, '+0' here" in refusal(model, capsys, "--prepare")
+    assert start(model, "--prepare", f"metarl.tokenizer.path={model}") == 0, "what the line says"
+
+
+@pytest.mark.parametrize("name", ["meta_star", "prm", "metarl_mcts", "metarl_neox"])
+def test_what_goes_on_from_the_policy_of_the_main_job_has_its_tokens(tmp_path: Path, name: str) -> None:
+    main_job, job = (parse([CONFIGS / f"{each}.yml"], ()).config for each in ("metarl", name))
+    SymbolicTokenizer(symbolic_words(main_job.metarl.problems, words_around(main_job))).save(tmp_path)
+    tokenizer = load_tokenizer(job.metarl.tokenizer, job.metarl.problems, words_around(job))
+    refuse_other_tokens(str(tmp_path), tokenizer.ids)
+    assert (tmp_path / "tokenizer.json").is_file()
+
+
+def test_a_tokenizer_that_is_cut(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (model / "tokenizer.json").write_text("{")
+    assert "tokenizer.json is no tokenizer (" in refusal(model, capsys, "--prepare")
 
 
 @pytest.mark.parametrize(
