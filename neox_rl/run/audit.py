@@ -133,19 +133,18 @@ class Audit:
 
     def _begin(self, meta: Mapping[str, Any]) -> None:
         """A trainer begins at its checkpoint: later steps are undone."""
-        rl_step, time_s = int(meta["rl_step"]), meta.get("time")
-        if rl_step > self.last:
-            self._missing("steps", f"a trainer begins after step {rl_step}, the last that was taken is {self.last}")
+        rl_step, time_s, queue = int(meta["rl_step"]), meta.get("time"), (meta.get("state") or {}).get("queue")
+        if rl_step > self.last:  # the checkpoint is the proof of lost records; what follows is known where it says all, and others nothing
+            self.damaged, self.undecided = self.damaged or queue is None or len(self.sessions) > 1, self.undecided + 1
+            self._pass_over(rl_step, queue)
+            self.spent.adopt(meta.get("state"))
         for step in [step for step in self.steps if step > rl_step]:
             self._undone[step] = self.steps.pop(step).tickets
             self.num_undone += 1
             self.trained.undo(self._undone[step])
         self.spent.undo(rl_step, bool(meta.get("anew")))
-        if rl_step > self.last:
-            self.spent.adopt(meta.get("state"))
         if rl_step < self._forgotten:  # by the trainer's own checkpoint, whose queue an audit of the whole journal compares
-            queue = meta.get("state", {}).get("queue") or {"fresh": 0, "open": []}
-            self.trained.reset(queue["fresh"], queue["open"])
+            self.trained.reset(queue["fresh"] if queue else 0, queue["open"] if queue else ())
             self.spent.adopt(meta.get("state"), instead=True)
             self._forgotten = rl_step
         self.sft_step, self.last = int(meta["sft_step"]), rl_step
@@ -195,7 +194,7 @@ class Audit:
         if not (lost := self.spent.lose(meta["positions"], self.last)):
             return
         what = f"{named(lost)}: no record says what became of it"
-        if meta["holes"]:
+        if meta["holes"] or self.damaged:
             self.gap("problems", f"{what} (records were lost)")
         else:
             self._violated("problems", what)
@@ -221,7 +220,7 @@ class Audit:
                 self.gap("policy", f"step {step}: tokens of v{version} were made before its publication was heard of")
                 continue
             self.results["policy"].checked += 1
-            if published.get(int(version)) is None and int(version) <= self._forgotten - KEPT_VERSIONS:
+            if published.get(int(version)) is None and int(version) <= max(self._forgotten - KEPT_VERSIONS, self._unknown - 1):
                 self.gap("policy", f"step {step}: v{version} is too old for its digest to be known still")
             elif published.get(int(version)) is None:
                 self._missing("policy", f"step {step} trained tokens of v{version}, which nobody published")
@@ -243,21 +242,23 @@ class Audit:
         """What a segment begins with. Where the records before it are gone, this is all that is known of their steps."""
         queue, step = meta["state"].get("queue"), int(meta["steps"]["rl"])
         if step > self.last and isinstance(queue, dict):
-            for check in ("bound", "once", "problems", "policy"):
-                self.gap(check, f"steps {self.last + 1} to {step}: what they took is in no record that is there")
-            if self._living:
-                self.trained.reset(queue["fresh"], queue["open"])
-            else:
-                for ticket in self.trained.missing(queue["fresh"], queue["open"]):
-                    self.trained.add(ticket, step)
+            self._pass_over(step, queue)
             self.sessions[-1].published |= {int(version): str(digest) for version, digest in meta["digests"]}
-            self.last = self._unknown = step
+            self.last = step
             self.sft_step = int(meta["steps"]["sft"])
             self.spent.known = False
         elif self._living and step == self.last and not self.sessions[-1].published:  # before the first step of RL: v0 alone
             self.sessions[-1].published |= {int(version): str(digest) for version, digest in meta["digests"]}
         self._compare(queue, step)
         self._problems(self.spent.compare({"cursor": {"position": meta["cursor"]}, "problems": dict(meta["positions"])}))
+
+    def _pass_over(self, step: int, queue: Mapping[str, Any] | None) -> None:
+        """The steps after the last that is known, up to this one: the queue after it says which tickets they trained."""
+        for check in ("bound", "once", "problems", "policy"):
+            self.gap(check, f"steps {self.last + 1} to {step}: what they took is in no record that is there")
+        self._unknown = step
+        for ticket in self.trained.missing(queue["fresh"], queue["open"]) if queue else ():
+            self.trained.add(ticket, step)
 
     def _forget(self) -> None:
         """No trainer that the journal can serve goes back behind this."""

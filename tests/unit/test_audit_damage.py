@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
-from neox_rl.queue.journal import LEDGER
-from neox_rl.queue.records import Record, scan
+from neox_rl.queue.journal import LEDGER, open_journal
+from neox_rl.queue.records import Record, payload_of, scan
 from tests.contracts.test_floors import tool
-from tests.unit.audited_run import good, written
+from tests.unit.audited_run import good, second_trainer, state_after, written
 
 main = tool("audit").main
 
@@ -39,3 +40,18 @@ def test_one_flipped_byte_never_makes_the_command_say_violation(tmp_path: Path, 
         assert status in (0, 3), capsys.readouterr().out
         found.setdefault(record.kind, set()).add(status)
     assert all(3 in found[kind] for kind in ("taken", "session", "published")), found
+
+
+def test_a_run_whose_journal_was_moved_away_is_undecided_and_not_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As ``journal.check_format`` advises for that of another release: the trainer's hello is the first that the new one has."""
+    root = written(tmp_path)
+    shutil.rmtree(root / "journal")
+    run = good()
+    journal, _ = open_journal(root / "journal", 0.01, 1.0)
+    for row in run.records[second_trainer(run) :]:
+        meta = {key: value for key, value in row.items() if key != "kind"}
+        journal.append(payload_of(row["kind"], meta | ({"state": state_after(2)} if row["kind"] == "session" else {})))
+    journal.close()
+    assert main([str(root)]) == 3
+    said = capsys.readouterr().out
+    assert "not checked: once: steps 1 to 2: what they took is in no record that is there" in said and "UNDECIDED: 1 finding" in said

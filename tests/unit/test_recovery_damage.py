@@ -167,9 +167,9 @@ def healed(world: Recorded, trainer: Loop, records: Sequence[Record]) -> tuple[L
     raise AssertionError("it is told again and again that it must resume")
 
 
-def judge(world: World, records: Sequence[Record]) -> Audit:
-    """All that a run left, whose journal is known to be damaged."""
-    audit = Audit(Rule.of(world.config), damaged=True)
+def judge(world: World, records: Sequence[Record], damaged: bool = True) -> Audit:
+    """All that a run left. ``damaged``: of its journal it is known."""
+    audit = Audit(Rule.of(world.config), damaged)
     audit.spent.foresee(records)
     for record in records:
         audit.apply(record)
@@ -207,3 +207,22 @@ def test_the_audit_of_a_run_whose_journal_lost_any_one_record_says_no_violation(
     found = [(record.kind, judge(world, [*records[:hit], *records[hit + 1 :]])) for hit, record in enumerate(records)]
     assert [(kind, audit.violations) for kind, audit in found if audit.violations] == []
     assert {kind for kind, audit in found if audit.undecided} >= {"taken", "session"}
+
+
+@pytest.mark.parametrize("at", [57, 68])
+def test_a_run_whose_journal_was_moved_away_or_lost_its_end_goes_on_from_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """No byte tells of it but the checkpoint: of steps that no record has the audit says that it cannot know."""
+    monkeypatch.setattr(stories, "Book", Book)
+    world = Recorded(tmp_path / "whole", 3)
+    _, records = interrupted(world, at)
+    assert world.config.metarl.audit == "stop" and world.saved
+    for left in range(len(records)):
+        world = Recorded(tmp_path / f"{left}", 3)
+        trainer, records = interrupted(world, at)
+        last, records = healed(world, Loop(world, 1, trainer.checkpoint), records[:left])
+        check(world, last)
+        check_rows(world, whole=False)
+        audit = judge(world, records, damaged=False)
+        assert audit.violations == [] and (left > 0 or audit.undecided), left
