@@ -5,7 +5,8 @@
 
 The YAML files are the model's: NeoX keys as it was trained with, layout included. The model is built by the checkout itself, so what comes
 out is what GPT-NeoX computes with: biases that its ranks sum are summed, padding of the vocabulary is cut to ``--vocab`` (the tokenizer's
-size; ``to-neox`` takes it from the HF config). Tokenizer files are not copied.
+size; ``to-neox`` takes it from the HF config). Tokenizer files are not copied: lay them into ``--hf`` first, and ``to-hf`` writes their ids
+of EOS and padding; those that a ``config.json`` there has come before them.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from neox_rl.config.hf_directory import CONFIG, special_ids
 from neox_rl.config.load import parse
 from neox_rl.config.machine import Machine
 from neox_rl.config.rules_model import checkout_knows_the_keys
 from neox_rl.engines.registry import build_engine
 from neox_rl.errors import ConfigError, NeoxRLError
+from neox_rl.problems.tokenizer import DirectoryTokenizer
+from neox_rl.telemetry.jsonl import write_json
+from neox_rl.types import Json
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -41,12 +46,13 @@ def convert(args: argparse.Namespace) -> None:
     if vocab is None and args.direction == "to-hf":
         raise ConfigError("--vocab: is needed to cut the padding of the vocabulary; give the size of the tokenizer")
     if vocab is None:
-        vocab = int(json.loads((args.hf / "config.json").read_text())["vocab_size"])
+        vocab = int(json.loads((args.hf / CONFIG).read_text())["vocab_size"])
     config = parse(args.configs, ["metarl.engine=gpt-neox"]).config
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     config = replace(config, neox=replace(config.neox, num_gpus=ranks))
     for message in checkout_knows_the_keys(config, Machine.here()):
         raise ConfigError(message)
+    ids = token_ids(args.hf)
     engine = build_engine(config, vocab)
     if args.direction == "to-neox":
         engine.load_hf(args.hf)
@@ -54,8 +60,19 @@ def convert(args: argparse.Namespace) -> None:
     else:
         engine.load(args.checkpoint)
         engine.save_hf(args.hf)
+        if engine.topology.rank == 0:
+            write_json(args.hf / CONFIG, json.loads((args.hf / CONFIG).read_text()) | ids, indent=2)
         print(args.hf)
     engine.close()
+
+
+def token_ids(directory: Path) -> dict[str, Json]:
+    """The ids of special tokens as far as the directory tells them."""
+    ids: dict[str, Json] = {}
+    if (directory / "tokenizer.json").is_file():
+        tokenizer = DirectoryTokenizer(directory)
+        ids = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    return ids | special_ids(directory)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -100,8 +100,9 @@ def num_parameters(config: RunConfig, vocab_size: int) -> int:
     return embeddings + 2 * h + n.num_layers * (attention + mlp + norms)
 
 
-def hf_config(config: RunConfig, vocab_size: int, *, eos_id: int = 1, pad_id: int = 0) -> dict[str, Any]:
-    """The ``config.json`` of the model for transformers and vLLM. ``vocab_size`` is the tokenizer's, not the padded one.
+def hf_config(config: RunConfig, vocab_size: int, *, eos_id: int | None = None, pad_id: int | None = None) -> dict[str, Any]:
+    """The ``config.json`` of the model for transformers and vLLM. ``vocab_size`` is the tokenizer's, not the padded one, and so are the ids
+    of special tokens, left open where whoever asks does not know it: a wrong one would end texts at another word.
 
     Rotary settings stand both as ``rope_parameters`` (transformers 5) and under the older names, which a reader of either kind needs:
     one that finds neither falls back to its own base without a word.
@@ -112,7 +113,7 @@ def hf_config(config: RunConfig, vocab_size: int, *, eos_id: int = 1, pad_id: in
     return described
 
 
-def _family_config(config: RunConfig, vocab_size: int, eos_id: int, pad_id: int) -> dict[str, Any]:
+def _family_config(config: RunConfig, vocab_size: int, eos_id: int | None, pad_id: int | None) -> dict[str, Any]:
     n, family = config.neox, model_family(config)
     common: dict[str, Any] = {
         "vocab_size": vocab_size,

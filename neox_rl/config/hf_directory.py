@@ -32,6 +32,7 @@ KEYS: Mapping[str, str] = {
     "rotary_pct": "rotary_pct",
 }
 """What two descriptions of one model have alike, and the keys of the run that say it."""
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def check_config(directory: Path, ours: Mapping[str, Any]) -> None:
@@ -62,6 +63,13 @@ def check_config(directory: Path, ours: Mapping[str, Any]) -> None:
         different.append(f"scaled rotary positions {rope or theirs['rope_scaling']} there, none here")
     if different:
         raise WeightError(f"{path} describes another model: {'; '.join(different)}; change the keys of the run, or take another checkpoint")
+
+
+def special_ids(directory: Path) -> dict[str, Any]:
+    """What the directory's ``config.json``, where there is one, says of special tokens. Raises WeightError where it cannot be read."""
+    path = directory / CONFIG
+    found = _read_object(path) if path.is_file() else {}
+    return {name: found[name] for name in SPECIAL_IDS if name in found}
 
 
 def weight_files(directory: Path) -> list[Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
-from neox_rl.config.hf_directory import CONFIG, open_weights, weight_files
+from neox_rl.config.hf_directory import CONFIG, open_weights, special_ids, weight_files
 from neox_rl.errors import WeightError
+from neox_rl.telemetry.jsonl import write_json
 from neox_rl.types import Json
 
 
@@ -43,7 +43,11 @@ def hf_reader(directory: Path) -> Iterator[HFReader]:
 
 
 def write_hf(directory: Path, tensors: dict[str, Tensor], config: dict[str, Json]) -> None:
-    """Writes ``config.json`` and the tensors, sharded where they are large."""
+    """Writes ``config.json`` and the tensors, sharded where they are large.
+
+    The ids of special tokens that a ``config.json`` there has stay, also on a full disk: whoever laid the tokenizer beside it knows them,
+    and an engine does not.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    write_json(directory / CONFIG, {**config, **special_ids(directory)}, indent=2)
     save_torch_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, directory)

@@ -93,7 +93,8 @@ class Engine(Protocol):
         ...
 
     def save_hf(self, directory: Path) -> None:
-        """Writes ``config.json`` and safetensors; tokenizer files are the caller's. Raises DiskFullError like ``save``."""
+        """Writes ``config.json`` and safetensors; tokenizer files are the caller's, and so are the ids of EOS and padding, which stay as
+        a ``config.json`` there says them. Raises DiskFullError like ``save``."""
         ...
 
     def save(self, directory: Path, client_state: Mapping[str, Json]) -> Path:

@@ -90,12 +90,17 @@ class DirectoryTokenizer:
         self._template, self._path, self._hf = template, path, _read(path, "tokenizer.path")
         self._hf.encode_special_tokens = True
         self._size = max(self._hf.get_vocab(with_added_tokens=True).values()) + 1
-        self._eos_id = _eos_id(directory, self._hf)
+        self._eos_id, self._pad_id = _end_ids(directory, self._hf)
         self._special_ids = frozenset(i for i, token in self._hf.get_added_tokens_decoder().items() if token.special)
 
     @property
     def eos_id(self) -> int:
         return self._eos_id
+
+    @property
+    def pad_id(self) -> int | None:
+        """None where the tokenizer names no token for padding."""
+        return self._pad_id
 
     @property
     def vocab_size(self) -> int:
@@ -177,14 +182,20 @@ def _read(path: Path, key: str) -> HFTokenizer:
         raise ConfigError(f"{key}: {path} is no tokenizer ({error}): cut, or a pointer of Git LFS? Download it again") from error
 
 
-def _eos_id(directory: Path, hf: HFTokenizer) -> int:
+def _end_ids(directory: Path, hf: HFTokenizer) -> tuple[int, int | None]:
+    """The ids of EOS and of padding. Raises ConfigError where there is no EOS."""
     path = directory / "tokenizer_config.json"
+
+    def id_of(token: object) -> int | None:
+        word = token.get("content") if isinstance(token, dict) else token
+        return hf.token_to_id(word) if isinstance(word, str) else None
+
     try:
-        token = json.loads(path.read_text(encoding="utf-8")).get("eos_token") if path.is_file() else None
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        eos, pad = config.get("eos_token"), config.get("pad_token")
     except (ValueError, AttributeError) as error:
         raise ConfigError(f"tokenizer.path: {path} holds no JSON object ({error}); download or write it again") from error
-    word = token.get("content") if isinstance(token, dict) else token
-    found = hf.token_to_id(word) if isinstance(word, str) else None
-    if found is None:
+    if (eos_id := id_of(eos)) is None:
+        word = eos.get("content") if isinstance(eos, dict) else eos
         raise ConfigError(f"{path}: eos_token {word!r} is not a token of tokenizer.json; a completion must be able to end")
-    return int(found)
+    return eos_id, id_of(pad)

@@ -212,7 +212,8 @@ def _write_model(config: RunConfig, paths: RunPaths, tokenizer: RunTokenizer) ->
             source = Path(config.metarl.tokenizer.path) / name
             if source.is_file():
                 (directory / name).write_bytes(source.read_bytes())
-    write_json(directory / "config.json", hf_config(config, tokenizer.vocab_size, eos_id=tokenizer.eos_id), indent=2)
+    described = hf_config(config, tokenizer.vocab_size, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    write_json(directory / "config.json", described, indent=2)
 
 
 def _report(paths: RunPaths, must: bool) -> None:

@@ -155,10 +155,9 @@ def test_without_room_the_error_says_so_and_earlier_files_stay(engine: Engine, t
     """tests/e2e/test_full_disk.py has a disk that is."""
     model = tmp_path / "model"
     model.mkdir()
-    (model / "config.json").symlink_to("/dev/full")
+    (model / f"config.json.{os.getpid()}.tmp").symlink_to("/dev/full")
     with pytest.raises(DiskFullError, match=rf"no room on the disk of {model}, for 1 of 1 ranks"):
         engine.save_hf(model)
-    (model / "config.json").unlink()
     engine.save_hf(model)
     path, before = engine.save(tmp_path / "ckpt", {"cursor": [1]}), weights(engine)
     engine.step(split(sequences(), 1), loss_fn, 1e-2)

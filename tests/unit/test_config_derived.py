@@ -36,7 +36,7 @@ def of(settings: str = "") -> RunConfig:
 )
 def test_the_hf_config_builds_the_model_in_transformers_with_as_many_parameters(settings: str) -> None:
     config = of(settings)
-    described = hf_config(config, VOCAB)
+    described = hf_config(config, VOCAB, eos_id=1, pad_id=0)
     hf = AutoConfig.for_model(**described)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf)

@@ -112,12 +112,13 @@ def _exported(args: argparse.Namespace, step: int) -> Path:
     if (out / "model.safetensors").is_file():
         return out
     config = load_resolved(args.run / "config.yml")
-    shape = model_shape(config, DirectoryTokenizer(args.run / "model").vocab_size)
+    tokenizer = DirectoryTokenizer(args.run / "model")
+    shape = model_shape(config, tokenizer.vocab_size)
     state, tensors = load_file(rank_file(source, 0)), dict[str, Tensor]()
     for place in places(shape, 1):
         full = unshard([state[f"model.{place.local}"]], place.entry.split, shape.vocab)
         tensors |= dict(zip(place.entry.hf, place.entry.unfuse(full), strict=True))
-    write_hf(out, tensors, hf_config(config, shape.vocab))
+    write_hf(out, tensors, hf_config(config, shape.vocab, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id))
     for name in TOKENIZER_FILES:
         if (args.run / "model" / name).is_file():
             (out / name).write_bytes((args.run / "model" / name).read_bytes())
