@@ -35,14 +35,14 @@ from pathlib import Path
 from typing import Final, TextIO
 
 from neox_rl.errors import ConfigError, JournalError, JournalFullError
-from neox_rl.queue.records import HEAD_BYTES, Damage, Record, first_unchecked, parts_of, payload_of, scan, to_bytes
+from neox_rl.queue.records import HEAD_BYTES, HOLE, Damage, Record, first_unchecked, parts_of, payload_of, scan, to_bytes, with_holes
 from neox_rl.telemetry.jsonl import to_disk
 
 FORMAT: Final = 5
 SUFFIX: Final = ".journal"
 LEDGER: Final = f"ledger{SUFFIX}"
 LEDGER_KINDS: Final = frozenset(
-    {"opened", "session", "taken", "published", "live", "checkpoint", "refused", "lost", "failed", "discarded", "evaluated"}
+    {"opened", "session", "taken", "published", "live", "checkpoint", "refused", "lost", "failed", "discarded", "evaluated", HOLE}
 )
 """What stays of a segment that is not needed any more: who trained which tickets, of which versions, in which order."""
 NOT_IN_LEDGER: Final = frozenset({"state"})
@@ -55,7 +55,7 @@ _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO})
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """``records`` in order of their numbers; ``lost`` numbers are missing between the first and the last record of the kept segments."""
+    """``records`` in order of their numbers; ``lost``: how many are missing, of the kept segments and by the ledger's word."""
 
     records: tuple[Record, ...]
     damage: tuple[Damage, ...]
@@ -89,7 +89,9 @@ def read_journal(directory: Path, ledger: bool = True) -> Reading:
     past = _records_of(directory / LEDGER, damage, "opened" if told and not ledger else "")
     found = {record.seq: record for record in (*past, *kept)}  # a crash while a segment was given up leaves its short records in both files
     seqs = {record.seq for record in kept}
-    return Reading(tuple(found[seq] for seq in sorted(found)), tuple(damage), max(seqs) - min(seqs) + 1 - len(seqs) if seqs else 0)
+    lost = max(seqs) - min(seqs) + 1 - len(seqs) if seqs else 0
+    lost += sum(int(record.meta["records"]) for record in past if record.kind == HOLE)
+    return Reading(tuple(found[seq] for seq in sorted(found)), tuple(damage), lost)
 
 
 def _records_of(path: Path, damage: list[Damage], only: str = "") -> list[Record]:
@@ -322,7 +324,7 @@ def _rotated(directory: Path, old: _Segment, rotation: _Rotation) -> _Segment:
         raise
     older = [path for path in segments(directory) if path.name < new.path.name]
     try:
-        _to_ledger(directory / LEDGER, older)
+        _to_ledger(directory / LEDGER, older, rotation.first_seq)
         for path in older:
             path.unlink()
     except OSError:
@@ -331,16 +333,15 @@ def _rotated(directory: Path, old: _Segment, rotation: _Rotation) -> _Segment:
     return new
 
 
-def _to_ledger(ledger: Path, older: Sequence[Path]) -> None:
+def _to_ledger(ledger: Path, older: Sequence[Path], end: int) -> None:
     """All or nothing: what a full disk cut off would be taken for damage ever after."""
     with ledger.open("ab", buffering=0) as file:
         before = file.tell()
         entries = [] if before else [to_bytes(LEDGER, 0, payload_of("segment", {"format": FORMAT}))]
-        for path in older:
-            for record in scan(path.name, path.read_bytes()):
-                if isinstance(record, Record) and record.kind in LEDGER_KINDS:
-                    meta = {key: value for key, value in record.meta.items() if key not in NOT_IN_LEDGER}
-                    entries.append(to_bytes(LEDGER, record.seq, payload_of(record.kind, meta)))
+        found = (record for path in older for record in scan(path.name, path.read_bytes()) if isinstance(record, Record))
+        for record in (r for r in with_holes(found, end) if r.kind in LEDGER_KINDS):
+            meta = {key: value for key, value in record.meta.items() if key not in NOT_IN_LEDGER}
+            entries.append(to_bytes(LEDGER, record.seq, payload_of(record.kind, meta)))
         data = memoryview(b"".join(entries))
         try:
             while data:

@@ -14,8 +14,9 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ _CRC = struct.Struct("<I")
 _LENGTH = struct.Struct("<I")
 HEAD_BYTES = _HEAD.size + _CRC.size
 MAX_PAYLOAD_BYTES = 1 << 31
+HOLE = "hole"
+"""Kind of the ledger's record in place of those that were lost: what shrinks to an entry must not look whole."""
 _ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 
@@ -98,6 +101,17 @@ def scan(segment: str, data: bytes | memoryview, only: str = "") -> Iterator[Rec
                 break
     if lost >= 0:
         yield Damage(segment, lost, len(raw), torn=True)
+
+
+def with_holes(records: Iterable[Record], end: int) -> Iterator[Record]:
+    """``records`` in order, and a ``hole {records}`` for those that are missing between two of them, or before the number ``end``."""
+    due = -1
+    for record in chain(records, [Record(end, "", {})]):
+        if 0 <= due < record.seq:
+            yield Record(due, HOLE, {"records": record.seq - due})
+        if record.kind:
+            yield record
+        due = record.seq + 1
 
 
 def beginning(path: Path, number: int) -> list[Record]:

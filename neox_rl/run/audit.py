@@ -134,7 +134,7 @@ class Audit:
     def _begin(self, meta: Mapping[str, Any]) -> None:
         """A trainer begins at its checkpoint: later steps are undone."""
         rl_step, time_s, queue = int(meta["rl_step"]), meta.get("time"), (meta.get("state") or {}).get("queue")
-        if rl_step > self.last:  # the checkpoint is the proof of lost records; what follows is known where it says all, and others nothing
+        if rl_step > self.last:  # its checkpoint proves that records are lost; what follows is known if it says all and no others are there
             self.damaged, self.undecided = self.damaged or queue is None or len(self.sessions) > 1, self.undecided + 1
             self._pass_over(rl_step, queue)
             self.spent.adopt(meta.get("state"))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from neox_rl.config.dump import dump
-from neox_rl.queue.journal import open_journal
+from neox_rl.queue.journal import open_journal, segments
 from neox_rl.queue.positions import packed
 from neox_rl.queue.records import Record, payload_of
 from neox_rl.run.audit import Audit, Rule
@@ -120,14 +121,23 @@ def second_trainer(run: Run) -> int:
     return next(i for i, r in enumerate(run.records) if r["kind"] == "session" and r["rl_step"] == 2)
 
 
-def written(root: Path) -> Path:
-    """The good run on the disk; its checkpoint has put everything but the last records into the ledger."""
+def written(root: Path, hit: bytes = b"") -> Path:
+    """The good run on the disk; its checkpoint has put everything but the last records into the ledger.
+
+    ``hit``: of the record where these bytes are first found one is flipped before that.
+    """
     config = small_config(root, train_iters=4, rollout={"groups_per_step": 2}, warmstart={"steps": 1})
     paths = small_paths(config)
     paths.config.write_text(dump(config))
     journal, _ = open_journal(paths.journal, 0.01, 1.0)
     for row in good().records:
         journal.append(payload_of(row["kind"], {key: value for key, value in row.items() if key != "kind"}))
+    if hit:
+        asyncio.run(journal.durable())
+        segment = segments(paths.journal)[0]
+        data = bytearray(segment.read_bytes())
+        data[data.index(hit)] ^= 1
+        segment.write_bytes(data)
     journal.rotate([payload_of("checkpoint", {"id": 1, "sft_step": 1, "rl_step": 4})])
     journal.close()
     rows = [{"phase": "sft", "step": 1}, *({"phase": "rl", "step": step, **row} for step, row in good().rows.items())]

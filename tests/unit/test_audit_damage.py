@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from neox_rl.queue.journal import LEDGER, open_journal
+from neox_rl.queue.journal import LEDGER, open_journal, read_journal
 from neox_rl.queue.records import Record, payload_of, scan
 from tests.contracts.test_floors import tool
 from tests.unit.audited_run import good, second_trainer, state_after, written
@@ -40,6 +40,17 @@ def test_one_flipped_byte_never_makes_the_command_say_violation(tmp_path: Path, 
         assert status in (0, 3), capsys.readouterr().out
         found.setdefault(record.kind, set()).add(status)
     assert all(3 in found[kind] for kind in ("taken", "session", "published")), found
+
+
+@pytest.mark.parametrize("hit", [b'"phase":"rl","step":2', b'"session":"s","attempt":2', b'"version":3'])
+def test_damage_of_a_segment_that_shrinks_to_its_entries_in_the_ledger_is_not_forgotten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], hit: bytes
+) -> None:
+    root = written(tmp_path, hit)
+    assert read_journal(root / "journal").has_holes
+    assert main([str(root)]) == 3
+    said = capsys.readouterr().out
+    assert "journal: 1 records are missing" in said and "UNDECIDED: " in said and "VIOLATION" not in said
 
 
 def test_a_run_whose_journal_was_moved_away_is_undecided_and_not_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -214,9 +214,9 @@ def test_a_ledger_that_did_not_fit_is_as_it_was(tmp_path: Path, monkeypatch: pyt
 
         patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space"):
-            journal_file._to_ledger(tmp_path / LEDGER, segments(tmp_path))
+            journal_file._to_ledger(tmp_path / LEDGER, segments(tmp_path), 0)
     assert (tmp_path / LEDGER).stat().st_size == 0
-    journal_file._to_ledger(tmp_path / LEDGER, segments(tmp_path))
+    journal_file._to_ledger(tmp_path / LEDGER, segments(tmp_path), 0)
     assert [r.kind for r in read_journal(tmp_path).records].count("taken") == 1 and not read_journal(tmp_path).damage
 
 
