@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from neox_rl.config.schema import MEGATRON_ENGINE
 from neox_rl.engines.hf_mapping import Entry, Place, Split, fused, shard, unshard
 from neox_rl.engines.model_shape import ModelShape
 from neox_rl.engines.port import Topology
-from neox_rl.errors import NeoxRLError
+from neox_rl.errors import ConfigError, NeoxRLError
 
 Gathering = Callable[[Tensor], AbstractContextManager[None]]
 
@@ -40,12 +41,24 @@ class WeightParts:
     def __init__(
         self, model: torch.nn.Module, shape: ModelShape, world: World, places: Sequence[Place], whole: Gathering | None = None
     ) -> None:
+        self._refuse_other_tensors(shape, places)
         self._shape, self._world, self._places, self._whole = shape, world, places, whole
         self._by_name = dict(model.named_parameters())
         self.parameters = list(self._by_name.values())
         mine = {place.local for place in places if place.stage == world.topology.pp_rank}
         if mine != set(self._by_name):
             raise NeoxRLError(f"mapping and model disagree on parameters {sorted(mine ^ set(self._by_name))}: the framework's layout moved")
+
+    @staticmethod
+    def _refuse_other_tensors(shape: ModelShape, places: Sequence[Place]) -> None:
+        """A tensor without a place would be dropped when weights are read, and missing in those that are written: a Qwen2 would lose its
+        biases without a word."""
+        made, needed = {name for place in places for name in place.entry.hf}, set(shape.hf_shapes())
+        if made != needed:
+            raise ConfigError(
+                f"this engine's weights are not those of a {shape.family} model: {len(made ^ needed)} tensors differ, among them"
+                f" {min(made ^ needed)}; set metarl.engine: {MEGATRON_ENGINE}, which has them all, or the keys of another model"
+            )
 
     def fill(self, read: Callable[[str], Tensor]) -> None:
         """Sets every parameter of this rank from HF tensors. Raises WeightError naming one that is missing or has another shape."""

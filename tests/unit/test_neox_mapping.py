@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from neox_rl.config.neox import NeoXConfig
 from neox_rl.config.run import RunConfig
+from neox_rl.config.schema import MetaRLConfig
 from neox_rl.engines.gpt_neox_mapping import neox_places
 from neox_rl.engines.hf_mapping import Place, fused, shard, unshard
 from neox_rl.engines.model_shape import ModelShape, model_shape
+from neox_rl.engines.port import Topology
 from neox_rl.engines.rows import make_rows, rows_shape
+from neox_rl.engines.weight_parts import WeightParts, World
+from neox_rl.errors import ConfigError
 from tests.invariance.engine_batches import pack, sequences
 
 VOCAB = 101
@@ -65,6 +72,23 @@ def test_round_trip_is_exact_and_covers_every_tensor_once(model: str, tp: int, p
     assert len({(place.stage, place.local) for place in places}) == len(places)
     assert back.keys() == weights.keys()
     assert all(torch.equal(back[name], weights[name]) for name in weights)
+
+
+def test_an_engine_that_has_no_place_for_a_tensor_is_refused_before_it_reads_one() -> None:
+    """GPT-NeoX's layers have no biases of query, key and value alone. Whoever builds the engine without the rules of a run hears it too."""
+    world = World(Topology(0, 1, 1, 1, 1, 0, 0, 0, "cpu"), torch.device("cpu"), *[cast(dist.ProcessGroup, None)] * 4)
+
+    def parts_of(shape: ModelShape) -> WeightParts:
+        places, module = neox_places(shape, 1, lambda _: 0, False), torch.nn.Module()
+        parameters = [(place.local, torch.nn.Parameter(torch.zeros(1))) for place in places]
+        module.named_parameters = lambda: iter(parameters)  # type: ignore[assignment, misc]
+        return WeightParts(module, shape, world, places)
+
+    llama = model_shape(RunConfig(LLAMA), VOCAB)
+    assert len(parts_of(llama).parameters) == len(llama.hf_shapes()) - llama.num_layers * 3
+    biased = model_shape(RunConfig(LLAMA, MetaRLConfig(qkv_bias=True)), VOCAB)
+    with pytest.raises(ConfigError, match=r"not those of a qwen2 .*self_attn\.k_proj\.bias; set metarl\.engine: megatron-core"):
+        parts_of(biased)
 
 
 def test_a_rank_holds_its_own_queries_keys_and_values_side_by_side() -> None:
