@@ -14,7 +14,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from neox_rl.config.load import load_config
 from neox_rl.engines.mcore_state import rank_file
+from neox_rl.problems.sources import load_problems
 from neox_rl.search.earlier import earlier_of, told_before_path
 from neox_rl.search.trees import tree_line
 from neox_rl.telemetry.paths import RunPaths
@@ -221,7 +223,7 @@ def test_a_policy_made_anew_is_another_beginning_of_a_reward_model(experiment, t
     monkeypatch.setattr(prm, "shown", lambda *_: "told")
     for weights in ("a", "b"):
         (tmp_path / "model.safetensors").write_text(weights)
-        names.add(prm.job(argparse.Namespace(policy=tmp_path, steps=1), "oracle", tmp_path / "trees.jsonl", []).name)
+        names.add(prm.job(argparse.Namespace(policy=tmp_path, steps=1, setting=prm.PLAIN), "oracle", tmp_path / "trees.jsonl", []).name)
     assert len(names) == 2
 
 
@@ -234,14 +236,31 @@ def test_a_meta_critic_is_told_in_the_comparison_what_its_search_had_done(experi
     path.write_bytes(tree_line(Tree("p", (Node(0, NO_NODE, "", 0), *steps))) + b"\n")
     first, second = prm.steps_of(path, [problem])
     assert (first.solvable, second.solvable) == (False, True)
-    assert told_before_path(earlier_of(first.position), problem) == ()
+    assert (first.told, second.told) == (False, True)
     assert told_before_path(earlier_of(second.position), problem) == ("5 +3 =8", "back")
+
+
+def test_what_a_meta_critic_is_measured_on_has_steps_that_came_after_dead_ends(experiment, tmp_path: Path) -> None:
+    """The steps of three numbers all come from the root's one round: nothing had been tried before any of them."""
+    prm = experiment("prm")
+
+    def dead_ends(setting: object) -> set[str]:
+        args = argparse.Namespace(work=tmp_path, playouts=1, setting=setting)
+        config = load_config([prm.ROOT / "configs/metarl.yml"], [args.setting.problems]).metarl
+        some = load_problems(config.problems, config.seed).heldout[:4]
+        steps = prm.steps_of(prm.trees(args, "monte-carlo", "heldout", some), some)
+        return {word for step in steps for text in earlier_of(step.position).texts for word in text.split()} & {"low", "high"}
+
+    assert dead_ends(prm.PLAIN) == set()
+    assert dead_ends(prm.EARLIER) == {"low", "high"}
 
 
 def test_a_reward_model_and_a_meta_critic_are_two_runs(experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prm = experiment("prm")
     monkeypatch.setattr(prm, "shown", lambda *_: "told")
-    plain, critic = (prm.job(argparse.Namespace(policy=None, steps=1), "oracle", tmp_path, [], sees) for sees in (False, True))
+    plain, critic = (
+        prm.job(argparse.Namespace(policy=None, steps=1, setting=prm.EARLIER), "oracle", tmp_path, [], sees) for sees in (False, True)
+    )
     assert set(critic.settings) - set(plain.settings) == {prm.SEES_EARLIER}
     assert plain.name != critic.name
 

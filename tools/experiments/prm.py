@@ -3,7 +3,7 @@
 ``python tools/experiments/prm.py``: rows of a config's problems -> breadth-first searches over legal steps, valued by Monte-Carlo play (11)
 or by the oracle -> ``configs/prm.yml`` trained on those values -> the HF checkpoint served by vLLM -> its values of held-out steps, by one
 token's log-probs. Ranking (AUC) and accuracy against whether the step can still be continued to a right end. ``--sees-earlier`` trains
-meta-critics (8.3.4) beside them, which are told what the search did before, and compares the two step by step.
+meta-critics (8.3.4) beside them, which are told what the search did before, and compares the two on the steps that came after others.
 """
 
 from __future__ import annotations
@@ -34,19 +34,40 @@ from neox_rl.search import demonstrations
 from neox_rl.search.arithmetic_domain import ArithmeticDomain
 from neox_rl.search.credit import before
 from neox_rl.search.domain import Rejection
+from neox_rl.search.earlier import earlier_of
 from neox_rl.search.proposers import Position
 from neox_rl.search.reward_model import WordValue
 from neox_rl.search.trees import read_trees
 from neox_rl.types import Problem
 
 LABELS = ("monte-carlo", "oracle")
-CONTEXT = 64
-"""Tokens that a reward model reads at most, its word included: ``seq_length`` of the config."""
 FROM_POLICY = ("metarl.warmstart.from_checkpoint=true", "metarl.warmstart.lr=1.0e-3")
 SEES_EARLIER = "metarl.warmstart.sees_earlier=true"
 BATCH = 256
 SHOWN = 8
 """Trees that are told for the name of a run."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is searched, and how a model of it is trained: ``nodes`` of a tree, ``context`` tokens that the model reads at most, its word
+    included, ``tokens`` of a step."""
+
+    numbers: int
+    strategy: str
+    nodes: int
+    context: int
+    tokens: int
+
+    @property
+    def problems(self) -> str:
+        return f"metarl.problems.num_numbers={self.numbers}"
+
+
+PLAIN = Setting(numbers=3, strategy="bfs", nodes=25, context=64, tokens=1024)
+EARLIER = Setting(numbers=4, strategy="dfs", nodes=60, context=160, tokens=4096)
+"""Of three numbers every step before an end is made in the first round, when nothing was tried yet; and it takes a search that comes to
+ends before it goes on elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +78,16 @@ class Step:
     solvable: bool
     searched: float
 
+    @property
+    def told(self) -> bool:
+        """Whether the search had tried anything before."""
+        return bool(earlier_of(self.position).texts)
+
 
 def trees(args: argparse.Namespace, label: str, part: str, problems: Sequence[Problem]) -> Path:
     """The searches of ``problems``, made once."""
-    how = ["--strategy", "bfs", "--value", label, "--playouts", str(args.playouts)]
-    how += ["--prune", "-1", "--width", "5", "--budget-nodes", "25"]
+    how = ["--strategy", args.setting.strategy, "--value", label, "--playouts", str(args.playouts)]
+    how += ["--prune", "-1", "--width", "5", "--budget-nodes", str(args.setting.nodes)]
     key = digest(*how, *(problem.id for problem in problems))
     rows, path = (Path(args.work, f"prm-{part}-{label}-{key}.{end}") for end in ("rows.jsonl", "trees.jsonl"))
     if not path.is_file():
@@ -86,7 +112,9 @@ def shown(settings: Sequence[str], path: Path, problems: Sequence[Problem]) -> s
 
 def job(args: argparse.Namespace, label: str, path: Path, problems: Sequence[Problem], sees_earlier: bool = False) -> Job:
     size = MODEL if args.policy is None else (*FROM_POLICY, f"metarl.warmstart.hf_checkpoint={args.policy.resolve()}")
-    shape = (f"metarl.warmstart.steps={args.steps}", "metarl.warmstart.tokens_per_step=1024")
+    shape = [f"metarl.warmstart.steps={args.steps}", f"metarl.warmstart.tokens_per_step={args.setting.tokens}"]
+    if args.setting != PLAIN:
+        shape += [args.setting.problems, f"seq_length={args.setting.context}"]
     settings = (*size, *QUIET, f"metarl.warmstart.path={path}", *shape, *((SEES_EARLIER,) if sees_earlier else ()))
     data = shown(settings, path, problems)
     if args.policy is not None:
@@ -119,8 +147,9 @@ async def all_judged(args: argparse.Namespace, jobs: Sequence[Job], steps: Seque
 
 async def judged(args: argparse.Namespace, job: Job, steps: Sequence[Step], core: int) -> list[float]:
     model, log, sees_earlier = args.work / job.name / "model", args.work / f"{job.name}-server.log", SEES_EARLIER in job.settings
-    async with served(model, CONTEXT, log, core) as address, CompletionsGenerator(address) as generator:
-        value, found = WordValue(generator, DirectoryTokenizer(model), sees_earlier, CONTEXT), list[float]()
+    context = args.setting.context
+    async with served(model, context, log, core) as address, CompletionsGenerator(address) as generator:
+        value, found = WordValue(generator, DirectoryTokenizer(model), sees_earlier, context), list[float]()
         for at in range(0, len(steps), BATCH):
             found += (await value.score([s.position for s in steps[at : at + BATCH]], None)).values
     return found
@@ -180,7 +209,8 @@ def main() -> None:
     args = arguments(p)
     if args.quick:
         args.steps, args.train, args.heldout = 10, 40, 20
-    config = load_config([ROOT / "configs/metarl.yml"]).metarl
+    args.setting = EARLIER if args.sees_earlier else PLAIN
+    config = load_config([ROOT / "configs/metarl.yml"], [args.setting.problems]).metarl
     problems = load_problems(config.problems, config.seed)
     train = problems.train[:: max(1, len(problems.train) // args.train)][: args.train]
     paths = {label: trees(args, label, "train", train) for label in LABELS}
@@ -203,13 +233,24 @@ def main() -> None:
         rows.append([name, at, f"{100 * accuracy:.1f} (at {cut:.2f})", f"{100 * half:.1f}"])
     print(f"{len(steps)} steps of {args.heldout} held-out problems, {100 * np.mean(labels):.1f} % of them can still be won\n")
     table(["value", "AUC", "accuracy at the best cut, %", "accuracy at 0.5, %"], rows)
-    for label in LABELS if args.sees_earlier else ():
-        critic, plain = (scores[f"{kind} of {label} values"] for kind in ("meta-critic", "PRM"))
-        low, high = interval(critic, steps, less=plain)
-        print(f"AUC of {label} values, meta-critic minus PRM: {auc(critic, labels) - auc(plain, labels):.3f} [{low:.3f}, {high:.3f}]")
+    if args.sees_earlier:
+        _compare(scores, steps)
     print(*(f"{name}: {args.work / each.name / 'model'}" for name, each in jobs.items()), sep="\n")
     (args.work / "prm.json").write_text(json.dumps({name: [float(v) for v in found] for name, found in scores.items()}))
     _plot(scores, labels, args.picture)
+
+
+def _compare(scores: dict[str, list[float]], steps: Sequence[Step]) -> None:
+    """What a model gains from being told, on the steps where there was something to tell."""
+    told = [i for i, step in enumerate(steps) if step.told]
+    labels, after = [steps[i].solvable for i in told], [steps[i] for i in told]
+    print(f"{len(told)} of the steps came after others, {100 * np.mean(labels):.1f} % of these can still be won")
+    for label in LABELS:
+        critic, plain = ([scores[f"{kind} of {label} values"][i] for i in told] for kind in ("meta-critic", "PRM"))
+        ours, theirs, (low, high) = auc(critic, labels), auc(plain, labels), interval(critic, after, less=plain)
+        difference = f"{ours - theirs:.3f} [{low:.3f}, {high:.3f}]"
+        print(f"AUC there, of {label} values: meta-critic {ours:.3f}, PRM {theirs:.3f}, difference {difference}")
+    print()
 
 
 def _plot(scores: dict[str, list[float]], labels: Sequence[bool], path: Path) -> None:
