@@ -93,11 +93,20 @@ def open_weights(path: Path, framework: str) -> Any:
 
 
 def check_directory(directory: Path, ours: Mapping[str, Any]) -> None:
-    """All that can be known without reading a tensor. Raises WeightError."""
+    """All that can be known without reading a tensor. Raises WeightError.
+
+    Without a ``config.json`` the names alone tell a Llama from a Qwen2, whose biases it would leave out without a word.
+    """
     check_config(directory, ours)
     for path in weight_files(directory):
-        with open_weights(path, "np"):
-            pass
+        with open_weights(path, "np") as weights:
+            names: list[str] = weights.keys()
+        biases = [name for name in names if name.endswith(".bias")]
+        if biases and ours.get("model_type") == "llama":
+            raise WeightError(
+                f"{path} has {min(biases)} and {len(biases) - 1} other biases, and a Llama has none: a Qwen2? Set metarl.qkv_bias: true, or"
+                " take another checkpoint"
+            )
 
 
 def _read_object(path: Path) -> dict[str, Any]:

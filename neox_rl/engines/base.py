@@ -22,7 +22,7 @@ from torch import Tensor
 
 from neox_rl.batch.types import MicroBatch
 from neox_rl.config.derived import hf_config
-from neox_rl.config.hf_directory import check_config
+from neox_rl.config.hf_directory import check_directory
 from neox_rl.config.own import own
 from neox_rl.config.run import RunConfig
 from neox_rl.engines.checkpoint_files import out_of_room, read_meta
@@ -198,7 +198,7 @@ class RankEngine(ABC):
         return hf_config(self._config, self.shape.vocab)
 
     def load_hf(self, directory: Path) -> None:
-        check_config(directory, self.hf_config())
+        check_directory(directory, self.hf_config())
         with hf_reader(directory) as read:
             self._set_weights(read if self._hf_names is None else self._hf_names.reader(read, self.shape.hf_shapes()))
 

@@ -81,6 +81,15 @@ def test_another_model(model: Path, capsys: pytest.CaptureFixture[str], how: str
     assert says in refusal(model, capsys, how)
 
 
+def test_biases_that_would_be_left_out(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The matrices of a Qwen2 have a Llama's names and sizes, and without config.json nothing else tells them apart."""
+    (model / "config.json").unlink()
+    names = ("model.norm.weight", *(f"model.layers.0.self_attn.{part}_proj.bias" for part in "qkv"))
+    save_file(dict.fromkeys(names, np.ones(192, np.float32)), model / "model.safetensors")
+    assert "layers.0.self_attn.k_proj.bias and 2 other biases, and a Llama has none: a Qwen2? " in refusal(model, capsys, "--dry-run")
+    assert start(model, "--dry-run", "metarl.qkv_bias=true") == 0
+
+
 def test_a_vocabulary_that_is_too_small(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change(model, vocab_size=50)
     assert "vocab_size 50 there, " in refusal(model, capsys, "--prepare")
