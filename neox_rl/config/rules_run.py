@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,12 +58,17 @@ def paths_exist(config: RunConfig, machine: Machine) -> Iterator[str]:
 def checkpoint_fits(config: RunConfig, machine: Machine) -> Iterator[str]:
     """The ranks would say so minutes later. The vocabulary is the tokenizer's, which is not read here: ``run.launch`` compares it."""
     path = config.metarl.warmstart.hf_checkpoint
-    if not path or not Path(path).exists() or any(own_parts_exist(config, machine)):
+    if not path or not os.path.exists(path) or any(own_parts_exist(config, machine)):
         return
     try:
         check_directory(Path(path), hf_config(config, vocab_size=0))
     except WeightError as error:
         yield f"metarl.warmstart.hf_checkpoint = {path!r}: {error}"
+    except OSError as error:
+        yield (
+            f"metarl.warmstart.hf_checkpoint = {path!r}: cannot read {error.filename or path} ({error.strerror}); get the right to, or take a"
+            " copy"
+        )
 
 
 def servers_come_from_one_place(config: RunConfig, machine: Machine) -> Iterator[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -150,6 +152,23 @@ def test_files_that_are_missing_or_broken(
     else:
         (model / file).write_bytes(content)
     assert says in refusal(model, capsys, "--dry-run")
+
+
+def test_a_directory_that_may_not_be_entered(model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    is_file = Path.is_file
+
+    def refused(path: Path) -> bool:
+        if path.parent == model:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    assert f"cannot read {model}/config.json (Permission denied); get the right" in refusal(model, capsys, "--dry-run")
+
+
+def test_a_path_that_the_system_refuses_to_look_up(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before Python 3.12 ``Path.exists`` raises for it, as it does below a directory that may not be entered."""
+    assert "': does not exist; " in refusal(model.with_name("m" * 300), capsys, "--dry-run")
 
 
 def test_a_layout_of_ones_own_says_what_the_directory_must_be(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
