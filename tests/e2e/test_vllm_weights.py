@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
+import time
 from collections.abc import Coroutine, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -27,6 +27,7 @@ from neox_rl.guard import GuardedProcess, died, stop
 from neox_rl.rollout.vllm_client import ServerFailedError, VllmGenerator
 from neox_rl.rollout.vllm_control import VllmControl
 from neox_rl.rollout.vllm_server import ServerSpec, start, wait_ready
+from neox_rl.run.endpoints import free_port
 from neox_rl.types import NO_VERSION, Completion, Finish, SamplingParams
 from neox_rl.weights.publisher import Publisher
 from neox_rl.weights.snapshot import Snapshot, make_snapshot
@@ -104,11 +105,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     vocabulary = {f"t{i}": i for i in range(VOCAB)}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="t0"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="t1", eos_token="t2").save_pretrained(home / "model")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     core = str(min(os.sched_getaffinity(0)))
-    spec = ServerSpec("server0", home / "model", "127.0.0.1", port, "float32", MAX_LEN, max_num_seqs=64, cores=core)
+    spec = ServerSpec("server0", home / "model", "127.0.0.1", free_port("127.0.0.1"), "float32", MAX_LEN, max_num_seqs=64, cores=core)
     process = start(spec, home / "logs" / "server0.log", os.environ)
     publisher = Publisher()
     try:
@@ -198,13 +196,14 @@ def test_requests_of_a_client_that_is_gone_end_in_the_server(server: Server) -> 
 
     async def story() -> None:
         async with VllmGenerator([server.spec.address]) as generator, aiohttp.ClientSession() as session:
-            params = SamplingParams(max_tokens=400, stop_token_ids=(VOCAB - 1,))
-            aborted = []
-            for _ in range(5):  # the server has 0.3 s to notice, for which a loaded machine may stand still
+            params, begin = SamplingParams(max_tokens=400, stop_token_ids=(VOCAB - 1,), seed=1), time.monotonic()
+            await generator.sample(PROMPT, params, 16, "g000001")
+            whole_s, aborted = time.monotonic() - begin, list[int]()
+            for n in range(20):  # a loaded machine may stand still while the server is to notice
                 request = asyncio.create_task(generator.sample(PROMPT, params, 16, "g000001"))
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(min(0.2, whole_s / 8))
                 request.cancel()
-                await asyncio.sleep(0.3)
+                await asyncio.sleep(min(0.3 * 1.5**n, whole_s / 4))  # far from its own end: of one seed it is always as long
                 async with session.post(f"{server.spec.address}/abort_requests", json={}) as response:
                     aborted.append((await response.json())["aborted"])
                 if not aborted[-1]:
@@ -289,7 +288,7 @@ def test_when_its_engine_is_killed_the_server_ends_and_leaves_nothing(server: Se
             assert not await control.healthy()
 
     run(story())
-    server.process.wait(60.0)  # with status 0: vLLM calls this a shutdown
+    server.process.wait(240.0)  # with status 0: vLLM calls this a shutdown
     assert isinstance(error := died("server0", server.process), ProcessDiedError) and "server0.log" in str(error)
     _, alive = psutil.wait_procs(family, timeout=30.0)
     assert alive == []
