@@ -66,8 +66,8 @@ def checkpoint_fits(config: RunConfig, machine: Machine) -> Iterator[str]:
         yield f"metarl.warmstart.hf_checkpoint = {path!r}: {error}"
     except OSError as error:
         yield (
-            f"metarl.warmstart.hf_checkpoint = {path!r}: cannot read {error.filename or path} ({error.strerror}); get the right to, or take a"
-            " copy"
+            f"metarl.warmstart.hf_checkpoint = {path!r}: cannot read {error.filename or path} ({error.strerror}); get the right to, or take"
+            " a copy"
         )
 
 
