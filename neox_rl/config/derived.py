@@ -9,7 +9,7 @@ from typing import Any
 from neox_rl.config.own import own
 from neox_rl.config.rules_model import GPT_NEOX, LLAMA, QWEN2, model_family
 from neox_rl.config.run import RunConfig
-from neox_rl.config.schema import MEGATRON_ENGINE, PREFERENCE, ObjectiveConfig, ProblemsConfig
+from neox_rl.config.schema import MEGATRON_ENGINE, PREFERENCE, MetaRLConfig, ObjectiveConfig, ProblemsConfig
 from neox_rl.metacot import episode_words, goal_prompt, goal_words, vocabulary
 
 PROMPT_MARKERS = 4
@@ -69,6 +69,11 @@ def words_around(config: RunConfig) -> tuple[str, ...]:
     """What stands around the attempts of a run's rollouts: the words of episodes, and of the tags of several discounts."""
     e = config.metarl.episodes
     return episode_words(e.count, len(e.gammas) > 1) if config.metarl.rollout.method == "episodes" else ()
+
+
+def evaluation_s(metarl: MetaRLConfig) -> float:
+    """How long the trainer waits for a whole evaluation: the problems are attempted under each discount, one after the other."""
+    return metarl.deadlines.evaluate_s * (len(metarl.episodes.gammas) if metarl.rollout.method == "episodes" else 1)
 
 
 def num_episodes(config: RunConfig) -> int:

@@ -305,7 +305,9 @@ class DeadlinesConfig:
     """How long each wait may last. Every wait names what it waited for when this passes."""
 
     batch_s: float = key(900.0, "the trainer waits for a batch, and meanwhile perhaps for room on a full disk", low=1.0)
-    evaluate_s: float = key(1800.0, "the trainer waits for a whole evaluation, before and after RL", low=1.0)
+    evaluate_s: float = key(
+        1800.0, "the trainer waits for a whole evaluation, before and after RL; so long for each of several episodes.gammas", low=1.0
+    )
     orchestrator_s: float = key(60.0, "the trainer waits for a word from an orchestrator that is down or starts again", low=5.0)
     ranks_start_s: float = key(
         300.0, "the launcher waits for training ranks, loading a checkpoint included, and for an orchestrator, to come up", low=1.0

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore  # torch.distributed has them, and says so to no type checker
 
+from neox_rl.config.derived import evaluation_s
 from neox_rl.config.neox import NeoXConfig
 from neox_rl.config.network import is_address, is_loopback
 from neox_rl.config.schema import MetaRLConfig
@@ -122,7 +123,7 @@ def longest_wait_s(metarl: MetaRLConfig) -> float:
     """Of rank 0 alone, while the others wait for it: a batch that is recorded waits for the orchestrator, then for room on the disk."""
     deadlines = metarl.deadlines
     record_s = metarl.queue.disk_full_s if metarl.debug.record_batches else 0.0
-    return max(deadlines.batch_s + record_s, deadlines.evaluate_s, deadlines.publish_s, deadlines.ranks_start_s)
+    return max(deadlines.batch_s + record_s, evaluation_s(metarl), deadlines.publish_s, deadlines.ranks_start_s)
 
 
 def control_group(metarl: MetaRLConfig) -> dist.ProcessGroup:

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import torch
 
 from neox_rl.build_locks import remove_stale_locks
+from neox_rl.config.derived import evaluation_s
 from neox_rl.config.load import load_resolved
 from neox_rl.config.machine import Machine
 from neox_rl.config.network import curve_on
@@ -133,7 +134,7 @@ def _leader(config: RunConfig, paths: RunPaths, endpoints: dict[str, Any], event
     keys = Keys.of_run(curve_on(metarl.network), paths.keys)
     deadlines, attempt = metarl.deadlines, attempt_of(os.environ)
     client = ExperienceClient(
-        str(endpoints["experience"]), deadlines.batch_s, deadlines.evaluate_s, deadlines.orchestrator_s, keys=keys, attempt=attempt
+        str(endpoints["experience"]), deadlines.batch_s, evaluation_s(metarl), deadlines.orchestrator_s, keys=keys, attempt=attempt
     )
     record = Path(metarl.debug.record_batches) if metarl.debug.record_batches else None
     feed = LiveFeed(client, record, metarl.queue.disk_full_s, events)

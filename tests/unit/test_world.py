@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,8 +20,10 @@ from neox_rl.engines.rank_env import RankEnv
 from neox_rl.engines.world import join_ranks, listener_at, longest_wait_s
 from neox_rl.errors import ConfigError
 from neox_rl.run.endpoints import free_port
+from neox_rl.step import main
+from neox_rl.telemetry.events import EventLog
 from tests.e2e.runs import own_address
-from tests.unit.small_run import small_config
+from tests.unit.small_run import small_config, small_paths
 
 TIMEOUT_S = 60.0
 
@@ -32,6 +34,26 @@ def test_other_ranks_wait_as_long_as_rank_0_may_for_a_batch_and_then_for_room_to
         return longest_wait_s(config.metarl)
 
     assert wait_s() == 2100.0 and wait_s(record_batches=str(tmp_path / "batches")) == 2600.0
+
+
+@pytest.mark.parametrize(("method", "factor"), [("episodes", 3), ("sample", 1)])
+def test_an_evaluation_under_several_discounts_may_take_as_many_times_as_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, factor: int
+) -> None:
+    """They are evaluated one after the other, and both the trainer and the ranks that wait for it know."""
+    blocks = {"rollout": {"method": method}, "episodes": {"gammas": (0.99, 0.997, 1.0)}}
+    config, waits = small_config(tmp_path, deadlines={"batch_s": 50.0, "evaluate_s": 2000.0}, **blocks), []
+
+    def client(address: str, batch_s: float, evaluate_s: float, *rest: float, **options: object) -> None:
+        waits.append(evaluate_s)
+
+    monkeypatch.setattr(main, "ExperienceClient", client)
+    monkeypatch.setattr(main, "LiveFeed", lambda *_: None)
+    monkeypatch.setattr(main, "Publisher", lambda *_: None)
+    paths = small_paths(config)
+    with closing(EventLog(paths.event_log("trainer-0"), "trainer-0")) as events:
+        main._leader(config, paths, {"experience": "tcp://127.0.0.1:9", "weights_port": 0}, events)
+    assert waits == [longest_wait_s(config.metarl)] == [2000.0 * factor]
 
 
 @contextmanager
