@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from neox_rl.config.derived import keeps_reference
+from neox_rl.config.derived import keeps_reference, words_around
 from neox_rl.config.load import load_resolved
 from neox_rl.config.network import curve_on
 from neox_rl.config.run import RunConfig
@@ -36,6 +36,8 @@ FIXED = (
 )
 """Keys that a checkpoint, the queue in it or the curves of the run depend on. All others may change between two parts of a run."""
 
+AROUND = ("metarl.rollout.method", "metarl.episodes.count", "metarl.episodes.gammas")
+"""Those that ``words_around`` depends on."""
 READ_HERE_BYTES = 2 << 30
 """Of a checkpoint: what is read in a moment. Of a larger one the ranks find out, who read all of it anyway, and refuse it alike."""
 _READERS = 8
@@ -60,6 +62,8 @@ def refuse_changes(before: RunConfig, now: RunConfig) -> None:
         changed.append(("metarl.staleness.mode", old_rule.mode, rule.mode))  # more tickets may be due than a step takes
     if rule.mode == "strict" and rule.delivery_slack < old_rule.delivery_slack:
         changed.append(("metarl.staleness.delivery_slack", old_rule.delivery_slack, rule.delivery_slack))
+    if not now.metarl.tokenizer.path and words_around(before) != words_around(now):  # the symbolic tokenizer would have other ids
+        changed += [(key, _at(old, key), _at(new, key)) for key in AROUND if _at(old, key) != _at(new, key)]
     if changed:
         lines = [f"{key} = {value!r}: the run to resume has {was!r}; set it back, or start another run" for key, was, value in changed]
         raise ConfigError("\n".join(lines))

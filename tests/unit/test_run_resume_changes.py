@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,6 +52,34 @@ def test_longer_training_other_rates_and_other_deadlines_may_come(config: RunCon
     neox = replace(config.neox, train_iters=99, optimizer={"type": "Adam", "params": {"lr": 1.0}})
     refuse_changes(config, RunConfig(neox, replace(config.metarl, deadlines=replace(config.metarl.deadlines, stop_s=1.0))))
     refuse_changes(config, config)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "key"),
+    [
+        ({"gammas": (1.0,)}, {"gammas": (0.99, 1.0)}, "metarl.episodes.gammas = (0.99, 1.0): the run to resume has (1.0,)"),
+        ({"count": 2}, {"count": 3}, "metarl.episodes.count = 3: the run to resume has 2"),
+        ({"method": "sample"}, {"count": 2}, "metarl.rollout.method = 'episodes': the run to resume has 'sample'"),
+    ],
+)
+def test_the_ids_of_the_symbolic_words_must_stay(tmp_path: Path, before: dict[str, Any], now: dict[str, Any], key: str) -> None:
+    """The ranks would find another size of the vocabulary in the checkpoint, once everything is started."""
+
+    def of(changes: dict[str, Any], tokenizer: str = "") -> RunConfig:
+        episodes = {"count": 1, **changes}
+        method = episodes.pop("method", "episodes")
+        return small_config(tmp_path, rollout={"method": method}, episodes=episodes, tokenizer={"path": tokenizer})
+
+    with pytest.raises(ConfigError) as error:
+        refuse_changes(of(before), of(now))
+    assert str(error.value).startswith(key)
+    refuse_changes(of(before, "words"), of(now, "words"))
+
+
+def test_discounts_may_change_where_the_words_stay(tmp_path: Path) -> None:
+    few, many = (small_config(tmp_path, rollout={"method": "episodes"}, episodes={"gammas": g}) for g in ((1.0,), (0.99, 1.0)))
+    assert few.metarl.episodes.count > 1
+    refuse_changes(few, many)
 
 
 def test_a_kl_term_needs_the_reference_policy_from_the_beginning(config: RunConfig) -> None:
