@@ -13,17 +13,17 @@ import zmq.asyncio
 
 from neox_rl.errors import DeadlineError, WireError
 from neox_rl.keys import Handshakes, Keys
+from neox_rl.weights.stager import MAX_HELD
 from neox_rl.weights.wire import LOOK_S, OFFERED, RESEND_S, STAGED, WATCH, control, prepare, read_control
 
 logger = logging.getLogger(__name__)
-_REMEMBER = 4
 
 
 class Watcher:
     """``async with Watcher(address) as watcher``. The publisher may come later, or come back. ``on_change`` is called after every message.
 
-    ``offered`` is the newest offered version, -1 before the first; ``digests`` those of the newest few; ``staged`` maps version to the
-    workers that hold it with this digest.
+    ``offered`` is the newest offered version, -1 before the first; ``digests`` those of as many as a worker may hold, and of what is
+    ``staged``: it maps version to the workers that hold it with this digest.
     """
 
     def __init__(self, address: str, on_change: Callable[[], None] = lambda: None, keys: Keys | None = None) -> None:
@@ -142,7 +142,8 @@ class Watcher:
             if self.digests.get(version) != digest:  # new; or a trainer that went back made it again: what was staged is of undone steps
                 self.staged = {held: who for held, who in self.staged.items() if held < version}
                 self.digests = {held: known for held, known in self.digests.items() if held < version} | {version: digest}
-            self.digests = dict(sorted(self.digests.items())[-_REMEMBER:])
+            newest = sorted(self.digests)[-MAX_HELD:]
+            self.digests = {held: known for held, known in self.digests.items() if held in newest or held in self.staged}
         elif self.digests.get(version) == digest:  # what is held of a version whose offer nobody here heard could be another run's
             self.staged.setdefault(version, set()).add(fields["who"])
-            self.staged = dict(sorted(self.staged.items())[-_REMEMBER:])
+            self.staged = dict(sorted(self.staged.items())[-MAX_HELD:])

@@ -358,6 +358,25 @@ def test_control_messages_are_read_exactly() -> None:
         read_control([bytes(f) for f in control(FETCH, have=True, who="a")], (FETCH,))
 
 
+def test_a_worker_that_is_late_is_heard_for_as_long_as_a_worker_may_hold_a_version() -> None:
+    """v0 was acked by one, and ``MAX_HELD`` - 1 newer ones were offered when the other's ack comes; more come before anybody switches."""
+    watcher = Watcher("tcp://127.0.0.1:1")
+
+    def heard(kind: str, version: int, **who: str) -> None:
+        watcher._note(kind, {"version": version, "digest": f"d{version}", **who})
+
+    heard(OFFERED, 0)
+    heard(STAGED, 0, who="a/0")
+    for version in range(1, MAX_HELD):
+        heard(OFFERED, version)
+    heard(STAGED, 0, who="b/0")
+    for version in range(MAX_HELD, 2 * MAX_HELD):
+        heard(OFFERED, version)
+    held = watcher.staged_by({"a/0", "b/0"})
+    assert held == 0 and watcher.digests[held] == "d0", "a switch to it says by which weights"
+    assert len(watcher.digests) == MAX_HELD + 1
+
+
 def wait_for(condition: object, deadline_s: float = 30.0) -> None:
     assert callable(condition)
     end = time.monotonic() + deadline_s
