@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from neox_rl.engines.checkpoint_files import pointed
 from neox_rl.errors import ConfigError
 from neox_rl.queue.history import fold
 from neox_rl.queue.journal import read_journal
-from neox_rl.run.audit import Audit, Rule
+from neox_rl.run.audit import Audit, Rule, Session
 from neox_rl.run.audit_results import MAX_NAMED
 from neox_rl.telemetry.events import read_events
 from neox_rl.telemetry.jsonl import read_json, read_jsonl
@@ -74,14 +76,20 @@ def _servers(audit: Audit, directory: Path) -> int:
     """
     served: set[tuple[str, int]] = set()
     acked: set[tuple[str, int]] = set()
+    begun: dict[str, int] = {}
     for event in read_events(directory):
         said = event.fields
         version, digest = int(said.get("version", NO_VERSION)), str(said.get("digest", ""))
+        begun.setdefault(str(said.get("incarnation", "")), event.t_ns)
         if event.name in SERVER_EVENTS and event.kind == "instant" and version != NO_VERSION:
             served.add((incarnation := str(said.get("incarnation", "")), version))
             audit.served(event.process, incarnation, version, digest, event.t_ns)
         elif event.name == "acked":
-            acked.add(((who := str(said.get("who", ""))).rpartition("/")[0], version))
+            life = (who := str(said.get("who", ""))).rpartition("/")[0]
+            if _is_undone(audit.sessions, version, digest, begun.get(life), event.t_ns):
+                audit.gap("digests", f"{who} held v{version} with digest {digest} of steps that were undone, or is no server of this run")
+                continue
+            acked.add((life, version))
             audit.acked(who, version, digest, event.t_ns)
     if audit.last and not audit.results["versions"].checked:
         audit.gap("versions", f"no server says in {directory} what it served")
@@ -90,6 +98,18 @@ def _servers(audit: Audit, directory: Path) -> int:
         named += f" and {more} more" if more > 0 else ""
         audit.gap("digests", f"by the trainer's word alone, without an ack of the server's own digest: {named}")
     return len(served & acked)
+
+
+def _is_undone(sessions: Sequence[Session], version: int, digest: str, begun_ns: int | None, t_ns: int) -> bool:
+    """Whether what a server held at ``t_ns`` may be of a trainer before the one of that time, because it was there since ``begun_ns``.
+
+    The trainer has refused it. Its publication may be in no record: that trainer may have died before it was on the disk.
+    """
+    now = next(session for session in reversed(sessions) if session.since_ns is None or session.since_ns <= t_ns)
+    if now.published.get(version, digest) == digest:
+        return False
+    overlaps = (a for a, b in pairwise(sessions) if a.since_ns and b.since_ns and (begun_ns or 0) < b.since_ns <= t_ns)
+    return begun_ns is None or any(before.published.get(version, digest) == digest for before in overlaps)
 
 
 def sft_steps(config: RunConfig, audit: Audit) -> int:

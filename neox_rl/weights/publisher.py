@@ -39,6 +39,8 @@ class _Peers:
     staged: dict[str, str] = field(default_factory=dict)
     acked: dict[str, int] = field(default_factory=dict)
     """The last version of which each worker's ack is in the events."""
+    refused: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """The last ack of each worker that has another digest than what was offered: it repeats itself."""
     ahead: dict[str, int] = field(default_factory=dict)
     """Who says that it staged a version that was not offered, and which: one publisher before this one offered it."""
 
@@ -175,14 +177,21 @@ class Publisher:
         if offered is None:
             return  # nothing here says whether it is of these steps, so it is no ack, and no server is to switch to it: the newest follows
         if offered != digest:
+            if self._peers.refused.get(who) != (version, digest):
+                self._peers.refused[who] = version, digest
+                self._write_down(fields)
             raise WireError(f"{who} staged v{version} with digest {digest}, offered was {offered}")
         if version > self._peers.acked.get(who, NO_VERSION):
             self._peers.acked[who] = version
-            if self._events is not None:
-                self._events.instant("acked", **fields)  # the server's own reckoning: an audit has no other word of it
+            self._write_down(fields)
         if version == newest.version:
             self._peers.staged[who] = digest
         self._tell_watchers(control(STAGED, **fields))
+
+    def _write_down(self, ack: dict[str, Any]) -> None:
+        """The server's own reckoning, right or wrong: an audit has no other word of it."""
+        if self._events is not None:
+            self._events.instant("acked", **ack)
 
     def _tell_watchers(self, message: list[Frame]) -> None:
         now = time.monotonic()

@@ -20,8 +20,8 @@ from neox_rl.queue.book import Book
 from neox_rl.queue.history import History
 from neox_rl.queue.journal import LEDGER, open_journal
 from neox_rl.queue.records import Record, payload_of
-from neox_rl.run.audit import CHECKS, Audit
-from neox_rl.run.audit_files import _rows, sft_steps
+from neox_rl.run.audit import CHECKS, Audit, Session
+from neox_rl.run.audit_files import _is_undone, _rows, sft_steps
 from neox_rl.run.live_audit import LiveAudit
 from neox_rl.run.members import Member, State
 from neox_rl.telemetry.events import EventLog, read_events
@@ -354,14 +354,23 @@ def test_damage_that_explains_nothing_leaves_nothing_open(run_dir: Path, capsys:
 def test_what_a_server_reckons_itself_is_compared(run_dir: Path, capsys: pytest.CaptureFixture[str], digest: str, status: int) -> None:
     """What it serves is known by the digest of the trainer's offer, which is the trainer's own word."""
     events = EventLog(run_dir / "events" / "trainer-0.jsonl", "trainer-0")
-    events.instant("acked", who="server-0@a.1/0", version=3, digest=digest)
     for version in (2, 3):
         events.instant("serving", incarnation="server-0@a.1", version=version, digest=f"d{version}")
+    events.instant("acked", who="server-0@a.1/0", version=3, digest=digest)
     events.close()
     assert main([str(run_dir)]) == status
     wrong, said = "VIOLATION: digests: server-0@a.1/0 holds v3 with digest other, published was d3", capsys.readouterr().out
     assert (wrong in said) is (status == 1) and "1 versions were compared with a server's own digest" in said
     assert "not checked: digests: by the trainer's word alone, without an ack of the server's own digest: server-0@a.1 v2\n" in said
+
+
+def test_an_ack_of_what_was_undone_meanwhile_is_no_violation() -> None:
+    """A server that stood still holds v3 of the trainer before, whose own record of it may not have reached the disk."""
+    early, late = Session(10, 0, {3: "early"}), Session(20, 2, {3: "late"})
+    for digest, begun, undone in (("late", 15, False), ("early", 15, True), ("other", 15, False), ("early", 25, False), ("x", None, True)):
+        assert _is_undone([Session(None, 0, {}), early, late], 3, digest, begun, 30) is undone, (digest, begun)
+    del early.published[3]
+    assert _is_undone([Session(None, 0, {}), early, late], 3, "unheard", 15, 30)
 
 
 def test_servers_of_which_nothing_is_known_were_not_checked(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
