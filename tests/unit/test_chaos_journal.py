@@ -28,13 +28,15 @@ def written(tmp_path: Path) -> Path:
     return tmp_path / "written"
 
 
-def test_what_was_answered_for_is_never_lost_and_the_rest_may_be(written: Path) -> None:
+def test_what_was_answered_for_is_never_lost_and_the_rest_may_be(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chaos_journal, "FLIPPED", 0.0)
     lost: set[int] = set()
     noisy = False
     for seed in range(60):
         directory = written.parent / f"{seed}"
         shutil.copytree(written, directory)
-        said = chaos_journal.tear(directory, random.Random(seed))
+        kind, said = chaos_journal.harm(directory, random.Random(seed))
+        assert kind == "tear"
         journal, reading = open_journal(directory, 0.01, 1.0)
         journal.close()
         kinds = [record.kind for record in reading.records]
@@ -51,13 +53,30 @@ def test_a_journal_with_a_living_writer_is_left_alone(written: Path, monkeypatch
     before = {path: path.read_bytes() for path in written.glob("*.journal")}
     with (written / "lock").open("a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert chaos_journal.tear(written, random.Random(1)) == ""
+        assert chaos_journal.harm(written, random.Random(1)) is None
     assert {path: path.read_bytes() for path in written.glob("*.journal")} == before
 
 
-def test_an_empty_segment_of_one_that_died_at_once_may_hold_noise(written: Path) -> None:
+def test_an_empty_segment_of_one_that_died_at_once_may_hold_noise(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chaos_journal, "FLIPPED", 0.0)
     (written / "000000000099.journal").touch()
-    assert "noise" in chaos_journal.tear(written, random.Random(3))
+    assert "noise" in chaos_journal.harm(written, random.Random(3))[1]
     journal, reading = open_journal(written, 0.01, 1.0)
     journal.close()
     assert len(reading.records) == 1 + len(KINDS) and not reading.has_holes
+
+
+def test_a_flipped_byte_takes_one_record_and_never_the_last_of_which_nothing_would_tell(written: Path) -> None:
+    hit: set[int] = set()
+    for seed in range(60):
+        directory = written.parent / f"{seed}"
+        shutil.copytree(written, directory)
+        if seed % 2:
+            (directory / "000000000099.journal").touch()  # a successor that died at once
+        said = chaos_journal.flip(sorted(directory.glob("*.journal")), random.Random(seed))
+        journal, reading = open_journal(directory, 0.01, 1.0)
+        journal.close()
+        (gone,) = set(range(1, len(KINDS) + 2)) - {record.seq for record in reading.records}
+        assert said.endswith(f": {['segment', *KINDS][gone - 1]}") and (reading.has_holes or gone == 1)
+        hit.add(gone)
+    assert hit == set(range(1, len(KINDS) + 1))
