@@ -10,7 +10,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import NamedTuple, Self, TypeAlias, TypeVar
@@ -19,8 +19,9 @@ import aiohttp
 import msgspec
 
 from neox_rl.bounded import most_bytes, read_bounded
-from neox_rl.errors import DeadlineError, NeoxRLError, RefusedError, WeightError, WireError
+from neox_rl.errors import DeadlineError, NeoxRLError, WeightError, WireError
 from neox_rl.rollout.pace import Paces, SlowError
+from neox_rl.rollout.refusals import OF_THE_REQUEST, Refusals, RefusesError
 from neox_rl.rollout.vllm_control import parse_version
 from neox_rl.rollout.vllm_requests import ROUTE, request_body, score_body
 from neox_rl.types import NO_VERSION, Completion, Finish, SamplingParams, VersionSpan
@@ -28,6 +29,7 @@ from neox_rl.types import NO_VERSION, Completion, Finish, SamplingParams, Versio
 logger = logging.getLogger(__name__)
 _NAN_LOGPROB = -9999.0
 """What vLLM sends for a log-prob that is NaN or minus infinity."""
+_LIVES = itertools.count()
 SPARED_S, MAX_DOUBLINGS = 10.0, 3
 """A server that failed comes last for so long, and twice as long each time that it fails again before it answers: a ticket that it failed
 is handed on within that time, and having nothing in flight would make it the first choice. Never for good: it may be well again."""
@@ -78,10 +80,6 @@ class ServerFailedError(NeoxRLError):
     """A server that did not answer, answered 5xx, or answered with what no policy made: another one may."""
 
 
-class _RefusesError(ServerFailedError):
-    """A server that does not want the request: its own fault where another one answers it, the request's where all refuse."""
-
-
 class NobodyServesError(DeadlineError):
     """No server served when the request's deadline passed: nothing is wrong with it. Who keeps the servers has a deadline for that."""
 
@@ -101,7 +99,7 @@ class _Asked(NamedTuple):
 @dataclass(slots=True)
 class _Server:
     """``calls``: its requests in flight; ``inflight``: the completions that these ask for. ``left``: what is in flight is to move.
-    ``failures``: how often it was spared since it last answered; ``spared_until``: when that ends. ``answers``: it has answered one."""
+    ``failures``: how often it was spared since it last answered; ``spared_until``: when that ends. ``answers``, ``life``: see ``Peer``."""
 
     serving: bool = True
     left: bool = False
@@ -109,6 +107,7 @@ class _Server:
     failures: int = 0
     spared_until: float = 0.0
     answers: bool = False
+    life: int = field(default_factory=_LIVES.__next__)
     calls: set[asyncio.Task[tuple[int, bytes]]] = field(default_factory=set)
 
 
@@ -119,7 +118,8 @@ class VllmGenerator:
     ``addresses`` as in ``http://127.0.0.1:8000``: those that serve from the start. Others come and go (``serve``, ``suspend``, ``forget``);
     with none serving a request waits for one. A request that fails because its server did is sent to others, at most ``max_attempts`` times
     in all, within the one deadline ``request_timeout_s``; so is one whose answer cannot be, and one that is refused (4xx), which does not
-    go there again: where nobody else serves it waits for another server, unless those that refused it are seen to answer other requests.
+    go there again: where nobody else serves it waits for another server, unless those that refused it, for what it
+    holds and when asked twice, are seen to answer other requests.
     ``on_failure(address, why)`` is called for each such failure. A deadline that passes is no such failure: the server may be well and
     busy. It only comes last for a while. One that has had a request for longer than ``patience_s`` and is far slower than
     another (``rollout/pace.py``) loses that request to it, once a request.
@@ -148,7 +148,8 @@ class VllmGenerator:
         """Requests may go there from now on."""
         server = self._servers.setdefault(address, _Server())
         if server.left:
-            server.failures, server.spared_until, server.answers = 0, 0.0, False  # it was started anew, or is another
+            # It was started anew, or is another: what the earlier one answered or refused does not count.
+            server.failures, server.spared_until, server.answers, server.life = 0, 0.0, False, next(_LIVES)
         server.serving, server.left = True, False
         self._changed.set()
         self._move()
@@ -226,12 +227,12 @@ class VllmGenerator:
         tried: list[str] = []
         most = most_bytes(body, n * budget)
         failures: list[str] = []
-        refused: dict[str, str] = {}
+        refusals = Refusals(rollout_id)
         began = time.monotonic()
         try:
             async with asyncio.timeout(self._timeout_s):
                 while len(failures) < self._max_attempts:
-                    tried.append(await self._pick(tried, refused, rollout_id))
+                    tried.append(await self._pick(tried, refusals))
                     began = time.monotonic()
                     try:
                         return await self._answer(tried[-1], _Asked(body, n, budget, most, scored), parse)
@@ -241,13 +242,13 @@ class VllmGenerator:
                             logger.warning("%s: it comes last for a while", error)
                     except _MovedError:
                         continue
-                    except ServerFailedError as error:
+                    except (ServerFailedError, RefusesError) as error:
                         failures.append(str(error))
                         self._spare(tried[-1])
                         self.on_failure(tried[-1], str(error))
-                        if isinstance(error, _RefusesError):
-                            refused[tried[-1]] = str(error)
-                            self._judge(refused, rollout_id)
+                        if isinstance(error, RefusesError):
+                            refusals.add(error)
+                            refusals.judge(self._servers.values())
         except TimeoutError as error:
             serving = self._serving()
             where = tried[-1] if tried and tried[-1] in serving else "a server that serves"
@@ -259,26 +260,14 @@ class VllmGenerator:
             raise kind(f"rollout {rollout_id} from {where}", self._timeout_s, hint) from error
         raise ServerFailedError(f"rollout {rollout_id}: {len(failures)} attempts failed: {'; '.join(failures)}")
 
-    async def _pick(self, tried: Sequence[str], refused: Mapping[str, str], rollout_id: str) -> str:
+    async def _pick(self, tried: Sequence[str], refusals: Refusals) -> str:
         """The least loaded server, those of this rollout's failed attempts last, before them those that failed others just now."""
-        while not (serving := {address: server for address, server in self._servers.items() if server.serving and address not in refused}):
-            self._judge(refused, rollout_id)
+        while not (serving := {address: server for address, server in self._servers.items() if refusals.may_ask(server)}):
+            refusals.judge(self._servers.values())
             self._changed.clear()
             await self._changed.wait()
         now = time.monotonic()
         return min(serving, key=lambda address: (tried.count(address), now < serving[address].spared_until, serving[address].inflight))
-
-    def _judge(self, refused: Mapping[str, str], rollout_id: str) -> None:
-        """Raises where a refused request has nobody to wait for: what a server refuses that answers others no other would take."""
-        refusing = [server for address, server in self._servers.items() if address in refused]
-        if not refusing or any(server.serving for address, server in self._servers.items() if address not in refused):
-            return
-        words = "; ".join(refused.values())
-        if all(server.answers for server in refusing):
-            fix = "if it is too long, raise seq_length or lower metarl.rollout.max_new_tokens"
-            raise RefusedError(f"rollout {rollout_id}: servers that answer other requests refuse this one: {words}; {fix}")
-        if refused.keys() >= self._servers.keys():
-            raise WireError(words)
 
     def _spare(self, address: str) -> bool:
         """What was in flight there fails soon after where one does: that is one failure. Whether it is the first."""
@@ -313,7 +302,7 @@ class VllmGenerator:
 
     async def _request(self, address: str, asked: _Asked) -> bytes:
         server = self._servers[address]
-        call = asyncio.create_task(self._post(address, asked))
+        life, call = server.life, asyncio.create_task(self._post(address, asked))
         server.calls.add(call)
         server.inflight += asked.n
         try:
@@ -331,17 +320,19 @@ class VllmGenerator:
         if status >= 500:
             raise ServerFailedError(f"{address} answered {status}: {raw[:200]!r}")
         if status != 200:
-            raise _RefusesError(f"{address} refused the request with {status}: {raw[:500]!r}")
+            raise RefusesError(f"{address} refused the request with {status}: {raw[:500]!r}", life, status in OF_THE_REQUEST)
         return raw
 
-    async def _post(self, address: str, asked: _Asked) -> tuple[int, bytes]:
+    async def _post(self, address: str, asked: _Asked, again: bool = True) -> tuple[int, bytes]:
+        """vLLM answers 400 also where its engine stumbles (any ValueError): only who says it twice of a request means it."""
         if self._session is None:
             raise WireError("use the generator as `async with VllmGenerator(...)`")
         try:
             async with self._session.post(address + ROUTE, data=asked.body, headers={"Content-Type": "application/json"}) as response:
-                return response.status, await read_bounded(response, asked.most_bytes, ServerFailedError)
+                status, raw = response.status, await read_bounded(response, asked.most_bytes, ServerFailedError)
         except aiohttp.ClientError as error:
             raise ServerFailedError(f"{address}: {type(error).__name__}: {error}") from error
+        return await self._post(address, asked, again=False) if again and status in OF_THE_REQUEST else (status, raw)
 
 
 def parse_score(raw: bytes, ids: Sequence[int], server: str) -> Completion:

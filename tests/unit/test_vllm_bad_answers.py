@@ -22,7 +22,7 @@ async def refuses(_: web.Request) -> web.Response:
     return web.Response(status=400, text="max_tokens is too large")
 
 
-def test_a_request_that_every_server_refuses_is_asked_of_each_once_and_ends_with_their_words() -> None:
+def test_a_request_that_every_server_refuses_is_asked_of_each_and_ends_with_their_words() -> None:
     async def story() -> None:
         addresses, close = await serve([refuses, refuses])
         async with VllmGenerator(addresses, 60.0) as generator:
@@ -122,6 +122,68 @@ def test_a_request_whose_other_server_leaves_does_not_wait_for_it() -> None:
             with pytest.raises(WireError, match="max_tokens is too large") as caught:
                 await asyncio.wait_for(waiting, 20.0)
             assert exit_status(caught.value) != GIVES_UP, "nobody knows whether it is the server"
+        await close()
+
+    asyncio.run(story())
+
+
+def in_turn(*answers: Handler) -> Handler:
+    """Each answers one request, the last all others."""
+    left = list(answers)
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        return await (left.pop(0) if len(left) > 1 else left[0])(request)
+
+    return handler
+
+
+async def busy(_: web.Request) -> web.Response:
+    return web.Response(status=429, text="too many requests")
+
+
+def test_a_server_that_refuses_for_a_moment_does_not_end_the_run_for_good() -> None:
+    async def story() -> None:
+        addresses, close = await serve([in_turn(good, busy, busy, good), good])
+        async with VllmGenerator(addresses[:1], 60.0) as generator:
+            await generator.sample([1], PARAMS, 2, "g0")
+            with pytest.raises(WireError, match=r"429.*too many requests") as caught:
+                await generator.sample([1], PARAMS, 2, "g1")
+            assert exit_status(caught.value) != GIVES_UP, "the next start may be answered"
+            generator.suspend(addresses[1])
+            generator.on_failure = lambda *_: generator.serve(addresses[1])
+            assert len(await generator.sample([1], PARAMS, 2, "g2")) == 2, "one that is suspended is waited for"
+        await close()
+
+    asyncio.run(story())
+
+
+def test_what_a_server_refused_before_it_was_started_again_does_not_count() -> None:
+    async def story() -> None:
+        addresses, close = await serve([in_turn(good, refuses, refuses, good), busy])
+        async with VllmGenerator(addresses, 60.0) as generator:
+
+            def again(address: str, _: str = "") -> None:
+                generator.move(address)
+                generator.serve(address)
+
+            generator.suspend(addresses[1])
+            await generator.sample([1], PARAMS, 2, "g0")
+            again(addresses[0])
+            generator.on_failure = again
+            assert len(await asyncio.wait_for(generator.sample([1], PARAMS, 2, "g1"), 20.0)) == 2
+        await close()
+
+    asyncio.run(story())
+
+
+def test_a_request_that_a_server_refuses_once_and_then_answers_is_no_failure() -> None:
+    async def story() -> None:
+        addresses, close = await serve([in_turn(good, refuses, good)])
+        told: list[str] = []
+        async with VllmGenerator(addresses, 60.0) as generator:
+            generator.on_failure = lambda _, why: told.append(why)
+            await generator.sample([1], PARAMS, 2, "g0")
+            assert len(await generator.sample([1], PARAMS, 2, "g1")) == 2 and told == []
         await close()
 
     asyncio.run(story())
