@@ -12,7 +12,7 @@ from tests.e2e.runs import ROOT
 
 def test_a_tormented_run_ends_and_its_audit_finds_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "tools/chaos.py", "configs/debug/fake_generator.yml", "--kills", "5", "--seed", "7"]
-    command += ["--runs-dir", str(tmp_path), "--hang-s", "200", "--set", "train_iters=75"]
+    command += ["--runs-dir", str(tmp_path), "--hang-s", "200", "--set", "train_iters=120"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
             said, _ = process.communicate(timeout=540.0)
