@@ -74,7 +74,7 @@ class Reading:
 
 def segments(directory: Path) -> list[Path]:
     """The segments in order, without the ledger."""
-    return sorted(path for path in directory.glob(f"*{SUFFIX}") if path.name != LEDGER)
+    return sorted(path for path in directory.glob(f"*{SUFFIX}") if path.stem.isdecimal())
 
 
 def read_journal(directory: Path, ledger: bool = True) -> Reading:
@@ -316,8 +316,7 @@ def _rotated(directory: Path, old: _Segment, rotation: _Rotation) -> _Segment:
     """The new segment, durable, before an older one is touched; then these become entries of the ledger."""
     new = _Segment(directory, rotation.first_seq, ".tmp")
     try:
-        payloads = [_first(), *rotation.payloads]
-        new.write([(rotation.first_seq + i, payload) for i, payload in enumerate(payloads)])
+        new.write(list(enumerate([_first(), *rotation.payloads], rotation.first_seq)))
         new.rename()
     except OSError:
         new.close()
@@ -339,7 +338,8 @@ def _to_ledger(ledger: Path, older: Sequence[Path], end: int) -> None:
         before = file.tell()
         entries = [] if before else [to_bytes(LEDGER, 0, payload_of("segment", {"format": FORMAT}))]
         found = (record for path in older for record in scan(path.name, path.read_bytes()) if isinstance(record, Record))
-        for record in (r for r in with_holes(found, end) if r.kind in LEDGER_KINDS):
+        begin = int(older[0].stem) if older else end  # by its name: its first records may be the lost ones
+        for record in (r for r in with_holes(found, begin, end) if r.kind in LEDGER_KINDS):
             meta = {key: value for key, value in record.meta.items() if key not in NOT_IN_LEDGER}
             entries.append(to_bytes(LEDGER, record.seq, payload_of(record.kind, meta)))
         data = memoryview(b"".join(entries))

@@ -103,11 +103,11 @@ def scan(segment: str, data: bytes | memoryview, only: str = "") -> Iterator[Rec
         yield Damage(segment, lost, len(raw), torn=True)
 
 
-def with_holes(records: Iterable[Record], end: int) -> Iterator[Record]:
-    """``records`` in order, and a ``hole {records}`` for those that are missing between two of them, or before the number ``end``."""
-    due = -1
+def with_holes(records: Iterable[Record], begin: int, end: int) -> Iterator[Record]:
+    """``records`` in order, and a ``hole {records}`` for those that are missing of the numbers from ``begin`` to before ``end``."""
+    due = begin
     for record in chain(records, [Record(end, "", {})]):
-        if 0 <= due < record.seq:
+        if due < record.seq:
             yield Record(due, HOLE, {"records": record.seq - due})
         if record.kind:
             yield record

@@ -121,10 +121,10 @@ def second_trainer(run: Run) -> int:
     return next(i for i, r in enumerate(run.records) if r["kind"] == "session" and r["rl_step"] == 2)
 
 
-def written(root: Path, hit: bytes = b"") -> Path:
+def written(root: Path, hit: bytes = b"", lost: bytes = b"") -> Path:
     """The good run on the disk; its checkpoint has put everything but the last records into the ledger.
 
-    ``hit``: of the record where these bytes are first found one is flipped before that.
+    ``hit``: of the record where these bytes are first found one is flipped before that; ``lost``: all before these is zeroed.
     """
     config = small_config(root, train_iters=4, rollout={"groups_per_step": 2}, warmstart={"steps": 1})
     paths = small_paths(config)
@@ -132,11 +132,13 @@ def written(root: Path, hit: bytes = b"") -> Path:
     journal, _ = open_journal(paths.journal, 0.01, 1.0)
     for row in good().records:
         journal.append(payload_of(row["kind"], {key: value for key, value in row.items() if key != "kind"}))
-    if hit:
+    if hit or lost:
         asyncio.run(journal.durable())
         segment = segments(paths.journal)[0]
         data = bytearray(segment.read_bytes())
-        data[data.index(hit)] ^= 1
+        if hit:
+            data[data.index(hit)] ^= 1
+        data[: data.index(lost)] = bytes(data.index(lost))
         segment.write_bytes(data)
     journal.rotate([payload_of("checkpoint", {"id": 1, "sft_step": 1, "rl_step": 4})])
     journal.close()

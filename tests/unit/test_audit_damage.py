@@ -53,6 +53,17 @@ def test_damage_of_a_segment_that_shrinks_to_its_entries_in_the_ledger_is_not_fo
     assert "journal: 1 records are missing" in said and "UNDECIDED: " in said and "VIOLATION" not in said
 
 
+def test_a_segment_that_lost_its_beginning_and_shrinks_to_its_entries_does_not_look_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file system that zeroes the first block: the hello and the publication of v0 are gone, and step 1 trained tokens of v0."""
+    root = written(tmp_path, lost=b'"version":0')
+    assert read_journal(root / "journal").has_holes
+    assert main([str(root)]) == 3
+    said = capsys.readouterr().out
+    assert "journal: 4 records are missing" in said and "UNDECIDED: " in said and "VIOLATION" not in said
+
+
 def test_a_run_whose_journal_was_moved_away_is_undecided_and_not_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As ``journal.check_format`` advises for that of another release: the trainer's hello is the first that the new one has."""
     root = written(tmp_path)
