@@ -41,7 +41,8 @@ class LateValue:
 
 @dataclass(frozen=True)
 class ServedValue:
-    """``value``, asked again for ``deadline_s`` seconds while the server at ``address`` takes no connection, drops it, or answers 5xx.
+    """``value``, asked again for ``deadline_s`` seconds while the server at ``address`` takes no connection, drops it, answers 5xx or
+    not in its time, as where its machine drops what comes.
 
     As long as one of the run's own servers gets to start again; those have a keeper that looks after them, this one has not.
     """
@@ -59,8 +60,8 @@ class ServedValue:
                 return await self.value.score(positions, max_tokens)
             except TextsRefusedError:
                 raise
-            except (ServerFailedError, ScorerFailedError) as error:
-                if time.monotonic() - begin >= self.deadline_s:
+            except (DeadlineError, ServerFailedError, ScorerFailedError) as error:
+                if said and time.monotonic() - begin >= self.deadline_s:  # one late answer may have taken as long as all may
                     raise ConfigError(
                         f"metarl.search.prm_server = {self.address}: no value for {self.deadline_s:g} s (servers.start_timeout_s), the last"
                         f" time so: {error}; start that server again, then the run with --resume"

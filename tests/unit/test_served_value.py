@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from neox_rl.errors import ConfigError, NeoxRLError, WireError
+from neox_rl.errors import ConfigError, DeadlineError, NeoxRLError, WireError
 from neox_rl.rollout.vllm_client import ServerFailedError
 from neox_rl.run.endpoints import free_port
 from neox_rl.run.search_groups import reward_model
@@ -152,7 +154,12 @@ def test_one_that_does_not_come_back_ends_the_search_and_says_the_fix() -> None:
 
 @pytest.mark.parametrize(
     ("failure", "asked"),
-    [(ServerFailedError("its connection broke"), 2), (WireError("it refused with 404"), 1), (TextsRefusedError("too long"), 1)],
+    [
+        (ServerFailedError("its connection broke"), 2),
+        (DeadlineError("its answer", 120.0), 2),
+        (WireError("it refused with 404"), 1),
+        (TextsRefusedError("too long"), 1),
+    ],
 )
 def test_only_what_a_new_start_can_mend_is_waited_for(failure: NeoxRLError, asked: int) -> None:
     class Model:
@@ -174,3 +181,15 @@ def test_only_what_a_new_start_can_mend_is_waited_for(failure: NeoxRLError, aske
     else:
         assert asyncio.run(value.score([position("7 *3 =21")], None)).values == [0.5]
     assert model.asked == asked
+
+
+def test_one_whose_machine_drops_what_comes_is_asked_until_the_deadline_and_twice_at_least() -> None:
+    async def story(prm: Classifier) -> None:
+        with socket.create_server(("127.0.0.1", prm.port)):  # it takes connections, and nobody reads what comes
+            value = ServedValue(PrmValue(ServedScorer(prm.address, "prm", deadline_s=0.1)), prm.address, 0.05, retry_s=0.01)
+            with pytest.raises(ConfigError, match=r"no value for 0.05 s .*1 scores from .*start that server"):
+                await value.score([position("7 *3 =21")], None)
+
+    began = time.monotonic()
+    asyncio.run(story(Classifier()))
+    assert time.monotonic() - began >= 0.2, "a single late answer takes longer than the deadline"
