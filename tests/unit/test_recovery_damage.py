@@ -154,6 +154,18 @@ def test_what_was_written_for_people_outlives_the_record_that_says_so(tmp_path: 
     assert told
 
 
+def test_rows_of_the_warm_start_outlive_all_records_of_its_last_step(tmp_path: Path) -> None:
+    """They lie side by side: one bad block takes them all. What came after says that the warm start is over."""
+    world = Recorded(tmp_path, 1)
+    trainer, records = interrupted(world, 27)
+    assert trainer.rl and not trainer.done
+    kept = [record for record in records if (record.meta.get("phase"), record.meta.get("step")) != ("sft", SFT)]
+    assert len(records) - len(kept) == 2
+    follow(world, trainer, kept)
+    check(world, trainer)
+    check_rows(world)
+
+
 def healed(world: Recorded, trainer: Loop, records: Sequence[Record]) -> tuple[Loop, list[Record]]:
     """To the end of the run, the ranks from their checkpoint where the orchestrator says so, as ``--restarts`` has it."""
     for _ in range(3):
