@@ -41,7 +41,8 @@ class Member:
     """One server. ``version`` is the last that it attested since it was started, ``digest`` that of its weights; ``since`` is when
     ``state`` began. ``incarnation`` names this life of it, empty before it first answers: what an earlier life staged does not count.
     ``owes_since``: a version newer than its own is offered since then, and it has switched to none; inf where it owes none. ``late``: live
-    went on without it, and it was not in time since. ``copied``: the newest version that it held when live was beyond it already."""
+    went on without it, and it was not in time since. ``copied``: the newest version that it held when live was beyond it already;
+    ``late_copies``: how many such came in a row."""
 
     name: str
     address: str
@@ -55,6 +56,7 @@ class Member:
     owes_since: float = math.inf
     late: bool = False
     copied: int = NO_VERSION
+    late_copies: int = 0
 
     @property
     def workers(self) -> frozenset[str]:
@@ -104,7 +106,7 @@ class Members:
     def begin(self, member: Member, incarnation: str, now: float) -> None:
         """It answers, with weights that are nobody's, and begins to stage under this name."""
         member.incarnation, member.version, member.digest = incarnation, NO_VERSION, ""
-        member.late, member.copied = False, NO_VERSION
+        member.late, member.copied, member.late_copies = False, NO_VERSION, 0
         self._owe(member, now)
         self._set(member, State.STAGING, "", now)
 
@@ -114,19 +116,22 @@ class Members:
         self._owe(member, now)
         first, behind = self._first.setdefault(version, now), version < self.live
         member.late = member.late and (behind or now - first > self._heartbeat_s)
+        member.late_copies = member.late_copies if behind else 0
         self._set(member, State.STAGING if behind else State.SERVING, f"v{self.live} is live" if behind else "", now)
         self._settle()
 
     def copied(self, member: Member, version: int, now: float) -> bool:
-        """It holds a version that is too old to serve by now. Whether this is the first such one since it was started.
+        """It holds a version that is too old to serve by now. Whether this is the second such one in a row, which is worth a word: a
+        server that joins in the midst of a version has its first copy late however fast it is.
 
         A new start would copy no faster: while one copy after the other comes it is not overdue.
         """
         if version <= member.copied:
             return False
-        first, member.copied, member.owes_since = member.copied == NO_VERSION, version, now
-        member.why = f"its copy of v{version} came when v{self.live} was live: raise metarl.weights.publish_every, or give it a faster link"
-        return first
+        member.copied, member.owes_since, member.late_copies = version, now, member.late_copies + 1
+        fix = ": raise metarl.weights.publish_every, or give it a faster link" if member.late_copies > 1 else ""
+        member.why = f"its copy of v{version} came when v{self.live} was live{fix}"
+        return member.late_copies == 2
 
     def answers(self, member: Member, silent_since: float, now: float) -> None:
         """It is there after all. One that was suspended serves again if it has the live version; else it must switch first.

@@ -55,11 +55,14 @@ def test_a_copy_that_comes_too_late_counts_once_and_one_that_is_in_time_has_it_s
     for version in (1, 2, 3):
         told.members.offer(version, version * 10.0)
         told.serving(version, "quick", at=version * 10.0)
-        assert told.members.copied(far, version - 1, version * 10.0 + 5.0) == (version == 1), "it is said once"
+        assert told.members.copied(far, version - 1, version * 10.0 + 5.0) == (version == 2), "it is said once"
         assert not told.members.copied(far, version - 1, version * 10.0 + 9.0)
         assert far.owes_since == version * 10.0 + 5.0
+        assert ("publish_every" in far.why) == (version > 1), "the first copy of one that has just come says nothing of its link"
     told.serving(3, "far", at=39.0)
     assert told.states() == {"quick": "serving", "far": "serving"} and far.why == ""
+    told.serving(5, "quick", at=50.0)
+    assert not told.members.copied(far, 4, 51.0) and "publish_every" not in far.why, "the one before it was in time"
 
 
 def test_a_server_has_the_time_of_a_switch_to_attest_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
