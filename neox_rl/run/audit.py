@@ -99,7 +99,7 @@ class Audit:
         self._undone: dict[int, tuple[int, ...]] = {}
         self._served: dict[str, int] = {}
         self._queue: dict[str, Any] = {}
-        self._unknown = self._forgotten = 0
+        self._unknown = self._forgotten = self._unheard = 0  # of versions below the last no record says who published them
 
     @property
     def violations(self) -> list[str]:
@@ -136,7 +136,7 @@ class Audit:
         rl_step, time_s, queue = int(meta["rl_step"]), meta.get("time"), (meta.get("state") or {}).get("queue")
         if rl_step > self.last:  # its checkpoint proves that records are lost; what follows is known if it says all and no others are there
             self.damaged, self.undecided = self.damaged or queue is None or len(self.sessions) > 1, self.undecided + 1
-            self._pass_over(rl_step, queue)
+            self._pass_over(rl_step, queue, unheard=rl_step)
             self.spent.adopt(meta.get("state"))
         for step in [step for step in self.steps if step > rl_step]:
             self._undone[step] = self.steps.pop(step).tickets
@@ -220,7 +220,7 @@ class Audit:
                 self.gap("policy", f"step {step}: tokens of v{version} were made before its publication was heard of")
                 continue
             self.results["policy"].checked += 1
-            if published.get(int(version)) is None and int(version) <= max(self._forgotten - KEPT_VERSIONS, self._unknown - 1):
+            if published.get(int(version)) is None and int(version) <= max(self._forgotten - KEPT_VERSIONS, self._unheard - 1):
                 self.gap("policy", f"step {step}: v{version} is too old for its digest to be known still")
             elif published.get(int(version)) is None:
                 self._missing("policy", f"step {step} trained tokens of v{version}, which nobody published")
@@ -240,23 +240,22 @@ class Audit:
 
     def _catch_up(self, meta: Mapping[str, Any]) -> None:
         """What a segment begins with. Where the records before it are gone, this is all that is known of their steps."""
-        queue, step = meta["state"].get("queue"), int(meta["steps"]["rl"])
+        queue, step, published = meta["state"].get("queue"), int(meta["steps"]["rl"]), self.sessions[-1].published
+        digests = {int(version): str(digest) for version, digest in meta["digests"]}
         if step > self.last and isinstance(queue, dict):
-            self._pass_over(step, queue)
-            self.sessions[-1].published |= {int(version): str(digest) for version, digest in meta["digests"]}
-            self.last = step
-            self.sft_step = int(meta["steps"]["sft"])
-            self.spent.known = False
-        elif self._living and step == self.last and not self.sessions[-1].published:  # before the first step of RL: v0 alone
-            self.sessions[-1].published |= {int(version): str(digest) for version, digest in meta["digests"]}
+            self._pass_over(step, queue, unheard=min(digests, default=step))
+            published.update(digests)
+            self.last, self.sft_step, self.spent.known = step, int(meta["steps"]["sft"]), False
+        elif self._living and step == self.last and not published:  # before the first step of RL: v0 alone
+            published.update(digests)
         self._compare(queue, step)
         self._problems(self.spent.compare({"cursor": {"position": meta["cursor"]}, "problems": dict(meta["positions"])}))
 
-    def _pass_over(self, step: int, queue: Mapping[str, Any] | None) -> None:
+    def _pass_over(self, step: int, queue: Mapping[str, Any] | None, unheard: int) -> None:
         """The steps after the last that is known, up to this one: the queue after it says which tickets they trained."""
         for check in ("bound", "once", "problems", "policy"):
             self.gap(check, f"steps {self.last + 1} to {step}: what they took is in no record that is there")
-        self._unknown = step
+        self._unknown, self._unheard = step, unheard
         for ticket in self.trained.missing(queue["fresh"], queue["open"]) if queue else ():
             self.trained.add(ticket, step)
 

@@ -9,8 +9,9 @@ import pytest
 
 from neox_rl.queue.journal import LEDGER, open_journal, read_journal
 from neox_rl.queue.records import Record, payload_of, scan
+from neox_rl.run.audit import Audit
 from tests.contracts.test_floors import tool
-from tests.unit.audited_run import good, second_trainer, state_after, written
+from tests.unit.audited_run import CURSORS, RULE, good, second_trainer, state_after, written
 
 main = tool("audit").main
 
@@ -77,3 +78,14 @@ def test_a_run_whose_journal_was_moved_away_is_undecided_and_not_wrong(tmp_path:
     assert main([str(root)]) == 3
     said = capsys.readouterr().out
     assert "not checked: once: steps 1 to 2: what they took is in no record that is there" in said and "UNDECIDED: 1 finding" in said
+
+
+@pytest.mark.parametrize(("known", "wrong"), [((0, 2), True), ((2,), False)])
+def test_who_takes_over_knows_what_was_published_but_not_what_is_older_than_the_journal(known: tuple[int, ...], wrong: bool) -> None:
+    """Tokens of v1: nobody published it between v0 and v2; a journal that was moved away begins with v2, and does not say."""
+    heard: list[str] = []
+    audit = Audit(RULE, on_violation=lambda check, what: heard.append(what) if check == "policy" else None, living=True)
+    begin = {"state": state_after(2), "steps": {"sft": 1, "rl": 2}, "digests": [[v, f"d{v}"] for v in known], "cursor": CURSORS[2]}
+    audit.apply(Record(0, "state", begin | {"positions": []}))
+    audit.apply(Record(1, "taken", good().of("taken", 3) | {"versions": [{"1": 10}, {"1": 10}], "made": {"1": ["d1"]}}))
+    assert heard == ["step 3 trained tokens of v1, which nobody published"] * wrong
