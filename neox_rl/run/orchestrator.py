@@ -132,7 +132,8 @@ class Orchestrator:
         if lost:
             self._parts.events.instant("journal", message=lost)
             return
-        warm = history.reported["sft"] if history.published < 0 and not history.steps["rl"] else self._config.metarl.warmstart.steps
+        in_rl = history.published >= 0 or history.steps["rl"] or history.evaluated
+        warm = self._config.metarl.warmstart.steps if in_rl else history.reported["sft"]
         settle(self._paths, warm, history.reported["rl"], history.evaluated.keys())
         small = [row["step"] for row in read_jsonl(self._paths.evaluations) if row["label"].startswith(SMALL)]
         self._evaluated = max(small, default=0)
