@@ -268,11 +268,21 @@ def test_a_reward_model_and_a_meta_critic_are_two_runs(experiment, tmp_path: Pat
 def test_the_interval_of_a_difference_is_paired(experiment) -> None:
     """One that ranks every problem as another does is no better anywhere, however uncertain both are."""
     prm = experiment("prm")
-    steps = [prm.Step(argparse.Namespace(problem=argparse.Namespace(cluster=str(i % 20))), i % 3 == 0, 0.0) for i in range(60)]
+    steps = [prm.Step(argparse.Namespace(problem=argparse.Namespace(cluster=str(i % 20))), i % 3 == 0, 0.0, 0) for i in range(60)]
     scores = [float((7 * i) % 11) for i in range(60)]
     low, high = prm.interval(scores, steps)
     assert low < high
     assert prm.interval(scores, steps, less=[10.0 * score for score in scores]) == (0.0, 0.0)
+
+
+def test_a_search_chooses_among_the_steps_of_a_round(experiment) -> None:
+    """What tells late steps from early ones tells none of these apart."""
+    prm = experiment("prm")
+    at = argparse.Namespace(problem=argparse.Namespace(id="p", cluster="c"))
+    steps = [prm.Step(at, solvable, 0.0, seen) for solvable, seen in ((True, 1), (False, 1), (False, 6), (True, 6), (False, 11))]
+    assert prm.choices(steps) == [(0, 1), (3, 2)]
+    assert prm.preferred([-step.seen for step in steps], prm.choices(steps)) == [0.5, 0.5]
+    assert prm.preferred([0.9, 0.1, 0.4, 0.3, 0.8], prm.choices(steps)) == [1.0, 0.0]
 
 
 def test_half_is_the_median_of_what_each_problem_took(experiment) -> None:

@@ -38,6 +38,7 @@ from neox_rl.search.earlier import earlier_of
 from neox_rl.search.proposers import Position
 from neox_rl.search.reward_model import WordValue
 from neox_rl.search.trees import read_trees
+from neox_rl.telemetry.stats import cluster_mean_ci
 from neox_rl.types import Problem
 
 LABELS = ("monte-carlo", "oracle")
@@ -72,11 +73,13 @@ ends before it goes on elsewhere."""
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a held-out search: where it leads, whether that can be won, and what the search's own value said."""
+    """A step of a held-out search: where it leads, whether that can be won, what the search's own value said, and how many nodes there were
+    before the round that made it."""
 
     position: Position
     solvable: bool
     searched: float
+    seen: int
 
     @property
     def told(self) -> bool:
@@ -136,7 +139,7 @@ def steps_of(path: Path, problems: Sequence[Problem]) -> list[Step]:
                 assert not isinstance(after, Rejection)
                 state = after.state
             position = Position(problem, domain, state, texts, (), 0, visited=partial(before, tree, node, verdicts=True))
-            found.append(Step(position, bool(domain.solved_value(state)), node.value))
+            found.append(Step(position, bool(domain.solved_value(state)), node.value, node.seen))
     return found
 
 
@@ -240,17 +243,45 @@ def main() -> None:
     _plot(scores, labels, args.picture)
 
 
+def choices(steps: Sequence[Step]) -> list[tuple[int, int]]:
+    """A hopeful and a hopeless step of one round: what a search has to tell apart. What was done before them is the same."""
+    rounds: dict[tuple[str, int], list[int]] = {}
+    for i, step in enumerate(steps):
+        rounds.setdefault((step.position.problem.id, step.seen), []).append(i)
+    return [(a, b) for made in rounds.values() for a in made for b in made if steps[a].solvable and not steps[b].solvable]
+
+
+def preferred(scores: Sequence[float], pairs: Sequence[tuple[int, int]]) -> list[float]:
+    """1 for each pair whose first is scored above its second, a half where they are equal."""
+    return [0.5 + 0.5 * float(np.sign(scores[a] - scores[b])) for a, b in pairs]
+
+
 def _compare(scores: dict[str, list[float]], steps: Sequence[Step]) -> None:
-    """What a model gains from being told, on the steps where there was something to tell."""
+    """What a model gains from being told, on the steps where there was something to tell: over all of them, where how long the search has
+    gone on says something too, and among those of a round, which alone a search chooses from."""
     told = [i for i, step in enumerate(steps) if step.told]
-    labels, after = [steps[i].solvable for i in told], [steps[i] for i in told]
-    print(f"{len(told)} of the steps came after others, {100 * np.mean(labels):.1f} % of these can still be won")
+    after = [steps[i] for i in told]
+    labels, pairs = [step.solvable for step in after], choices(after)
+    clusters = [after[a].position.problem.cluster for a, _ in pairs]
+    early = [-float(step.seen) for step in after]
+    low, high = interval(early, after)
+    print(
+        f"{len(told)} of the steps came after others, {100 * np.mean(labels):.1f} % of these can still be won; AUC there of how few nodes"
+    )
+    print(
+        f"there were: {auc(early, labels):.3f} [{low:.3f}, {high:.3f}]; {len(pairs)} pairs of a hopeful and a hopeless step of one round\n"
+    )
+    rows = []
     for label in LABELS:
         critic, plain = ([scores[f"{kind} of {label} values"][i] for i in told] for kind in ("meta-critic", "PRM"))
-        ours, theirs, (low, high) = auc(critic, labels), auc(plain, labels), interval(critic, after, less=plain)
-        difference = f"{ours - theirs:.3f} [{low:.3f}, {high:.3f}]"
-        print(f"AUC there, of {label} values: meta-critic {ours:.3f}, PRM {theirs:.3f}, difference {difference}")
-    print()
+        low, high = interval(critic, after, less=plain)
+        ours, theirs = preferred(critic, pairs), preferred(plain, pairs)
+        better = cluster_mean_ci([a - b for a, b in zip(ours, theirs, strict=True)], clusters, (-1.0, 1.0))
+        between = f"{auc(critic, labels) - auc(plain, labels):.3f} [{low:.3f}, {high:.3f}]"
+        found = [f"{auc(critic, labels):.3f}", f"{auc(plain, labels):.3f}", between, *(f"{np.mean(each):.3f}" for each in (ours, theirs))]
+        rows.append([label, *found, f"{better.mean:.3f} [{better.low:.3f}, {better.high:.3f}]"])
+    kinds = ("meta-critic", "PRM", "difference")
+    table(["values", *(f"AUC, {kind}" for kind in kinds), *(f"in a round, {kind}" for kind in kinds)], rows)
 
 
 def _plot(scores: dict[str, list[float]], labels: Sequence[bool], path: Path) -> None:
