@@ -178,7 +178,7 @@ class Audit:
     def _train(self, ticket: int, step: int) -> None:
         self.results["once"].checked += 1
         if ticket in self.trained:
-            by = self.trained.step_of(ticket) or f"{self._forgotten} or one before it"
+            by = self.trained.step_of(ticket) or f"{max(self._forgotten, self._unknown)} or one before it"
             self._missing("once", f"{name(ticket)} was trained by step {by} and again by step {step}")
         if not 0 <= ticket < self.rule.groups_per_step * self.rule.num_steps:
             self._violated("once", f"{name(ticket)} was trained by step {step}: no ticket of this run has that number")
@@ -256,6 +256,8 @@ class Audit:
         for check in ("bound", "once", "problems", "policy"):
             self.gap(check, f"steps {self.last + 1} to {step}: what they took is in no record that is there")
         self._unknown, self._unheard = step, unheard
+        if queue and not len(self.trained):  # as of a takeover, whose time must not grow with the run
+            self.trained.reset(queue["fresh"], queue["open"])
         for ticket in self.trained.missing(queue["fresh"], queue["open"]) if queue else ():
             self.trained.add(ticket, step)
 
@@ -265,8 +267,7 @@ class Audit:
         self.steps.clear()
         self.trained.forget(self.last)
         self.spent.forget()
-        del self.sessions[:-1]
-        session = self.sessions[-1]
+        self.sessions = [session := self.sessions[-1]]
         session.published = {version: digest for version, digest in session.published.items() if version > self.last - KEPT_VERSIONS}
 
     def _publish(self, version: int, digest: str) -> None:

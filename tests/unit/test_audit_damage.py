@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from neox_rl.queue.consumption import Trained
 from neox_rl.queue.journal import LEDGER, open_journal, read_journal
 from neox_rl.queue.records import Record, payload_of, scan
 from neox_rl.run.audit import Audit
@@ -89,3 +90,12 @@ def test_who_takes_over_knows_what_was_published_but_not_what_is_older_than_the_
     audit.apply(Record(0, "state", begin | {"positions": []}))
     audit.apply(Record(1, "taken", good().of("taken", 3) | {"versions": [{"1": 10}, {"1": 10}], "made": {"1": ["d1"]}}))
     assert heard == ["step 3 trained tokens of v1, which nobody published"] * wrong
+
+
+def test_a_takeover_does_not_go_through_every_ticket_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trained, "add", None)
+    audit, fresh = Audit(RULE, living=True), 10**6
+    queue = {"step": 2, "fresh": fresh, "open": [fresh - 2, fresh - 1]}
+    begin = {"state": {"queue": queue}, "steps": {"sft": 1, "rl": 2}, "digests": [[2, "d2"]], "cursor": 0, "positions": []}
+    audit.apply(Record(0, "state", begin))
+    assert len(audit.trained) == fresh - 2 and not audit.trained.num_kept
