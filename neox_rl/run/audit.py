@@ -13,9 +13,8 @@
     metrics       each step has one row, and its token counts are those of the journal
     summary       counts of the summary are those of journal and metrics
 
-``Audit`` takes records in their order, a whole journal or one at a time while the run goes on. What cannot be judged, because a record that
-it takes is gone, is told as a gap, never as right. Beside a run that goes on, it keeps what a rollback may still undo, and no findings: its
-memory does not grow with the run.
+``Audit`` takes records in their order, a whole journal or one at a time. What cannot be judged for want of a record is a gap, never right.
+Beside a run that goes on it keeps what a rollback may still undo, and no findings: its memory does not grow.
 """
 
 from __future__ import annotations
@@ -134,6 +133,8 @@ class Audit:
     def _begin(self, meta: Mapping[str, Any]) -> None:
         """A trainer begins at its checkpoint: later steps are undone."""
         rl_step, time_s, queue = int(meta["rl_step"]), meta.get("time"), (meta.get("state") or {}).get("queue")
+        if rl_step > max(self.last, self.rule.num_steps):
+            self._missing("steps", f"a trainer begins after step {rl_step} of {self.rule.num_steps}")
         if rl_step > self.last:  # its checkpoint proves that records are lost; what follows is known if it says all and no others are there
             self.damaged, self.undecided = self.damaged or queue is None or len(self.sessions) > 1, self.undecided + 1
             self._pass_over(rl_step, queue, unheard=rl_step)
@@ -280,8 +281,7 @@ class Audit:
 
     def _live(self, version: int, digest: object) -> None:
         self.results["digests"].checked += 1
-        if digest is not None and digest != self.sessions[-1].published.get(version):
-            said = self.sessions[-1].published.get(version, "nothing")
+        if digest not in (None, said := self.sessions[-1].published.get(version, "nothing")):
             self._missing("digests", f"live is v{version} with digest {digest}, published was {said}")
 
     # the servers

@@ -99,3 +99,11 @@ def test_a_takeover_does_not_go_through_every_ticket_of_the_run(monkeypatch: pyt
     begin = {"state": {"queue": queue}, "steps": {"sft": 1, "rl": 2}, "digests": [[2, "d2"]], "cursor": 0, "positions": []}
     audit.apply(Record(0, "state", begin))
     assert len(audit.trained) == fresh - 2 and not audit.trained.num_kept
+
+
+@pytest.mark.parametrize(("rl_step", "wrong"), [(RULE.num_steps, False), (RULE.num_steps + 1, True)])
+def test_who_begins_after_a_step_that_the_run_does_not_have_is_no_proof_of_lost_records(rl_step: int, wrong: bool) -> None:
+    audit = Audit(RULE)
+    hello = {"session": "s", "attempt": 1, "sft_step": 1, "rl_step": rl_step, "time": 1.0, "state": {}}
+    audit.apply(Record(0, "session", hello))
+    assert audit.violations == [f"steps: a trainer begins after step {rl_step} of {RULE.num_steps}"] * wrong
