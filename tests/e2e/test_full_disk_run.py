@@ -28,5 +28,5 @@ def test_a_run_whose_disk_is_full_waits_for_room_loses_nothing_and_ends_in_time_
     if refused := may_mount(tmp_path):
         pytest.skip(f"no small file system to fill: {refused}")
     argv = [*NAMESPACES, sys.executable, "-m", "tests.e2e.full_disk", str(tmp_path), story]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=1100, check=False)
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=1400, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
