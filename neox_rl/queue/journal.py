@@ -24,6 +24,7 @@ import errno
 import fcntl
 import os
 import shutil
+import sys
 import threading
 import time
 from bisect import bisect_right
@@ -82,15 +83,16 @@ def read_journal(directory: Path, ledger: bool = True) -> Reading:
 
     Without ``ledger`` only the run's rules are read from it, where the segments begin with the state that its records led to.
     """
-    damage: list[Damage] = []
-    kept = [record for path in segments(directory) for record in _records_of(path, damage)]
+    damage, paths = list[Damage](), segments(directory)
+    kept = [record for path in paths for record in _records_of(path, damage)]
     begin = next((record for record in kept if record.kind != "segment"), None)
     told = begin is not None and begin.kind == "state" and not begin.meta.get("copy") and "queue" in begin.meta.get("state", {})
     past = _records_of(directory / LEDGER, damage, "opened" if told and not ledger else "")
     found = {record.seq: record for record in (*past, *kept)}  # a crash while a segment was given up leaves its short records in both files
-    seqs = {record.seq for record in kept}
-    lost = max(seqs) - min(seqs) + 1 - len(seqs) if seqs else 0
-    lost += sum(int(record.meta["records"]) for record in past if record.kind == HOLE)
+    seqs, first = {record.seq for record in kept}, int(paths[0].stem) if paths else sys.maxsize
+    lost = max(seqs) + 1 - first - len(seqs) if seqs else 0
+    holes = (record for record in found.values() if record.kind == HOLE and record.seq < first)  # of later ones the segments tell
+    lost += sum(min(int(record.meta["records"]), first - record.seq) for record in holes)
     return Reading(tuple(found[seq] for seq in sorted(found)), tuple(damage), lost)
 
 
@@ -361,9 +363,7 @@ def _name(first_seq: int) -> str:
 
 
 def _resolve(futures: Iterable[asyncio.Future[None]], failed: JournalError | None) -> None:
-    for future in futures:
-        if future.done():
-            continue
+    for future in (future for future in futures if not future.done()):
         if failed is None:
             future.set_result(None)
         else:

@@ -220,16 +220,6 @@ def test_a_ledger_that_did_not_fit_is_as_it_was(tmp_path: Path, monkeypatch: pyt
     assert [r.kind for r in read_journal(tmp_path).records].count("taken") == 1 and not read_journal(tmp_path).damage
 
 
-def test_a_segment_without_one_whole_record_is_a_hole_of_the_ledger(tmp_path: Path) -> None:
-    write(tmp_path, 1, 2)
-    write(tmp_path, 3)
-    oldest = segments(tmp_path)[0]
-    oldest.write_bytes(bytes(oldest.stat().st_size))
-    write(tmp_path, 4, then=lambda journal: journal.rotate([]))
-    reading = read_journal(tmp_path)
-    assert len(segments(tmp_path)) == 1 and reading.has_holes and reading.lost == 3 and not reading.damage
-
-
 def test_another_release_is_a_clear_error(tmp_path: Path) -> None:
     write(tmp_path, 1)
     (segment,) = segments(tmp_path)
