@@ -55,7 +55,7 @@ def audit_run(paths: RunPaths) -> Audited:
         audit.apply(record)
     summary = _object(paths.summary)
     finished = summary.get("phase") == "done" and _object(paths.status).get("message") != "stopped by the user"
-    compared = _servers(audit, paths.events)
+    compared = _servers(audit, paths.events, config.metarl.weights.publish_every)
     rows = read_jsonl(paths.metrics)
     _rows(audit, rows, sft_steps(config, audit), finished)
     _checkpoints(audit, Path(config.neox.save) if config.neox.save else paths.checkpoints)
@@ -69,7 +69,7 @@ def audit_run(paths: RunPaths) -> Audited:
     return Audited(audit, finished, reading.words(), audit.open_tickets(), compared)
 
 
-def _servers(audit: Audit, directory: Path) -> int:
+def _servers(audit: Audit, directory: Path, publish_every: int) -> int:
     """Returns how many versions were compared with what a server reckoned itself, counted for each life of each server.
 
     What a server serves is told with the digest of the trainer's offer, which is the trainer's word; by its own it acks what it holds.
@@ -86,7 +86,7 @@ def _servers(audit: Audit, directory: Path) -> int:
             audit.served(event.process, incarnation, version, digest, event.t_ns)
         elif event.name == "acked":
             life = (who := str(said.get("who", ""))).rpartition("/")[0]
-            if _is_undone(audit.sessions, version, digest, begun.get(life), event.t_ns):
+            if _is_undone(audit.sessions, publish_every, version, digest, begun.get(life), event.t_ns):
                 audit.gap("digests", f"{who} held v{version} with digest {digest} of steps that were undone, or is no server of this run")
                 continue
             acked.add((life, version))
@@ -100,16 +100,23 @@ def _servers(audit: Audit, directory: Path) -> int:
     return len(served & acked)
 
 
-def _is_undone(sessions: Sequence[Session], version: int, digest: str, begun_ns: int | None, t_ns: int) -> bool:
+def _is_undone(sessions: Sequence[Session], publish_every: int, version: int, digest: str, begun_ns: int | None, t_ns: int) -> bool:
     """Whether what a server held at ``t_ns`` may be of a trainer before the one of that time, because it was there since ``begun_ns``.
 
-    The trainer has refused it. Its publication may be in no record: that trainer may have died before it was on the disk.
+    The trainer has refused it. Its publication may be in no record: that trainer may have died before it was on the disk. One at most is
+    so, its last: the batch of the next step leaves only once all records before it are on the disk.
     """
     now = next(session for session in reversed(sessions) if session.since_ns is None or session.since_ns <= t_ns)
     if now.published.get(version, digest) == digest:
         return False
     overlaps = (a for a, b in pairwise(sessions) if a.since_ns and b.since_ns and (begun_ns or 0) < b.since_ns <= t_ns)
-    return begun_ns is None or any(before.published.get(version, digest) == digest for before in overlaps)
+    return begun_ns is None or any(_may_have_offered(before, publish_every, version, digest) for before in overlaps)
+
+
+def _may_have_offered(trainer: Session, publish_every: int, version: int, digest: str) -> bool:
+    if version in trainer.published:
+        return trainer.published[version] == digest
+    return version <= max([trainer.rl_step, *(known + publish_every for known in trainer.published)])
 
 
 def sft_steps(config: RunConfig, audit: Audit) -> int:

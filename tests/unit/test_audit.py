@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
@@ -368,9 +368,17 @@ def test_an_ack_of_what_was_undone_meanwhile_is_no_violation() -> None:
     """A server that stood still holds v3 of the trainer before, whose own record of it may not have reached the disk."""
     early, late = Session(10, 0, {3: "early"}), Session(20, 2, {3: "late"})
     for digest, begun, undone in (("late", 15, False), ("early", 15, True), ("other", 15, False), ("early", 25, False), ("x", None, True)):
-        assert _is_undone([Session(None, 0, {}), early, late], 3, digest, begun, 30) is undone, (digest, begun)
-    del early.published[3]
-    assert _is_undone([Session(None, 0, {}), early, late], 3, "unheard", 15, 30)
+        assert _is_undone([Session(None, 0, {}), early, late], 1, 3, digest, begun, 30) is undone, (digest, begun)
+
+
+@pytest.mark.parametrize(("early", "every", "unrecorded"), [(range(6), 1, 6), (range(0, 6, 2), 2, 6), ((), 1, 5)])
+def test_a_trainer_that_died_has_published_one_version_at_most_that_no_record_tells_of(
+    early: Sequence[int], every: int, unrecorded: int
+) -> None:
+    """Wrong bytes of a version that only the trainer of that time made are a violation, however long that server was there."""
+    before, late = Session(10, 5, {version: f"d{version}" for version in early}), Session(20, 5, {v: f"d{v}" for v in range(101)})
+    for version in (unrecorded, unrecorded + 1, 50):
+        assert _is_undone([Session(None, 0, {}), before, late], every, version, "other", 15, 30) is (version == unrecorded), version
 
 
 def test_servers_of_which_nothing_is_known_were_not_checked(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
