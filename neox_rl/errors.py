@@ -38,6 +38,10 @@ class RefusedError(WireError):
     """A request that servers refuse which answer others: it would be refused again, by any of them."""
 
 
+class ServerFailedError(NeoxRLError):
+    """A server that did not answer, answered 5xx, refused for now, or answered with what no policy made: another may, or it may later."""
+
+
 class WeightError(NeoxRLError):
     """A snapshot that is incomplete or whose digest differs: it must never become live."""
 

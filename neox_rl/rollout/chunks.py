@@ -22,8 +22,8 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Protocol
 
+from neox_rl.errors import ServerFailedError
 from neox_rl.ports import Generator, Requests
-from neox_rl.rollout.vllm_client import ServerFailedError
 from neox_rl.types import NO_VERSION, Completion, Finish, SamplingParams, VersionSpan
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Protocol
 
-from neox_rl.errors import NeoxRLError, RefusedError, WireError
+from neox_rl.errors import NeoxRLError, RefusedError, ServerFailedError, WireError
 
 OF_THE_REQUEST = frozenset({400, 413, 422})
 """Refusals for what the request holds. Others (404, 408, 429) say how the server is just now: the same one may take it later."""
@@ -45,7 +45,7 @@ class Refusals:
 
     def judge(self, servers: Collection[Peer]) -> None:
         """Raises where there is nobody to wait for: RefusedError where those that refuse what the request holds answer others, so that no
-        other would take it; WireError where all refuse it."""
+        other would take it; WireError where all refuse it for that; ServerFailedError where all refuse it, some of them only for now."""
         refusing = [(server, self._errors[server.life]) for server in servers if server.life in self._errors]
         if not refusing or any(map(self.may_ask, servers)):
             return
@@ -54,4 +54,4 @@ class Refusals:
             fix = "if it is too long, raise seq_length or lower metarl.rollout.max_new_tokens"
             raise RefusedError(f"rollout {self._rollout_id}: servers that answer other requests refuse this one: {words}; {fix}")
         if len(refusing) == len(servers):
-            raise WireError(words)
+            raise WireError(words) if all(error.of_the_request for _, error in refusing) else ServerFailedError(words)

@@ -19,7 +19,7 @@ import aiohttp
 import msgspec
 
 from neox_rl.bounded import most_bytes, read_bounded
-from neox_rl.errors import DeadlineError, NeoxRLError, WeightError, WireError
+from neox_rl.errors import DeadlineError, ServerFailedError, WeightError, WireError
 from neox_rl.rollout.pace import Paces, SlowError
 from neox_rl.rollout.refusals import OF_THE_REQUEST, Refusals, RefusesError
 from neox_rl.rollout.vllm_control import parse_version
@@ -74,10 +74,6 @@ _DECODER, _SCORED = msgspec.json.Decoder(_Response), msgspec.json.Decoder(_Score
 T = TypeVar("T")
 Parse: TypeAlias = Callable[[bytes, str, float], T]
 """(answer, server, seconds that it took)."""
-
-
-class ServerFailedError(NeoxRLError):
-    """A server that did not answer, answered 5xx, or answered with what no policy made: another one may."""
 
 
 class NobodyServesError(DeadlineError):
@@ -196,8 +192,8 @@ class VllmGenerator:
         return {address: server.inflight for address, server in self._servers.items()}
 
     async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> tuple[Completion, ...]:
-        """See ``ports.Generator``. Also raises ServerFailedError when every attempt failed, WireError when all servers refuse it, and
-        RefusedError, which is one, where those that do answer other requests."""
+        """See ``ports.Generator``. Also raises ServerFailedError when every attempt failed, WireError when all servers refuse it
+        for what it holds, and RefusedError, which is one, where those that do answer other requests."""
         body = request_body(prompt_ids, params, n, rollout_id)
 
         def parsed(raw: bytes, server: str, seconds: float) -> tuple[Completion, ...]:

@@ -15,8 +15,7 @@ import aiohttp
 import msgspec
 
 from neox_rl.bounded import most_bytes, read_bounded
-from neox_rl.errors import DeadlineError, WireError
-from neox_rl.rollout.vllm_client import ServerFailedError
+from neox_rl.errors import DeadlineError, ServerFailedError, WireError
 from neox_rl.types import Completion, Finish, SamplingParams
 
 ROUTE = "/v1/completions"

@@ -16,10 +16,9 @@ from neox_rl.config.placement import num_servers
 from neox_rl.config.run import RunConfig
 from neox_rl.episodes.objectives import SOLVED_IN, Objective
 from neox_rl.episodes.rollout import FOUND
-from neox_rl.errors import DeadlineError, NeoxRLError
+from neox_rl.errors import DeadlineError, NeoxRLError, ServerFailedError
 from neox_rl.ports import Tokenizer
 from neox_rl.rollout.groups import sampled_ids
-from neox_rl.rollout.vllm_client import ServerFailedError
 from neox_rl.run.pump import MAX_FAILURES, RETRY_S
 from neox_rl.search.quality import analysis_of, summary
 from neox_rl.telemetry.rows import EpisodeRow, EvaluationRow, IntervalRow, TagRow

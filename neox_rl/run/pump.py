@@ -11,13 +11,12 @@ from typing import Any
 from neox_rl.batch.advantages import teaches
 from neox_rl.config.run import RunConfig
 from neox_rl.config.schema import IMITATION
-from neox_rl.errors import DeadlineError, NeoxRLError
+from neox_rl.errors import DeadlineError, NeoxRLError, ServerFailedError
 from neox_rl.ports import GroupMaker
 from neox_rl.problems.sources import ProblemCursor
 from neox_rl.queue.book import Book
 from neox_rl.queue.state import TicketQueue
 from neox_rl.rollout.chunks import ChunkedGenerator
-from neox_rl.rollout.vllm_client import ServerFailedError
 from neox_rl.run.pulse import Pulse
 from neox_rl.run.unfinished import Unfinished
 from neox_rl.telemetry.events import EventLog

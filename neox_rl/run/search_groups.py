@@ -20,9 +20,9 @@ from typing import Self
 
 from neox_rl.config.run import RunConfig
 from neox_rl.config.schema_search import SearchConfig
+from neox_rl.errors import ServerFailedError
 from neox_rl.ports import Chunks, Requests
 from neox_rl.rollout.groups import Attempts, Named, Patient
-from neox_rl.rollout.vllm_client import ServerFailedError
 from neox_rl.run.search_parts import domain_of, own_value, prm_value
 from neox_rl.run.served_value import served_value
 from neox_rl.search.demonstrations import TraceStyle

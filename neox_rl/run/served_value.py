@@ -9,8 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from neox_rl.errors import ConfigError, DeadlineError
-from neox_rl.rollout.vllm_client import ServerFailedError
+from neox_rl.errors import ConfigError, DeadlineError, ServerFailedError
 from neox_rl.search.proposers import Position
 from neox_rl.search.scorers import ScorerFailedError, TextsRefusedError
 from neox_rl.search.values import Scores, Value

@@ -8,11 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
-from neox_rl.errors import ConfigError, DeadlineError, JournalError
+from neox_rl.errors import ConfigError, DeadlineError, JournalError, ServerFailedError
 from neox_rl.queue.answers import WHOLE, Answer, Asked, answer_of, asked_of, request_of
 from neox_rl.queue.book import Book
 from neox_rl.queue.history import Standing
-from neox_rl.rollout.vllm_client import ServerFailedError
 from neox_rl.types import NO_VERSION, Completion, SamplingParams
 
 

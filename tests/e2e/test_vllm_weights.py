@@ -22,9 +22,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from neox_rl.errors import DeadlineError, ProcessDiedError, WeightError
+from neox_rl.errors import DeadlineError, ProcessDiedError, ServerFailedError, WeightError
 from neox_rl.guard import GuardedProcess, died, stop
-from neox_rl.rollout.vllm_client import ServerFailedError, VllmGenerator
+from neox_rl.rollout.vllm_client import VllmGenerator
 from neox_rl.rollout.vllm_control import VllmControl
 from neox_rl.rollout.vllm_server import ServerSpec, start, wait_ready
 from neox_rl.run.endpoints import free_port

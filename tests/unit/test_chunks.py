@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from neox_rl.errors import ServerFailedError
 from neox_rl.ports import Requests
 from neox_rl.rollout.chunks import ChunkedGenerator, merged
-from neox_rl.rollout.vllm_client import ServerFailedError
 from neox_rl.types import NO_VERSION, Completion, Finish, SamplingParams, VersionSpan
 
 STOP = 1

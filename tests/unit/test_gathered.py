@@ -9,8 +9,9 @@ from typing import ParamSpec
 
 import pytest
 
+from neox_rl.errors import ServerFailedError
 from neox_rl.rollout.gathered import MAX_COMPLETIONS, Gathered
-from neox_rl.rollout.vllm_client import NobodyServesError, ServerFailedError
+from neox_rl.rollout.vllm_client import NobodyServesError
 from neox_rl.types import Completion, Finish, SamplingParams, VersionSpan
 
 PARAMS = SamplingParams(2)

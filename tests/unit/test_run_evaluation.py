@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from neox_rl.config.run import RunConfig
-from neox_rl.errors import NeoxRLError
+from neox_rl.errors import NeoxRLError, ServerFailedError
 from neox_rl.rollout.groups import Attempts
-from neox_rl.rollout.vllm_client import ServerFailedError
 from neox_rl.run.evaluation import FILL, Evaluator
 from neox_rl.run.pump import MAX_FAILURES
 from neox_rl.types import Completion, Finish, Problem, SamplingParams, VersionSpan

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from neox_rl.config.run import RunConfig
-from neox_rl.errors import NeoxRLError
+from neox_rl.errors import NeoxRLError, ServerFailedError
 from neox_rl.problems.sources import ProblemCursor
 from neox_rl.queue.book import Book
 from neox_rl.queue.state import TicketQueue
 from neox_rl.rollout.groups import Attempts
-from neox_rl.rollout.vllm_client import NobodyServesError, ServerFailedError
+from neox_rl.rollout.vllm_client import NobodyServesError
 from neox_rl.run.pump import MAX_FAILURES, RolloutPump
 from neox_rl.telemetry.events import EventLog, read_events
 from neox_rl.types import Completion, Finish, Group, Problem, SamplingParams, VersionSpan

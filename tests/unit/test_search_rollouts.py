@@ -20,13 +20,13 @@ from neox_rl.batch.packing import Layout
 from neox_rl.config.run import RunConfig
 from neox_rl.config.schema import ObjectiveConfig, StalenessConfig
 from neox_rl.config.schema_search import SearchConfig
-from neox_rl.errors import DeadlineError
+from neox_rl.errors import DeadlineError, ServerFailedError
 from neox_rl.metacot import BACK
 from neox_rl.queue.history import Tally
 from neox_rl.queue.state import TicketQueue
 from neox_rl.queue.wire import Phase
 from neox_rl.rollout.groups import Attempts
-from neox_rl.rollout.vllm_client import NobodyServesError, ServerFailedError
+from neox_rl.rollout.vllm_client import NobodyServesError
 from neox_rl.run.scoreboard import Scoreboard
 from neox_rl.run.search_groups import SearchGroups, search_groups
 from neox_rl.run.searched import books, laid_out

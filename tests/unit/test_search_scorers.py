@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from neox_rl.errors import DeadlineError, NeoxRLError, WireError
-from neox_rl.rollout.vllm_client import ServerFailedError
+from neox_rl.errors import DeadlineError, NeoxRLError, ServerFailedError, WireError
 from neox_rl.rollout.vllm_completions import CompletionsGenerator
 from neox_rl.search.arithmetic_domain import ArithmeticDomain
 from neox_rl.search.earlier import MAX_EARLIER_CHARS, told_before_path, told_earlier

@@ -8,8 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from neox_rl.errors import ConfigError, NeoxRLError
-from neox_rl.rollout.vllm_client import ServerFailedError
+from neox_rl.errors import ConfigError, NeoxRLError, ServerFailedError
 from neox_rl.run.searched import books
 from neox_rl.search.arithmetic_domain import ArithmeticDomain
 from neox_rl.search.credit import value_labels

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from neox_rl.errors import ConfigError, DeadlineError, NeoxRLError, WireError
-from neox_rl.rollout.vllm_client import ServerFailedError
+from neox_rl.errors import ConfigError, DeadlineError, NeoxRLError, ServerFailedError, WireError
 from neox_rl.run.endpoints import free_port
 from neox_rl.run.search_groups import reward_model
 from neox_rl.run.served_value import ServedValue

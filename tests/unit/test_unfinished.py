@@ -18,7 +18,7 @@ from neox_rl.config.derived import words_around
 from neox_rl.config.run import RunConfig
 from neox_rl.config.schema_search import SearchConfig
 from neox_rl.episodes.tools import Tool
-from neox_rl.errors import ConfigError, WireError
+from neox_rl.errors import ConfigError, ServerFailedError, WireError
 from neox_rl.ports import Generator, GroupMaker
 from neox_rl.problems.sources import load_problems
 from neox_rl.problems.tokenizer import SymbolicTokenizer, load_tokenizer
@@ -28,7 +28,6 @@ from neox_rl.queue.journal import Journal
 from neox_rl.queue.records import Record, scan, to_bytes
 from neox_rl.rollout.chunks import ChunkedGenerator
 from neox_rl.rollout.groups import Attempts
-from neox_rl.rollout.vllm_client import ServerFailedError
 from neox_rl.run.makers import make_maker
 from neox_rl.run.search_groups import search_groups
 from neox_rl.run.unfinished import Unfinished

@@ -10,8 +10,8 @@ import pytest
 from aiohttp import web
 
 from neox_rl.bounded import most_bytes
-from neox_rl.errors import GIVES_UP, RefusedError, WeightError, WireError, exit_status
-from neox_rl.rollout.vllm_client import ServerFailedError, VllmGenerator
+from neox_rl.errors import GIVES_UP, RefusedError, ServerFailedError, WeightError, WireError, exit_status
+from neox_rl.rollout.vllm_client import VllmGenerator
 from neox_rl.rollout.vllm_completions import CompletionsGenerator
 from neox_rl.rollout.vllm_control import VllmControl
 from neox_rl.rollout.vllm_requests import request_body
@@ -141,17 +141,27 @@ async def busy(_: web.Request) -> web.Response:
     return web.Response(status=429, text="too many requests")
 
 
-def test_a_server_that_refuses_for_a_moment_does_not_end_the_run_for_good() -> None:
+def test_a_server_that_refuses_for_a_moment_fails_the_request_whose_ticket_is_tried_again() -> None:
     async def story() -> None:
         addresses, close = await serve([in_turn(good, busy, busy, good), good])
         async with VllmGenerator(addresses[:1], 60.0) as generator:
             await generator.sample([1], PARAMS, 2, "g0")
-            with pytest.raises(WireError, match=r"429.*too many requests") as caught:
+            with pytest.raises(ServerFailedError, match=r"429.*too many requests"):
                 await generator.sample([1], PARAMS, 2, "g1")
-            assert exit_status(caught.value) != GIVES_UP, "the next start may be answered"
             generator.suspend(addresses[1])
             generator.on_failure = lambda *_: generator.serve(addresses[1])
             assert len(await generator.sample([1], PARAMS, 2, "g2")) == 2, "one that is suspended is waited for"
+        await close()
+
+    asyncio.run(story())
+
+
+def test_where_one_of_all_refuses_for_a_moment_only_the_ticket_is_tried_again() -> None:
+    async def story() -> None:
+        addresses, close = await serve([refuses, busy])
+        async with VllmGenerator(addresses, 60.0) as generator:
+            with pytest.raises(ServerFailedError, match="too many requests"):
+                await generator.sample([1], PARAMS, 2, "g0")
         await close()
 
     asyncio.run(story())

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from neox_rl.errors import DeadlineError, WeightError, WireError
+from neox_rl.errors import DeadlineError, ServerFailedError, WeightError, WireError
 from neox_rl.rollout import vllm_client
 from neox_rl.rollout.vllm_client import (
     NobodyServesError,
-    ServerFailedError,
     VllmGenerator,
     parse_response,
     parse_score,
