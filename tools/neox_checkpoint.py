@@ -25,7 +25,7 @@ from neox_rl.config.machine import Machine
 from neox_rl.config.rules_model import checkout_knows_the_keys
 from neox_rl.engines.registry import build_engine
 from neox_rl.errors import ConfigError, NeoxRLError
-from neox_rl.problems.tokenizer import DirectoryTokenizer
+from neox_rl.problems.tokenizer import end_ids
 from neox_rl.telemetry.jsonl import write_json
 from neox_rl.types import Json
 
@@ -52,7 +52,7 @@ def convert(args: argparse.Namespace) -> None:
     config = replace(config, neox=replace(config.neox, num_gpus=ranks))
     for message in checkout_knows_the_keys(config, Machine.here()):
         raise ConfigError(message)
-    ids = token_ids(args.hf)
+    ids = token_ids(args.hf) if args.direction == "to-hf" else {}
     engine = build_engine(config, vocab)
     if args.direction == "to-neox":
         engine.load_hf(args.hf)
@@ -70,8 +70,7 @@ def token_ids(directory: Path) -> dict[str, Json]:
     """The ids of special tokens as far as the directory tells them."""
     ids: dict[str, Json] = {}
     if (directory / "tokenizer.json").is_file():
-        tokenizer = DirectoryTokenizer(directory)
-        ids = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+        ids["eos_token_id"], ids["pad_token_id"] = end_ids(directory)
     return ids | special_ids(directory)
 
 

@@ -66,10 +66,11 @@ def check_config(directory: Path, ours: Mapping[str, Any]) -> None:
 
 
 def special_ids(directory: Path) -> dict[str, Any]:
-    """What the directory's ``config.json``, where there is one, says of special tokens. Raises WeightError where it cannot be read."""
+    """The special tokens that the directory's ``config.json``, where there is one, names: null names none. Raises WeightError where it
+    cannot be read."""
     path = directory / CONFIG
     found = _read_object(path) if path.is_file() else {}
-    return {name: found[name] for name in SPECIAL_IDS if name in found}
+    return {name: found[name] for name in SPECIAL_IDS if found.get(name) is not None}
 
 
 def weight_files(directory: Path) -> list[Path]:

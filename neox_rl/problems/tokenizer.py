@@ -90,7 +90,12 @@ class DirectoryTokenizer:
         self._template, self._path, self._hf = template, path, _read(path, "tokenizer.path")
         self._hf.encode_special_tokens = True
         self._size = max(self._hf.get_vocab(with_added_tokens=True).values()) + 1
-        self._eos_id, self._pad_id = _end_ids(directory, self._hf)
+        eos_id, self._pad_id = _end_ids(directory, self._hf)
+        if eos_id is None:
+            raise ConfigError(
+                f"{directory / 'tokenizer_config.json'} names no eos_token of tokenizer.json; a completion must be able to end"
+            )
+        self._eos_id = eos_id
         self._special_ids = frozenset(i for i, token in self._hf.get_added_tokens_decoder().items() if token.special)
 
     @property
@@ -182,8 +187,13 @@ def _read(path: Path, key: str) -> HFTokenizer:
         raise ConfigError(f"{key}: {path} is no tokenizer ({error}): cut, or a pointer of Git LFS? Download it again") from error
 
 
-def _end_ids(directory: Path, hf: HFTokenizer) -> tuple[int, int | None]:
-    """The ids of EOS and of padding. Raises ConfigError where there is no EOS."""
+def end_ids(directory: Path) -> tuple[int | None, int | None]:
+    """The ids of EOS and of padding, as far as the tokenizer of an HF directory names them. Raises ConfigError where it cannot be read, or
+    its EOS is no token of it."""
+    return _end_ids(directory, _read(directory / "tokenizer.json", "tokenizer.path"))
+
+
+def _end_ids(directory: Path, hf: HFTokenizer) -> tuple[int | None, int | None]:
     path = directory / "tokenizer_config.json"
 
     def id_of(token: object) -> int | None:
@@ -195,7 +205,7 @@ def _end_ids(directory: Path, hf: HFTokenizer) -> tuple[int, int | None]:
         eos, pad = config.get("eos_token"), config.get("pad_token")
     except (ValueError, AttributeError) as error:
         raise ConfigError(f"tokenizer.path: {path} holds no JSON object ({error}); download or write it again") from error
-    if (eos_id := id_of(eos)) is None:
+    if (eos_id := id_of(eos)) is None and eos is not None:
         word = eos.get("content") if isinstance(eos, dict) else eos
         raise ConfigError(f"{path}: eos_token {word!r} is not a token of tokenizer.json; a completion must be able to end")
     return eos_id, id_of(pad)

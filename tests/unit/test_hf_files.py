@@ -16,8 +16,10 @@ from tokenizers import models
 from neox_rl.config.derived import hf_config
 from neox_rl.config.load import parse
 from neox_rl.engines.hf_files import write_hf
+from neox_rl.errors import ConfigError
 from neox_rl.problems.tokenizer import save_hf
 from neox_rl.run.cli import main
+from tools import neox_checkpoint
 from tools.neox_checkpoint import token_ids
 
 OURS = hf_config(parse([], ()).config, 8)
@@ -72,3 +74,45 @@ def test_a_converted_checkpoint_has_the_ids_of_the_tokenizer_beside_it(tmp_path:
     assert token_ids(tmp_path) == {"eos_token_id": 2, "pad_token_id": None}
     (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": [2, 3]}))
     assert token_ids(tmp_path) == {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": None}, "what it says comes first"
+
+
+def test_a_tokenizer_laid_beside_a_converted_checkpoint_gives_it_the_ids_at_the_next_conversion(tmp_path: Path) -> None:
+    """The first one, without a tokenizer, wrote that it knows none."""
+    write_hf(tmp_path, WEIGHTS, OURS)
+    tokenizer(tmp_path, eos_token="<end>", pad_token="<pad>")
+    assert token_ids(tmp_path) == {"eos_token_id": 2, "pad_token_id": 3}
+
+
+def test_a_tokenizer_that_names_no_eos_leaves_it_open(tmp_path: Path) -> None:
+    tokenizer(tmp_path, pad_token="<pad>")
+    assert token_ids(tmp_path) == {"eos_token_id": None, "pad_token_id": 3}
+    tokenizer(tmp_path, eos_token="<other>")
+    with pytest.raises(ConfigError, match="eos_token '<other>' is not a token"):
+        token_ids(tmp_path)
+
+
+class Engine:
+    """Reads any HF directory, as far as the converter can tell."""
+
+    def __init__(self) -> None:
+        self.read: list[Path] = []
+
+    def load_hf(self, directory: Path) -> None:
+        self.read.append(directory)
+
+    def save(self, directory: Path, _: dict[str, Any]) -> Path:
+        return directory
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_conversion_from_hf_does_not_ask_its_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer(tmp_path, eos_token="<other>")
+    (tmp_path / "model.yml").write_text("{}\n")
+    engine = Engine()
+    monkeypatch.setattr(neox_checkpoint, "build_engine", lambda *_: engine)
+    monkeypatch.setattr(neox_checkpoint, "checkout_knows_the_keys", lambda *_: ())
+    command = ["to-neox", f"{tmp_path}/model.yml", "--hf", str(tmp_path), "--checkpoint", f"{tmp_path}/ckpt", "--vocab", "8"]
+    assert neox_checkpoint.main(command) == 0
+    assert engine.read == [tmp_path]
