@@ -24,7 +24,8 @@ bytes of them; what was trained is not given up for their room, unless the file 
 
 
 class Book:
-    """``history`` is the present state; ``damage`` the words about what could not be read, which may leave a hole (``has_holes``).
+    """``history`` is the present state; ``damage`` the words about what could not be read, which may leave a hole (``has_holes``). A hole
+    is one for good: what it took is in no state either, and the segment that shows it shrinks.
     ``add`` and its kin are for one event loop."""
 
     def __init__(
@@ -38,7 +39,8 @@ class Book:
         self._segment_bytes = segment_bytes
         self._answers = sum(len(record.body) for record in records if record.kind == "span")
         self._bytes = sum(len(record.body) for record in records) - self._answers
-        self.journal, self.history, self.damage, self.has_holes = journal, fold(records), damage, has_holes
+        self.journal, self.history, self.damage = journal, fold(records), damage
+        self.has_holes = has_holes or any(record.kind == "state" and record.meta.get("holes") for record in records)
         self._attested: dict[int, str] = {}
         self._follow: Callable[[Record], None] = lambda _: None
         self._past = records
@@ -153,7 +155,9 @@ class Book:
             self._rotate()
 
     def _rotate(self) -> None:
-        records = list(self.history.compact())
+        records = [
+            (kind, meta | {"holes": self.has_holes} if kind == "state" else meta, body) for kind, meta, body in self.history.compact()
+        ]
         self.journal.rotate([payload_of(*record) for record in records])
         self._follow(Record(-1, *records[0]))
         self._bytes = self._answers = 0  # what was copied is not counted: a new segment of open groups alone would only follow the next

@@ -24,7 +24,7 @@
     stopped     id                                                      the user asked to stop: the answer said so
     reported    id, phase, step                                         the step's metrics are written
     checkpoint  id, sft_step, rl_step                                   the trainer has saved; a new segment begins
-    state       (this class)                                            first in the segment after a checkpoint, or a full one, before its
+    state       (this class), holes                                     first in the segment after a checkpoint, or a full one, before its
                                                                         open groups and answers (copy: true), and once more, as a copy,
                                                                         behind them
 

@@ -12,6 +12,7 @@ from neox_rl.errors import StalenessError
 from neox_rl.queue.book import Book
 from neox_rl.queue.consumption import KEPT_STEPS, Trained, TrainedOnce
 from neox_rl.queue.history import KEPT_VERSIONS
+from neox_rl.queue.journal import segments
 from neox_rl.queue.state import Mode, TicketQueue
 from neox_rl.run.audit import Rule
 from neox_rl.run.live_audit import LiveAudit
@@ -59,13 +60,17 @@ def test_a_guard_of_a_long_run_holds_few_tickets_and_knows_all() -> None:
         guard.add([replace(rollout_group(1, 0), ticket=3)], STEPS)
 
 
-def trained_run(tmp_path: Path, checkpoint_every: int) -> tuple[Book, LiveAudit]:
-    """A run of ``STEPS`` steps, as its orchestrator writes it down."""
+def opened(tmp_path: Path, segment_bytes: int = 1 << 30) -> tuple[Book, LiveAudit]:
     config = small_config(tmp_path, train_iters=2 * STEPS, rollout={"groups_per_step": B})
     config = replace(config, metarl=replace(config.metarl, audit="stop"))
+    book = Book.open(tmp_path / "journal", 0, 0.01, 5.0, Rule.of(config).json(), segment_bytes)
+    return book, LiveAudit(config, book, EventLog(tmp_path / "events.jsonl", "orchestrator"))
+
+
+def trained_run(tmp_path: Path, checkpoint_every: int) -> tuple[Book, LiveAudit]:
+    """A run of ``STEPS`` steps, as its orchestrator writes it down."""
     # Without checkpoints a segment is full after some steps.
-    book = Book.open(tmp_path / "journal", 0, 0.01, 5.0, Rule.of(config).json(), segment_bytes=4000 if not checkpoint_every else 1 << 30)
-    live = LiveAudit(config, book, EventLog(tmp_path / "events.jsonl", "orchestrator"))
+    book, live = opened(tmp_path, segment_bytes=4000 if not checkpoint_every else 1 << 30)
     queue = TicketQueue(B, 1, 1, Mode.TOKEN, 2 * STEPS)
     book.session("s", 0, 0, 0, {})
     for step in range(1, STEPS + 1):
@@ -120,3 +125,23 @@ def test_a_trainer_that_goes_back_behind_what_is_forgotten_begins_at_its_checkpo
     book.session("s3", 2, 0, 0, {})
     assert len(live._audit.trained) == len(live._audit.spent._all) == len(book.history.spent) == 0
     book.close()
+
+
+def test_who_takes_over_knows_that_records_were_lost_also_once_their_segment_has_shrunk(tmp_path: Path) -> None:
+    """One flipped byte costs the publication of v1, of which there are tokens: no later start of the orchestrator may call them wrong."""
+    queue = TicketQueue(B, 1, 1, Mode.TOKEN, 2 * STEPS)
+    book, _ = opened(tmp_path)
+    book.session("s", 0, 0, 0, {})
+    for step in (1, 2):
+        take(book, queue, step)
+    book.close()
+    (segment,) = segments(tmp_path / "journal")
+    data = bytearray(segment.read_bytes())
+    data[data.index(b'"version":1,"digest":"d1"')] ^= 1
+    segment.write_bytes(data)
+    for step in (3, 4):
+        book, _ = opened(tmp_path)
+        assert book.has_holes
+        book.checkpoint(0, 0, step - 1)
+        take(book, queue, step)
+        book.close()
