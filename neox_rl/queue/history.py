@@ -107,7 +107,7 @@ class History:
     taken: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """RL step -> tickets, of steps since the last checkpoint."""
     forgotten: int = 0
-    """What was trained up to this RL step is not kept, whether or not a checkpoint was made there: who goes back before it begins anew."""
+    """What was trained up to this RL step is not kept, checkpoint or not, or in no record: who goes back before it begins anew."""
     replay: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """RL step -> tickets, of steps that were undone and not done again yet."""
     digests: dict[int, str] = field(default_factory=dict)
@@ -221,14 +221,15 @@ class History:
     def _rollback(self, sft_step: int, rl_step: int, state: dict[str, Any]) -> None:
         """The checkpoint decides which tickets are open; the journal supplies what it knows of them and of later ones.
 
-        Where it has forgotten some of them it supplies none: problems and tickets follow on the checkpoint's as they did the first time.
+        Where it has forgotten or lost some of them it supplies none: problems and tickets follow on the checkpoint's as they did at first.
         """
         unknown = rl_step < self.forgotten or rl_step > self.steps["rl"]
         if rl_step < self.forgotten:
             self.tally.failed += len(self.groups.keys() & self.open)
-            self.fresh, self.cursor, self.spent, self.forgotten = 0, 0, Ranges(), rl_step
+            self.fresh, self.cursor, self.spent = 0, 0, Ranges()
             for table in (self.groups, self.spans, self.positions, self.refusals, self.replay, self.taken):
                 table.clear()
+        self.forgotten = rl_step if unknown else self.forgotten  # what is before it is of the checkpoint's word alone
         undone = {step: tickets for step, tickets in self.taken.items() if step > rl_step}
         for position in (self.positions[ticket] for tickets in undone.values() for ticket in tickets if ticket in self.positions):
             self.spent.discard(position, position + 1)
@@ -238,8 +239,7 @@ class History:
         self.replay = {step: tickets for step, tickets in self.replay.items() if step > rl_step}
         self.taken = {step: tickets for step, tickets in self.taken.items() if step <= rl_step}
         queue = state.get("queue") or {}
-        fresh = int(queue.get("fresh", 0))
-        self.fresh = max(self.fresh, fresh)
+        self.fresh = max(self.fresh, fresh := int(queue.get("fresh", 0)))
         self.open = {int(t) for t in queue.get("open", ())} | set(range(fresh, self.fresh))
         saved = {int(t): int(p) for t, p in (state.get("problems") or {}).items() if p not in self.spent}
         self.positions = saved | self.positions

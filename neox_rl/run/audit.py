@@ -144,10 +144,10 @@ class Audit:
             self.num_undone += 1
             self.trained.undo(self._undone[step])
         self.spent.undo(rl_step, bool(meta.get("anew")))
-        if rl_step < self._forgotten:  # by the trainer's own checkpoint, whose queue an audit of the whole journal compares
+        if rl_step < max(self._forgotten, self._unknown) and (queue or not rl_step):  # by its checkpoint, which others are compared with
             self.trained.reset(queue["fresh"] if queue else 0, queue["open"] if queue else ())
             self.spent.adopt(meta.get("state"), instead=True)
-            self._forgotten = rl_step
+            self._forgotten, self._unknown, self._unheard = (min(at, rl_step) for at in (self._forgotten, self._unknown, self._unheard))
         self.sft_step, self.last = int(meta["sft_step"]), rl_step
         known = {version: digest for version, digest in self.sessions[-1].published.items() if version <= rl_step}
         self.sessions.append(Session(round(time_s * 1e9) if isinstance(time_s, int | float) else None, rl_step, known))

@@ -107,3 +107,22 @@ def test_who_begins_after_a_step_that_the_run_does_not_have_is_no_proof_of_lost_
     hello = {"session": "s", "attempt": 1, "sft_step": 1, "rl_step": rl_step, "time": 1.0, "state": {}}
     audit.apply(Record(0, "session", hello))
     assert audit.violations == [f"steps: a trainer begins after step {rl_step} of {RULE.num_steps}"] * wrong
+
+
+@pytest.mark.parametrize("living", [True, False])
+@pytest.mark.parametrize("twice", [True, False])
+def test_who_goes_back_behind_where_the_records_begin_is_judged_by_the_checkpoint_there(living: bool, twice: bool) -> None:
+    """What came between is trained again, and rightly; what that checkpoint has is not."""
+    run, heard = good(), list[str]()
+    hello = second_trainer(run)
+    first = next(i for i, row in enumerate(run.records) if row["kind"] == "published" and row["version"] == 1)
+    moved = [run.records[0], run.records[hello] | {"state": state_after(2)}, *run.records[hello + 1 :]]
+    back = run.records[hello] | {"attempt": 3, "rl_step": 1, "anew": True, "state": state_after(1)}
+    again = run.of("taken", 3) | {"tickets": [0, 6]} if twice else run.of("taken", 3)
+    rows = [*moved, back, *run.records[first:hello]]
+    rows[len(rows) - rows[::-1].index(run.of("taken", 3)) - 1] = again
+    audit = Audit(RULE, living=living, on_violation=lambda check, what: heard.append(f"{check}: {what}"))
+    for seq, row in enumerate(rows):
+        audit.apply(Record(seq, row["kind"], row))
+    assert not audit.damaged and audit.undecided == 1
+    assert heard[:1] == ["once: g000000 was trained by step 1 or one before it and again by step 3"] * twice
