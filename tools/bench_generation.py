@@ -62,7 +62,7 @@ def ways(half: Half, session: aiohttp.ClientSession) -> dict[str, Make]:
     params = SamplingParams(metarl.rollout.max_new_tokens, metarl.rollout.temperature, 1.0, (attempts.tokenizer.eos_id,))
     address = half.parts.endpoints.servers[0]
     prompts = [attempts.tokenizer.encode(problem.prompt) for problem in problems]
-    bodies = [request_body(prompt, params, metarl.rollout.group_size, "bench") for prompt in prompts]
+    bodies = [request_body(prompt, params, metarl.rollout.group_size) for prompt in prompts]
     plain: dict[str, object] = {"model": str(half.paths.root / "model"), "n": metarl.rollout.group_size, "max_tokens": params.max_tokens}
     plain |= {"temperature": params.temperature, "stop_token_ids": list(params.stop_token_ids)}
     completion_bodies = [json.dumps(plain | {"prompt": list(prompt)}).encode() for prompt in prompts]

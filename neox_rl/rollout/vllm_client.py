@@ -194,7 +194,7 @@ class VllmGenerator:
     async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> tuple[Completion, ...]:
         """See ``ports.Generator``. Also raises ServerFailedError when every attempt failed, WireError when all servers refuse it
         for what it holds, and RefusedError, which is one, where those that do answer other requests."""
-        body = request_body(prompt_ids, params, n, rollout_id)
+        body = request_body(prompt_ids, params, n)
 
         def parsed(raw: bytes, server: str, seconds: float) -> tuple[Completion, ...]:
             found = parse_response(raw, n, server)

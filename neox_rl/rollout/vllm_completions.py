@@ -16,6 +16,7 @@ import msgspec
 
 from neox_rl.bounded import most_bytes, read_bounded
 from neox_rl.errors import DeadlineError, ServerFailedError, WireError
+from neox_rl.rollout.vllm_requests import sampling_keys
 from neox_rl.types import Completion, Finish, SamplingParams
 
 ROUTE = "/v1/completions"
@@ -95,18 +96,7 @@ class CompletionsGenerator:
 
     async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> tuple[Completion, ...]:
         """See ``ports.Generator``. Also raises ServerFailedError when the server fails, WireError for an answer that cannot be."""
-        body: dict[str, Any] = {
-            "model": self.model,
-            "prompt": list(prompt_ids),
-            "n": n,
-            "max_tokens": params.max_tokens,
-            "temperature": params.temperature,
-            "top_p": params.top_p,
-            "stop_token_ids": list(params.stop_token_ids),
-            "logprobs": 0,
-            "return_token_ids": True,
-            **({} if params.seed is None else {"seed": params.seed}),
-        }
+        body = {"model": self.model, "prompt": list(prompt_ids), "return_token_ids": True, **sampling_keys(params, n)}
         raw = await self._call("POST", ROUTE, body, f"rollout {rollout_id}", n * params.max_tokens)
         try:
             choices = sorted(_RESPONSE.decode(raw).choices, key=lambda choice: choice.index)

@@ -1,4 +1,4 @@
-"""The JSON of what a vLLM server is asked on the route that attests versions; its answers are read in ``vllm_client``."""
+"""The JSON of what a vLLM server is asked, most of it on the route that attests versions; answers are read where they are asked for."""
 
 from __future__ import annotations
 
@@ -11,19 +11,23 @@ from neox_rl.types import SamplingParams
 ROUTE = "/inference/v1/generate"
 
 
-def request_body(prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> bytes:
-    """The JSON of one request for ``n`` completions."""
-    sampling: dict[str, Any] = {
+def sampling_keys(params: SamplingParams, n: int) -> dict[str, Any]:
+    """What every route of vLLM calls the same."""
+    seed = {} if params.seed is None else {"seed": params.seed}
+    return {
         "n": n,
         "max_tokens": params.max_tokens,
         "temperature": params.temperature,
         "top_p": params.top_p,
         "stop_token_ids": list(params.stop_token_ids),
         "logprobs": 0,
-        "detokenize": False,
+        **seed,
     }
-    if params.seed is not None:
-        sampling["seed"] = params.seed
+
+
+def request_body(prompt_ids: Sequence[int], params: SamplingParams, n: int) -> bytes:
+    """The JSON of one request for ``n`` completions."""
+    sampling = {**sampling_keys(params, n), "detokenize": False}
     return json.dumps({"token_ids": list(prompt_ids), "sampling_params": sampling}).encode()
 
 

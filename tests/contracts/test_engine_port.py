@@ -9,7 +9,6 @@ import dataclasses
 import errno
 import json
 import os
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from neox_rl.engines.gpt_neox import GptNeoXEngine
 from neox_rl.engines.port import Engine
 from neox_rl.engines.registry import build_engine
 from neox_rl.errors import GIVES_UP, ConfigError, DamagedError, DiskFullError, NeoxRLError, WeightError, exit_status
+from tests.contracts.one_rank import one_rank
 from tests.invariance.engine_batches import VOCAB, loss_fn, sequences, split
 
 NEOX = NeoXConfig(hidden_size=32, num_attention_heads=2, num_layers=2, seq_length=64)
@@ -37,11 +37,7 @@ ENGINES = ("megatron-core", pytest.param("gpt-neox", marks=pytest.mark.neox))
 @pytest.fixture(scope="module", params=ENGINES)
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "MASTER_ADDR"):
-            patch.delenv(name, raising=False)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            patch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
+        one_rank(patch)
         built = build_engine(RunConfig(NEOX, MetaRLConfig(engine=request.param)), VOCAB)
         yield built
         built.close()

@@ -26,9 +26,9 @@ from neox_rl.loss.inputs import TokenInputs
 from neox_rl.loss.policy import objective
 from neox_rl.problems.sources import load_problems
 from neox_rl.run import search_cli
-from neox_rl.run.endpoints import free_port
 from neox_rl.types import Reason
 from neox_rl.verify.verifier import make_verifier
+from tests.contracts.one_rank import one_rank
 from tests.e2e.runs import Run
 from tests.invariance.engine_batches import VOCAB, loss_fn, sequences, split
 
@@ -64,9 +64,7 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "MASTER_ADDR"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("MASTER_PORT", str(free_port("127.0.0.1")))
+    one_rank(monkeypatch)
 
 
 def built(**keys: object) -> Iterator[Engine]:

@@ -18,7 +18,7 @@ from neox_rl.engines.base import MAX_TRIES
 from neox_rl.engines.gpt_neox import GptNeoXEngine
 from neox_rl.engines.registry import build_engine
 from neox_rl.errors import NeoxRLError
-from neox_rl.run.endpoints import free_port
+from tests.contracts.one_rank import one_rank
 from tests.invariance.engine_batches import VOCAB, loss_fn, sequences, split
 
 pytestmark = pytest.mark.neox
@@ -28,9 +28,7 @@ NEOX = NeoXConfig(hidden_size=32, num_attention_heads=2, num_layers=2, seq_lengt
 @contextmanager
 def engine_of(scaling: dict[str, Any], **keys: Any) -> Iterator[GptNeoXEngine]:
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "MASTER_ADDR"):
-            patch.delenv(name, raising=False)
-        patch.setenv("MASTER_PORT", str(free_port("127.0.0.1")))
+        one_rank(patch)
         neox = replace(NEOX, **keys)
         built = build_engine(RunConfig(neox, MetaRLConfig(engine="gpt-neox"), {"fp16": scaling}), VOCAB)
         assert isinstance(built, GptNeoXEngine)

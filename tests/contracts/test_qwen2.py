@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from neox_rl.config.schema import MetaRLConfig
 from neox_rl.engines.base import RankEngine
 from neox_rl.engines.registry import build_engine
 from neox_rl.errors import WeightError
+from tests.contracts.one_rank import one_rank
 from tests.invariance.engine_batches import VOCAB, loss_fn, sequences, split
 
 
@@ -48,11 +48,7 @@ def built(tied: bool, qkv_bias: bool = True) -> Iterator[RankEngine]:
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "MASTER_ADDR"):
-        monkeypatch.delenv(name, raising=False)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("MASTER_PORT", str(probe.getsockname()[1]))
+    one_rank(monkeypatch)
 
 
 def published(directory: Path, tied: bool) -> Qwen2ForCausalLM:

@@ -211,7 +211,7 @@ async def endless(request: web.Request) -> web.StreamResponse:
 
 
 def test_an_answer_without_end_is_its_servers_failure_and_read_no_further_than_the_request_can_take() -> None:
-    most = most_bytes(request_body([1], PARAMS, 2, "g0"), 2 * PARAMS.max_tokens)
+    most = most_bytes(request_body([1], PARAMS, 2), 2 * PARAMS.max_tokens)
     words = f"/inference/v1/generate answered with more than {most} bytes"
 
     async def story() -> None:

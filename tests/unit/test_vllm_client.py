@@ -134,7 +134,7 @@ def test_a_label_that_is_no_version_is_refused() -> None:
 
 
 def test_the_request_asks_for_n_completions_of_one_prompt_with_the_logprob_of_the_sampled_token() -> None:
-    body = json.loads(request_body([1, 2], PARAMS, 4, "g000017"))
+    body = json.loads(request_body([1, 2], PARAMS, 4))
     assert body["token_ids"] == [1, 2]
     sampling = body["sampling_params"]
     assert (sampling["n"], sampling["logprobs"], sampling["max_tokens"], sampling["temperature"]) == (4, 0, 8, 0.7)
