@@ -9,6 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from neox_rl.config.rules_model import LLAMA
 from neox_rl.errors import WeightError
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
@@ -74,14 +75,16 @@ def special_ids(directory: Path) -> dict[str, Any]:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of the directory. Raises WeightError when there is none, or one that the index names is missing."""
+    """The safetensors files of the directory: where there is an index those that it names, since one left over from another model may hold
+    tensors of the same names. Raises WeightError when there is none, or one that the index names is missing."""
     paths = sorted(directory.glob("*.safetensors"))
     if not paths:
         raise WeightError(f"{directory} holds no *.safetensors; convert other formats with transformers' save_pretrained first")
     if (index := directory / INDEX).is_file():
-        named = set(_block(_read_object(index), "weight_map", index).values())
+        named = {str(name) for name in _block(_read_object(index), "weight_map", index).values()}
         if missing := sorted(named - {path.name for path in paths}):
             raise WeightError(f"{directory} has not {missing[0]}, which {INDEX} names ({len(missing)} missing in all): download it again")
+        return [path for path in paths if path.name in named]
     return paths
 
 
@@ -103,7 +106,7 @@ def check_directory(directory: Path, ours: Mapping[str, Any]) -> None:
         with open_weights(path, "np") as weights:
             names: list[str] = weights.keys()
         biases = [name for name in names if name.endswith(".bias")]
-        if biases and ours.get("model_type") == "llama":
+        if biases and ours.get("model_type") == LLAMA:
             raise WeightError(
                 f"{path} has {min(biases)} and {len(biases) - 1} other biases, and a Llama has none: a Qwen2? Set metarl.qkv_bias: true, or"
                 " take another checkpoint"
@@ -113,7 +116,7 @@ def check_directory(directory: Path, ours: Mapping[str, Any]) -> None:
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightError(f"{path} cannot be read as JSON: {error}; download or write it again") from error
     if not isinstance(found, dict):
         raise WeightError(f"{path} holds no JSON object; download or write it again")

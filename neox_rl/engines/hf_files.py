@@ -38,6 +38,8 @@ def hf_reader(directory: Path) -> Iterator[HFReader]:
         files: dict[str, Any] = {}
         for path in weight_files(directory):
             opened = stack.enter_context(open_weights(path, "pt"))
+            if twice := files.keys() & set(opened.keys()):
+                raise WeightError(f"{path} and another file there hold {min(twice)!r}: which one counts? Take the other away")
             files |= dict.fromkeys(opened.keys(), opened)
         yield HFReader(files, directory)
 

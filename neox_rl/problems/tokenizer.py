@@ -89,7 +89,7 @@ class DirectoryTokenizer:
             raise ConfigError(f"tokenizer.path {directory}: no tokenizer.json there; save it with a fast HF tokenizer (save_pretrained)")
         self._template, self._path, self._hf = template, path, _read(path, "tokenizer.path")
         self._hf.encode_special_tokens = True
-        self._size = max(self._hf.get_vocab(with_added_tokens=True).values()) + 1
+        self._size = max(self._hf.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         eos_id, self._pad_id = _end_ids(directory, self._hf)
         if eos_id is None:
             raise ConfigError(
@@ -203,7 +203,7 @@ def _end_ids(directory: Path, hf: HFTokenizer) -> tuple[int | None, int | None]:
     try:
         config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         eos, pad = config.get("eos_token"), config.get("pad_token")
-    except (ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"tokenizer.path: {path} holds no JSON object ({error}); download or write it again") from error
     if (eos_id := id_of(eos)) is None and eos is not None:
         word = eos.get("content") if isinstance(eos, dict) else eos

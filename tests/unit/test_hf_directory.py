@@ -141,6 +141,8 @@ def test_a_tokenizer_that_is_cut(model: Path, capsys: pytest.CaptureFixture[str]
         ("model.safetensors", None, "holds no *.safetensors"),
         ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "model.safetensors is no whole safetensors file"),
         (INDEX, b'{"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}', "has not model-2.safetensors, which model.safe"),
+        (INDEX, b'{"weight_map": {"a": ["x"]}}', "has not ['x'], which model.safe"),
+        ("config.json", b"[" * 200_000, "cannot be read as JSON"),
         (INDEX, b'{"weight_map": 3}', "has weight_map 3, which is no JSON object"),
     ],
 )

@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import models
 
 from neox_rl.config.derived import hf_config
+from neox_rl.config.hf_directory import INDEX
 from neox_rl.config.load import parse
-from neox_rl.engines.hf_files import write_hf
-from neox_rl.errors import ConfigError
+from neox_rl.engines.hf_files import hf_reader, write_hf
+from neox_rl.errors import ConfigError, WeightError
 from neox_rl.problems.tokenizer import save_hf
 from neox_rl.run.cli import main
 from tools import neox_checkpoint
@@ -116,3 +117,13 @@ def test_a_conversion_from_hf_does_not_ask_its_tokenizer(tmp_path: Path, monkeyp
     command = ["to-neox", f"{tmp_path}/model.yml", "--hf", str(tmp_path), "--checkpoint", f"{tmp_path}/ckpt", "--vocab", "8"]
     assert neox_checkpoint.main(command) == 0
     assert engine.read == [tmp_path]
+
+
+def test_a_file_left_over_from_another_model_does_not_win(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / "model-00001-of-00001.safetensors")
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightError, match=r"model\.safetensors and another file there hold 'a'"), hf_reader(tmp_path):
+        pass
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}))
+    with hf_reader(tmp_path) as read:
+        assert read("a").tolist() == [0.0, 0.0]
