@@ -116,7 +116,8 @@ class ExperienceServer:
         self._session, self._attempt, self._heard = "", NO_ATTEMPT, False
         self._peer = b""  # changes when the trainer reconnects
         self._last = self._acked = 0
-        self._follows, self._lost = False, ""  # nothing was handled since the take-over; nor can be
+        self._follows = False  # nothing was handled since the take-over
+        self._lost = ""  # what the journal does not hold, without which no message can be handled
         self._reply: list[Frame] = []
         self._working: asyncio.Task[list[Frame]] | None = None  # the message that was begun last, behind those before it
         self._awaited = False  # the trainer waits for its answer, so that nothing comes after it

@@ -11,16 +11,16 @@ OF_THE_REQUEST = frozenset({400, 413, 422})
 """Refusals for what the request holds. Others (404, 408, 429) say how the server is just now: the same one may take it later."""
 
 
-class Peer(Protocol):
-    """A server. ``answers``: this life of it has answered a request; ``life``: a number that no other server has, nor this one once it
-    was started again."""
+class Server(Protocol):
+    """What is known of one. ``answers``: this life of it has answered a request; ``life``: a number that no other server has, nor this one
+    once it was started again."""
 
     serving: bool
     answers: bool
     life: int
 
 
-class RefusesError(NeoxRLError):
+class RefusalError(NeoxRLError):
     """A server that does not want the request: its own fault where another one answers it, the request's where all refuse.
     ``life``: that of the server; ``of_the_request``: for what it holds."""
 
@@ -34,16 +34,16 @@ class Refusals:
 
     def __init__(self, rollout_id: str) -> None:
         self._rollout_id = rollout_id
-        self._errors: dict[int, RefusesError] = {}
+        self._errors: dict[int, RefusalError] = {}
 
-    def add(self, error: RefusesError) -> None:
+    def add(self, error: RefusalError) -> None:
         self._errors[error.life] = error
 
-    def may_ask(self, server: Peer) -> bool:
+    def may_ask(self, server: Server) -> bool:
         """Whether it serves, and has not refused."""
         return server.serving and server.life not in self._errors
 
-    def judge(self, servers: Collection[Peer]) -> None:
+    def judge(self, servers: Collection[Server]) -> None:
         """Raises where there is nobody to wait for: RefusedError where those that refuse what the request holds answer others, so that no
         other would take it; WireError where all refuse it for that; ServerFailedError where all refuse it, some of them only for now."""
         refusing = [(server, self._errors[server.life]) for server in servers if server.life in self._errors]
@@ -51,7 +51,7 @@ class Refusals:
             return
         words = "; ".join(str(error) for _, error in refusing)
         if all(server.answers and error.of_the_request for server, error in refusing):
-            fix = "if it is too long, raise seq_length or lower metarl.rollout.max_new_tokens"
+            fix = "if it is too long, raise seq_length or lower metarl.rollout.max_new_tokens; if not, see the log of that server"
             raise RefusedError(f"rollout {self._rollout_id}: servers that answer other requests refuse this one: {words}; {fix}")
         if len(refusing) == len(servers):
             raise WireError(words) if all(error.of_the_request for _, error in refusing) else ServerFailedError(words)

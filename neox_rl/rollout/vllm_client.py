@@ -21,7 +21,7 @@ import msgspec
 from neox_rl.bounded import most_bytes, read_bounded
 from neox_rl.errors import DeadlineError, ServerFailedError, WeightError, WireError
 from neox_rl.rollout.pace import Paces, SlowError
-from neox_rl.rollout.refusals import OF_THE_REQUEST, Refusals, RefusesError
+from neox_rl.rollout.refusals import OF_THE_REQUEST, RefusalError, Refusals
 from neox_rl.rollout.vllm_control import parse_version
 from neox_rl.rollout.vllm_requests import ROUTE, request_body, score_body
 from neox_rl.types import NO_VERSION, Completion, Finish, SamplingParams, VersionSpan
@@ -95,7 +95,8 @@ class _Asked(NamedTuple):
 @dataclass(slots=True)
 class _Server:
     """``calls``: its requests in flight; ``inflight``: the completions that these ask for. ``left``: what is in flight is to move.
-    ``failures``: how often it was spared since it last answered; ``spared_until``: when that ends. ``answers``, ``life``: see ``Peer``."""
+    ``failures``: how often it was spared since it last answered; ``spared_until``: when that ends. ``answers``, ``life``: see
+    ``refusals.Server``."""
 
     serving: bool = True
     left: bool = False
@@ -114,11 +115,10 @@ class VllmGenerator:
     ``addresses`` as in ``http://127.0.0.1:8000``: those that serve from the start. Others come and go (``serve``, ``suspend``, ``forget``);
     with none serving a request waits for one. A request that fails because its server did is sent to others, at most ``max_attempts`` times
     in all, within the one deadline ``request_timeout_s``; so is one whose answer cannot be, and one that is refused (4xx), which does not
-    go there again: where nobody else serves it waits for another server, unless those that refused it, for what it
-    holds and when asked twice, are seen to answer other requests.
-    ``on_failure(address, why)`` is called for each such failure. A deadline that passes is no such failure: the server may be well and
-    busy. It only comes last for a while. One that has had a request for longer than ``patience_s`` and is far slower than
-    another (``rollout/pace.py``) loses that request to it, once a request.
+    go there again: where nobody else serves it waits for another server, unless those that refused it, for what it holds and when asked
+    twice, are seen to answer other requests. ``on_failure(address, why)`` is called for each such failure. A deadline that passes is no
+    such failure: the server may be well and busy. It only comes last for a while. One that has had a request for longer than
+    ``patience_s`` and is far slower than another (``rollout/pace.py``) loses that request to it, once a request.
     """
 
     def __init__(
@@ -192,8 +192,8 @@ class VllmGenerator:
         return {address: server.inflight for address, server in self._servers.items()}
 
     async def sample(self, prompt_ids: Sequence[int], params: SamplingParams, n: int, rollout_id: str) -> tuple[Completion, ...]:
-        """See ``ports.Generator``. Also raises ServerFailedError when every attempt failed, WireError when all servers refuse it
-        for what it holds, and RefusedError, which is one, where those that do answer other requests."""
+        """See ``ports.Generator``. Also raises ServerFailedError when every attempt failed, WireError when all servers refuse what the
+        request holds; RefusedError, a WireError, when those that refuse it answer other requests and no other serves."""
         body = request_body(prompt_ids, params, n)
 
         def parsed(raw: bytes, server: str, seconds: float) -> tuple[Completion, ...]:
@@ -238,11 +238,11 @@ class VllmGenerator:
                             logger.warning("%s: it comes last for a while", error)
                     except _MovedError:
                         continue
-                    except (ServerFailedError, RefusesError) as error:
+                    except (ServerFailedError, RefusalError) as error:
                         failures.append(str(error))
                         self._spare(tried[-1])
                         self.on_failure(tried[-1], str(error))
-                        if isinstance(error, RefusesError):
+                        if isinstance(error, RefusalError):
                             refusals.add(error)
                             refusals.judge(self._servers.values())
         except TimeoutError as error:
@@ -316,7 +316,7 @@ class VllmGenerator:
         if status >= 500:
             raise ServerFailedError(f"{address} answered {status}: {raw[:200]!r}")
         if status != 200:
-            raise RefusesError(f"{address} refused the request with {status}: {raw[:500]!r}", life, status in OF_THE_REQUEST)
+            raise RefusalError(f"{address} refused the request with {status}: {raw[:500]!r}", life, status in OF_THE_REQUEST)
         return raw
 
     async def _post(self, address: str, asked: _Asked, again: bool = True) -> tuple[int, bytes]:

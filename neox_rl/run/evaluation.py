@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
@@ -93,9 +93,8 @@ class Evaluator:
         return row, attempts
 
     def _of_tag(self, attempts: Sequence[Attempt]) -> TagRow:
-        clusters = [a.problem.cluster for a in attempts]
-        tokens = cluster_mean_ci([float(a.num_tokens) for a in attempts], clusters, (0.0, float(self._most_tokens)))
-        return {"accuracy": _accuracy(attempts), "tokens": tokens.row()}  # type: ignore[typeddict-item]
+        tokens = _interval((float(a.num_tokens) for a in attempts), attempts, float(self._most_tokens))
+        return {"accuracy": _accuracy(attempts), "tokens": tokens}
 
     async def _mode(
         self, problems: Sequence[Problem], mode: str, label: str, step: int, version: int
@@ -124,14 +123,13 @@ class Evaluator:
         """Found by episode k, and right in episode k, for every k; nothing where a rollout is one attempt."""
         if not self._episodes:
             return {}
-        clusters = [a.problem.cluster for a in attempts]
         found: EpisodeRow = {"found_by": [], "right_in": []}
         if self._episodes > 1:
             found["solved_in"] = self._solved_in
         for k in range(1, self._episodes + 1):
             marks = [a.trace.verdict.extracted for a in attempts]
-            found["found_by"].append(cluster_mean_ci([float(FOUND in m[:k]) for m in marks], clusters).row())  # type: ignore[arg-type]
-            found["right_in"].append(cluster_mean_ci([float(m[k - 1 : k] == FOUND) for m in marks], clusters).row())  # type: ignore[arg-type]
+            found["found_by"].append(_interval((float(FOUND in m[:k]) for m in marks), attempts))
+            found["right_in"].append(_interval((float(m[k - 1 : k] == FOUND) for m in marks), attempts))
         return found
 
     async def _made(self, problems: Sequence[Problem], mode: str, label: str, attempting: Attempting) -> list[Attempt]:
@@ -163,8 +161,12 @@ class Evaluator:
 
 
 def _accuracy(attempts: Sequence[Attempt]) -> IntervalRow:
-    right = [float(a.trace.verdict.correct) for a in attempts]
-    return cluster_mean_ci(right, [a.problem.cluster for a in attempts]).row()  # type: ignore[return-value]
+    return _interval((float(a.trace.verdict.correct) for a in attempts), attempts)
+
+
+def _interval(values: Iterable[float], attempts: Sequence[Attempt], most: float = 1.0) -> IntervalRow:
+    """Of one value an attempt, each from 0 to ``most``."""
+    return cluster_mean_ci(list(values), [a.problem.cluster for a in attempts], (0.0, most)).row()  # type: ignore[return-value]
 
 
 def as_attempt(problem: Problem, trace: Trace, attempts: Attempting) -> Attempt:

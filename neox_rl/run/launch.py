@@ -26,7 +26,7 @@ from pathlib import Path
 
 from neox_rl.config.derived import hf_config, words_around
 from neox_rl.config.dump import dump
-from neox_rl.config.hf_directory import check_config
+from neox_rl.config.hf_directory import CONFIG, check_config
 from neox_rl.config.machine import Machine
 from neox_rl.config.network import curve_on
 from neox_rl.config.placement import num_ranks
@@ -213,7 +213,7 @@ def _write_model(config: RunConfig, paths: RunPaths, tokenizer: RunTokenizer) ->
             if source.is_file():
                 (directory / name).write_bytes(source.read_bytes())
     described = hf_config(config, tokenizer.vocab_size, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-    write_json(directory / "config.json", described, indent=2)
+    write_json(directory / CONFIG, described, indent=2)
 
 
 def _report(paths: RunPaths, must: bool) -> None:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from neox_rl.telemetry.paths import RunPaths
 from neox_rl.telemetry.rows import SEARCH_METRICS
+from neox_rl.telemetry.rundata import MODES
 
 
 def print_table(paths: RunPaths, summary: Mapping[str, Any], console: Console | None = None) -> None:
@@ -30,7 +31,7 @@ def before_after(summary: Mapping[str, Any]) -> Table:
     table.add_column("")
     for name in ("warm start" if summary.get("warmstart_steps") else "before RL", "after RL", "difference"):
         table.add_column(name, justify="right")
-    for mode in ("greedy", "sampled"):
+    for mode in MODES:
         before, after = (summary.get(f"heldout_accuracy_{name}_{mode}") for name in ("warmstart", "final"))
         if before or after:
             gain = summary.get(f"heldout_accuracy_gain_{mode}")
@@ -43,7 +44,7 @@ def before_after(summary: Mapping[str, Any]) -> Table:
 def tag_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """(title, before, after, difference in tokens) of every prompt tag and mode; none where prompts have no tags."""
     rows: list[tuple[str, str, str, str]] = []
-    for mode in ("greedy", "sampled"):
+    for mode in MODES:
         before, after = ((summary.get(f"heldout_by_tag_{name}_{mode}") or {}) for name in ("warmstart", "final"))
         for tag in {**before, **after}:
             old, new = before.get(tag), after.get(tag)
